@@ -1,0 +1,3 @@
+from sculpt_dist.cli import main
+
+main()

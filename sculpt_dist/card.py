@@ -1,0 +1,58 @@
+"""The model card of an exported model: what was removed, how, how well that worked, and what it does not promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Mapping
+
+TEMPLATES = Path(__file__).parent / "templates"
+SCORES = ("UA", "SA", "IRA", "CRA")
+SECTIONS = ("method", "train", "mask", "engine")  # of the configuration, listed as settings
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
+
+
+def model_card(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """The README.md of the exported folder, from the resolved configuration and the content of report.json, which may be empty."""
+    import jinja2
+    from huggingface_hub import ModelCardData
+
+    model, evaluate = config.get("model") or {}, config.get("evaluate") or {}
+    path = model.get("path")
+    is_hub_id = bool(path) and HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+    data = ModelCardData(
+        library_name="diffusers", pipeline_tag="text-to-image", tags=["unlearning", "sculpt-dist"], base_model=path if is_hub_id else None
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"plain": _plain, "code": _code}
+    concepts = [{"superclass": None, "kind": "object", **concept} for concept in config["concepts"]]
+    body = environment.get_template("card.md").render(
+        base=path or f"canvas-{model.get('arch')}",
+        concepts=concepts,
+        example=next((concept["superclass"] for concept in concepts if concept["superclass"]), "house"),
+        method=config["method"]["name"],
+        settings={f"{name}.{key}": value for name in SECTIONS for key, value in (config.get(name) or {}).items() if key != "name"},
+        scores=SCORES,
+        report=report,
+        before_is_scored=_is_scored(report.get("before")),
+        after_is_scored=_is_scored(report.get("after")),
+        images=(report.get("after") or {}).get("images"),
+        classifier=evaluate.get("classifier"),
+    )
+    return f"---\n{data.to_yaml().strip()}\n---\n\n{body}"
+
+
+def _is_scored(record: Mapping[str, Any] | None) -> bool:
+    return any((record or {}).get(score) is not None for score in SCORES)
+
+
+def _plain(text: Any) -> str:
+    """A user's words as text: no markup, no line break, no end of a table cell."""
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: Any) -> str:
+    """A user's words inside backticks or quotes: nothing that ends them."""
+    return re.sub(r'[`"\\\n]', "'", " ".join(str(text).split()))

@@ -1,0 +1,138 @@
+"""The command line: thin, and quick to start; everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, List, NoReturn, Optional
+
+import typer
+
+from sculpt_dist.errors import SculptError, StopRequested
+
+if TYPE_CHECKING:
+    from sculpt_dist.config import RunConfig
+
+DONE, USER_ERROR, STOPPED = 0, 2, 75  # a crash is 1, as Python has it
+
+app = typer.Typer(help="Make a text-to-image diffusion model forget concepts.", no_args_is_help=True, pretty_exceptions_enable=False)
+canvas_app = typer.Typer(help="The embedded benchmark: a drawn world and tiny models trained on it.", no_args_is_help=True)
+app.add_typer(canvas_app, name="canvas")
+
+CONFIG = typer.Argument(help="A yaml file, for example configs/canvas/dm_cal.yaml.")
+OVERRIDES = typer.Argument(help="key=value, for example train.lr=1e-5.")
+
+
+@app.command()
+def unlearn(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
+    """Forget the concepts of CONFIG, one after another; prepares, scores, exports and reports. Called again it goes on."""
+    from sculpt_dist.sequence import run_sequence
+
+    run = run_sequence(_load(config, overrides))
+    if _is_first():
+        _print_run(run.folder, run.report)
+
+
+@app.command()
+def prepare(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
+    """Only draw and store the training samples of CONFIG; unlearn then starts at once."""
+    from sculpt_dist.stages import prepare_only
+
+    print(f"samples are in {prepare_only(_load(config, overrides))}")
+
+
+@app.command()
+def evaluate(
+    config: Path = CONFIG,
+    overrides: Optional[List[str]] = OVERRIDES,
+    model: Optional[Path] = typer.Option(None, help="The model folder to score; default: the run's export."),
+    output: Optional[Path] = typer.Option(None, help="Where scores.json and images go; default: RUN/evaluation/model."),
+) -> None:
+    """Score a model folder on the concepts of CONFIG."""
+    from sculpt_dist.stages import evaluate_only
+
+    scores, where = evaluate_only(_load(config, overrides), model, output)
+    if _is_first():
+        for kind, part in scores.items():
+            if part:
+                named = ((name, part[name]) for name in ("UA", "IRA", "CRA", "SA"))
+                print(kind, *(f"{name} {value:.3f}" for name, value in named if value is not None))
+        print(f"scores: {where / 'scores.json'}")
+
+
+@app.command()
+def export(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
+    """Write the model folder of CONFIG's run from its newest checkpoint, finished or not."""
+    from sculpt_dist.stages import export_only
+
+    print(f"model: {export_only(_load(config, overrides))}")
+
+
+@app.command()
+def report(folder: Path = typer.Argument(help="A run folder.")) -> None:
+    """Write the report of a run folder anew."""
+    from sculpt_dist.errors import RunFolderError
+    from sculpt_dist.report import write_report
+
+    if not (folder / "config.yaml").is_file():
+        raise RunFolderError(f"{folder}: is no run folder (no config.yaml)")
+    print(f"report: {write_report(folder)}")
+
+
+@canvas_app.command("build")
+def canvas_build(
+    arch: str = typer.Option("sd15", help="Which kind of model to train."),
+    output: Path = typer.Option(Path("runs/canvas"), help="Where the model folder and the classifier go."),
+    seed: int = typer.Option(0, help="Of all that is random."),
+) -> None:
+    """Train a tiny model of a kind on the drawn world, and say how well its samples are recognised."""
+    from sculpt_dist.pretrain import build_canvas
+
+    build_canvas(arch, output, seed)
+
+
+def main() -> NoReturn:
+    """The entry point; exit codes: 0 done, 75 stopped for requeue, 2 the user's error, 1 crash."""
+    try:
+        app()
+    except SculptError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+    except StopRequested as stop:
+        print(stop, file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
+    sys.exit(DONE)
+
+
+def _load(config: Path, overrides: Optional[List[str]]) -> RunConfig:
+    from sculpt_dist.config import load_config
+
+    return load_config(config, overrides or [])
+
+
+def _is_first() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_run(folder: Path, report: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"forgotten: {', '.join(concept['target'] for concept in report['concepts'])}")
+    for heading in ("", "UA", "IRA", "CRA", "SA"):
+        table.add_column(heading)
+
+    def row(label: str, scores: Optional[dict]) -> None:
+        cells = ["-" if scores is None or scores.get(n) is None else f"{scores[n]:.3f}" for n in ("UA", "IRA", "CRA", "SA")]
+        table.add_row(label, *cells)
+
+    if report["before"] is not None:
+        row("before", report["before"])
+        for concept in report["concepts"]:
+            row(f"after {concept['target']}", concept)
+        if report["after"].get("paraphrased"):
+            row("after, paraphrased", report["after"]["paraphrased"])
+        Console().print(table)
+    print(f"model:  {folder / 'model'}\nreport: {folder / 'report' / 'report.html'}")

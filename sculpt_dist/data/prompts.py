@@ -1,0 +1,47 @@
+"""From a concept's templates to the prompts of its streams. Plain strings; no model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Sequence
+
+from sculpt_dist.config import Concept, PromptsConfig
+
+
+@dataclass(frozen=True)
+class ConceptPrompts:
+    """The prompts of one concept, template by template; sample i of a stream uses prompt i modulo their number."""
+
+    target: tuple[str, ...]
+    superclass: tuple[str, ...]  # the same templates with the superclass, or without the style
+    negative: str  # what the superclass samples are led away from
+    keep: tuple[str, ...]
+
+
+def fill(template: str, **names: str | None) -> str:
+    """Replace {name}; text in [square brackets] is dropped when a name inside it is None.
+
+    >>> fill("a photo of a {object}[ in {style} style]", object="cat", style=None)
+    'a photo of a cat'
+    """
+
+    def optional(match: re.Match[str]) -> str:
+        return "" if any(f"{{{name}}}" in match[1] and value is None for name, value in names.items()) else match[1]
+
+    text = re.sub(r"\[([^\]]*)\]", optional, template)
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", value or "")
+    return " ".join(text.split())
+
+
+def concept_prompts(concept: Concept, defaults: PromptsConfig) -> ConceptPrompts:
+    """The prompts of a concept from its own templates, or from those of its kind."""
+    templates: Sequence[str] = concept.prompts or (defaults.object if concept.kind == "object" else defaults.style)
+    targets = tuple(fill(template, concept=concept.target) for template in templates)
+    return ConceptPrompts(
+        target=targets,
+        superclass=tuple(fill(template, concept=concept.superclass) for template in templates),
+        negative=targets[0],
+        keep=tuple(fill(template, concept=kept) for template in templates for kept in concept.keep),
+    )

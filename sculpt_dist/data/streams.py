@@ -1,0 +1,127 @@
+"""The three streams of a concept, batch by batch: one integer of state, the same samples for any number of ranks and workers."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sculpt_dist.data.shards import Sample, ShardReader
+from sculpt_dist.types import ConceptBatch, Stream, TextCond
+
+ROLES = ("target", "superclass", "anchor")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a global batch of `batch` samples per stream is cut: micro-batch `a` of rank `r` is one consecutive slice."""
+
+    batch: int
+    ranks: int
+    rank: int
+    accumulate: int
+
+    def positions(self, micro: int) -> range:
+        """This rank's positions within the global batch."""
+        size = self.batch // (self.ranks * self.accumulate)
+        first = (micro * self.ranks + self.rank) * size
+        return range(first, first + size)
+
+
+class GlobalOrder:
+    """Which sample stands at each place of an endless stream: every epoch a fresh permutation, from the seed alone."""
+
+    def __init__(self, count: int, seed: Sequence[int]) -> None:
+        self.count, self.seed = count, list(seed)
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, place: int) -> int:
+        epoch, within = divmod(place, self.count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([*self.seed, epoch]).permutation(self.count)
+        return int(self._order[within])
+
+
+class ConceptStreams(Dataset[list[list[Sample]]]):
+    """Item i is micro-batch i of this rank: the samples of the three roles. An anchor takes its sources in turn."""
+
+    def __init__(self, readers: Mapping[str, Sequence[ShardReader]], layout: Layout, seed: int, concept: int) -> None:
+        """`readers["anchor"]` lists the sources that share the anchor stream evenly; empty for no anchor stream."""
+        self.layout = layout
+        self.sources = [list(readers[role]) for role in ROLES]
+        self.orders = [
+            [GlobalOrder(len(reader), [seed, concept, r, i]) for i, reader in enumerate(readers[role])] for r, role in enumerate(ROLES)
+        ]
+
+    def __getitem__(self, item: int) -> list[list[Sample]]:
+        step, micro = divmod(item, self.layout.accumulate)
+        places = [step * self.layout.batch + position for position in self.layout.positions(micro)]
+        return [self._samples(role, places) for role in range(len(ROLES))]
+
+    def _samples(self, role: int, places: Sequence[int]) -> list[Sample]:
+        sources, orders = self.sources[role], self.orders[role]
+        chosen = []
+        for place in places if sources else []:
+            turn, source = divmod(place, len(sources))
+            chosen.append(sources[source][orders[source][turn]])
+        return chosen
+
+
+def micro_batches(
+    streams: ConceptStreams,
+    embed: Callable[[Sequence[str]], TextCond],
+    as_superclass: Mapping[str, str],
+    device: torch.device,
+    first_step: int,
+    steps: int,
+    workers: int = 0,
+) -> Iterator[ConceptBatch]:
+    """This rank's micro-batches from step `first_step` on, `accumulate` per step.
+
+    `as_superclass` maps a target's prompt to the same prompt of the superclass.
+    """
+    items = range(first_step * streams.layout.accumulate, steps * streams.layout.accumulate)
+    loader = DataLoader(
+        streams, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_is, timeout=300 if workers else 0
+    )
+
+    def stream(samples: Sequence[Sample]) -> Stream:
+        prompts = tuple(sample.prompt for sample in samples)
+        latents = torch.stack([sample.latent for sample in samples]).to(device)  # [B, C, H, W]
+        return Stream(latents, embed(prompts), prompts, tuple(sample.key for sample in samples))
+
+    for target, superclass, anchor in loader:
+        relabelled = embed([as_superclass[sample.prompt] for sample in target])
+        yield ConceptBatch(stream(target), stream(superclass), stream(anchor) if anchor else None, relabelled)
+
+
+class Draws:
+    """Random numbers of one micro-batch, keyed by (seed, concept, step, place in the global batch, what for): not by rank."""
+
+    def __init__(self, seed: int, concept: int, step: int, positions: Sequence[int], device: torch.device) -> None:
+        self.key, self.positions, self.device = (seed, concept, step), list(positions), device
+
+    def normal(self, what: str, shape: Sequence[int]) -> Tensor:
+        """Unit normal [B, *shape]."""
+        return torch.stack([torch.randn(*shape, generator=self._generator(what, p)) for p in self.positions]).to(self.device)
+
+    def uniform(self, what: str) -> Tensor:
+        """Uniform in [0, 1), [B]."""
+        return torch.stack([torch.rand((), generator=self._generator(what, p)) for p in self.positions]).to(self.device)
+
+    def _generator(self, what: str, position: int) -> torch.Generator:
+        return torch.Generator().manual_seed(derived_seed(*self.key, what, position))
+
+
+def derived_seed(*key: int | str) -> int:
+    """A 63-bit seed from a key, the same on every machine and Python."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _as_is(item: list[list[Sample]]) -> list[list[Sample]]:
+    return item

@@ -1,0 +1,164 @@
+"""Checkpoints: a directory written aside, synced, with a manifest of sizes and sha256, then renamed. No pickle is written or read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.shards import Shard
+from sculpt_dist.errors import RunFolderError
+from sculpt_dist.files import file_sha256, sync, write_atomically
+
+KEPT = 2
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+def shard_tensors(shards: Sequence[Shard], extra: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """This rank's state as `kind|name|start` -> slice of a parameter; `extra` adds kinds of flat tensors like the shards."""
+    tensors = {}
+    for i, shard in enumerate(shards):
+        kinds = {
+            "weight": shard.flat,
+            "saliency": shard.saliency,
+            "opened": shard.opened,
+            "momentum": shard.momentum,
+            "variance": shard.variance,
+        } | {kind: flats[i] for kind, flats in extra.items()}
+        for f in shard.fragments:
+            tensors |= {f"{kind}|{f.name}|{f.start}": flat[f.here].cpu() for kind, flat in kinds.items()}
+    return tensors
+
+
+def save(folder: Path, number: int, shards: Sequence[Shard], extra: Mapping[str, Sequence[Tensor]], state: Any, group: Group) -> Path:
+    """Write checkpoint `number` (ever increasing); `state` is json. All ranks enter; the last ones are kept, older ones removed."""
+    from safetensors.torch import save_file
+
+    aside = folder / f".writing-{number:08d}"
+    if group.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        for debris in folder.glob(".writing-*"):
+            shutil.rmtree(debris)
+        aside.mkdir()
+    group.barrier()
+    mine = aside / f"rank-{group.rank}.safetensors"
+    save_file(shard_tensors(shards, extra), mine)
+    os.chmod(mine, 0o644)
+    sync(mine)
+    entries = group.to_all((mine.name, mine.stat().st_size, file_sha256(mine)))
+    final = folder / f"step-{number:08d}"
+    if group.is_first:
+        body = {"schema": SCHEMA, "number": number, "state": state, "files": {n: {"bytes": b, "sha256": h} for n, b, h in entries}}
+        text = json.dumps(body, indent=1, sort_keys=True)
+        sealed = {"seal": hashlib.sha256(text.encode()).hexdigest(), "body": text}
+        write_atomically(aside / MANIFEST, json.dumps(sealed).encode())
+        sync(aside)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(aside, final)
+        sync(folder)
+        for old in sorted(folder.glob("step-*"))[:-KEPT]:
+            shutil.rmtree(old)
+    group.barrier()
+    return final
+
+
+def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
+    """The newest checkpoint that verifies, and its state; rank 0 decides for all. None where there is none.
+
+    Raises RunFolderError when there are checkpoints but none can be trusted.
+    """
+
+    def choose() -> tuple[str, Any, list[str]] | None:
+        damaged = []
+        for path in sorted(folder.glob("step-*"), reverse=True):
+            state, reason = verify(path)
+            if reason is None:
+                return str(path), state, damaged
+            damaged.append(f"{path.name}: {reason}")
+        return ("", None, damaged) if damaged else None
+
+    found = group.from_first(choose() if group.is_first else None)
+    if found is None:
+        return None
+    path, state, damaged = found
+    if not path:
+        raise RunFolderError(f"{folder}: no checkpoint can be trusted ({'; '.join(damaged)}); start over with run.fresh=true")
+    if damaged and group.is_first:
+        print(f"checkpoint passed over: {'; '.join(damaged)}", flush=True)
+    return Path(path), state
+
+
+def verify(path: Path) -> tuple[Any, str | None]:
+    """(state, None) when the manifest and every file are as written, else (None, what is wrong)."""
+    try:
+        sealed = json.loads((path / MANIFEST).read_bytes())
+        text = sealed["body"]
+        if hashlib.sha256(text.encode()).hexdigest() != sealed["seal"]:
+            return None, "its manifest was changed"
+        body = json.loads(text)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"its manifest is not readable ({type(error).__name__})"
+    if body["schema"] != SCHEMA:
+        return None, f"its manifest has schema {body['schema']}, this version reads {SCHEMA}"
+    for name, entry in body["files"].items():
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            return None, f"{name} is missing"
+        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+            return None, f"{name} was changed or cut"
+    return body["state"], None
+
+
+def load(path: Path, shards: Sequence[Shard], extra: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Fill the shards from a verified checkpoint of any number of ranks, by overlapping slices; returns the extra kinds.
+
+    Weights are put into the fp32 shards; the caller publishes them.
+    """
+    filled = {kind: [torch.zeros_like(shard.flat) for shard in shards] for kind in extra}
+    into = {
+        "weight": [shard.flat for shard in shards],
+        "saliency": [shard.saliency for shard in shards],
+        "opened": [shard.opened for shard in shards],
+        "momentum": [shard.momentum for shard in shards],
+        "variance": [shard.variance for shard in shards],
+    } | filled
+    wanted: dict[str, list[tuple[int, Any]]] = {}
+    missing = 0
+    for i, shard in enumerate(shards):
+        for f in shard.fragments:
+            wanted.setdefault(f.name, []).append((i, f))
+            missing += f.numel * len(into)
+    for kind, name, start, tensor in _slices(path):
+        for i, f in wanted.get(name, []) if kind in into else []:
+            low, high = max(start, f.start), min(start + tensor.numel(), f.start + f.numel)
+            if low < high:
+                at = f.offset + low - f.start
+                into[kind][i][at : at + high - low] = tensor[low - start : high - start].to(into[kind][i].device)
+                missing -= high - low
+    if missing > 0:
+        raise RunFolderError(f"{path}: lacks {missing} elements that this run needs; it is of another model or method")
+    return filled
+
+
+def _slices(path: Path) -> Iterator[tuple[str, str, int, Tensor]]:
+    from safetensors import safe_open
+
+    files = sorted(path.glob("rank-*.safetensors"), key=lambda p: int(p.stem.split("-")[1]))
+    seen = set()
+    for file in files:
+        with safe_open(file, "pt") as content:
+            for key in content.keys():
+                if key not in seen:  # stage 0 writes the same slices on every rank
+                    seen.add(key)
+                    kind, name, start = key.split("|")
+                    yield kind, name, int(start), content.get_tensor(key)
+

@@ -1,0 +1,47 @@
+"""A frozen earlier state of the net, held as its trainable part only and sharded like the weights."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenWeights:
+    """The net as it was when this was made: inside `with frozen():` the engine's net computes with those weights.
+
+    Frozen weights are shared with the student; what is kept is this rank's storage of the trainable ones (all of it in stages
+    0-2, 1 / ranks in stage 3). Data pointers are swapped, not copied, so nothing that autograd has saved is touched; in stage 3
+    gathered copies are released first, or persistent parameters would leak from one state into the other. Inside, only forwards
+    without gradient, and all ranks enter together.
+    """
+
+    def __init__(self, engine: Any, stage: int) -> None:
+        self._sharded = stage == 3
+        self._parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        self._owners: list[nn.Module] = []
+        if self._sharded:
+            self._coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+            self._owners = [m for m in engine.module.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+        self._saved = [self._storage(p).data.clone() for p in self._parameters]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._swap()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._swap()
+
+    def _storage(self, parameter: Any) -> Tensor:
+        return parameter.ds_tensor if self._sharded else parameter
+
+    def _swap(self) -> None:
+        for module in self._owners:
+            self._coordinator.release_and_reset_all(module)
+        for i, parameter in enumerate(self._parameters):
+            storage = self._storage(parameter)
+            storage.data, self._saved[i] = self._saved[i], storage.data

@@ -1,0 +1,172 @@
+"""The engine: DeepSpeed ZeRO stages 0-3 behind a handful of verbs. The only importer of deepspeed besides `group.py`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sculpt_dist.engine.frozen import FrozenWeights
+from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.mask import DynamicMask, MaskSettings
+from sculpt_dist.engine.masked import Combine, MaskedAdamW
+from sculpt_dist.engine.shards import check_coverage, find_shards, parameter_sizes
+from sculpt_dist.errors import NonFiniteError
+
+ADVICE = "the weights are as before it and the last checkpoint stays; lower train.lr or look at the data of this concept"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    stage: int
+    precision: str  # fp32 or bf16
+    micro_batch: int  # samples per rank, stream and backward
+    accumulate: int
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float
+
+
+class Engine:
+    """A net whose trainable part is optimised over all ranks; every verb is entered by all of them."""
+
+    def __init__(self, net: nn.Module, trainable: Sequence[str], group: Group, settings: EngineSettings, mask: MaskSettings) -> None:
+        """`trainable` names the parameters that may move; the rest is frozen. `net` belongs to the engine from now on."""
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.group, self.settings = group, settings
+        names = set(trainable)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(name in names)
+        net.to(device=group.device, dtype=DTYPES[settings.precision])
+        net.eval()  # no dropout: the pseudo label and the student see the same net
+        moving = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        self.optimizer = MaskedAdamW(moving, settings.betas, settings.weight_decay, settings.clip)
+        self._engine: Any = deepspeed.initialize(model=net, optimizer=self.optimizer, config=_deepspeed_config(settings, group.size))[0]
+        self.sizes = parameter_sizes(self._engine)
+        self.shards = find_shards(self._engine, settings.stage)
+        self.replicated = settings.stage == 0
+        self.num_trained = sum(self.sizes.values())
+        held = torch.tensor([sum(f.numel for shard in self.shards for f in shard.fragments)], device=group.device)
+        check_coverage(self.shards, self.sizes, int(held if self.replicated else group.sum(held)))
+        owners = None if self.replicated else group
+        self.mask = DynamicMask(self.shards, self.sizes, owners, mask)
+        self.mask.open_all()
+        self.optimizer.statistic = mask.saliency
+        self.optimizer.attach(self.shards, self.mask, owners)
+
+    @property
+    def net(self) -> nn.Module:
+        """What a backbone's `denoise` calls."""
+        return self._engine
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.settings.precision]
+
+    def snapshot(self) -> FrozenWeights:
+        """The net as it is now, frozen."""
+        return FrozenWeights(self._engine, self.settings.stage)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch; the loss [] is divided by the accumulation count."""
+        self._engine.backward(loss)
+
+    def step(self, phase: str, lr: float = 0.0, combine: Combine | None = None) -> None:
+        """End a micro-batch; at the last one of a step the optimizer acts as `phase` says (see MaskedAdamW).
+
+        Raises NonFiniteError, on all ranks alike, when the gradient is not finite; the weights have not moved then.
+        """
+        self.optimizer.phase = phase
+        self.optimizer.param_groups[0]["lr"] = lr
+        if combine is not None:
+            self.optimizer.combine = combine
+        boundary, before = self._engine.is_gradient_accumulation_boundary(), self.optimizer.steps_seen
+        self._engine.step()
+        self.optimizer.phase = "hold"
+        if boundary and self.optimizer.steps_seen == before:  # DeepSpeed found an infinite gradient and skipped its optimizer
+            raise NonFiniteError(f"the gradient is not finite at update {self.optimizer.updates}; {ADVICE}")
+
+    def agree_finite(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        """The mean of each loss term [] over ranks. Raises NonFiniteError on all ranks when any rank's term is not finite."""
+        mine = torch.stack([term.detach().float().reshape(()) for term in terms.values()])
+        means = (self.group.sum(mine.clone()) / self.group.size).tolist()
+        if not all(math.isfinite(mean) for mean in means):
+            where = "here" if not bool(torch.isfinite(mine).all()) else "on another rank"
+            named = ", ".join(f"{name} {value}" for name, value in zip(terms, mine.tolist()))
+            raise NonFiniteError(f"the loss is not finite {where} (rank {self.group.rank}: {named}) at update {self.optimizer.updates}; {ADVICE}")
+        return dict(zip(terms, means))
+
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any rank raised it."""
+        raised = self.group.max(torch.tensor([float(flag) for flag in flags], device=self.group.device))
+        return tuple(value > 0 for value in raised.tolist())
+
+    def begin_concept(self) -> None:
+        """New moments, new saliency, every weight open until a mask is built."""
+        self.optimizer.updates = 0
+        for shard in self.shards:
+            for state in (shard.saliency, shard.momentum, shard.variance):
+                state.zero_()
+        self.mask.open_all()
+
+    def publish(self) -> None:
+        """Make the net compute with the fp32 shards as they are now: what DeepSpeed does after a step."""
+        if self.settings.stage in (1, 2):
+            self._engine.optimizer.update_lp_params()
+        elif self.settings.stage == 3:
+            zero = self._engine.optimizer
+            zero._partition_all_parameters()
+            zero._reassign_or_swap_out_partitioned_parameters(0)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def masters(self) -> list[Tensor]:
+        """A copy of this rank's fp32 shards, [n] each."""
+        return [shard.flat.clone() for shard in self.shards]
+
+    def set_masters(self, masters: Sequence[Tensor]) -> None:
+        """Put fp32 shards back, as `masters` gave them, and let the net compute with them."""
+        for shard, master in zip(self.shards, masters):
+            shard.flat.copy_(master)
+        self.publish()
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """The trainable parameters in fp32, flat and whole, one at a time: (name, [numel] on rank 0, None elsewhere)."""
+        here: dict[str, list[tuple[Any, Any]]] = {}
+        for shard in self.shards:
+            for fragment in shard.fragments:
+                here.setdefault(fragment.name, []).append((shard, fragment))
+        for name, size in self.sizes.items():
+            whole = torch.zeros(size, device=self.group.device)
+            for shard, f in here.get(name, []):
+                whole[f.start : f.start + f.numel] = shard.flat[f.here]
+            if not self.replicated:
+                self.group.sum(whole)
+            yield name, whole.cpu() if self.group.is_first else None
+
+
+def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
+    """What DeepSpeed is told. Its clipping is off: it would scale the saliency, and see the norm of unmasked gradients."""
+    zero: dict[str, Any] = {"stage": settings.stage}
+    if settings.stage == 3:
+        zero["sub_group_size"] = int(1e15)  # one flat shard per rank, so that one step sees the whole gradient
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": settings.accumulate,
+        "train_batch_size": settings.micro_batch * settings.accumulate * ranks,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1 << 60,
+        "wall_clock_breakdown": False,
+    }
+    if settings.precision == "bf16":
+        config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    return config

@@ -1,0 +1,29 @@
+"""Errors that a user can act on: each message names the file or key, what was found, and what to do."""
+
+
+class SculptError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it without a traceback (exit code 2)."""
+
+
+class ConfigError(SculptError):
+    """A key, a value, or a combination of values in the configuration cannot work."""
+
+
+class ModelError(SculptError):
+    """A model folder is missing, is no pipeline, or lacks weights."""
+
+
+class ShardError(SculptError):
+    """A shard, or its index, is missing, damaged, or holds what a shard may not hold."""
+
+
+class RunFolderError(SculptError):
+    """The output folder belongs to another run, or none of its checkpoints can be trusted."""
+
+
+class NonFiniteError(SculptError):
+    """The loss or the gradient became NaN or infinite on some rank; every rank stops at this step."""
+
+
+class StopRequested(Exception):
+    """All ranks agreed to stop after a signal; the state is saved (exit code 75)."""

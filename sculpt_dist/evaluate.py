@@ -1,0 +1,207 @@
+"""Scores of a model: images of every object in every style by fixed seeds, recognised, counted, with intervals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.config import Concept, RunConfig, normal
+from sculpt_dist.data.prompts import fill
+from sculpt_dist.data.streams import derived_seed
+from sculpt_dist.engine.group import Group
+from sculpt_dist.errors import ConfigError
+from sculpt_dist.files import write_atomically
+from sculpt_dist.maths.scores import Answers, Target, accuracy_by, bootstrap_intervals, unlearning_scores
+from sculpt_dist.metrics.base import Classifier
+from sculpt_dist.metrics.classifiers import load_classifier
+from sculpt_dist.progress import progress
+
+
+@dataclass(frozen=True)
+class World:
+    """What is evaluated: the objects, the styles, and which objects each superclass has."""
+
+    objects: tuple[str, ...]
+    styles: tuple[str, ...]  # empty where only objects are asked for
+    members: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One image to draw: its prompt, what should be seen in it, and the seed of its noise."""
+
+    prompt: str
+    prompt_id: int
+    paraphrased: bool
+    object: int
+    style: int  # -1 where no style is asked for
+    seed: int
+    shown: str | None  # file name under which it is kept, for the first image of each pair
+
+
+def evaluated_world(config: RunConfig) -> World:
+    """Objects and styles from the configuration; the canvas's own where the canvas classifier judges and none are named."""
+    settings = config.evaluate
+    objects, styles, members = list(settings.objects), list(settings.styles), dict(settings.members)
+    if settings.classifier == "canvas":
+        from sculpt_dist.canvas import world
+
+        objects = objects or list(world.OBJECTS)
+        styles = styles or list(world.STYLES)
+        members = members or {name: list(those) for name, those in world.SUPERCLASSES.items()}
+    known = {normal(name) for name in (*objects, *styles)}
+    for concept in config.concepts:
+        for name in (concept.target, *concept.keep):
+            if normal(name) not in known:
+                (objects if concept.kind == "object" else styles).append(name)
+                known.add(normal(name))
+    if not objects:
+        raise ConfigError("evaluate.objects is empty and no concept is an object: name the objects to draw, or evaluate.enabled=false")
+    return World(tuple(objects), tuple(styles), {name: tuple(those) for name, those in members.items()})
+
+
+def asks(config: RunConfig, world: World) -> list[Ask]:
+    """Every image of an evaluation, plain prompts first, in an order that depends on the configuration alone."""
+    settings, listed = config.evaluate, []
+    templates = [(settings.prompt, settings.images)] + [(text, settings.paraphrase_images) for text in settings.paraphrases]
+    prompt_id = 0
+    for number, (template, images) in enumerate(templates):
+        for o, name in enumerate(world.objects):
+            for s, style in enumerate(world.styles or (None,)):
+                prompt = fill(template, object=name, style=style)
+                for i in range(images):
+                    seed = derived_seed(settings.seed, "evaluate", name, style or "", number, i)
+                    shown = f"{name}--{style or 'none'}.png".replace("/", "-") if not number and not i else None
+                    listed.append(Ask(prompt, prompt_id, number > 0, o, s if style else -1, seed, shown))
+                prompt_id += 1
+    return listed
+
+
+def score_targets(concepts: Sequence[Concept], world: World) -> list[Target]:
+    """The concepts as indices into the world."""
+    names = {"object": [normal(name) for name in world.objects], "style": [normal(name) for name in world.styles]}
+    members = {normal(name): those for name, those in world.members.items()}
+    targets = []
+    for concept in concepts:
+        siblings = members.get(normal(concept.superclass or ""), ()) if concept.kind == "object" else ()
+        index = names[concept.kind].index(normal(concept.target))
+        others = tuple(names["object"].index(normal(name)) for name in siblings if normal(name) in names["object"])
+        targets.append(Target(concept.kind, index, tuple(i for i in others if i != index)))
+    return targets
+
+
+def evaluate(
+    config: RunConfig, backbone: Backbone, net: nn.Module, group: Group, folder: Path, concepts: Sequence[Concept], label: str
+) -> dict[str, Any]:
+    """Draw, recognise and score; writes `folder`/scores.json and the first image of each pair; returns the scores.
+
+    `concepts` are those that should be forgotten by now. Each rank draws every so-many-th batch; as a sharded net needs all ranks
+    in every forward, a rank without a batch of its own draws one along and discards it.
+    """
+    world = evaluated_world(config)
+    classifier = load_classifier(config.evaluate.classifier, world.objects, world.styles)
+    wanted = asks(config, world)
+    size = config.evaluate.batch
+    batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    if group.is_first:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+    group.barrier()
+    seen: list[tuple[int, list[int], list[int] | None]] = []
+    rounds = range((len(batches) + group.size - 1) // group.size)
+    for turn in progress(rounds, f"evaluate {label}", group.is_first):
+        number = turn * group.size + group.rank
+        batch = batches[min(number, len(batches) - 1)]
+        images = draw(config, backbone, net, batch)  # uint8 [B, 3, h, w]
+        if number < len(batches):
+            seen.append((number, *_recognise(classifier, images)))
+            _keep_shown(folder, batch, images)
+    scores = None
+    everything = group.to_all(seen)
+    if group.is_first:
+        answers = _answers(wanted, size, [entry for rank in everything for entry in rank])
+        scores = _scores(config, world, wanted, answers, concepts)
+        write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())
+    return group.from_first(scores)
+
+
+def draw(config: RunConfig, backbone: Backbone, net: nn.Module, batch: Sequence[Ask]) -> Tensor:
+    """Images of these asks, uint8 [B, 3, h, w]."""
+    noise = torch.stack([torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(ask.seed)) for ask in batch])
+    cond, negative = backbone.embed([ask.prompt for ask in batch]), backbone.embed([""] * len(batch))
+    settings = config.evaluate
+    latents = backbone.sample(backbone.denoiser(net), noise.to(backbone.device), cond, negative, settings.steps, settings.guidance)
+    return backbone.decode(latents)
+
+
+def _recognise(classifier: Classifier, images: Tensor) -> tuple[list[int], list[int] | None]:
+    verdict = classifier.classify(images)
+    return verdict.objects.tolist(), None if verdict.styles is None else verdict.styles.tolist()
+
+
+def _keep_shown(folder: Path, batch: Sequence[Ask], images: Tensor) -> None:
+    from PIL import Image
+
+    for ask, image in zip(batch, images):
+        if ask.shown:
+            Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(folder / "images" / ask.shown)
+
+
+def _answers(wanted: Sequence[Ask], size: int, seen: Sequence[tuple[int, list[int], list[int] | None]]) -> Answers:
+    ordered = sorted(seen)
+    styles = [style for _, _, found in ordered if found is not None for style in found]
+    return Answers(
+        prompt=np.array([ask.prompt_id for ask in wanted]),
+        object_asked=np.array([ask.object for ask in wanted]),
+        style_asked=np.array([ask.style for ask in wanted]),
+        object_seen=np.array([name for _, found, _ in ordered for name in found]),
+        style_seen=np.array(styles) if len(styles) == len(wanted) else None,
+    )
+
+
+def _part(answers: Answers, chosen: np.ndarray) -> Answers:
+    return Answers(
+        answers.prompt[chosen],
+        answers.object_asked[chosen],
+        answers.style_asked[chosen],
+        answers.object_seen[chosen],
+        None if answers.style_seen is None else answers.style_seen[chosen],
+    )
+
+
+def _scores(
+    config: RunConfig, world: World, wanted: Sequence[Ask], answers: Answers, concepts: Sequence[Concept]
+) -> dict[str, Any]:
+    paraphrased = np.array([ask.paraphrased for ask in wanted])
+    parts = {"plain": ~paraphrased, "paraphrased": paraphrased}
+    return {
+        name: _score_part(config, world, _part(answers, chosen), concepts) if chosen.any() else None for name, chosen in parts.items()
+    }
+
+
+def _score_part(config: RunConfig, world: World, answers: Answers, concepts: Sequence[Concept]) -> dict[str, Any]:
+    forgotten = score_targets(concepts, world)
+    scores: dict[str, Any] = dict(unlearning_scores(answers, forgotten))
+    intervals = bootstrap_intervals(answers, forgotten, config.evaluate.bootstrap)
+    scores |= {f"{name}_ci95": interval and list(interval) for name, interval in intervals.items()}
+    seen_right = answers.object_seen == answers.object_asked
+    scores["objects"] = accuracy_by(answers.object_asked, seen_right, world.objects)
+    scores["styles"] = {}
+    if answers.style_seen is not None:
+        scores["styles"] = accuracy_by(answers.style_asked, answers.style_seen == answers.style_asked, world.styles)
+    scores["targets"] = {}
+    of_any = np.zeros(len(answers.prompt), bool)
+    for concept, target in zip(config.concepts, score_targets(config.concepts, world)):
+        alone = unlearning_scores(answers, [target])
+        accuracy = None if alone["UA"] is None else 1 - alone["UA"]
+        scores["targets"][concept.target] = {"accuracy": accuracy, "UA": alone["UA"], "SA": alone["SA"]}
+    for target in forgotten:
+        of_any |= (answers.object_asked if target.kind == "object" else answers.style_asked) == target.index
+    scores["images"] = {"target": int(of_any.sum()), "other": int((~of_any).sum())}
+    return scores

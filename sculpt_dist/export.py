@@ -1,0 +1,68 @@
+"""The result as a normal diffusers folder with a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from itertools import chain
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.backbones.folders import stored_weights, write_pipeline
+from sculpt_dist.build import DTYPES
+from sculpt_dist.config import RunConfig
+from sculpt_dist.engine.group import Group
+
+
+def export(
+    config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], shapes: dict[str, torch.Size], folder: Path, group: Group
+) -> Path:
+    """Write `folder` aside and rename it into place; all ranks enter, the first writes, one tensor in memory at a time.
+
+    `weights` are the changed parameters in fp32, flat [numel] on the first rank; the rest is streamed from the base. All is
+    written in `model.dtype`.
+    """
+    if not group.is_first:
+        for _ in weights:
+            pass
+        group.barrier()
+        return folder
+    dtype = DTYPES[config.model.dtype]
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    written: set[str] = set()
+
+    def changed() -> Iterator[tuple[str, Tensor]]:
+        for name, flat in weights:
+            assert flat is not None
+            written.add(name)
+            yield name, flat.view(shapes[name]).to(dtype)
+
+    def unchanged() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stored_weights(backbone.folder, backbone.net_name):
+            if name not in written:
+                yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    write_pipeline(backbone.folder, aside, backbone.net_name, chain(changed(), unchanged()))
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(aside, folder)
+    group.barrier()
+    return folder
+
+
+def write_card(run: Path) -> None:
+    """README.md of the exported folder, from the run's configuration and report."""
+    from omegaconf import OmegaConf
+
+    from sculpt_dist.card import model_card
+    from sculpt_dist.files import write_atomically
+
+    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    report = json.loads((run / "report" / "report.json").read_text())
+    write_atomically(run / "model" / "README.md", model_card(config, report).encode())

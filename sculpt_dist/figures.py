@@ -1,0 +1,164 @@
+"""The figures of a report: curves over the steps of a run, and the relapse heat map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Line = Mapping[str, Any]  # one step, as metrics.jsonl holds it
+
+STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
+INK, MUTED, HAIR, ACCENT = "#1d1f23", "#70747c", "#b9b6ae", "#c4512d"  # as in page.css
+WIDTH = 10.4  # inches
+
+
+def draw_loss(lines: Sequence[Line], targets: Sequence[str]) -> Figure | None:
+    """The loss by term, the running mean over the raw values, log scale where no term is negative; None without steps."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    def terms_of(line: Line) -> Mapping[str, float | None]:
+        if line.get("phase") == "collect":
+            return {"collecting": line.get("loss")}
+        return line.get("terms") or {"loss": line.get("loss")}
+
+    names = list(dict.fromkeys(name for line in lines for name in terms_of(line)))
+    curves = {name: _values([terms_of(line).get(name) for line in lines]) for name in names}
+    curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
+    if not curves:
+        return None
+    figure = Figure(figsize=(WIDTH, 3.6))
+    axes = figure.subplots()
+    colors = {name: f"C{at}" for at, name in enumerate(name for name in curves if name != "collecting")} | {"collecting": MUTED}
+    for name, values in curves.items():
+        axes.plot(values, color=colors[name], alpha=0.25, linewidth=0.7)
+        axes.plot(_running_mean(values, lines), color=colors[name], label=name)
+    every = np.stack(list(curves.values()))
+    if np.nanmin(every) >= 0 and np.nanmax(every) > 0:  # a term may start at 0: distillation does
+        axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], np.nanmax(every) * 1e-5))
+    axes.set_ylabel("weighted loss")
+    _mark_concepts(axes, lines, targets, names_too=True)
+    axes.set_xlabel("step of the run")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def draw_mask(lines: Sequence[Line], targets: Sequence[str], num_trained: int | None) -> Figure | None:
+    """Open weights, weights swapped per refresh, and overlap, one panel each; None where the method has no mask."""
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
+    concept = _values([line["concept"] for line in lines])
+    opened, swapped, overlap = (_values([line.get(key) for line in lines]) for key in ("open", "swapped", "overlap"))
+    panels = []
+    if np.isfinite(opened).any():
+        panels.append(("open share of the trained weights", opened / num_trained, True) if num_trained else ("open weights", opened, False))
+    if np.isfinite(swapped).any():
+        panels.append(("weights swapped at each refresh", swapped, False))
+    if np.isfinite(overlap).any():
+        panels.append(("overlap: open weights that were open before the last refresh", overlap, True))
+    if not panels:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.6 + 1.45 * len(panels)))
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for at, (axes, (title, values, is_share)) in enumerate(zip(rows, panels)):
+        seen = np.flatnonzero(np.isfinite(values))
+        if values is swapped:
+            axes.vlines(seen, 0, values[seen], color=f"C{at}", linewidth=1.2)
+            axes.plot(seen, values[seen], "o", color=f"C{at}", markersize=3.5)
+        else:  # a line within each concept, with its points where they are few
+            for part in (seen[concept[seen] == each] for each in np.unique(concept)):
+                axes.plot(part, values[part], "o-" if len(seen) < len(lines) / 4 else "-", color=f"C{at}", markersize=3.5)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0) if is_share else EngFormatter(sep=""))
+        axes.set_ylim(0, 1.08 if is_share else 1.15 * max(values[seen].max(), 1))
+        axes.set_title(title, pad=16 if at == 0 else 6)
+        _mark_concepts(axes, lines, targets, names_too=at == 0)
+    rows[-1].set_xlabel("step of the run")
+    return figure
+
+
+def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str]) -> Figure | None:
+    """Accuracy of each target (column) in the base (first row) and after each step; None where nothing was recognised."""
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    values = np.stack([_values(row) for row in rows])  # [1 + num_targets, num_targets]
+    if not np.isfinite(values).any():
+        return None
+    num = len(targets)
+    gone = np.arange(num + 1)[:, None] > np.arange(num)[None, :]  # forgotten by then
+    figure = Figure(figsize=(min(2.2 + 0.95 * num, WIDTH), min(1.0 + 0.46 * (num + 1), 9)))
+    axes = figure.subplots()
+    for part, color in ((gone, ACCENT), (~gone, "#7b838e")):
+        tint = LinearSegmentedColormap.from_list("tint", ["#faf8f4", color])
+        axes.imshow(np.where(part, values, np.nan), cmap=tint, vmin=0, vmax=1, aspect="auto")
+    names = [shorten(name, 16) for name in targets]
+    axes.set_xticks(range(num), names, rotation=0 if num <= 6 else 35, ha="center" if num <= 6 else "left")
+    axes.set_yticks(range(num + 1), ["base", *(f"after {name}" for name in names)])
+    axes.tick_params(length=0, labelcolor=INK, labelsize=9, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(np.arange(num + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(num + 2) - 0.5, minor=True)
+    axes.grid(True, which="minor", axis="both", color="white", linewidth=2)
+    if num <= 12:
+        for (row, column), value in np.ndenumerate(values):
+            text, color = ("-", MUTED) if np.isnan(value) else (f"{100 * value:.0f}", "white" if value > 0.55 else INK)
+            axes.text(column, row, text, ha="center", va="center", color=color, fontweight="bold" if gone[row, column] else "normal")
+    return figure
+
+
+def shorten(name: str, room: int) -> str:
+    """A name cut to at most `room` characters, two dots in place of the rest."""
+    return name if len(name) <= room else name[: max(room - 2, 1)] + ".."
+
+
+def _values(members: Sequence[float | None]) -> np.ndarray:
+    """[num_lines], NaN where a line has no finite value."""
+    import numpy as np
+
+    values = np.array([np.nan if member is None else member for member in members], dtype=float)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _running_mean(values: np.ndarray, lines: Sequence[Line]) -> np.ndarray:
+    """A centred mean over a twelfth of a concept's steps, never across concepts; NaN stays NaN."""
+    import numpy as np
+
+    smooth = np.full_like(values, np.nan)
+    for start, stop, _ in _spans(lines):
+        here = values[start:stop]
+        seen = np.isfinite(here)
+        kernel = np.ones(min(max(1, (stop - start) // 12), stop - start))
+        total, count = np.convolve(np.where(seen, here, 0), kernel, "same"), np.convolve(seen, kernel, "same")
+        smooth[start:stop] = np.where(seen, total / np.maximum(count, 1), np.nan)
+    return smooth
+
+
+def _spans(lines: Sequence[Line]) -> list[tuple[int, int, int]]:
+    """(first line, one past the last, concept) of every concept that has steps."""
+    starts = [at for at, line in enumerate(lines) if at == 0 or line["concept"] != lines[at - 1]["concept"]]
+    return [(start, stop, lines[start]["concept"]) for start, stop in zip(starts, [*starts[1:], len(lines)])]
+
+
+def _mark_concepts(axes: Axes, lines: Sequence[Line], targets: Sequence[str], names_too: bool) -> None:
+    """Hairlines between concepts, a tint where the saliency is collected, and the names of the concepts on top."""
+    axes.set_xlim(-0.01 * len(lines), 1.01 * len(lines))
+    for start, stop, concept in _spans(lines):
+        num_collect = sum(line.get("phase") == "collect" for line in lines[start:stop])
+        axes.axvspan(start - 0.5, start + num_collect - 0.5, color="#f3f1ec", zorder=-1, linewidth=0)
+        if start:
+            axes.axvline(start - 0.5, color=HAIR, linewidth=0.9)
+        if names_too:
+            room = int(100 * (stop - start) / len(lines))
+            name = shorten(targets[concept] if concept < len(targets) else str(concept), max(room, 3))
+            axes.text(start, 1.02, name, transform=axes.get_xaxis_transform(), color=INK, fontweight="bold", fontsize=8.5)

@@ -1,0 +1,17 @@
+"""Corruption and goals of discrete diffusion (DDPM) and of flow matching. Letters: B batch, C H W latent, T train timesteps."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def ddpm_corrupt(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t = sqrt(a) x + sqrt(1 - a) n, with a = alpha_bar [B] at each sample's time (Ho et al., arXiv 2006.11239, eq. 4)."""
+    a = alpha_bar.view(-1, 1, 1, 1)
+    return a.sqrt() * clean + (1 - a).sqrt() * noise
+
+
+def ddpm_velocity(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """v = sqrt(a) n - sqrt(1 - a) x (Salimans and Ho, arXiv 2202.00512, section 2.4)."""
+    a = alpha_bar.view(-1, 1, 1, 1)
+    return a.sqrt() * noise - (1 - a).sqrt() * clean

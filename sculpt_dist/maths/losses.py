@@ -1,0 +1,19 @@
+"""Loss terms: tensors in, tensors out. Letters: B batch, C H W latent."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def mse(prediction: Tensor, goal: Tensor) -> Tensor:
+    """Mean squared error over all elements, in fp32: two [B, C, H, W] -> []."""
+    return (prediction.float() - goal.float()).pow(2).mean()
+
+
+def guided_label(superclass: Tensor, target: Tensor, guidance: float) -> Tensor:
+    """The superclass prediction, led away from the target: s + w (s - f), [B, C, H, W].
+
+    Ours, not in the Sculpting Memory paper: where the superclass prompt itself draws the target, the plain label s asks the
+    model to keep some of it. `guidance` w = 0 gives s.
+    """
+    return superclass + guidance * (superclass - target)

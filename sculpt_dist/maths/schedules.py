@@ -1,0 +1,26 @@
+"""Schedules over the progress of a run, from 0 (first update) to 1 (end). Plain numbers in, plain numbers out."""
+
+from __future__ import annotations
+
+import math
+
+
+def one_cycle(progress: float, warmup: float, start: float = 1 / 25, end: float = 1 / 250_000) -> float:
+    """The one-cycle factor on the top learning rate: cosine up from `start` during `warmup`, cosine down to `end`.
+
+    The published code uses torch's OneCycleLR, whose defaults these are (Smith and Topin, arXiv 1708.07120).
+    """
+    if progress < warmup:
+        return start + (1 - start) * (1 - math.cos(math.pi * progress / warmup)) / 2
+    fall = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return end + (1 - end) * (1 + math.cos(math.pi * fall)) / 2
+
+
+def turnover_share(turnover: float, progress: float) -> float:
+    """The share of open weights to swap, decayed by a cosine (METHODS.md 1.5): turnover (1 + cos(pi progress)) / 2."""
+    return turnover * (1 + math.cos(math.pi * progress)) / 2
+
+
+def turnover_count(num_open: int, share: float) -> int:
+    """How many of `num_open` weights to swap: at least one where any is open."""
+    return min(num_open, max(1, int(share * num_open)))

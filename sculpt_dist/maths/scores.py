@@ -1,0 +1,93 @@
+"""Unlearning scores as UnlearnCanvas defines them (arXiv 2402.11846), from what was asked for and what was recognised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping, Sequence
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Target:
+    """A concept to forget as the score sees it: an index into the objects or the styles, and its superclass's other members."""
+
+    kind: str  # object or style
+    index: int
+    siblings: tuple[int, ...]  # object indices; empty for a style
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One entry per image: what the prompt asked for and what was recognised; -1 says none. N images."""
+
+    prompt: np.ndarray  # [N] int, which prompt: the unit of the bootstrap
+    object_asked: np.ndarray  # [N] int
+    style_asked: np.ndarray  # [N] int
+    object_seen: np.ndarray  # [N] int
+    style_seen: np.ndarray | None  # [N] int; None where styles are not recognised
+
+
+def unlearning_scores(answers: Answers, targets: Sequence[Target], weight: np.ndarray | None = None) -> dict[str, float | None]:
+    """UA, IRA, CRA, SA and CTA in [0, 1]; None where nothing can be counted.
+
+    UA: share of target images in which the target is not recognised. IRA and CRA: over images whose object and style are no
+    target, the accuracy in the targets' own domain and in the other one (both domains targeted: each domain is its own IRA, and
+    CRA is the mean of the two as well). SA: share of target images recognised as another member of the superclass. CTA: the
+    other domain's accuracy on images of targets. `weight` [N] counts an image several times (the bootstrap does).
+    """
+    weight = np.ones(len(answers.prompt)) if weight is None else weight
+    right = {"object": answers.object_seen == answers.object_asked}
+    if answers.style_seen is not None:
+        right["style"] = answers.style_seen == answers.style_asked
+    asked = {"object": answers.object_asked, "style": answers.style_asked}
+    other_domain = {"object": "style", "style": "object"}
+    of_target = np.zeros(len(weight), bool)
+    forgotten, replaced, other = [], [], []
+    for target in targets:
+        mine = asked[target.kind] == target.index
+        of_target |= mine
+        if target.kind in right:
+            forgotten.append((mine, ~right[target.kind]))
+        if target.siblings:
+            replaced.append((mine, np.isin(answers.object_seen, target.siblings)))
+        if other_domain[target.kind] in right:
+            other.append((mine, right[other_domain[target.kind]]))
+    kinds = {target.kind for target in targets}
+    own = [(~of_target, right[kind]) for kind in right if kind in kinds]
+    cross = [(~of_target, right[other_domain[kind]]) for kind in kinds if other_domain[kind] in right]
+    groups = {"UA": forgotten, "IRA": own, "CRA": cross, "SA": replaced, "CTA": other}
+    return {name: _pooled(pairs, weight) for name, pairs in groups.items()}
+
+
+def bootstrap_intervals(
+    answers: Answers, targets: Sequence[Target], rounds: int, seed: int = 0
+) -> dict[str, tuple[float, float] | None]:
+    """95 % percentile intervals [low, high] of every score: prompts are drawn again with replacement, with all their images."""
+    rng = np.random.default_rng(seed)
+    prompts, inverse = np.unique(answers.prompt, return_inverse=True)
+    draws: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        counts = np.bincount(rng.integers(0, len(prompts), len(prompts)), minlength=len(prompts))
+        for name, value in unlearning_scores(answers, targets, counts[inverse].astype(float)).items():
+            draws.setdefault(name, [])
+            if value is not None:
+                draws[name].append(value)
+    return {name: _interval(values) for name, values in draws.items()}
+
+
+def accuracy_by(asked: np.ndarray, right: np.ndarray, names: Sequence[str]) -> Mapping[str, float]:
+    """Accuracy of each name over the images that asked for it; names that were never asked for are left out."""
+    return {name: float(right[asked == i].mean()) for i, name in enumerate(names) if (asked == i).any()}
+
+
+def _pooled(pairs: Sequence[tuple[np.ndarray, np.ndarray]], weight: np.ndarray) -> float | None:
+    total = sum(float(weight[among].sum()) for among, _ in pairs)
+    return sum(float(weight[among & right].sum()) for among, right in pairs) / total if total else None
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    if not values:
+        return None
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,125 @@
+"""What a method is: its own frozen config dataclass plus functions that a reviewer can hold beside the paper.
+
+A method is one file `methods/<name>.py` with two classes, `Config` and `Method`; a config file names it by `method: {name: ...}`. It
+never edits the loop: what it needs of the loop it says through the members of `Method`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.data.streams import Draws
+from sculpt_dist.engine.frozen import FrozenWeights
+from sculpt_dist.engine.masked import ShardedVector, sum_gradients
+from sculpt_dist.types import ConceptBatch, Losses, TextCond
+
+Request = tuple[Tensor, Tensor, TextCond]  # noisy [B, C, H, W], time [B], cond
+
+
+class Predictor:
+    """A net as a method sees it: one prediction by a call, several together by `all`."""
+
+    def __init__(self, backbone: Backbone, net: nn.Module, frozen: FrozenWeights | None = None) -> None:
+        """`frozen` swaps the net to an earlier state; such a predictor gives no gradient."""
+        self.backbone, self.net, self.frozen = backbone, net, frozen
+
+    def __call__(self, noisy: Tensor, time: Tensor, cond: TextCond) -> Tensor:
+        """[B, C, H, W], [B], cond -> [B, C, H, W]."""
+        return self.all([(noisy, time, cond)])[0]
+
+    def all(self, requests: Sequence[Request]) -> list[Tensor]:
+        """The predictions for all requests, run as one batch: one forward per backward is what sharding likes best."""
+        noisy = torch.cat([request[0] for request in requests])
+        time = torch.cat([request[1] for request in requests])
+        cond = TextCond.cat([request[2] for request in requests])
+        if self.frozen is None:
+            together = self.backbone.denoise(self.net, noisy, time, cond)
+        else:
+            with self.frozen():
+                together = self.backbone.denoise(self.net, noisy, time, cond)
+        return list(together.split([len(request[0]) for request in requests]))
+
+    def without_gradient(self, requests: Sequence[Request]) -> list[Tensor]:
+        """As `all`, without gradient."""
+        with torch.no_grad():
+            return self.all(requests)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one micro-batch of one step offers to a method."""
+
+    student: Predictor
+    teacher: Predictor  # the net before this concept, without gradient
+    original: Predictor | None  # the net before the first concept; only where `needs_original`
+    batch: ConceptBatch
+    backbone: Backbone
+    rng: Draws
+    progress: float  # update / updates, 0..1
+
+
+LossFunction = Callable[[Step], Losses]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method may look at before a concept: which concept of how many, and the backbone."""
+
+    concept: int
+    backbone: Backbone
+    updates: int
+
+
+class Method(ABC):
+    """Losses, and what the loop must know of them. Only `trainable`, `saliency` and `losses` are required."""
+
+    needs_original = False
+    anchors: tuple[str, ...] = ()  # sources of the anchor stream: targets (earlier ones), superclass, keep
+    adapter: Mapping[str, Any] | None = None  # keyword arguments of peft.LoraConfig; the adapter is then what trains
+    reference_mask = False  # the mask and its clock as published code has them (see dm_cal.REFERENCE)
+
+    @abstractmethod
+    def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
+        """Names of the parameters that may move, from the backbone's groups; matrices, as biases stay frozen."""
+
+    def prepare(self, setup: Setup) -> Method:
+        """The method for one concept; itself where nothing depends on it."""
+        return self
+
+    @abstractmethod
+    def saliency(self, step: Step) -> Losses:
+        """The loss whose gradient scores the weights while none of them moves."""
+
+    @abstractmethod
+    def losses(self, step: Step) -> Losses:
+        """The training loss."""
+
+    def loss_groups(self) -> Sequence[LossFunction]:
+        """Losses that each get their own reduced gradient in a step, which `combine` then joins."""
+        return (self.losses,)
+
+    def combine(self, gradients: Sequence[ShardedVector]) -> ShardedVector:
+        """One gradient from those of the loss groups, in their order; they are sharded, `dot` is global."""
+        return sum_gradients(gradients)
+
+    def candidate_every(self, updates: int) -> int:
+        """Consider the weights as this concept's result after every so many updates; 0 = only the last."""
+        return 0
+
+    def judge(self, recent: Mapping[str, float]) -> float:
+        """Score of a candidate, lower is better, from the mean of each loss term since the candidate before."""
+        raise NotImplementedError(f"{type(self).__name__} names candidates but does not judge them")
+
+
+class Editor(ABC):
+    """A closed form: no steps and no engine. `methods/<name>.py` then has `Config` and `Editor` in place of `Method`."""
+
+    @abstractmethod
+    def edit(self, backbone: Backbone, concepts: Sequence[Any]) -> Mapping[str, Tensor]:
+        """New values of the parameters of `backbone.net` that change, by name."""

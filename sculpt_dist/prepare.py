@@ -1,0 +1,188 @@
+"""The training data: the base model draws its own samples of every concept, or the user's images are encoded; then shards."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.config import Concept, RunConfig, normal
+from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
+from sculpt_dist.data.shards import Sample, ShardRecord, damage, write_index, write_shard
+from sculpt_dist.data.streams import derived_seed
+from sculpt_dist.engine.group import Group
+from sculpt_dist.errors import ConfigError, ShardError
+from sculpt_dist.files import file_sha256, text_sha256, write_atomically
+from sculpt_dist.progress import progress
+
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_PIXELS = 25_000_000
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How one stream of one concept is made; the recipe decides whether shards on the disk can be reused."""
+
+    folder: Path
+    label: str
+    prompts: tuple[str, ...]  # sample i uses prompt i modulo their number
+    negative: str
+    count: int
+    images: tuple[Path, ...]  # the user's own, instead of drawing
+
+    def recipe(self, config: RunConfig, base: str) -> dict[str, Any]:
+        drawn = {"steps": config.prepare.steps, "guidance": config.prepare.guidance, "seed": config.train.seed}
+        own = {"images": text_sha256(" ".join(file_sha256(image) for image in self.images))}
+        return {
+            "base": base,
+            "label": self.label,
+            "prompts": list(self.prompts),
+            "negative": self.negative,
+            "count": self.count,
+            "batch": config.prepare.batch,
+        } | (own if self.images else drawn)
+
+
+def data_folder(run: Path, concept: Concept, role: str) -> Path:
+    """Where the shards of one role of one concept lie."""
+    return run / "data" / f"{concept.kind}-{re.sub(r'[^a-z0-9]+', '-', normal(concept.target))}" / role
+
+
+def prepare(config: RunConfig, backbone: Backbone, base: str, run: Path, group: Group) -> dict[str, str]:
+    """Make what is missing of every stream's shards and of the prompt embeddings; returns the checksum of each index.
+
+    Every rank draws its share, in batches that do not depend on the number of ranks, each sample from noise of its own seed.
+    """
+    hashes = {}
+    everything: list[str] = []
+    for concept in config.concepts:
+        prompts = concept_prompts(concept, config.prepare.prompts)
+        everything += [*prompts.target, *prompts.superclass, *prompts.keep]
+        for plan in _plans(config, concept, prompts, run):
+            _make_stream(config, plan, backbone, base, group)
+            hashes[str(plan.folder.relative_to(run))] = file_sha256(plan.folder / "index.json")
+    _embed_once(backbone, list(dict.fromkeys(everything)), base, run, group)
+    return hashes
+
+
+def _plans(config: RunConfig, concept: Concept, prompts: ConceptPrompts, run: Path) -> list[StreamPlan]:
+    roles = {"target": (prompts.target, "", concept.target), "superclass": (prompts.superclass, prompts.negative, concept.superclass)}
+    if prompts.keep:
+        roles["keep"] = (prompts.keep, "", None)
+    plans = []
+    for role, (texts, negative, name) in roles.items():
+        images = _own_images(config.prepare.images, name)
+        count = len(images) or config.prepare.samples
+        label = f"{concept.kind} {concept.target} {role}"
+        plans.append(StreamPlan(data_folder(run, concept, role), label, texts, negative, count, images))
+    return plans
+
+
+def _own_images(folder: str | None, name: str | None) -> tuple[Path, ...]:
+    if folder is None or name is None:
+        return ()
+    if not Path(folder).is_dir():
+        raise ConfigError(f"prepare.images={folder}: there is no such folder; it should hold one subfolder of images per concept")
+    mine = Path(folder) / name
+    if not mine.is_dir():
+        return ()
+    images = tuple(sorted(path for path in mine.iterdir() if path.suffix.lower() in IMAGE_TYPES))
+    if not images:
+        raise ConfigError(f"{mine}: holds no image ({', '.join(IMAGE_TYPES)}); add some or remove the folder")
+    return images
+
+
+def _make_stream(config: RunConfig, plan: StreamPlan, backbone: Backbone, base: str, group: Group) -> None:
+    recipe = plan.recipe(config, base)
+    starts = list(range(0, plan.count, config.prepare.batch))
+    whole = group.from_first(_whole_shards(plan.folder, recipe) if group.is_first else None)
+    todo = [start for start in starts if start not in whole]
+    if not todo and (plan.folder / "index.json").is_file():
+        return
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    for start in progress(todo[group.rank :: group.size], f"prepare {plan.label}", group.is_first):
+        ids = range(start, min(start + config.prepare.batch, plan.count))
+        prompts = [plan.prompts[i % len(plan.prompts)] for i in ids]
+        latents = _encode(plan, ids, backbone) if plan.images else _draw(config, plan, ids, prompts, backbone)
+        name = f"{start // config.prepare.batch:05d}.tar"
+        samples = [Sample(latent, prompt, i) for latent, prompt, i in zip(latents, prompts, ids)]
+        record = write_shard(plan.folder, name, samples)
+        write_atomically(_note(plan.folder, name), json.dumps({"recipe": recipe, "record": asdict(record)}).encode())
+    group.barrier()
+    if group.is_first:
+        records = _whole_shards(plan.folder, recipe)
+        missing = [start for start in starts if start not in records]
+        if missing:
+            raise ShardError(f"{plan.folder}: shards at samples {missing} did not arrive; call prepare again")
+        for stray in plan.folder.glob("*.tar"):
+            if stray.name not in {record.name for record in records.values()}:
+                stray.unlink()
+        write_index(plan.folder, recipe, records.values())
+    group.barrier()
+
+
+def _whole_shards(folder: Path, recipe: Mapping[str, Any]) -> dict[int, ShardRecord]:
+    """First sample id -> record, of the shards that were made by this recipe and are undamaged."""
+    whole = {}
+    for note in sorted(folder.glob(".*.tar.json")):
+        try:
+            content = json.loads(note.read_bytes())
+            record = ShardRecord(**content["record"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if content["recipe"] == recipe and damage(folder, record) is None:
+            whole[record.first] = record
+    return whole
+
+
+def _note(folder: Path, name: str) -> Path:
+    return folder / f".{name}.json"
+
+
+def _draw(config: RunConfig, plan: StreamPlan, ids: Sequence[int], prompts: Sequence[str], backbone: Backbone) -> Tensor:
+    """Latents of samples drawn by the model, [len(ids), C, H, W]."""
+    seeds = [derived_seed(config.train.seed, "prepare", plan.label, i) for i in ids]
+    noise = torch.stack([torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    negative = backbone.embed([plan.negative] * len(ids))
+    denoiser = backbone.denoiser(backbone.net)
+    noise = noise.to(negative.tokens.device)
+    return backbone.sample(denoiser, noise, backbone.embed(prompts), negative, config.prepare.steps, config.prepare.guidance)
+
+
+def _encode(plan: StreamPlan, ids: Sequence[int], backbone: Backbone) -> Tensor:
+    """Latents of the user's images, cut to a centred square and resized, [len(ids), C, H, W]."""
+    pixels = torch.stack([read_image(plan.images[i], backbone.image_size) for i in ids])  # [B, 3, h, w]
+    return backbone.encode(pixels)
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    """An image as [3, size, size] in [-1, 1]. Raises ConfigError naming the file when it is no image, or too large."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ConfigError(f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read")
+            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"{path}: is no readable image ({error})") from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _embed_once(backbone: Backbone, prompts: list[str], base: str, run: Path, group: Group) -> None:
+    """Prompt embeddings, computed by the first rank once and kept beside the shards; every rank then knows them."""
+    file = run / "data" / "embeddings.safetensors"
+    key = text_sha256(json.dumps([base, prompts]))
+    if group.is_first and not backbone.read_embeddings(file, key):
+        backbone.embed(prompts)
+        backbone.write_embeddings(file, key, prompts)
+    group.barrier()
+    if not group.is_first:
+        backbone.read_embeddings(file, key)
