@@ -20,7 +20,7 @@ from sculpt_dist.canvas.world import IMAGE_SIZE, NUM_FORMS, OBJECTS, STYLES, SUP
 from sculpt_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from sculpt_dist.backbones.tiny import StableDiffusionPipeline
 
 PER_PAIR = 150  # drawings of each object in each style
 BATCH = 32

@@ -9,10 +9,16 @@ import shutil
 from pathlib import Path
 from typing import Any, Iterator, Type
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from torch import Tensor, nn
 
 from sculpt_dist.errors import ModelError
+
+for library in (diffusers, transformers):  # their bars and hints would bury ours; what is wrong with a folder we say ourselves
+    library.utils.logging.disable_progress_bar()
+    library.utils.logging.set_verbosity_error()
 
 MAX_SHARD_BYTES = 5_000_000_000
 

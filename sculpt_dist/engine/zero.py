@@ -39,12 +39,14 @@ class Engine:
         """`trainable` names the parameters that may move; the rest is frozen. `net` belongs to the engine from now on."""
         import deepspeed
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of any optimizer that is not its own
         self.group, self.settings = group, settings
         names = set(trainable)
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name in names)
-        net.to(device=group.device, dtype=DTYPES[settings.precision])
+        if next(net.parameters()).dtype != DTYPES[settings.precision]:
+            net.to(dtype=DTYPES[settings.precision])
+        net.to(group.device)
         net.eval()  # no dropout: the pseudo label and the student see the same net
         moving = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.optimizer = MaskedAdamW(moving, settings.betas, settings.weight_decay, settings.clip)

@@ -88,7 +88,7 @@ def read_model(model_class: Any, folder: Path) -> nn.Module:
 
     Raises ModelError, also when weights are missing, which transformers alone would fill with random numbers.
     """
-    _refuse_pickles(folder)
+    _check_weight_files(folder)
     loading = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     model, report = read_part(model_class.from_pretrained, folder, **loading)
     missing = sorted(report["missing_keys"])
@@ -100,8 +100,8 @@ def read_model(model_class: Any, folder: Path) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _refuse_pickles(folder: Path) -> None:
-    """`use_safetensors` alone does not keep transformers from a pickle: an index, an adapter or the config may still name one."""
+def _check_weight_files(folder: Path) -> None:
+    """The weights are plain safetensors: transformers' `use_safetensors` still reads a pickle that an index or the config names."""
     if not (folder / "model.safetensors").is_file():
         index = folder / "model.safetensors.index.json"
         if not index.is_file():

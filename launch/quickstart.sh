@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The main job on the embedded default: cat, house and car unlearned one after another from a tiny Stable Diffusion 1.5.
+# Further arguments are overrides, for example train.seed=1.
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+exec bash launch/local.sh $((cores > 1 ? 2 : 1)) unlearn configs/canvas/dm_cal.yaml "$@"

@@ -1,0 +1,73 @@
+"""Shared by the tests: how several ranks are launched, and the smallest configuration of the real thing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+SMALL = [
+    "prepare.samples=6",
+    "prepare.steps=4",
+    "prepare.batch=3",
+    "train.steps=6",
+    "train.batch=4",
+    "mask.collect=2",
+    "mask.refresh=2",
+    "evaluate.images=1",
+    "evaluate.paraphrase_images=1",
+    "evaluate.steps=2",
+    "evaluate.bootstrap=20",
+    "concepts=[{target: bird, superclass: animal},{target: boat, superclass: vehicle}]",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_command(ranks: int, *arguments: str) -> list[str]:
+    """`python ARGUMENTS` on so many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    return [sys.executable, *launcher, *arguments]
+
+
+def rank_environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+
+
+def launch(ranks: int, *arguments: str, timeout: float = 300, code: int = 0) -> str:
+    """Run `python ARGUMENTS` on so many ranks; returns what it printed, and checks torchrun's exit code (0 or not)."""
+    done = subprocess.run(
+        rank_command(ranks, *arguments), env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+    )
+    assert (done.returncode == 0) == (code == 0), done.stdout[-6000:]
+    return done.stdout
+
+
+def sculpt(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300) -> str:
+    """The command line on so many ranks; one rank runs without a launcher and its exit code is checked exactly."""
+    if ranks > 1:
+        return launch(ranks, "-m", "sculpt_dist", *arguments, code=code, timeout=timeout)
+    done = subprocess.run(
+        [sys.executable, "-m", "sculpt_dist", *arguments],
+        env=rank_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == code, done.stdout[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def canvas_config() -> str:
+    return str(PROJECT / "configs" / "canvas" / "dm_cal.yaml")

@@ -1,0 +1,161 @@
+"""Run by test_engine.py on 1 and 2 ranks, for each stage and precision: a short training of the shipped net; saves what happened."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sculpt_dist.build import build_backbone, build_engine, build_method
+from sculpt_dist.config import load_config
+from sculpt_dist.engine import checkpoint
+from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.masked import ShardedVector
+from sculpt_dist.export import export
+from sculpt_dist.maths.losses import mse
+
+STEPS, BATCH = 8, 4
+
+
+def gather(engine, kind: str) -> dict[str, torch.Tensor]:
+    """One kind of per-weight state, whole, from all ranks' shards."""
+    whole = {name: torch.zeros(size) for name, size in engine.sizes.items()}
+    for shard in engine.shards:
+        for f in shard.fragments:
+            whole[f.name][f.start : f.start + f.numel] = getattr(shard, kind)[f.here].float()
+    return {f"{kind}|{name}": tensor if engine.replicated else engine.group.sum(tensor) for name, tensor in whole.items()}
+
+
+def give_saliency(engine, round_: int) -> None:
+    """A saliency with many ties that depends on the parameter and the position alone."""
+    for shard in engine.shards:
+        for f in shard.fragments:
+            position = torch.arange(f.start, f.start + f.numel)
+            shard.saliency[f.here] = ((position * (7919 + round_) + f.index * 31) % 97 - 48).float()
+
+
+def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
+    torch.set_num_threads(1)
+    overrides = [f"engine.stage={stage}", f"engine.precision={precision}", "train.batch=4", f"train.accumulate={accumulate}"]
+    config = load_config(None, [*overrides, "train.weight_decay=0.1", "train.clip=0.5", "mask.keep=0.3"])
+    group = Group(60)
+    backbone, method = build_backbone(config, group), build_method(config)
+    shapes = {name: p.shape for name, p in backbone.net.named_parameters()}
+    biases = [name for name in method.trainable(backbone.groups()) if not name.endswith("weight")]
+    assert not biases, biases
+    engine = build_engine(config, method, backbone, group)
+    saved: dict[str, torch.Tensor] = {}
+    notes: dict[str, object] = {"trained": engine.num_trained}
+
+    sent = group.bytes_communicated()
+    # The same saliency gives the same mask, whatever the stage and the number of ranks; ties go to the smallest positions.
+    for scope in ("matrix", "global"):
+        engine.mask.settings = type(engine.mask.settings)(0.3, scope, "abs_sum", 0)
+        engine.begin_concept()
+        give_saliency(engine, 0)
+        engine.mask.build()
+        saved |= {f"built {scope} {k}": v for k, v in gather(engine, "opened").items()}
+        give_saliency(engine, 1)
+        before = engine.mask.num_open()
+        engine.mask.turn_over(0.2, 0)
+        assert engine.mask.num_open() == before == engine.mask.open_count
+        saved |= {f"turned {scope} {k}": v for k, v in gather(engine, "opened").items()}
+    notes["mask_bytes"] = group.bytes_communicated() - sent  # with the gathering of 4 x 16 masks
+
+    # A training.
+    engine.mask.settings = type(engine.mask.settings)(0.3, "matrix", "abs_sum", 0)
+    engine.begin_concept()
+    rng = torch.Generator().manual_seed(5)
+    clean, noise = torch.randn(2, STEPS, BATCH, *backbone.latent_shape, generator=rng)
+    time = torch.randint(0, 1000, (STEPS, BATCH), generator=rng)
+    cond = backbone.embed(["a photo of a cat", "a photo of a car"] * 2)
+    share = BATCH // group.size // config.train.accumulate
+
+    def loss(step: int, micro: int = 0) -> torch.Tensor:
+        first = (micro * group.size + group.rank) * share
+        mine = slice(first, first + share)
+        noisy = backbone.corrupt(clean[step, mine], noise[step, mine], time[step, mine])
+        return mse(backbone.denoise(engine.net, noisy, time[step, mine], cond[mine]), noise[step, mine])
+
+    def step(number: int, phase: str, lr: float) -> float:
+        total = 0.0
+        for micro in range(config.train.accumulate):
+            value = loss(number, micro)
+            total += engine.agree_finite({"loss": value})["loss"] / config.train.accumulate
+            engine.backward(value)
+            engine.step(phase, lr)
+        return total
+
+    start = engine.masters()
+    for number in range(2):
+        step(number, "collect", 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(start, engine.masters())), "a weight moved while collecting"
+    saved |= gather(engine, "saliency")
+    engine.mask.build()
+    assert all(not shard.saliency.any() for shard in engine.shards)
+    ever_open = [shard.opened > 0 for shard in engine.shards]
+    teacher, teacher_loss = engine.snapshot(), float(loss(0))
+    losses, norms = [], []
+    for number in range(STEPS):
+        losses.append(step(number, "train", 1e-3))
+        norms.append(engine.optimizer.grad_norm)
+        if number == 3:
+            engine.mask.turn_over(0.2, engine.optimizer.updates)
+            ever_open = [was | (shard.opened > 0) for was, shard in zip(ever_open, engine.shards)]
+            newly = [(shard.opened == 2) for shard in engine.shards]
+            before_first = engine.masters()
+        if number == 4:  # first step of newly opened weights: at most lr, and the decay
+            for shard, fresh, was in zip(engine.shards, newly, before_first):
+                moved = (shard.flat - was).abs()[fresh]
+                assert float((moved - 1e-3 - 1e-4 * was.abs()[fresh]).max()) <= 1e-7, "a newly opened weight took too large a step"
+    notes |= {"losses": losses, "norms": norms}
+    closed_moved = sum(int((shard.flat != a)[~was].sum()) for shard, a, was in zip(engine.shards, start, ever_open))
+    open_moved = sum(int((shard.flat != a)[was].sum()) for shard, a, was in zip(engine.shards, start, ever_open))
+    assert closed_moved == 0, f"{closed_moved} closed weights moved"
+    assert open_moved > 0
+    saved |= gather(engine, "flat") | gather(engine, "opened")
+
+    # The teacher computes as the net did before, and the student is itself again afterwards.
+    now = float(loss(0))
+    with teacher():
+        assert float(loss(0)) == teacher_loss != now
+    assert float(loss(0)) == now
+
+    # A checkpoint brings back weights, moments and mask; publish lets the net compute with them.
+    state = [{k: getattr(s, k).clone() for k in ("flat", "momentum", "variance", "opened", "saliency")} for s in engine.shards]
+    checkpoint.save(out.parent / f"{out.stem}-checkpoints", 7, engine.shards, {"teacher": start}, {"note": 1}, group)
+    engine.mask.turn_over(0.5, engine.optimizer.updates)
+    step(0, "train", 1e-2)
+    assert float(loss(0)) != now
+    path, note = checkpoint.newest(out.parent / f"{out.stem}-checkpoints", group)
+    filled = checkpoint.load(path, engine.shards, ["teacher"])
+    engine.publish()
+    assert note == {"note": 1} and float(loss(0)) == now
+    for shard, kinds, teacher_shard, was in zip(engine.shards, state, filled["teacher"], start):
+        padding = shard.padding if shard.padding is not None else torch.zeros_like(shard.opened, dtype=torch.bool)
+        assert all(torch.equal(getattr(shard, kind)[~padding], kept[~padding]) for kind, kept in kinds.items())
+        assert torch.equal(teacher_shard[~padding], was[~padding])
+
+    # A global inner product over shards.
+    vector = ShardedVector([shard.flat for shard in engine.shards], None if engine.replicated else group)
+    notes["squared"] = vector.dot(vector)
+
+    # The export loads in plain diffusers and predicts what the student does.
+    student = backbone.denoise(engine.net, clean[0], time[0], cond)
+    folder = export(config, backbone, engine.full_weights(), shapes, out.parent / f"{out.stem}-model", group)
+    if group.is_first:
+        from diffusers import StableDiffusionPipeline
+
+        plain = StableDiffusionPipeline.from_pretrained(folder)
+        predicted = plain.unet(clean[0], time[0], encoder_hidden_states=cond.tokens).sample
+        notes["export_difference"] = float((predicted - student.float()).abs().max())
+        save_file({k: v.contiguous() for k, v in saved.items()}, out)
+        out.with_suffix(".json").write_text(json.dumps(notes))
+    group.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:5])
