@@ -21,6 +21,7 @@ from sculpt_dist.files import write_atomically
 from sculpt_dist.maths.scores import Answers, Target, accuracy_by, bootstrap_intervals, unlearning_scores
 from sculpt_dist.metrics.base import Classifier
 from sculpt_dist.metrics.classifiers import load_classifier
+from sculpt_dist.metrics.images import image_metrics
 from sculpt_dist.progress import progress
 
 
@@ -65,6 +66,13 @@ def evaluated_world(config: RunConfig) -> World:
     if not objects:
         raise ConfigError("evaluate.objects is empty and no concept is an object: name the objects to draw, or evaluate.enabled=false")
     return World(tuple(objects), tuple(styles), {name: tuple(those) for name, those in members.items()})
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Find out before training what evaluation would stumble over. Raises ConfigError or ModelError."""
+    world = evaluated_world(config)
+    load_classifier(config.evaluate.classifier, world.objects, world.styles)
+    image_metrics(config.evaluate, 1, 0)
 
 
 def asks(config: RunConfig, world: World) -> list[Ask]:
@@ -115,6 +123,8 @@ def evaluate(
     group.barrier()
     seen: list[tuple[int, list[int], list[int] | None]] = []
     rounds = range((len(batches) + group.size - 1) // group.size)
+    capacity = len(rounds) * size
+    metrics = image_metrics(config.evaluate, capacity * group.size, capacity * group.rank)
     for turn in progress(rounds, f"evaluate {label}", group.is_first):
         number = turn * group.size + group.rank
         batch = batches[min(number, len(batches) - 1)]
@@ -122,11 +132,18 @@ def evaluate(
         if number < len(batches):
             seen.append((number, *_recognise(classifier, images)))
             _keep_shown(folder, batch, images)
+            plain = [i for i, ask in enumerate(batch) if not ask.paraphrased]
+            for metric in metrics if plain else ():
+                metric.update(images[plain], [batch[i].prompt for i in plain])
     scores = None
     everything = group.to_all(seen)
+    extra: dict[str, float] = {}
+    for metric in metrics:
+        extra |= metric.result({name: group.sum(total) for name, total in metric.state().items()})
     if group.is_first:
         answers = _answers(wanted, size, [entry for rank in everything for entry in rank])
         scores = _scores(config, world, wanted, answers, concepts)
+        scores["plain"]["extra"] = extra
         write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())
     return group.from_first(scores)
 

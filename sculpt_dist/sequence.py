@@ -26,7 +26,7 @@ from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.zero import Engine
 from sculpt_dist.errors import ConfigError
-from sculpt_dist.evaluate import evaluate, evaluated_world
+from sculpt_dist.evaluate import check_evaluation, evaluate
 from sculpt_dist.export import export, write_card
 from sculpt_dist.files import write_atomically
 from sculpt_dist.methods.base import Method, Setup
@@ -77,6 +77,8 @@ def run_sequence(config: RunConfig) -> Run:
     plan = make_plan(config, method)
     if not config.concepts:
         raise ConfigError("concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'")
+    if config.evaluate.enabled:
+        check_evaluation(config)
     group = Group(config.engine.timeout)
     check_batch(config, group.size)
     folder = build.claim_folder(config, group)
@@ -127,7 +129,6 @@ class Sitting:
         first, resumed = self._resume()
         tracker = Tracker(self.config, self.folder, self.group.is_first)
         if self.config.evaluate.enabled:
-            evaluated_world(self.config)
             self._evaluate("before", self.config.concepts)
         with interrupts() as stop_requested:
             for number in range(first, len(self.config.concepts)):

@@ -1,0 +1,32 @@
+"""The scores of images as such that a configuration asks for: CLIPScore, FID and KID."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sculpt_dist.config import EvaluateConfig
+from sculpt_dist.metrics.base import Metric
+
+
+def image_metrics(settings: EvaluateConfig, num_images: int, first: int) -> list[Metric]:
+    """CLIPScore where `evaluate.clip` names a model, FID and KID where `evaluate.reference` names a folder of images.
+
+    FID and KID use the features of `evaluate.clip`, or else of the canvas classifier. At most `num_images` are drawn by all ranks, and
+    this rank's KID rows begin at `first`. Raises ConfigError or ModelError for a folder that cannot be used.
+    """
+    metrics: list[Metric] = []
+    clip = None
+    if settings.clip:
+        from sculpt_dist.metrics import clip_score
+        from sculpt_dist.metrics.classifiers.clip import Encoder
+
+        clip = Encoder(settings.clip)
+        metrics.append(clip_score.Score(clip))
+    if settings.reference:
+        from sculpt_dist.metrics import fid, kid
+        from sculpt_dist.metrics.classifiers import canvas
+
+        features = (clip or canvas.Encoder()).image_features
+        metrics.append(fid.Score(Path(settings.reference), features))
+        metrics.append(kid.Score(Path(settings.reference), features, num_images, first))
+    return metrics
