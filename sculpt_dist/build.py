@@ -82,8 +82,7 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
         clears_saliency=not method.reference_mask,
     )
     if method.adapter is not None:
-        backbone.add_adapter(method.adapter)
-        names = [name for name, _ in backbone.net.named_parameters() if "lora_" in name]
+        names = backbone.add_adapter(method.adapter, train.seed)
     else:
         names = list(method.trainable(backbone.groups()))
     return Engine(backbone.net, names, group, settings, masking)

@@ -98,8 +98,8 @@ def main() -> NoReturn:
     except SculptError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
-    except StopRequested as stop:
-        print(stop, file=sys.stderr, flush=True)
+    except (StopRequested, KeyboardInterrupt) as stop:
+        print(str(stop) or "interrupted; the same command goes on with what is missing", file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     sys.exit(DONE)
 

@@ -139,7 +139,7 @@ def evaluate(
     everything = group.to_all(seen)
     extra: dict[str, float] = {}
     for metric in metrics:
-        extra |= metric.result({name: group.sum(total) for name, total in metric.state().items()})
+        extra |= metric.result({name: group.sum(total.to(group.device)) for name, total in metric.state().items()})
     if group.is_first:
         answers = _answers(wanted, size, [entry for rank in everything for entry in rank])
         scores = _scores(config, world, wanted, answers, concepts)

@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Iterable, Iterator
 
-import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
@@ -19,12 +18,10 @@ from sculpt_dist.config import RunConfig
 from sculpt_dist.engine.group import Group
 
 
-def export(
-    config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], shapes: dict[str, torch.Size], folder: Path, group: Group
-) -> Path:
+def export(config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], folder: Path, group: Group) -> Path:
     """Write `folder` aside and rename it into place; all ranks enter, the first writes, one tensor in memory at a time.
 
-    `weights` are the changed parameters in fp32, flat [numel] on the first rank; the rest is streamed from the base. All is
+    `weights` are the changed parameters, whole on the first rank; the rest is streamed from the base. An adapter is merged. All is
     written in `model.dtype`.
     """
     if not group.is_first:
@@ -38,17 +35,16 @@ def export(
     written: set[str] = set()
 
     def changed() -> Iterator[tuple[str, Tensor]]:
-        for name, flat in weights:
-            assert flat is not None
+        for name, tensor in backbone.merged(weights):
             written.add(name)
-            yield name, flat.view(shapes[name]).to(dtype)
+            yield name, tensor.to(dtype)
 
     def unchanged() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in stored_weights(backbone.folder, backbone.net_name):
             if name not in written:
                 yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    write_pipeline(backbone.folder, aside, backbone.net_name, chain(changed(), unchanged()))
+    write_pipeline(backbone.folder, aside, backbone.net_name, dtype, chain(changed(), unchanged()))
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(aside, folder)

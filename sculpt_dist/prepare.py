@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config import Concept, RunConfig, normal
+from sculpt_dist.data.images import IMAGE_TYPES, open_image
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.data.shards import Sample, ShardRecord, damage, write_index, write_shard
 from sculpt_dist.data.streams import derived_seed
@@ -21,9 +22,6 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.errors import ConfigError, ShardError
 from sculpt_dist.files import file_sha256, text_sha256, write_atomically
 from sculpt_dist.progress import progress
-
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_PIXELS = 25_000_000
 
 
 @dataclass(frozen=True)
@@ -163,16 +161,10 @@ def _encode(plan: StreamPlan, ids: Sequence[int], backbone: Backbone) -> Tensor:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """An image as [3, size, size] in [-1, 1]. Raises ConfigError naming the file when it is no image, or too large."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """An image as [3, size, size] in [-1, 1]. Raises ConfigError naming the file, as open_image does."""
+    from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ConfigError(f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read")
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"{path}: is no readable image ({error})") from error
+    square = ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
 
 

@@ -10,10 +10,10 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt_dist import build
 from sculpt_dist.backbones.base import Backbone
@@ -29,7 +29,7 @@ from sculpt_dist.errors import ConfigError
 from sculpt_dist.evaluate import check_evaluation, evaluate
 from sculpt_dist.export import export, write_card
 from sculpt_dist.files import write_atomically
-from sculpt_dist.methods.base import Method, Setup
+from sculpt_dist.methods.base import Editor, Method, Setup
 from sculpt_dist.prepare import data_folder, prepare
 from sculpt_dist.track import Tracker
 from sculpt_dist.train import ConceptRun, Plan, Recent, make_plan, run_concept
@@ -42,16 +42,45 @@ class Costs:
     seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0, "total": 0.0})
     cpu_seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
     bytes_communicated: int = 0
+    weights: dict[str, int] = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic)
+    _sent: int = 0
 
     @contextmanager
     def counting(self, part: str) -> Iterator[None]:
-        """Add the wall and CPU time of the block to a part of this rank's costs."""
+        """Add the wall and CPU time of the block to a part of the costs."""
         wall, cpu = time.monotonic(), time.process_time()
         try:
             yield
         finally:
             self.seconds[part] += time.monotonic() - wall
             self.cpu_seconds[part] += time.process_time() - cpu
+
+    def take(self, group: Group) -> dict[str, Any]:
+        """The totals up to now, as a checkpoint keeps them."""
+        now, sent = time.monotonic(), group.bytes_communicated()
+        self.seconds["total"] += now - self._since
+        self.bytes_communicated += sent - self._sent
+        self._since, self._sent = now, sent
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "bytes_communicated": self.bytes_communicated}
+
+    def add(self, saved: Mapping[str, Any]) -> None:
+        """Count what earlier sittings cost."""
+        for part, value in saved["seconds"].items():
+            self.seconds[part] += value
+        for part, value in saved["cpu_seconds"].items():
+            self.cpu_seconds[part] += value
+        self.bytes_communicated += saved["bytes_communicated"]
+
+    def write(self, folder: Path, group: Group) -> None:
+        """costs.json: CPU seconds summed over ranks, peak resident memory of each rank, bytes of the first one."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        totals = self.take(group)
+        ranks = group.to_all((peak, totals["cpu_seconds"]))
+        if group.is_first:
+            summed = {part: sum(cpu[part] for _, cpu in ranks) for part in self.cpu_seconds}
+            about = {"cpu_seconds": summed, "peak_memory_bytes": [peak for peak, _ in ranks], "ranks": group.size, "weights": self.weights}
+            write_atomically(folder / "costs.json", json.dumps(totals | about, indent=1).encode())
 
 
 @dataclass(frozen=True)
@@ -72,9 +101,9 @@ def run_sequence(config: RunConfig) -> Run:
 
     Every rank enters. Raises SculptError for what the user can mend, StopRequested after a saved stop.
     """
-    began = time.monotonic()
+    costs = Costs()
     method = build.build_method(config)
-    plan = make_plan(config, method)
+    plan = None if isinstance(method, Editor) else make_plan(config, method)
     if not config.concepts:
         raise ConfigError("concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'")
     if config.evaluate.enabled:
@@ -84,85 +113,66 @@ def run_sequence(config: RunConfig) -> Run:
     folder = build.claim_folder(config, group)
     backbone = build.build_backbone(config, group)
     base = group.from_first(build.base_fingerprint(backbone.folder, backbone.net_name) if group.is_first else "")
-    costs = Costs()
-    with costs.counting("prepare"):
-        shards = prepare(config, backbone, base, folder, group)
+    shards: dict[str, str] = {}
+    if plan is not None:
+        with costs.counting("prepare"):
+            shards = prepare(config, backbone, base, folder, group)
     if group.is_first:
         build.write_manifest(folder, config, base, shards)
-    shapes = {name: parameter.shape for name, parameter in backbone.net.named_parameters()}
-    sitting = Sitting(config, folder, group, backbone, build.build_engine(config, method, backbone, group), method, plan, base, costs, began)
-    sitting.unlearn_all()
-    export(config, backbone, sitting.engine.full_weights(), shapes, folder / "model", group)
-    sitting.write_costs()
+    if plan is None:
+        weights = edit(config, folder, group, backbone, method, costs)
+    else:
+        engine = build.build_engine(config, method, backbone, group)
+        weights = Sitting(config, folder, group, backbone, engine, method, plan, base, costs).unlearn_all()
+    export(config, backbone, weights, folder / "model", group)
+    costs.write(folder, group)
     if group.is_first:
         from sculpt_dist.report import write_report
 
         write_report(folder)
         write_card(folder)
-    group.barrier()
+    group.close()
     return Run(folder, json.loads((folder / "report" / "report.json").read_text()))
 
 
+@dataclass
 class Sitting:
     """One process's stretch of a run: from the newest checkpoint to the end, or to a stop."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: Path,
-        group: Group,
-        backbone: Backbone,
-        engine: Engine,
-        method: Method,
-        plan: Plan,
-        base: str,
-        costs: Costs,
-        began: float,
-    ) -> None:
-        self.config, self.folder, self.group, self.backbone, self.engine = config, folder, group, backbone, engine
-        self.method, self.plan, self.base, self.costs, self.began = method, plan, base, costs, began
-        self.bytes_before = 0
-        self.original = engine.snapshot() if method.needs_original else None
+    config: RunConfig
+    folder: Path
+    group: Group
+    backbone: Backbone
+    engine: Engine
+    method: Method
+    plan: Plan
+    base: str  # fingerprint of the base model
+    costs: Costs
 
-    def unlearn_all(self) -> None:
-        """Concept after concept, with scores before the first and after each."""
+    def unlearn_all(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Concept after concept, with scores before the first and after each; returns the changed weights, whole on rank 0."""
+        total = sum(int(getattr(p, "ds_numel", p.numel())) for p in self.backbone.net.parameters())
+        keep = self.config.mask.keep if self.plan.masked else 1.0
+        self.costs.weights = {"total": total, "trained": self.engine.num_trained, "open": int(keep * self.engine.num_trained)}
+        original = self.engine.snapshot() if self.method.needs_original else None
         first, resumed = self._resume()
-        tracker = Tracker(self.config, self.folder, self.group.is_first)
-        if self.config.evaluate.enabled:
+        if first and resumed is None:
+            self._evaluate_after(first - 1)
+        elif not first and resumed is None:
             self._evaluate("before", self.config.concepts)
+        tracker = Tracker(self.config, self.folder, self.group.is_first)
         with interrupts() as stop_requested:
             for number in range(first, len(self.config.concepts)):
-                run = self._concept_run(number, resumed)
+                run = self._concept_run(number, original, resumed)
                 resumed = None
                 with self.costs.counting("train"):
-                    run_concept(
-                        run, self.engine, self.backbone, self.config, tracker.log, lambda: self._save(run), stop_requested
-                    )
+                    run_concept(run, self.engine, self.backbone, self.config, tracker.log, lambda: self._save(run), stop_requested)
                 self._save_end(number)
-                self._evaluate(f"after-{number:02d}", self.config.concepts[: number + 1])
-        self._evaluate(f"after-{len(self.config.concepts) - 1:02d}", self.config.concepts)
+                self._evaluate_after(number)
         tracker.close()
+        return self.engine.full_weights()
 
-    def write_costs(self) -> None:
-        """costs.json: what the report says of time, memory, weights and communication."""
-        self._add_costs()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        peaks = self.group.to_all(peak)
-        processors = self.group.to_all(self.costs.cpu_seconds)
-        if self.group.is_first:
-            content = asdict(self.costs) | {
-                "cpu_seconds": {part: sum(rank[part] for rank in processors) for part in self.costs.cpu_seconds},  # over ranks
-                "peak_memory_bytes": peaks,
-                "ranks": self.group.size,
-                "weights": {
-                    "total": sum(int(getattr(p, "ds_numel", p.numel())) for p in self.backbone.net.parameters()),
-                    "trained": self.engine.num_trained,
-                    "open": int(self.config.mask.keep * self.engine.num_trained) if self.plan.masked else self.engine.num_trained,
-                },
-            }
-            write_atomically(self.folder / "costs.json", json.dumps(content, indent=1).encode())
-
-    def _concept_run(self, number: int, resumed: dict[str, Any] | None) -> ConceptRun:
+    def _concept_run(self, number: int, original: FrozenWeights | None, resumed: dict[str, Any] | None) -> ConceptRun:
         """A concept from its beginning, or from where its checkpoint left it."""
         concept = self.config.concepts[number]
         prompts = concept_prompts(concept, self.config.prepare.prompts)
@@ -175,11 +185,13 @@ class Sitting:
             streams=self._streams(number),
             as_superclass=dict(zip(prompts.target, prompts.superclass)),
             teacher=self.engine.snapshot(),
-            original=self.original,
+            original=original,
             recent=Recent(),
             start=start,
         )
         self.engine.begin_concept()
+        if self.plan.masked and not self.plan.collect:  # a random mask needs no gradients
+            self.engine.mask.build()
         if resumed is not None:
             self._restore(run, resumed)
         return run
@@ -202,13 +214,10 @@ class Sitting:
         return ConceptStreams(readers, layout, self.config.train.seed, number)
 
     def _evaluate(self, stage: str, concepts: Sequence[Concept]) -> None:
-        """Scores of the present weights, unless they are on the disk already."""
-        where = self.folder / "evaluation" / stage
-        done = self.group.from_first((where / "scores.json").is_file())
-        if not self.config.evaluate.enabled or done:
-            return
-        with self.costs.counting("evaluate"):
-            evaluate(self.config, self.backbone, self.engine.net, self.group, where, concepts, stage)
+        evaluate_stage(self.config, self.folder, self.group, self.backbone, self.engine.net, stage, concepts, self.costs)
+
+    def _evaluate_after(self, number: int) -> None:
+        self._evaluate(f"after-{number:02d}", self.config.concepts[: number + 1])
 
     def _save(self, run: ConceptRun) -> None:
         """A checkpoint within a concept."""
@@ -232,8 +241,7 @@ class Sitting:
         self._write((number + 1) * (self.plan.steps + 1), {}, state)
 
     def _write(self, number: int, extra: dict[str, list[Tensor]], state: dict[str, Any]) -> None:
-        self._add_costs()
-        about = {"base": self.base, "config": build.config_fingerprint(self.config), "costs": asdict(self.costs)}
+        about = {"base": self.base, "config": build.config_fingerprint(self.config), "costs": self.costs.take(self.group)}
         checkpoint.save(self.folder / "checkpoints", number, self.engine.shards, extra, state | about, self.group)
 
     def _resume(self) -> tuple[int, dict[str, Any] | None]:
@@ -243,7 +251,7 @@ class Sitting:
             return 0, None
         path, state = found
         build.check_checkpoint(path, state, self.base, self.config)
-        self._take_costs(state["costs"])
+        self.costs.add(state["costs"])
         within = state["step"] > 0
         filled = checkpoint.load(path, self.engine.shards, ["teacher"] if within else [])
         if within:
@@ -261,19 +269,32 @@ class Sitting:
         self.engine.optimizer.updates = state["updates"]
         self.engine.mask.births, self.engine.mask.open_count = state["births"], state["open_count"]
 
-    def _add_costs(self) -> None:
-        """Move what has accrued since the last call into the totals."""
-        now, sent = time.monotonic(), self.group.bytes_communicated()
-        self.costs.seconds["total"] += now - self.began
-        self.began = now
-        self.costs.bytes_communicated += sent - self.bytes_before
-        self.bytes_before = sent
 
-    def _take_costs(self, saved: dict[str, Any]) -> None:
-        for kind in ("seconds", "cpu_seconds"):
-            for part, value in saved[kind].items():
-                getattr(self.costs, kind)[part] += value
-        self.costs.bytes_communicated += saved["bytes_communicated"]
+def edit(
+    config: RunConfig, folder: Path, group: Group, backbone: Backbone, editor: Editor, costs: Costs
+) -> Iterator[tuple[str, Tensor | None]]:
+    """All concepts at once by a closed form, with scores before and after; returns the changed weights."""
+    net = backbone.net
+    evaluate_stage(config, folder, group, backbone, net, "before", config.concepts, costs)
+    with costs.counting("train"), torch.no_grad():
+        changed = editor.edit(backbone, [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts])
+        for name, tensor in changed.items():
+            net.get_parameter(name).copy_(tensor)
+    count = sum(tensor.numel() for tensor in changed.values())
+    costs.weights = {"total": sum(p.numel() for p in net.parameters()), "trained": count, "open": count}
+    evaluate_stage(config, folder, group, backbone, net, f"after-{len(config.concepts) - 1:02d}", config.concepts, costs)
+    return iter(changed.items())
+
+
+def evaluate_stage(
+    config: RunConfig, folder: Path, group: Group, backbone: Backbone, net: nn.Module, stage: str, concepts: Sequence[Concept], costs: Costs
+) -> None:
+    """Scores of the present weights, unless they are on the disk already or not wanted."""
+    where = folder / "evaluation" / stage
+    done = group.from_first((where / "scores.json").is_file())
+    if config.evaluate.enabled and not done:
+        with costs.counting("evaluate"):
+            evaluate(config, backbone, net, group, where, concepts, stage)
 
 
 @contextmanager

@@ -50,11 +50,10 @@ def export_only(config: RunConfig) -> Path:
     if found is None:
         raise RunFolderError(f"{folder}: has no checkpoint yet; run unlearn first")
     build.check_checkpoint(*found, base, config)
-    shapes = {name: parameter.shape for name, parameter in backbone.net.named_parameters()}
     engine = build.build_engine(config, method, backbone, group)
     checkpoint.load(found[0], engine.shards, [])
     engine.publish()
-    model = export(config, backbone, engine.full_weights(), shapes, folder / "model", group)
+    model = export(config, backbone, engine.full_weights(), folder / "model", group)
     if group.is_first and (folder / "report" / "report.json").is_file():
         write_card(folder)
     group.close()

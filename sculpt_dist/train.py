@@ -130,7 +130,8 @@ def run_concept(
             phase = "collect" if collecting else "train" if i == len(loss_functions) - 1 else "capture"
             for offer in offers:
                 losses = loss_function(offer)
-                terms |= engine.agree_finite(losses.terms)
+                for name, mean in engine.agree_finite(losses.terms).items():
+                    terms[name] = terms.get(name, 0.0) + mean / len(offers)
                 engine.backward(losses.total)
                 engine.step(phase, plan.learning_rate(step), method.combine)
         run.step = step + 1

@@ -71,3 +71,7 @@ def sculpt(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300)
 @pytest.fixture(scope="session")
 def canvas_config() -> str:
     return str(PROJECT / "configs" / "canvas" / "dm_cal.yaml")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--refresh-golden", action="store_true", help="write the golden losses anew; say why in the commit")

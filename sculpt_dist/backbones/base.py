@@ -6,11 +6,12 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from sculpt_dist.backbones.folders import stored_weights
 from sculpt_dist.files import write_atomically
 from sculpt_dist.types import Denoiser, TextCond
 
@@ -112,6 +113,35 @@ class Backbone(ABC):
     def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Names of the denoiser's parameters by group: `cross_attention.{q,k,v,out}`, `self_attention...`, `all`, ..."""
         return parameter_groups(name for name, _ in self.net.named_parameters())
+
+    def add_adapter(self, options: Mapping[str, Any], seed: int) -> list[str]:
+        """Put a LoRA adapter (peft.LoraConfig of these options) into the net; returns the names of its parameters."""
+        from peft import LoraConfig
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net.add_adapter(LoraConfig(**options))
+        return [name for name, _ in self.net.named_parameters() if ".lora_" in name]
+
+    def merged(self, weights: Iterable[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+        """Changed parameters under the names of the stored checkpoint: a LoRA pair becomes W + scale B A (Hu et al., arXiv 2106.09685)."""
+        halves: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in weights:
+            assert tensor is not None, "only the first rank merges"
+            layer, lora, rest = name.partition(".lora_")
+            if not lora:
+                yield name, tensor
+                continue
+            pair = halves.setdefault(layer, {})
+            pair[rest[0]] = tensor  # lora_A [r, in, ...] or lora_B [out, r, ...]
+            if len(pair) == 2:
+                module = self.net.get_submodule(layer)
+                change = (pair["B"].flatten(1) @ pair["A"].flatten(1)).view_as(module.base_layer.weight) * module.scaling["default"]
+                yield f"{layer}.weight", self._stored(f"{layer}.weight").float() + change
+
+    def _stored(self, name: str) -> Tensor:
+        """One tensor of the denoiser as the folder stores it."""
+        return next(tensor for stored, tensor in stored_weights(self.folder, self.net_name, only=name))
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         """`denoise` with its net filled in."""

@@ -103,12 +103,14 @@ def load_scheduler(folder: Path) -> Any:
     return scheduler.from_pretrained(folder, subfolder="scheduler")
 
 
-def write_pipeline(base: Path, folder: Path, net_name: str, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """A pipeline folder like `base`, with the denoiser's weights streamed into safetensors shards; at most one shard in memory.
+def write_pipeline(base: Path, folder: Path, net_name: str, dtype: torch.dtype, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """A pipeline folder like `base`, all in one dtype, with the denoiser's weights streamed into safetensors shards.
 
-    `folder` must not exist; the caller renames it into place when it is complete.
+    At most one shard is in memory. `folder` must not exist; the caller renames it into place when it is complete.
     """
     shutil.copytree(base, folder, ignore=lambda path, names: [net_name] if Path(path) == base else [])
+    for file in folder.rglob("*.safetensors"):
+        _convert(file, dtype)
     part = folder / net_name
     part.mkdir()
     shutil.copy(base / net_name / "config.json", part)
@@ -134,14 +136,31 @@ def write_pipeline(base: Path, folder: Path, net_name: str, weights: Iterator[tu
     (part / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def stored_weights(folder: Path, net_name: str) -> Iterator[tuple[str, Tensor]]:
-    """The denoiser's tensors as the folder stores them, one at a time, in their stored dtype."""
+def _convert(file: Path, dtype: torch.dtype) -> None:
+    """Rewrite one file of weights in another dtype, and say so in the component's config: plain loaders trust what is stored."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors.values()):
+        converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        save_file(converted, file, metadata={"format": "pt"})
+        file.chmod(0o644)
+    config = file.parent / "config.json"
+    content = json.loads(config.read_text())
+    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in content}
+    if named:
+        config.write_text(json.dumps(content | named, indent=2, sort_keys=True) + "\n")
+
+
+def stored_weights(folder: Path, net_name: str, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The denoiser's tensors (or the one named) as the folder stores them, one at a time, in their stored dtype."""
     from safetensors import safe_open
 
     for file in sorted((folder / net_name).glob("*.safetensors")):
         with safe_open(file, "pt") as content:
             for name in content.keys():
-                yield name, content.get_tensor(name)
+                if only is None or name == only:
+                    yield name, content.get_tensor(name)
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:

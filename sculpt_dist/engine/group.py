@@ -23,7 +23,7 @@ class Group:
 
         `timeout` (seconds) bounds how long any collective may wait for a rank.
         """
-        _describe_rank_to_torch()
+        launched = _describe_rank_to_torch()
         self.device = _choose_device()
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -34,8 +34,11 @@ class Group:
 
         # ZeRO never uses this op, and probing it would start a compiler for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if not launched and not torch.distributed.is_initialized():  # alone: no port, and nothing left in the environment
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         comm.init_distributed(
-            dist_backend="nccl" if self.device.type == "cuda" else "gloo",
+            dist_backend=backend,
             timeout=datetime.timedelta(seconds=timeout),
             verbose=False,
             auto_mpi_discovery=False,
@@ -44,6 +47,8 @@ class Group:
         comm.configure(enabled=True, prof_all=True, verbose=False)
         self.rank: int = comm.get_rank()
         self.size: int = comm.get_world_size()
+        self._sent_before = 0
+        self._sent_before = self.bytes_communicated()
 
     @property
     def is_first(self) -> bool:
@@ -84,35 +89,25 @@ class Group:
         if self.size == 1:
             return 0
         records = self._comm.comm.comms_logger.comms_dict.values()
-        return sum(int(size) * entry[0] for sizes in records for size, entry in sizes.items())
+        return sum(int(size) * entry[0] for sizes in records for size, entry in sizes.items()) - self._sent_before
 
     def close(self) -> None:
-        if torch.distributed.is_initialized():
+        """Leave the group; a process alone keeps its own, so that the next run in it can start."""
+        if self.size > 1:
             self.barrier()  # a rank that leaves early would abort the others' last collective
             torch.distributed.destroy_process_group()
 
 
-def _describe_rank_to_torch() -> None:
-    """Set what torch.distributed reads from the environment: as srun gives it, or for a single process."""
+def _describe_rank_to_torch() -> bool:
+    """Whether a launcher started this process; where srun did, set what torch.distributed reads from the environment."""
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        env.setdefault("LOCAL_RANK", "0")
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
         if "MASTER_ADDR" not in env:
-            raise ConfigError("srun started several tasks without MASTER_ADDR: source slurm/env.sh in the batch script")
+            raise ConfigError("srun started several tasks without MASTER_ADDR: export the first node's name in the batch script")
         env.setdefault("MASTER_PORT", str(10000 + int(env["SLURM_JOB_ID"]) % 20000))
-    else:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
-        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    env.setdefault("LOCAL_RANK", "0")
+    return "RANK" in env and "WORLD_SIZE" in env
 
 
 def _choose_device() -> torch.device:

@@ -48,6 +48,7 @@ class Engine:
             net.to(dtype=DTYPES[settings.precision])
         net.to(group.device)
         net.eval()  # no dropout: the pseudo label and the student see the same net
+        self.shapes = {name: parameter.shape for name, parameter in net.named_parameters() if parameter.requires_grad}
         moving = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.optimizer = MaskedAdamW(moving, settings.betas, settings.weight_decay, settings.clip)
         self._engine: Any = deepspeed.initialize(model=net, optimizer=self.optimizer, config=_deepspeed_config(settings, group.size))[0]
@@ -140,7 +141,7 @@ class Engine:
         self.publish()
 
     def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """The trainable parameters in fp32, flat and whole, one at a time: (name, [numel] on rank 0, None elsewhere)."""
+        """The trainable parameters in fp32, whole, one at a time: (name, its tensor on rank 0, None elsewhere)."""
         here: dict[str, list[tuple[Any, Any]]] = {}
         for shard in self.shards:
             for fragment in shard.fragments:
@@ -151,7 +152,7 @@ class Engine:
                 whole[f.start : f.start + f.numel] = shard.flat[f.here]
             if not self.replicated:
                 self.group.sum(whole)
-            yield name, whole.cpu() if self.group.is_first else None
+            yield name, whole.view(self.shapes[name]).cpu() if self.group.is_first else None
 
 
 def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:

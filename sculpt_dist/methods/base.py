@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import Draws
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.masked import ShardedVector, sum_gradients
@@ -118,8 +119,8 @@ class Method(ABC):
 
 
 class Editor(ABC):
-    """A closed form: no steps and no engine. `methods/<name>.py` then has `Config` and `Editor` in place of `Method`."""
+    """A closed form: no steps, no samples and no engine. `methods/<name>.py` then has `Config` and `Editor` in place of `Method`."""
 
     @abstractmethod
-    def edit(self, backbone: Backbone, concepts: Sequence[Any]) -> Mapping[str, Tensor]:
-        """New values of the parameters of `backbone.net` that change, by name."""
+    def edit(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> Mapping[str, Tensor]:
+        """New values of the parameters of `backbone.net` that change, by name, on every rank alike."""

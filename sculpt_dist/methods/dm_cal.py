@@ -30,6 +30,7 @@ class Config:
     label_source: str = "teacher"  # who gives the label: teacher, student (published), original
     label_guidance: float = 1.0  # w; 0 = published
     anchors: list[str] = field(default_factory=lambda: ["targets", "superclass", "keep"])
+    parts: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])  # of the cross-attention that may move
     reference_compat: bool = False  # the published code's behaviour, with what it gets wrong (see REFERENCE)
 
 
@@ -41,7 +42,7 @@ masks, gradients of untrained weights, the moving bias of the output projection,
 
 
 class Method(Base):
-    """Trains the query, key, value and output matrices of the cross-attention."""
+    """Trains the query, key, value and output matrices of the cross-attention, as the paper does, or some of them."""
 
     def __init__(self, config: Config) -> None:
         if config.label_source not in ("teacher", "student", "original"):
@@ -49,6 +50,9 @@ class Method(Base):
         unknown = set(config.anchors) - {"targets", "superclass", "keep"}
         if unknown:
             raise ConfigError(f"method.anchors holds {sorted(unknown)}: choose from targets, superclass, keep")
+        strange = set(config.parts) - {"q", "k", "v", "out"}
+        if strange or not config.parts:
+            raise ConfigError(f"method.parts holds {sorted(strange) or 'nothing'}: choose from q, k, v, out")
         self.config = config
         self.compat = config.reference_compat
         self.label_source = "student" if self.compat else config.label_source
@@ -58,7 +62,7 @@ class Method(Base):
         self.reference_mask = self.compat
 
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
-        return [name for part in "q k v out".split() for name in groups[f"cross_attention.{part}"] if name.endswith(".weight")]
+        return [name for part in self.config.parts for name in groups[f"cross_attention.{part}"] if name.endswith(".weight")]
 
     def saliency(self, step: Step) -> Losses:
         """Plain denoising of the target, MSE(e(x_f, c_f), goal_f)."""

@@ -19,7 +19,8 @@ from sculpt_dist.metrics.classifiers.clip import Encoder
 class Score(Metric):
     """How well images fit the prompts that they were drawn with, by the encoder given; say which one beside the figure.
 
-    torchmetrics' CLIPScore takes hub names only and fails on what transformers 5 returns; on the same embeddings it gives the same mean.
+    It is ours, as torchmetrics' CLIPScore loads models by their hub names, fails on what transformers 5 returns for their features (an
+    object, not a tensor), and gives no standard error. On the same embeddings, handed over by an adapter, its mean is the same.
     """
 
     def __init__(self, encoder: Encoder) -> None:

@@ -25,8 +25,10 @@ def image_metrics(settings: EvaluateConfig, num_images: int, first: int) -> list
     if settings.reference:
         from sculpt_dist.metrics import fid, kid
         from sculpt_dist.metrics.classifiers import canvas
+        from sculpt_dist.metrics.features import reference_features
 
         features = (clip or canvas.Encoder()).image_features
-        metrics.append(fid.Score(Path(settings.reference), features))
-        metrics.append(kid.Score(Path(settings.reference), features, num_images, first))
+        reference = reference_features(Path(settings.reference), features)  # [N, D]
+        metrics.append(fid.Score(reference, features))
+        metrics.append(kid.Score(reference, features, num_images, first))
     return metrics

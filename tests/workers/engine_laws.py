@@ -43,7 +43,6 @@ def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
     config = load_config(None, [*overrides, "train.weight_decay=0.1", "train.clip=0.5", "mask.keep=0.3"])
     group = Group(60)
     backbone, method = build_backbone(config, group), build_method(config)
-    shapes = {name: p.shape for name, p in backbone.net.named_parameters()}
     biases = [name for name in method.trainable(backbone.groups()) if not name.endswith("weight")]
     assert not biases, biases
     engine = build_engine(config, method, backbone, group)
@@ -145,7 +144,7 @@ def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
 
     # The export loads in plain diffusers and predicts what the student does.
     student = backbone.denoise(engine.net, clean[0], time[0], cond)
-    folder = export(config, backbone, engine.full_weights(), shapes, out.parent / f"{out.stem}-model", group)
+    folder = export(config, backbone, engine.full_weights(), out.parent / f"{out.stem}-model", group)
     if group.is_first:
         from diffusers import StableDiffusionPipeline
 

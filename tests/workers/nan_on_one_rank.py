@@ -1,0 +1,25 @@
+"""The unlearn command with a NaN in rank 1's forget loss at the fourth update."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from sculpt_dist import cli
+from sculpt_dist.methods import dm_cal
+from sculpt_dist.types import Losses
+
+losses, calls = dm_cal.Method.losses, []
+
+
+def faulty(self: dm_cal.Method, step: object) -> Losses:
+    told = losses(self, step)
+    calls.append(1)
+    if len(calls) == 4 and os.environ["RANK"] == "1":
+        return Losses(dict(told.terms) | {"forget": told.terms["forget"] * float("nan")})
+    return told
+
+
+dm_cal.Method.losses = faulty
+sys.argv = ["sculpt-dist", "unlearn", *sys.argv[1:]]
+cli.main()

@@ -1,0 +1,49 @@
+"""A run of a method of another kind than dm_cal, given in this file: an adapter, two loss groups, a closed form."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from sculpt_dist import build
+from sculpt_dist.config import load_config
+from sculpt_dist.methods.base import Editor
+from sculpt_dist.methods.dm_cal import Config, Method
+from sculpt_dist.sequence import run_sequence
+from sculpt_dist.types import Losses
+
+combined: list[int] = []
+
+
+class Adapted(Method):
+    adapter = {"r": 2, "lora_alpha": 4, "target_modules": r".*attn2\.to_[kv]", "init_lora_weights": False}
+
+
+class Grouped(Method):
+    def loss_groups(self):
+        def part(name: str):
+            return lambda step: Losses({k: v for k, v in self.losses(step).terms.items() if (k == "forget") == (name == "forget")})
+
+        return part("forget"), part("rest")
+
+    def combine(self, gradients):
+        assert len(gradients) == 2
+        combined.append(1)
+        return super().combine(gradients)
+
+
+class Halved(Editor):
+    def edit(self, backbone, concepts):
+        assert [prompts.target[0] for prompts in concepts] == ["a photo of a bird", "a photo of a boat"]
+        name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+        return {name: backbone.net.get_parameter(name) / 2}
+
+
+kind, config, *overrides = sys.argv[1:]
+made = {"adapter": Adapted, "groups": Grouped, "editor": lambda _: Halved()}[kind](Config(retain_weight=0.1, distill_weight=1.0))
+build.build_method = lambda _: made
+run_sequence(load_config(Path(config), overrides))
+if os.environ["RANK"] == "0":
+    print(json.dumps({"combined": len(combined)}))
