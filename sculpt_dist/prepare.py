@@ -49,8 +49,11 @@ class StreamPlan:
 
 
 def data_folder(run: Path, concept: Concept, role: str) -> Path:
-    """Where the shards of one role of one concept lie."""
-    return run / "data" / f"{concept.kind}-{re.sub(r'[^a-z0-9]+', '-', normal(concept.target))}" / role
+    """Where the shards of one role of one concept lie; names that letters and digits cannot tell apart get a checksum."""
+    name = normal(concept.target)
+    plain = re.sub(r"[^a-z0-9]+", "-", name)
+    unique = plain if plain.replace("-", " ") == name else f"{plain}-{text_sha256(name)[:8]}"
+    return run / "data" / f"{concept.kind}-{unique}" / role
 
 
 def prepare(config: RunConfig, backbone: Backbone, base: str, run: Path, group: Group) -> dict[str, str]:
