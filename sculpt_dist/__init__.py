@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sculpt_dist.sequence import Run
@@ -12,14 +13,15 @@ __version__ = "0.1.0"
 
 def unlearn(
     model: str | None = None,
-    method: str | Mapping[str, Any] = "dm_cal",
+    method: str | Mapping[str, Any] | None = None,
     concepts: Sequence[Mapping[str, Any]] = (),
     config: str | None = None,
     **overrides: Any,
 ) -> Run:
     """Unlearn `concepts`, one after another, from the pipeline folder `model`, and return the finished run.
 
-    `model`: a diffusers folder or hub id; None is the shipped canvas model. `method`: a name, or a mapping with its options.
+    `model`: a diffusers folder or hub id; None is the shipped canvas model. `method`: a name, or a mapping with its options;
+    None is dm_cal, or what `config` names.
     `concepts`: mappings such as {"target": "tench", "superclass": "fish"}. `config`: a yaml file to start from. `overrides`: sections
     as mappings (train={"lr": 1e-5}) or dotted keys through ** ({"train.lr": 1e-5}). Called again with the same arguments it goes on
     where it stopped. Under torchrun every rank calls it. Raises SculptError with what to mend.
@@ -27,15 +29,25 @@ def unlearn(
     from pathlib import Path
 
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     from sculpt_dist.config import load_config
+    from sculpt_dist.errors import ConfigError
     from sculpt_dist.sequence import run_sequence
 
-    given = OmegaConf.create({"method": {"name": method} if isinstance(method, str) else dict(method)})
+    if isinstance(concepts, str) or not all(isinstance(concept, Mapping) for concept in concepts):
+        raise ConfigError(f"concepts={concepts!r}: give a list of mappings such as {{'target': 'tench', 'superclass': 'fish'}}")
+    given = OmegaConf.create({})
+    values: dict[str, Any] = dict(overrides)
+    if method is not None:
+        values["method"] = {"name": method} if isinstance(method, str) else dict(method)
     if model is not None:
-        OmegaConf.update(given, "model.path", str(model), force_add=True)
+        values["model.path"] = str(model)
     if concepts:
-        OmegaConf.update(given, "concepts", [dict(concept) for concept in concepts], force_add=True)
-    for key, value in overrides.items():
-        OmegaConf.update(given, key, value, force_add=True)
+        values["concepts"] = [dict(concept) for concept in concepts]
+    for key, value in values.items():
+        try:
+            OmegaConf.update(given, key, value, force_add=True)
+        except (OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(f"argument {key}={value!r}: {str(error).splitlines()[0]}") from error
     return run_sequence(load_config(Path(config) if config else None, given))

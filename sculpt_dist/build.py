@@ -7,13 +7,18 @@ import importlib
 import json
 import os
 import pkgutil
+import platform
 import shutil
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sculpt_dist import __version__
 from sculpt_dist.config import RunConfig, check_batch, merge_section, to_yaml
@@ -88,9 +93,19 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
     return Engine(backbone.net, names, group, settings, masking)
 
 
+OURS = ("config.yaml", "metrics.jsonl", "manifest.json", "costs.json", "checkpoints", "data", "evaluation", "model", "report", "wandb")
+KEPT_BY_FRESH = ("data",)  # its recipes say themselves what can be used again
+UNDECIDING = ("run", "track", "engine.timeout", "train.checkpoint_every", "train.workers")  # keys that do not change the result
+
+
 def claim_folder(config: RunConfig, group: Group) -> Path:
-    """The run folder, ours: empty, or of this very configuration. Raises RunFolderError naming what differs."""
+    """The run folder, ours alone: empty, or of this very configuration, and locked until this process ends.
+
+    Raises RunFolderError that names what differs, or who holds it; ConfigError when the ranks were given different configurations.
+    """
     folder = Path(config.run.folder)
+    if len(set(group.to_all(config_fingerprint(config)))) > 1:
+        raise ConfigError("the ranks were given different configurations: start all of them with the same file and overrides")
     error = group.from_first(_claim(folder, config) if group.is_first else None)
     if error:
         raise RunFolderError(error)
@@ -98,43 +113,107 @@ def claim_folder(config: RunConfig, group: Group) -> Path:
 
 
 def _claim(folder: Path, config: RunConfig) -> str | None:
-    text = to_yaml(config)
-    mine = _comparable(text)
-    file = folder / "config.yaml"
-    if file.is_file() and not config.run.fresh:
-        theirs = _comparable(file.read_text())
-        if mine != theirs:
-            changes = [line for line in difflib.unified_diff(theirs, mine, lineterm="", n=0) if line[:1] in "+-" and line[:3] not in ("---", "+++")]
-            return (
-                f"run.folder={folder} belongs to a run with another configuration ({'; '.join(' '.join(c.split()) for c in changes[:6])}): "
-                "choose another run.folder, or discard that run with run.fresh=true"
-            )
-        return None
-    if folder.exists() and not folder.is_dir():
-        return f"run.folder={folder} is a file: choose another folder"
-    if folder.is_dir() and any(folder.iterdir()):
-        if not file.is_file():
-            return f"run.folder={folder} holds files but no run of ours (no config.yaml): choose another folder"
-        shutil.rmtree(folder)
+    if not all(parent.is_dir() for parent in (folder, *folder.absolute().parents) if parent.exists()):
+        return f"run.folder={folder} is, or lies below, a file: choose another folder"
     if not os.access(_existing_parent(folder), os.W_OK):
         return f"run.folder={folder} cannot be written: choose another folder"
+    strangers = [path.name for path in folder.iterdir() if path.name not in OURS and path.name[0] != "."] if folder.is_dir() else []
+    if strangers:
+        return f"run.folder={folder} holds what is no part of a run ({', '.join(sorted(strangers)[:3])}): choose another folder"
+    file, text = folder / "config.yaml", to_yaml(config)
+    theirs = _read_config(file)
+    if theirs is None and file.is_file():
+        return f"{file} is no configuration of a run: choose another run.folder"
     folder.mkdir(parents=True, exist_ok=True)
+    held = _lock(folder)
+    if held:
+        return held
+    if config.run.fresh:
+        for name in set(OURS) - set(KEPT_BY_FRESH):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif theirs is not None and any((folder / name).exists() for name in ("checkpoints", "evaluation")):
+        changes = _differences(theirs, OmegaConf.create(text))
+        if changes:
+            return (
+                f"run.folder={folder} belongs to a run with another configuration ({'; '.join(changes[:6])}): choose another run.folder, "
+                "or discard that run with run.fresh=true"
+            )
     write_atomically(file, text.encode())
     return None
 
 
-def _comparable(text: str) -> list[str]:
-    return [line for line in text.splitlines() if not line.strip().startswith(("fresh:", "folder:"))]
+def _lock(folder: Path) -> str | None:
+    """Hold the folder until this process ends; says who holds it when somebody else does."""
+    from filelock import FileLock, Timeout
+
+    note = folder / ".holder"
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = note.read_text() if note.is_file() else "another process"
+        return f"run.folder={folder} is in use by {holder}: wait for it, or choose another folder"
+    _locks[str(folder.absolute())] = lock
+    note.write_text(f"process {os.getpid()} on {platform.node()}" + (f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""))
+    return None
+
+
+_locks: dict[str, Any] = {}  # kept open: a lock ends when its object does
+
+
+def release_folder(folder: Path) -> None:
+    """Let others have the folder; a process that ends does so by itself."""
+    lock = _locks.pop(str(folder.absolute()), None)
+    if lock is not None:
+        lock.release()
+
+
+def _read_config(file: Path) -> DictConfig | None:
+    """A run's config.yaml, or None where there is none that has our sections."""
+    try:
+        content = OmegaConf.load(file)
+    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError):
+        return None
+    ours = isinstance(content, DictConfig) and {section.name for section in fields(RunConfig)} <= set(content)
+    return content if ours else None
+
+
+def _deciding(content: DictConfig) -> dict[str, Any]:
+    """All keys that decide the result, flat and dotted."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if key in UNDECIDING:
+            return
+        if isinstance(value, dict) and value:
+            for name, member in value.items():
+                walk(member, f"{key}.{name}" if key else str(name))
+        else:
+            flat[key] = value
+
+    walk(OmegaConf.to_container(content), "")
+    return flat
+
+
+def _differences(theirs: DictConfig, mine: DictConfig) -> list[str]:
+    before, now = _deciding(theirs), _deciding(mine)
+    return [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
 
 
 def _existing_parent(folder: Path) -> Path:
     return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
 
 
-def base_fingerprint(folder: Path, net_name: str) -> str:
-    """A checksum over the weights of the denoiser and the model index: what a checkpoint and shards belong to."""
-    files = [folder / "model_index.json", *sorted((folder / net_name).glob("*.safetensors"))]
-    return text_sha256("\n".join(f"{file.name} {file_sha256(file)}" for file in files))
+def base_fingerprint(folder: Path) -> str:
+    """A checksum over the weights and settings of every component: what checkpoints, shards and embeddings belong to."""
+    from sculpt_dist.backbones.folders import weight_files
+
+    parts = sorted(part for part in folder.iterdir() if part.is_dir())
+    files = [folder / "model_index.json"]
+    for part in parts:
+        files += [*weight_files(part), *sorted(file for file in part.iterdir() if file.suffix in (".json", ".txt", ".model"))]
+    return text_sha256("\n".join(f"{file.relative_to(folder)} {file_sha256(file)}" for file in files))
 
 
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: dict[str, str]) -> None:
@@ -145,13 +224,12 @@ def write_manifest(folder: Path, config: RunConfig, base: str, shards: dict[str,
 
 
 def config_fingerprint(config: RunConfig) -> str:
-    """A checksum over all that decides the result, so without the run folder's name."""
-    return text_sha256("\n".join(_comparable(to_yaml(config))))
+    """A checksum over all that decides the result, so without the run folder's name and the like."""
+    return text_sha256(json.dumps(_deciding(OmegaConf.create(to_yaml(config))), sort_keys=True, default=str))
 
 
-def check_checkpoint(path: Path, state: dict[str, Any], base: str, config: RunConfig) -> None:
-    """Raises RunFolderError when a checkpoint is of another base model or configuration."""
-    for name, mine in (("base", base), ("config", config_fingerprint(config))):
+def check_checkpoint(path: Path, state: dict[str, Any], fingerprints: dict[str, str]) -> None:
+    """Raises RunFolderError when a checkpoint is of another base model, configuration or data."""
+    for name, mine in fingerprints.items():
         if state[name] != mine:
-            what = "base model" if name == "base" else "configuration"
-            raise RunFolderError(f"{path}: is of another {what} ({state[name][:12]}, now {mine[:12]}); start over with run.fresh=true")
+            raise RunFolderError(f"{path}: is of another {name} ({state[name][:12]}, now {mine[:12]}); start over with run.fresh=true")

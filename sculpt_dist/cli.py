@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, List, NoReturn, Optional
 
 import typer
 
-from sculpt_dist.errors import SculptError, StopRequested
+from sculpt_dist.errors import NonFiniteError, SculptError, StopRequested
 
 if TYPE_CHECKING:
     from sculpt_dist.config import RunConfig
@@ -38,7 +38,9 @@ def prepare(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -
     """Only draw and store the training samples of CONFIG; unlearn then starts at once."""
     from sculpt_dist.stages import prepare_only
 
-    print(f"samples are in {prepare_only(_load(config, overrides))}")
+    folder = prepare_only(_load(config, overrides))
+    if _is_first():
+        print(f"samples are in {folder}")
 
 
 @app.command()
@@ -65,7 +67,9 @@ def export(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) ->
     """Write the model folder of CONFIG's run from its newest checkpoint, finished or not."""
     from sculpt_dist.stages import export_only
 
-    print(f"model: {export_only(_load(config, overrides))}")
+    model = export_only(_load(config, overrides))
+    if _is_first():
+        print(f"model: {model}")
 
 
 @app.command()
@@ -96,10 +100,12 @@ def main() -> NoReturn:
     try:
         app()
     except SculptError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if _is_first() or isinstance(error, NonFiniteError):  # other errors are the same on every rank
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
-    except (StopRequested, KeyboardInterrupt) as stop:
-        print(str(stop) or "interrupted; the same command goes on with what is missing", file=sys.stderr, flush=True)
+    except StopRequested as stop:
+        if _is_first():
+            print(stop, file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     sys.exit(DONE)
 
@@ -128,7 +134,7 @@ def _print_run(folder: Path, report: dict) -> None:
         cells = ["-" if scores is None or scores.get(n) is None else f"{scores[n]:.3f}" for n in ("UA", "IRA", "CRA", "SA")]
         table.add_row(label, *cells)
 
-    if report["before"] is not None:
+    if report["after"]["UA"] is not None:
         row("before", report["before"])
         for concept in report["concepts"]:
             row(f"after {concept['target']}", concept)

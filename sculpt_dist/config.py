@@ -175,7 +175,9 @@ def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -
 def merge_section(section: type[Section], values: dict[str, Any], where: str) -> Section:
     """Fill one dataclass from plain values, with the same merge and the same errors as the whole configuration."""
     merged = _merge(_writable(OmegaConf.structured(section)), OmegaConf.create(values), where, prefix="method.")
-    return OmegaConf.to_object(merged)
+    filled = OmegaConf.to_object(merged)
+    _check_numbers(filled, "method.")
+    return filled
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -195,6 +197,10 @@ def check(config: RunConfig) -> None:
     for key in SHARES:
         if _value(config, key) > 1:
             raise ConfigError(f"{key}={_value(config, key)}: is a share, at most 1")
+    if max(config.train.betas) >= 1:
+        raise ConfigError(f"train.betas={list(config.train.betas)}: each must be below 1, as in [0.9, 0.999]")
+    if not config.run.folder.strip():
+        raise ConfigError("run.folder is empty: name the folder of this run")
     if config.engine.precision == "bf16" and config.engine.stage < 2:
         raise ConfigError(
             f"engine.precision=bf16 with engine.stage={config.engine.stage}: DeepSpeed trains bf16 correctly on stages 2 and 3 "
@@ -240,7 +246,9 @@ def _check_concepts(config: RunConfig) -> None:
             raise ConfigError(f"{key}: the target {concept.target!r} is named twice; remove one")
         seen.add(normal(concept.target))
         for kept in concept.keep:
-            if normal(kept) in seen or normal(kept) in (normal(other.target) for other in config.concepts):
+            if not normal(kept):
+                raise ConfigError(f"{key}.keep holds an empty name: remove it")
+            if normal(kept) in (normal(other.target) for other in config.concepts):
                 raise ConfigError(f"{key}.keep holds {kept!r}, which is a target; remove it from one of them")
     lists = {"prepare.prompts.object": config.prepare.prompts.object, "prepare.prompts.style": config.prepare.prompts.style}
     lists |= {f"concepts[{i}].prompts": c.prompts for i, c in enumerate(config.concepts) if c.prompts is not None}
@@ -250,6 +258,9 @@ def _check_concepts(config: RunConfig) -> None:
         for template in templates:
             if "{concept}" not in template:
                 raise ConfigError(f"{key}: the prompt {template!r} does not hold {{concept}}, where the name goes")
+    for key, names in (("evaluate.objects", config.evaluate.objects), ("evaluate.styles", config.evaluate.styles)):
+        if not all(normal(name) for name in names):
+            raise ConfigError(f"{key} holds an empty name: remove it")
     for template in (config.evaluate.prompt, *config.evaluate.paraphrases):
         if "{object}" not in template:
             raise ConfigError(f"evaluate prompt {template!r} does not hold {{object}}, where the name goes")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config import Concept, RunConfig, normal
 from sculpt_dist.data.prompts import fill
-from sculpt_dist.data.streams import derived_seed
 from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.errors import ConfigError
-from sculpt_dist.files import write_atomically
+from sculpt_dist.files import derived_seed, write_atomically
 from sculpt_dist.maths.scores import Answers, Target, accuracy_by, bootstrap_intervals, unlearning_scores
 from sculpt_dist.metrics.base import Classifier
 from sculpt_dist.metrics.classifiers import load_classifier
@@ -57,6 +57,8 @@ def evaluated_world(config: RunConfig) -> World:
         objects = objects or list(world.OBJECTS)
         styles = styles or list(world.STYLES)
         members = members or {name: list(those) for name, those in world.SUPERCLASSES.items()}
+    if not styles and any(concept.kind == "style" for concept in config.concepts):
+        raise ConfigError("evaluate.styles is empty: name the styles that a forgotten one is compared with, or evaluate.enabled=false")
     known = {normal(name) for name in (*objects, *styles)}
     for concept in config.concepts:
         for name in (concept.target, *concept.keep):
@@ -106,7 +108,14 @@ def score_targets(concepts: Sequence[Concept], world: World) -> list[Target]:
 
 
 def evaluate(
-    config: RunConfig, backbone: Backbone, net: nn.Module, group: Group, folder: Path, concepts: Sequence[Concept], label: str
+    config: RunConfig,
+    backbone: Backbone,
+    net: nn.Module,
+    group: Group,
+    folder: Path,
+    concepts: Sequence[Concept],
+    label: str,
+    stop: StopRequest,
 ) -> dict[str, Any]:
     """Draw, recognise and score; writes `folder`/scores.json and the first image of each pair; returns the scores.
 
@@ -126,6 +135,7 @@ def evaluate(
     capacity = len(rounds) * size
     metrics = image_metrics(config.evaluate, capacity * group.size, capacity * group.rank)
     for turn in progress(rounds, f"evaluate {label}", group.is_first):
+        stop.check(f"the evaluation {label}")
         number = turn * group.size + group.rank
         batch = batches[min(number, len(batches) - 1)]
         images = draw(config, backbone, net, batch)  # uint8 [B, 3, h, w]

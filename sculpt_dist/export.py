@@ -31,7 +31,8 @@ def export(config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, T
         return folder
     dtype = DTYPES[config.model.dtype]
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    for debris in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(debris)
     written: set[str] = set()
 
     def changed() -> Iterator[tuple[str, Tensor]]:

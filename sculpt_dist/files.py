@@ -1,4 +1,4 @@
-"""Files that are either absent, as before, or complete."""
+"""Files that are either absent, as before, or complete; checksums; seeds."""
 
 from __future__ import annotations
 
@@ -38,3 +38,8 @@ def sync(path: Path) -> None:
 def text_sha256(text: str) -> str:
     """The checksum of a text, as hex."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def derived_seed(*key: int | str) -> int:
+    """A 63-bit seed from a key, the same on every machine and Python."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1

@@ -16,11 +16,11 @@ from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config import Concept, RunConfig, normal
 from sculpt_dist.data.images import IMAGE_TYPES, open_image
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
-from sculpt_dist.data.shards import Sample, ShardRecord, damage, write_index, write_shard
-from sculpt_dist.data.streams import derived_seed
+from sculpt_dist.data.shards import Sample, ShardRecord, damage, read_index, write_index, write_shard
 from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.errors import ConfigError, ShardError
-from sculpt_dist.files import file_sha256, text_sha256, write_atomically
+from sculpt_dist.files import derived_seed, file_sha256, text_sha256, write_atomically
 from sculpt_dist.progress import progress
 
 
@@ -56,7 +56,7 @@ def data_folder(run: Path, concept: Concept, role: str) -> Path:
     return run / "data" / f"{concept.kind}-{unique}" / role
 
 
-def prepare(config: RunConfig, backbone: Backbone, base: str, run: Path, group: Group) -> dict[str, str]:
+def prepare(config: RunConfig, backbone: Backbone, base: str, run: Path, group: Group, stop: StopRequest) -> dict[str, str]:
     """Make what is missing of every stream's shards and of the prompt embeddings; returns the checksum of each index.
 
     Every rank draws its share, in batches that do not depend on the number of ranks, each sample from noise of its own seed.
@@ -67,7 +67,7 @@ def prepare(config: RunConfig, backbone: Backbone, base: str, run: Path, group: 
         prompts = concept_prompts(concept, config.prepare.prompts)
         everything += [*prompts.target, *prompts.superclass, *prompts.keep]
         for plan in _plans(config, concept, prompts, run):
-            _make_stream(config, plan, backbone, base, group)
+            _make_stream(config, plan, backbone, base, group, stop)
             hashes[str(plan.folder.relative_to(run))] = file_sha256(plan.folder / "index.json")
     _embed_once(backbone, list(dict.fromkeys(everything)), base, run, group)
     return hashes
@@ -100,15 +100,17 @@ def _own_images(folder: str | None, name: str | None) -> tuple[Path, ...]:
     return images
 
 
-def _make_stream(config: RunConfig, plan: StreamPlan, backbone: Backbone, base: str, group: Group) -> None:
+def _make_stream(config: RunConfig, plan: StreamPlan, backbone: Backbone, base: str, group: Group, stop: StopRequest) -> None:
     recipe = plan.recipe(config, base)
     starts = list(range(0, plan.count, config.prepare.batch))
     whole = group.from_first(_whole_shards(plan.folder, recipe) if group.is_first else None)
     todo = [start for start in starts if start not in whole]
-    if not todo and (plan.folder / "index.json").is_file():
+    if group.from_first(not todo and _is_indexed(plan.folder, recipe, whole) if group.is_first else None):
         return
     plan.folder.mkdir(parents=True, exist_ok=True)
     for start in progress(todo[group.rank :: group.size], f"prepare {plan.label}", group.is_first):
+        if stop.came:
+            break
         ids = range(start, min(start + config.prepare.batch, plan.count))
         prompts = [plan.prompts[i % len(plan.prompts)] for i in ids]
         latents = _encode(plan, ids, backbone) if plan.images else _draw(config, plan, ids, prompts, backbone)
@@ -116,7 +118,7 @@ def _make_stream(config: RunConfig, plan: StreamPlan, backbone: Backbone, base: 
         samples = [Sample(latent, prompt, i) for latent, prompt, i in zip(latents, prompts, ids)]
         record = write_shard(plan.folder, name, samples)
         write_atomically(_note(plan.folder, name), json.dumps({"recipe": recipe, "record": asdict(record)}).encode())
-    group.barrier()
+    stop.check(f"the samples of {plan.label}")
     if group.is_first:
         records = _whole_shards(plan.folder, recipe)
         missing = [start for start in starts if start not in records]
@@ -127,6 +129,17 @@ def _make_stream(config: RunConfig, plan: StreamPlan, backbone: Backbone, base: 
                 stray.unlink()
         write_index(plan.folder, recipe, records.values())
     group.barrier()
+
+
+def _is_indexed(folder: Path, recipe: Mapping[str, Any], whole: Mapping[int, ShardRecord]) -> bool:
+    """Whether the index on the disk is of this recipe and of these very shards."""
+    if not (folder / "index.json").is_file():
+        return False
+    try:
+        found, records = read_index(folder)
+    except ShardError:
+        return False
+    return found == recipe and records == [whole[first] for first in sorted(whole)]
 
 
 def _whole_shards(folder: Path, recipe: Mapping[str, Any]) -> dict[int, ShardRecord]:

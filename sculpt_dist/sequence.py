@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +17,18 @@ from torch import Tensor, nn
 from sculpt_dist import build
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config import Concept, RunConfig, check_batch
-from sculpt_dist.data.prompts import concept_prompts
+from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.data.shards import ShardReader
 from sculpt_dist.data.streams import ConceptStreams, Layout
 from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.engine.zero import Engine
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.evaluate import check_evaluation, evaluate
 from sculpt_dist.export import export, write_card
-from sculpt_dist.files import write_atomically
+from sculpt_dist.files import text_sha256, write_atomically
 from sculpt_dist.methods.base import Editor, Method, Setup
 from sculpt_dist.prepare import data_folder, prepare
 from sculpt_dist.track import Tracker
@@ -37,50 +37,68 @@ from sculpt_dist.train import ConceptRun, Plan, Recent, make_plan, run_concept
 
 @dataclass
 class Costs:
-    """What a run has cost this rank so far, over all its sittings."""
+    """What a run has cost this rank so far, over all its sittings; kept in costs.json."""
 
+    folder: Path
+    group: Group
     seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0, "total": 0.0})
     cpu_seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
     bytes_communicated: int = 0
     weights: dict[str, int] = field(default_factory=dict)
-    _since: float = field(default_factory=time.monotonic)
+    _part: str | None = None  # what is being counted now
+    _wall: float = field(default_factory=time.monotonic)
+    _cpu: float = field(default_factory=time.process_time)
     _sent: int = 0
 
     @contextmanager
     def counting(self, part: str) -> Iterator[None]:
-        """Add the wall and CPU time of the block to a part of the costs."""
-        wall, cpu = time.monotonic(), time.process_time()
+        """Count the wall and CPU time of the block to a part of the costs."""
+        self._flush()
+        self._part = part
         try:
             yield
         finally:
-            self.seconds[part] += time.monotonic() - wall
-            self.cpu_seconds[part] += time.process_time() - cpu
+            self._flush()
+            self._part = None
 
-    def take(self, group: Group) -> dict[str, Any]:
-        """The totals up to now, as a checkpoint keeps them."""
-        now, sent = time.monotonic(), group.bytes_communicated()
-        self.seconds["total"] += now - self._since
+    def read(self) -> None:
+        """Go on from what earlier sittings on as many ranks left in costs.json."""
+        file = self.folder / "costs.json"
+        before = self.group.from_first(json.loads(file.read_text()) if self.group.is_first and file.is_file() else None)
+        if before is not None and before["ranks"] == self.group.size:
+            mine = before["of_rank"][self.group.rank]
+            self.seconds, self.cpu_seconds, self.bytes_communicated = mine["seconds"], mine["cpu_seconds"], mine["bytes_communicated"]
+
+    def write(self) -> None:
+        """costs.json: wall seconds and bytes of the first rank, CPU seconds summed over ranks, peak memory of each; all ranks enter."""
+        self._flush()
+        mine = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "bytes_communicated": self.bytes_communicated}
+        ranks = self.group.to_all(mine | {"peak_memory_bytes": _peak_memory(self.group.device)})
+        if self.group.is_first:
+            content = {name: ranks[0][name] for name in ("seconds", "bytes_communicated")} | {
+                "cpu_seconds": {part: sum(rank["cpu_seconds"][part] for rank in ranks) for part in self.cpu_seconds},
+                "peak_memory_bytes": [rank["peak_memory_bytes"] for rank in ranks],
+                "ranks": self.group.size,
+                "weights": self.weights,
+                "of_rank": ranks,
+            }
+            write_atomically(self.folder / "costs.json", json.dumps(content, indent=1).encode())
+
+    def _flush(self) -> None:
+        wall, cpu, sent = time.monotonic(), time.process_time(), self.group.bytes_communicated()
+        self.seconds["total"] += wall - self._wall
+        if self._part is not None:
+            self.seconds[self._part] += wall - self._wall
+            self.cpu_seconds[self._part] += cpu - self._cpu
         self.bytes_communicated += sent - self._sent
-        self._since, self._sent = now, sent
-        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "bytes_communicated": self.bytes_communicated}
+        self._wall, self._cpu, self._sent = wall, cpu, sent
 
-    def add(self, saved: Mapping[str, Any]) -> None:
-        """Count what earlier sittings cost."""
-        for part, value in saved["seconds"].items():
-            self.seconds[part] += value
-        for part, value in saved["cpu_seconds"].items():
-            self.cpu_seconds[part] += value
-        self.bytes_communicated += saved["bytes_communicated"]
 
-    def write(self, folder: Path, group: Group) -> None:
-        """costs.json: CPU seconds summed over ranks, peak resident memory of each rank, bytes of the first one."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        totals = self.take(group)
-        ranks = group.to_all((peak, totals["cpu_seconds"]))
-        if group.is_first:
-            summed = {part: sum(cpu[part] for _, cpu in ranks) for part in self.cpu_seconds}
-            about = {"cpu_seconds": summed, "peak_memory_bytes": [peak for peak, _ in ranks], "ranks": group.size, "weights": self.weights}
-            write_atomically(folder / "costs.json", json.dumps(totals | about, indent=1).encode())
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @dataclass(frozen=True)
@@ -101,74 +119,115 @@ def run_sequence(config: RunConfig) -> Run:
 
     Every rank enters. Raises SculptError for what the user can mend, StopRequested after a saved stop.
     """
-    costs = Costs()
-    method = build.build_method(config)
-    plan = None if isinstance(method, Editor) else make_plan(config, method)
     if not config.concepts:
         raise ConfigError("concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'")
+    prompts = [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts]
+    method = build.build_method(config)
+    plan = None if isinstance(method, Editor) else make_plan(config, method)
     if config.evaluate.enabled:
         check_evaluation(config)
     group = Group(config.engine.timeout)
     check_batch(config, group.size)
     folder = build.claim_folder(config, group)
-    backbone = build.build_backbone(config, group)
-    base = group.from_first(build.base_fingerprint(backbone.folder, backbone.net_name) if group.is_first else "")
-    shards: dict[str, str] = {}
-    if plan is not None:
-        with costs.counting("prepare"):
-            shards = prepare(config, backbone, base, folder, group)
-    if group.is_first:
-        build.write_manifest(folder, config, base, shards)
-    if plan is None:
-        weights = edit(config, folder, group, backbone, method, costs)
-    else:
-        engine = build.build_engine(config, method, backbone, group)
-        weights = Sitting(config, folder, group, backbone, engine, method, plan, base, costs).unlearn_all()
+    with StopRequest(group) as stop:
+        backbone = build.build_backbone(config, group)
+        base = group.from_first(build.base_fingerprint(backbone.folder) if group.is_first else "")
+        costs = Costs(folder, group)
+        costs.read()
+        shards: dict[str, str] = {}
+        if plan is not None:
+            with costs.counting("prepare"):
+                shards = prepare(config, backbone, base, folder, group, stop)
+        if group.is_first:
+            build.write_manifest(folder, config, base, shards)
+        sitting = Sitting(config, folder, group, backbone, costs, stop)
+        if plan is None:
+            weights = sitting.edit(method, prompts)
+        else:
+            fingerprints = {"base": base, "config": build.config_fingerprint(config), "data": text_sha256(json.dumps(shards))}
+            engine = build.build_engine(config, method, backbone, group)
+            weights = Training(sitting, engine, method, plan, fingerprints).unlearn_all()
     export(config, backbone, weights, folder / "model", group)
-    costs.write(folder, group)
+    costs.write()
     if group.is_first:
         from sculpt_dist.report import write_report
 
         write_report(folder)
         write_card(folder)
-    group.close()
+    group.barrier()
+    build.release_folder(folder)
     return Run(folder, json.loads((folder / "report" / "report.json").read_text()))
 
 
 @dataclass
 class Sitting:
-    """One process's stretch of a run: from the newest checkpoint to the end, or to a stop."""
+    """One process's stretch of a run, and what every kind of method needs of it."""
 
     config: RunConfig
     folder: Path
     group: Group
     backbone: Backbone
+    costs: Costs
+    stop: StopRequest
+
+    def score(self, net: nn.Module, stage: str, concepts: Sequence[Concept]) -> None:
+        """Scores of the present weights, unless they are on the disk already or not wanted."""
+        where = self.folder / "evaluation" / stage
+        done = self.group.from_first((where / "scores.json").is_file())
+        if self.config.evaluate.enabled and not done:
+            with self.costs.counting("evaluate"):
+                evaluate(self.config, self.backbone, net, self.group, where, concepts, stage, self.stop)
+            self.costs.write()
+
+    def edit(self, editor: Editor, prompts: Sequence[ConceptPrompts]) -> Iterator[tuple[str, Tensor | None]]:
+        """All concepts at once by a closed form, with scores before and after; returns the changed weights."""
+        net = self.backbone.net
+        self.score(net, "before", self.config.concepts)
+        with self.costs.counting("train"), torch.no_grad():
+            changed = editor.edit(self.backbone, prompts)
+            for name, tensor in changed.items():
+                net.get_parameter(name).copy_(tensor)
+        count = sum(tensor.numel() for tensor in changed.values())
+        self.costs.weights = {"total": sum(p.numel() for p in net.parameters()), "trained": count, "open": count}
+        self.score(net, f"after-{len(prompts) - 1:02d}", self.config.concepts)
+        return iter(changed.items())
+
+
+@dataclass
+class Training:
+    """A sitting of a method that trains: from the newest checkpoint to the end, or to a stop."""
+
+    sitting: Sitting
     engine: Engine
     method: Method
     plan: Plan
-    base: str  # fingerprint of the base model
-    costs: Costs
+    fingerprints: dict[str, str]  # of what a checkpoint must belong to
+
+    def __post_init__(self) -> None:
+        self.config, self.folder, self.group = self.sitting.config, self.sitting.folder, self.sitting.group
+        self.backbone, self.costs = self.sitting.backbone, self.sitting.costs
 
     def unlearn_all(self) -> Iterator[tuple[str, Tensor | None]]:
         """Concept after concept, with scores before the first and after each; returns the changed weights, whole on rank 0."""
         total = sum(int(getattr(p, "ds_numel", p.numel())) for p in self.backbone.net.parameters())
-        keep = self.config.mask.keep if self.plan.masked else 1.0
-        self.costs.weights = {"total": total, "trained": self.engine.num_trained, "open": int(keep * self.engine.num_trained)}
+        trained = self.engine.num_trained
+        self.costs.weights = {"total": total, "trained": trained, "open": self.engine.mask.planned_open if self.plan.masked else trained}
         original = self.engine.snapshot() if self.method.needs_original else None
         first, resumed = self._resume()
         if first and resumed is None:
-            self._evaluate_after(first - 1)
-        elif not first and resumed is None:
-            self._evaluate("before", self.config.concepts)
+            self._score_after(first - 1)
+        elif resumed is None:
+            self.sitting.score(self.engine.net, "before", self.config.concepts)
         tracker = Tracker(self.config, self.folder, self.group.is_first)
-        with interrupts() as stop_requested:
-            for number in range(first, len(self.config.concepts)):
-                run = self._concept_run(number, original, resumed)
-                resumed = None
-                with self.costs.counting("train"):
-                    run_concept(run, self.engine, self.backbone, self.config, tracker.log, lambda: self._save(run), stop_requested)
-                self._save_end(number)
-                self._evaluate_after(number)
+        for number in range(first, len(self.config.concepts)):
+            run = self._concept_run(number, original, resumed)
+            resumed = None
+            with self.costs.counting("train"):
+                run_concept(
+                    run, self.engine, self.backbone, self.config, tracker.log, lambda: self._save(run), self.sitting.stop
+                )
+            self._save_end(number)
+            self._score_after(number)
         tracker.close()
         return self.engine.full_weights()
 
@@ -189,7 +248,7 @@ class Sitting:
             recent=Recent(),
             start=start,
         )
-        self.engine.begin_concept()
+        self.engine.begin_concept(number)
         if self.plan.masked and not self.plan.collect:  # a random mask needs no gradients
             self.engine.mask.build()
         if resumed is not None:
@@ -213,11 +272,8 @@ class Sitting:
         readers = {"target": [reader(concept, "target")], "superclass": [reader(concept, "superclass")], "anchor": anchors}
         return ConceptStreams(readers, layout, self.config.train.seed, number)
 
-    def _evaluate(self, stage: str, concepts: Sequence[Concept]) -> None:
-        evaluate_stage(self.config, self.folder, self.group, self.backbone, self.engine.net, stage, concepts, self.costs)
-
-    def _evaluate_after(self, number: int) -> None:
-        self._evaluate(f"after-{number:02d}", self.config.concepts[: number + 1])
+    def _score_after(self, number: int) -> None:
+        self.sitting.score(self.engine.net, f"after-{number:02d}", self.config.concepts[: number + 1])
 
     def _save(self, run: ConceptRun) -> None:
         """A checkpoint within a concept."""
@@ -229,6 +285,7 @@ class Sitting:
             "step": run.step,
             "updates": self.engine.optimizer.updates,
             "births": self.engine.mask.births,
+            "selections": self.engine.mask.selections,
             "open_count": self.engine.mask.open_count,
             "recent": asdict(run.recent),
             "candidate": run.candidate is not None,
@@ -241,8 +298,8 @@ class Sitting:
         self._write((number + 1) * (self.plan.steps + 1), {}, state)
 
     def _write(self, number: int, extra: dict[str, list[Tensor]], state: dict[str, Any]) -> None:
-        about = {"base": self.base, "config": build.config_fingerprint(self.config), "costs": self.costs.take(self.group)}
-        checkpoint.save(self.folder / "checkpoints", number, self.engine.shards, extra, state | about, self.group)
+        checkpoint.save(self.folder / "checkpoints", number, self.engine.shards, extra, state | self.fingerprints, self.group)
+        self.costs.write()
 
     def _resume(self) -> tuple[int, dict[str, Any] | None]:
         """(first concept, its saved state or None): with the engine's weights as they were before that concept."""
@@ -250,8 +307,7 @@ class Sitting:
         if found is None:
             return 0, None
         path, state = found
-        build.check_checkpoint(path, state, self.base, self.config)
-        self.costs.add(state["costs"])
+        build.check_checkpoint(path, state, self.fingerprints)
         within = state["step"] > 0
         filled = checkpoint.load(path, self.engine.shards, ["teacher"] if within else [])
         if within:
@@ -267,44 +323,5 @@ class Sitting:
         run.step, run.recent = state["step"], Recent(**state["recent"])
         run.candidate = filled.get("candidate")
         self.engine.optimizer.updates = state["updates"]
-        self.engine.mask.births, self.engine.mask.open_count = state["births"], state["open_count"]
-
-
-def edit(
-    config: RunConfig, folder: Path, group: Group, backbone: Backbone, editor: Editor, costs: Costs
-) -> Iterator[tuple[str, Tensor | None]]:
-    """All concepts at once by a closed form, with scores before and after; returns the changed weights."""
-    net = backbone.net
-    evaluate_stage(config, folder, group, backbone, net, "before", config.concepts, costs)
-    with costs.counting("train"), torch.no_grad():
-        changed = editor.edit(backbone, [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts])
-        for name, tensor in changed.items():
-            net.get_parameter(name).copy_(tensor)
-    count = sum(tensor.numel() for tensor in changed.values())
-    costs.weights = {"total": sum(p.numel() for p in net.parameters()), "trained": count, "open": count}
-    evaluate_stage(config, folder, group, backbone, net, f"after-{len(config.concepts) - 1:02d}", config.concepts, costs)
-    return iter(changed.items())
-
-
-def evaluate_stage(
-    config: RunConfig, folder: Path, group: Group, backbone: Backbone, net: nn.Module, stage: str, concepts: Sequence[Concept], costs: Costs
-) -> None:
-    """Scores of the present weights, unless they are on the disk already or not wanted."""
-    where = folder / "evaluation" / stage
-    done = group.from_first((where / "scores.json").is_file())
-    if config.evaluate.enabled and not done:
-        with costs.counting("evaluate"):
-            evaluate(config, backbone, net, group, where, concepts, stage)
-
-
-@contextmanager
-def interrupts() -> Iterator[Any]:
-    """While open, SIGINT, SIGTERM and SIGUSR1 set a flag in place of ending the process; yields the question whether one came."""
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda caught, frame: came.append(caught)) for number in numbers}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        mask = self.engine.mask
+        mask.births, mask.selections, mask.open_count = state["births"], state["selections"], state["open_count"]

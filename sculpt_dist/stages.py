@@ -9,6 +9,7 @@ from sculpt_dist import build
 from sculpt_dist.config import RunConfig
 from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.errors import RunFolderError
 from sculpt_dist.evaluate import evaluate
 from sculpt_dist.export import export, write_card
@@ -21,9 +22,10 @@ def prepare_only(config: RunConfig) -> Path:
     group = Group(config.engine.timeout)
     folder = build.claim_folder(config, group)
     backbone = build.build_backbone(config, group)
-    base = group.from_first(build.base_fingerprint(backbone.folder, backbone.net_name) if group.is_first else "")
-    prepare(config, backbone, base, folder, group)
-    group.close()
+    base = group.from_first(build.base_fingerprint(backbone.folder) if group.is_first else "")
+    with StopRequest(group) as stop:
+        prepare(config, backbone, base, folder, group, stop)
+    build.release_folder(folder)
     return folder / "data"
 
 
@@ -34,8 +36,8 @@ def evaluate_only(config: RunConfig, model: Path | None, output: Path | None) ->
     where = output or folder / "evaluation" / "model"
     group = Group(config.engine.timeout)
     backbone = build.build_backbone(config, group, path=str(model))
-    scores = evaluate(config, backbone, backbone.net, group, where, config.concepts, model.name)
-    group.close()
+    with StopRequest(group) as stop:
+        scores = evaluate(config, backbone, backbone.net, group, where, config.concepts, model.name, stop)
     return scores, where
 
 
@@ -43,18 +45,18 @@ def export_only(config: RunConfig) -> Path:
     """Write the model folder from the newest checkpoint of the configuration's run."""
     method = build.build_method(config)
     group = Group(config.engine.timeout)
+    found = checkpoint.newest(Path(config.run.folder) / "checkpoints", group)
+    if found is None:
+        raise RunFolderError(f"{config.run.folder}: has no checkpoint yet; run unlearn first")
     folder = build.claim_folder(config, group)
     backbone = build.build_backbone(config, group)
-    base = group.from_first(build.base_fingerprint(backbone.folder, backbone.net_name) if group.is_first else "")
-    found = checkpoint.newest(folder / "checkpoints", group)
-    if found is None:
-        raise RunFolderError(f"{folder}: has no checkpoint yet; run unlearn first")
-    build.check_checkpoint(*found, base, config)
+    base = group.from_first(build.base_fingerprint(backbone.folder) if group.is_first else "")
+    build.check_checkpoint(*found, {"base": base, "config": build.config_fingerprint(config)})
     engine = build.build_engine(config, method, backbone, group)
     checkpoint.load(found[0], engine.shards, [])
     engine.publish()
     model = export(config, backbone, engine.full_weights(), folder / "model", group)
     if group.is_first and (folder / "report" / "report.json").is_file():
         write_card(folder)
-    group.close()
+    build.release_folder(folder)
     return model

@@ -13,6 +13,7 @@ from sculpt_dist.config import RunConfig, as_steps
 from sculpt_dist.data.streams import ConceptStreams, Draws, micro_batches
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.mask import MAX_GENERATIONS
+from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.engine.zero import Engine
 from sculpt_dist.errors import ConfigError, StopRequested
 from sculpt_dist.maths.schedules import one_cycle, turnover_share
@@ -110,7 +111,7 @@ def run_concept(
     config: RunConfig,
     log: Callable[[Mapping[str, Any]], None],
     save: Callable[[], None],
-    stop_requested: Callable[[], bool],
+    stop: StopRequest,
 ) -> None:
     """Train one concept from `run.step` to its end.
 
@@ -140,11 +141,11 @@ def run_concept(
             _consider_candidate(run, engine, terms)
         log(_entry(run, engine, step, terms, swapped, time.monotonic() - began))
         due = 0 < config.train.checkpoint_every < time.monotonic() - saved_at
-        stop, due = engine.any_rank(stop_requested(), due)
-        if stop or due:
+        stopping, due = engine.any_rank(stop.came, due)
+        if stopping or due:
             save()
             saved_at = time.monotonic()
-        if stop:
+        if stopping:
             raise StopRequested(f"stopped at {run.target!r}, step {run.step} of {plan.steps}; the same command goes on from here")
     if run.candidate is not None:
         engine.set_masters(run.candidate)

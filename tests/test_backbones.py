@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import PROJECT
 
-from sculpt_dist.backbones.folders import find_folder
+from sculpt_dist.backbones.folders import find_folder, stored_weights, write_pipeline
 from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.errors import ModelError
 
@@ -111,6 +111,31 @@ def test_a_pipeline_of_another_class_is_refused(tmp_path):
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionXLPipeline"))
     with pytest.raises(ModelError, match="StableDiffusionXLPipeline, model.arch expects StableDiffusionPipeline"):
         Backbone.load(tmp_path / "xl", torch.float32, torch.device("cpu"))
+
+
+def test_a_sampler_with_noise_of_its_own_is_refused(tmp_path):
+    shutil.copytree(ASSETS, tmp_path / "m")
+    file = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "EulerAncestralDiscreteScheduler"}))
+    with pytest.raises(ModelError, match="deterministic scheduler"):
+        Backbone.load(tmp_path / "m", torch.float32, torch.device("cpu"))
+
+
+def test_an_export_takes_only_what_was_loaded(tmp_path, backbone):
+    base = tmp_path / "base"
+    shutil.copytree(ASSETS, base)
+    (base / "v1-5-pruned.safetensors").write_bytes(b"the whole original model")
+    (base / "v1-5.ckpt").write_bytes(b"pickle")
+    (base / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    (base / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
+    text = base / "text_encoder" / "model.safetensors"
+    text.rename(text.with_name("model.fp16.safetensors"))  # only a variant is there
+    write_pipeline(base, tmp_path / "out", "unet", torch.float32, stored_weights(base, "unet"))
+    files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.suffix != ".json")
+    weights = ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+    assert [name for name in files if "." in name] == weights
+    again = Backbone.load(tmp_path / "out", torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(again.embed(["a photo of a cat"]).tokens, backbone.embed(["a photo of a cat"]).tokens)
 
 
 def test_a_hub_that_cannot_be_reached_is_said_to_be_the_network(monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 from conftest import PROJECT
 
 from sculpt_dist.build import build_method
-from sculpt_dist.config import check_batch, load_config, to_yaml
+from sculpt_dist.config import Concept, PromptsConfig, check_batch, load_config, to_yaml
+from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.errors import ConfigError
 
 CONFIGS = sorted((PROJECT / "configs").rglob("*.yaml"))
@@ -41,6 +42,10 @@ MISTAKES = {
     "mask.scope=rows": ("mask.scope", "matrix, global"),
     "engine.stage=4": ("engine.stage", "0, 1, 2, 3"),
     "lr": ("lr", "key=value"),
+    "train.betas=[1.0,1.0]": ("train.betas", "below 1"),
+    "run.folder=": ("run.folder", "str"),
+    "concepts=[{target: cat, superclass: a, keep: ['']}]": ("concepts[0].keep", "empty"),
+    "evaluate.objects=['']": ("evaluate.objects", "empty"),
     "concepts=[{target: cat, superclass: ' CAT '}]": ("concepts[0]", "broader"),
     "concepts=[{target: cat}]": ("concepts[0].superclass", "broader class"),
     "concepts=[{target: '', superclass: a}]": ("concepts[0].target", "empty"),
@@ -81,6 +86,18 @@ def test_unknown_method_lists_what_there_is():
 def test_unknown_method_option_is_named():
     with pytest.raises(ConfigError, match="method.label_guidence.*label_guidance"):
         build_method(load_config(None, ["method.label_guidence=1"]))
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "inf"])
+def test_numbers_of_a_method_are_checked_too(value):
+    with pytest.raises(ConfigError, match="method.retain_weight"):
+        build_method(load_config(None, [f"method.retain_weight={value}"]))
+
+
+@pytest.mark.parametrize("template", ["{concept}", "a painting in the style of {concept}"])
+def test_a_style_free_prompt_that_would_be_empty_or_broken_off_is_refused(template):
+    with pytest.raises(ConfigError, match="brackets"):
+        concept_prompts(Concept("van gogh", kind="style", prompts=[template]), PromptsConfig())
 
 
 def test_wrong_type_of_a_method_option_is_named():

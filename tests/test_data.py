@@ -13,8 +13,9 @@ import torch
 from sculpt_dist.config import Concept, PromptsConfig
 from sculpt_dist.data.prompts import concept_prompts, fill
 from sculpt_dist.data.shards import Sample, ShardReader, read_index, scan_shard, write_index, write_shard
-from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, derived_seed, micro_batches
+from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, micro_batches
 from sculpt_dist.errors import ShardError
+from sculpt_dist.files import derived_seed
 from sculpt_dist.types import TextCond
 
 

@@ -91,5 +91,5 @@ def test_selection_communicates_counts_alone(happened):
     digits = 4 * 256 * 8 * (16 + 2 * 16) + 4 * 256 * 8 * (1 + 2)  # build and turnover, in matrix and in global scope
     ties = 2 * 2 * 8 * (16 + 2 * 16)
     gathered_by_this_test = 4 * 4 * notes["trained"]
-    payload = notes["mask_bytes"] - 2 * gathered_by_this_test  # DeepSpeed counts an all-reduce twice
-    assert 2 * (digits + ties) <= payload <= 2 * (digits + ties) + 1000
+    payload = notes["mask_bytes"] - gathered_by_this_test
+    assert digits + ties <= payload <= digits + ties + 200

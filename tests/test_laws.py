@@ -75,7 +75,7 @@ def test_nan_on_one_rank_stops_all_at_the_same_step_and_the_checkpoint_stays(can
     assert len(losses(tmp_path / "run")) == 16
 
 
-def test_published_behaviour_moves_closed_weights_on_old_momentum(canvas_config, tmp_path):
+def test_published_behaviour_does_not_train_on_distillation(canvas_config, tmp_path):
     sculpt("unlearn", canvas_config, *QUICK, "method.reference_compat=true", f"run.folder={tmp_path / 'run'}")
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(entry["terms"]["distill"] == 0.0 for entry in entries if entry["phase"] == "train")
@@ -90,7 +90,7 @@ def test_the_seam_carries_adapters_loss_groups_and_editors(alone, canvas_config,
     assert result.keys() == base.keys()  # an adapter is merged: a plain folder in every case
     changed = {name for name in base if not torch.equal(base[name].float(), result[name])}
     if kind == "adapter":
-        assert changed and all(name.endswith(("to_k.weight", "to_v.weight")) for name in changed)
+        assert len(changed) == 8 and all(name.endswith(("to_k.weight", "to_v.weight")) for name in changed)
         name = sorted(changed)[0]
         assert torch.linalg.matrix_rank(result[name] - base[name].float(), atol=1e-5) <= 2
     elif kind == "groups":  # two groups joined by a plain sum are one loss

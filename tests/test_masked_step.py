@@ -76,6 +76,18 @@ def test_norm_and_clip_see_the_masked_gradient_and_saliency_the_raw_one():
     assert shard.momentum.tolist() == pytest.approx([0, 0, 0, 0.06, 0.08, 0], rel=1e-4)
 
 
+def test_closed_weights_go_on_moving_in_the_published_form():
+    optimizer, shard, mask = build()
+    mask.settings = MaskSettings(0.5, "matrix", "abs_sum", 0, resets_moments=False)
+    for gradient in gradients(5):
+        update(optimizer, shard, gradient)
+    shard.saliency.copy_(torch.arange(6).float())
+    mask.build()
+    before = shard.master.detach().clone()
+    update(optimizer, shard, torch.ones(6))
+    assert (shard.master.detach()[:3] != before[:3]).all()
+
+
 def test_first_step_of_a_weight_opened_late_is_the_learning_rate():
     optimizer, shard, mask = build()
     shard.saliency.copy_(torch.arange(6).float())

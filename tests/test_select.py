@@ -8,6 +8,7 @@ import torch
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.select import Candidates, choose_largest
 from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.errors import NonFiniteError
 from sculpt_dist.maths.saliency import accumulate, sort_keys
 
 
@@ -98,6 +99,31 @@ def test_keep_one_opens_everything():
     mask, shard = small_mask(keep=1.0)
     mask.build()
     assert shard.opened.all()
+
+
+def test_published_turnover_keeps_moments_and_the_first_generation():
+    mask, shard = small_mask(resets_moments=False)
+    mask.build()
+    shard.momentum.fill_(1.0)
+    shard.saliency.copy_(torch.arange(20).float())
+    mask.turn_over(0.34, updates_done=5)
+    assert shard.momentum.all() and mask.births == [0, 0] and shard.opened[10] == 1
+
+
+def test_random_turnover_draws_anew_and_every_concept_has_its_own_mask():
+    mask, shard = small_mask(saliency="random")
+    mask.build()
+    first = shard.opened.clone()
+    mask.concept, mask.selections = 1, 0
+    mask.build()
+    assert not torch.equal(first, shard.opened)
+
+
+def test_saliency_that_is_not_finite_makes_no_mask():
+    mask, shard = small_mask()
+    shard.saliency[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="collected"):
+        mask.build()
 
 
 def test_random_mask_depends_on_seed_and_position_alone():

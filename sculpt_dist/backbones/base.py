@@ -136,8 +136,9 @@ class Backbone(ABC):
             pair[rest[0]] = tensor  # lora_A [r, in, ...] or lora_B [out, r, ...]
             if len(pair) == 2:
                 module = self.net.get_submodule(layer)
-                change = (pair["B"].flatten(1) @ pair["A"].flatten(1)).view_as(module.base_layer.weight) * module.scaling["default"]
-                yield f"{layer}.weight", self._stored(f"{layer}.weight").float() + change
+                stored = self._stored(f"{layer}.weight").float()  # the net's own may be sharded
+                change = (pair["B"].flatten(1) @ pair["A"].flatten(1)).view_as(stored) * module.scaling["default"]
+                yield f"{layer}.weight", stored + change
 
     def _stored(self, name: str) -> Tensor:
         """One tensor of the denoiser as the folder stores it."""

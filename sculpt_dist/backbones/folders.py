@@ -21,6 +21,8 @@ for library in (diffusers, transformers):  # their bars and hints would bury our
     library.utils.logging.set_verbosity_error()
 
 MAX_SHARD_BYTES = 5_000_000_000
+COPIED = (".json", ".txt", ".model")  # of a component, beside its weights
+STOCHASTIC = ("Ancestral", "SDE", "sde", "LCM", "TCD", "DDPM")
 
 
 def find_folder(path: str | None, arch: str, revision: str | None) -> Path:
@@ -57,7 +59,7 @@ def pipeline_index(folder: Path, expected: str) -> dict[str, Any]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"{folder}: is no diffusers pipeline folder (no model_index.json); save one with pipeline.save_pretrained()")
-    content = json.loads(index.read_text())
+    content = _read_json(index)
     if content.get("_class_name") != expected:
         raise ModelError(f"{folder}: holds a {content.get('_class_name')}, model.arch expects {expected}; set model.arch to match")
     return content
@@ -84,11 +86,25 @@ def load_component(kind: Type[nn.Module], folder: Path, name: str, dtype: torch.
     return model.eval().requires_grad_(False)
 
 
+def weight_files(part: Path) -> list[Path]:
+    """The files of weights that are loaded: the plain ones, or those of one variant (model.fp16.safetensors) where only it is there."""
+    files = sorted(part.glob("*.safetensors"))
+    plain = [file for file in files if file.name.count(".") == 1]
+    variant = _variant(part)
+    return plain if variant is None else [file for file in files if f".{variant}" in file.name]
+
+
 def _variant(part: Path) -> str | None:
-    """ "fp16" where only files such as model.fp16.safetensors are there."""
     names = sorted(file.name for file in part.glob("*.safetensors"))
-    plain = any(name.count(".") == 1 for name in names)
+    plain = not names or any(name.count(".") == 1 for name in names)
     return None if plain else names[0].split(".")[-2].split("-")[0]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: is damaged, no readable json ({error})") from error
 
 
 def load_scheduler(folder: Path) -> Any:
@@ -96,7 +112,13 @@ def load_scheduler(folder: Path) -> Any:
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         raise ModelError(f"{file}: the pipeline lacks its scheduler")
-    name = json.loads(file.read_text()).get("_class_name", "")
+    settings = _read_json(file)
+    name = settings.get("_class_name", "")
+    if any(word in name + str(settings.get("algorithm_type")) for word in STOCHASTIC):
+        raise ModelError(
+            f"{file}: {name} adds noise of its own, so equal seeds would not give equal images; save the pipeline with a deterministic "
+            "scheduler such as DPMSolverMultistepScheduler"
+        )
     scheduler = getattr(importlib.import_module("diffusers"), name, None)
     if scheduler is None or not name.endswith("Scheduler"):
         raise ModelError(f"{file}: _class_name {name!r} is no scheduler of diffusers")
@@ -106,11 +128,15 @@ def load_scheduler(folder: Path) -> Any:
 def write_pipeline(base: Path, folder: Path, net_name: str, dtype: torch.dtype, weights: Iterator[tuple[str, Tensor]]) -> None:
     """A pipeline folder like `base`, all in one dtype, with the denoiser's weights streamed into safetensors shards.
 
-    At most one shard is in memory. `folder` must not exist; the caller renames it into place when it is complete.
+    Only the components that model_index.json names are copied, and of each only the weights that were loaded: what else lies in the
+    base folder (other variants, pickles, the whole original model in one file) stays behind. At most one shard is in memory.
+    `folder` must not exist; the caller renames it into place when it is complete.
     """
-    shutil.copytree(base, folder, ignore=lambda path, names: [net_name] if Path(path) == base else [])
-    for file in folder.rglob("*.safetensors"):
-        _convert(file, dtype)
+    folder.mkdir(parents=True)
+    shutil.copy(base / "model_index.json", folder)
+    for part in sorted(path for path in base.iterdir() if path.is_dir() and path.name in _read_json(base / "model_index.json")):
+        if part.name != net_name:
+            _copy_component(part, folder / part.name, dtype)
     part = folder / net_name
     part.mkdir()
     shutil.copy(base / net_name / "config.json", part)
@@ -136,27 +162,38 @@ def write_pipeline(base: Path, folder: Path, net_name: str, dtype: torch.dtype, 
     (part / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _convert(file: Path, dtype: torch.dtype) -> None:
-    """Rewrite one file of weights in another dtype, and say so in the component's config: plain loaders trust what is stored."""
+def _copy_component(part: Path, into: Path, dtype: torch.dtype) -> None:
+    """Copy a component with its weights in `dtype` under plain names, and say so in its config: plain loaders trust what is stored."""
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(file)
-    if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors.values()):
+    into.mkdir()
+    variant = _variant(part)
+    for file in sorted(part.iterdir()):
+        if file.suffix in COPIED and ".index." not in file.name:
+            shutil.copy(file, into)
+    for file in weight_files(part):
+        plain = into / (file.name.replace(f".{variant}", "") if variant else file.name)
+        tensors = load_file(file)
         converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        save_file(converted, file, metadata={"format": "pt"})
-        file.chmod(0o644)
-    config = file.parent / "config.json"
-    content = json.loads(config.read_text())
-    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in content}
-    if named:
-        config.write_text(json.dumps(content | named, indent=2, sort_keys=True) + "\n")
+        save_file(converted, plain, metadata={"format": "pt"})
+        plain.chmod(0o644)
+    for index in part.glob(f"*.safetensors.index{'.' + variant if variant else ''}.json"):
+        text = index.read_text()
+        plain_name = index.name.replace(f".{variant}", "") if variant else index.name
+        (into / plain_name).write_text(text.replace(f".{variant}", "") if variant else text)
+    config = into / "config.json"
+    if config.is_file():
+        content = _read_json(config)
+        named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in content}
+        if named:
+            config.write_text(json.dumps(content | named, indent=2, sort_keys=True) + "\n")
 
 
 def stored_weights(folder: Path, net_name: str, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
     """The denoiser's tensors (or the one named) as the folder stores them, one at a time, in their stored dtype."""
     from safetensors import safe_open
 
-    for file in sorted((folder / net_name).glob("*.safetensors")):
+    for file in weight_files(folder / net_name):
         with safe_open(file, "pt") as content:
             for name in content.keys():
                 if only is None or name == only:

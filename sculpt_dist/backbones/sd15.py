@@ -33,7 +33,7 @@ class Backbone(Base):
         self.text_encoder = load_component(CLIPTextModel, folder, "text_encoder", dtype).to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self.scheduler = load_scheduler(folder)
-        self.prediction = self.scheduler.config.prediction_type
+        self.prediction = self.scheduler.config.get("prediction_type", "none")
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ModelError(f"{folder}/scheduler: prediction_type {self.prediction!r}; this backbone knows epsilon and v_prediction")
         self.alpha_bar = self.scheduler.alphas_cumprod.to(device)  # [T]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Sequence
 
 from sculpt_dist.config import Concept, PromptsConfig
+from sculpt_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,22 @@ def fill(template: str, **names: str | None) -> str:
 
 
 def concept_prompts(concept: Concept, defaults: PromptsConfig) -> ConceptPrompts:
-    """The prompts of a concept from its own templates, or from those of its kind."""
+    """The prompts of a concept from its own templates, or from those of its kind.
+
+    Raises ConfigError when a style-free prompt would be empty or broken off.
+    """
     templates: Sequence[str] = concept.prompts or (defaults.object if concept.kind == "object" else defaults.style)
     targets = tuple(fill(template, concept=concept.target) for template in templates)
+    superclasses = tuple(fill(template, concept=concept.superclass) for template in templates)
+    for template, prompt in zip(templates, superclasses):
+        if not prompt or (concept.superclass is None and "{concept}" in re.sub(r"\[[^\]]*\]", "", template)):
+            raise ConfigError(
+                f"the prompt {template!r} without {concept.target!r} would be {prompt!r}: put what goes with the style into brackets, as "
+                "in 'a photo[ in {concept} style]', or name a superclass"
+            )
     return ConceptPrompts(
         target=targets,
-        superclass=tuple(fill(template, concept=concept.superclass) for template in templates),
+        superclass=superclasses,
         negative=targets[0],
         keep=tuple(fill(template, concept=kept) for template in templates for kept in concept.keep),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Callable, Iterator, Mapping, Sequence
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sculpt_dist.data.shards import Sample, ShardReader
+from sculpt_dist.files import derived_seed
 from sculpt_dist.types import ConceptBatch, Stream, TextCond
 
 ROLES = ("target", "superclass", "anchor")
@@ -116,11 +116,6 @@ class Draws:
 
     def _generator(self, what: str, position: int) -> torch.Generator:
         return torch.Generator().manual_seed(derived_seed(*self.key, what, position))
-
-
-def derived_seed(*key: int | str) -> int:
-    """A 63-bit seed from a key, the same on every machine and Python."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _as_is(item: list[list[Sample]]) -> list[list[Sample]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import datetime
 import os
+import signal
+import sys
 import warnings
-from typing import TypeVar
+from typing import Any, Callable, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,11 +48,12 @@ class Group:
             auto_mpi_discovery=False,
         )
         self._comm = comm
-        comm.configure(enabled=True, prof_all=True, verbose=False)
+        if launched:
+            _die_with_the_launcher()
+            atexit.register(_leave)
+        self._counter = _count_payload(comm.comm.cdb)
         self.rank: int = comm.get_rank()
         self.size: int = comm.get_world_size()
-        self._sent_before = 0
-        self._sent_before = self.bytes_communicated()
 
     @property
     def is_first(self) -> bool:
@@ -85,17 +90,9 @@ class Group:
             torch.distributed.barrier()
 
     def bytes_communicated(self) -> int:
-        """Payload of all tensor collectives of this rank so far, DeepSpeed's and ours, in bytes as DeepSpeed counts them."""
-        if self.size == 1:
-            return 0
-        records = self._comm.comm.comms_logger.comms_dict.values()
-        return sum(int(size) * entry[0] for sizes in records for size, entry in sizes.items()) - self._sent_before
+        """Payload of all tensor collectives that this rank entered, DeepSpeed's and ours, in bytes; the whole tensor counts once."""
+        return self._counter[0] if self.size > 1 else 0
 
-    def close(self) -> None:
-        """Leave the group; a process alone keeps its own, so that the next run in it can start."""
-        if self.size > 1:
-            self.barrier()  # a rank that leaves early would abort the others' last collective
-            torch.distributed.destroy_process_group()
 
 
 def _describe_rank_to_torch() -> bool:
@@ -113,6 +110,47 @@ def _describe_rank_to_torch() -> bool:
 def _choose_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    gpus, ranks_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks_here > gpus:
+        raise ConfigError(
+            f"{ranks_here} ranks on a machine with {gpus} GPU(s): start one rank per GPU, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
     torch.cuda.set_device(device)
     return device
+
+
+def _die_with_the_launcher() -> None:
+    """Ask Linux to kill this rank when its launcher dies: an orphan would go on writing into the run folder."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+COLLECTIVES = ("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+def _count_payload(backend: Any) -> list[int]:
+    """Count the bytes of the first (largest) tensor of every collective that DeepSpeed's backend carries out."""
+    if hasattr(backend, "sculpt_payload"):  # a second run in this process
+        return backend.sculpt_payload
+    counter = [0]
+
+    def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            first = (*arguments, *options.values())[0]
+            for tensor in first if isinstance(first, (list, tuple)) else [first]:
+                counter[0] += tensor.numel() * tensor.element_size()
+            return collective(*arguments, **options)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(backend, name, counted(getattr(backend, name)))
+    backend.sculpt_payload = counter
+    return counter

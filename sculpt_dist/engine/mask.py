@@ -11,6 +11,8 @@ from torch import Tensor
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.select import LARGEST_KEY, Candidates, choose_largest
 from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.errors import NonFiniteError
+from sculpt_dist.files import derived_seed
 from sculpt_dist.maths.saliency import sort_keys
 from sculpt_dist.maths.schedules import turnover_count
 
@@ -41,6 +43,7 @@ class DynamicMask:
         self.swapped = 0
         self.overlap = 1.0
         self.open_count = sum(self.sizes.values())
+        self.concept, self.selections = 0, 0  # what the random statistic is keyed by
 
     def num_open(self) -> int:
         """Open weights over all ranks, counted."""
@@ -60,6 +63,8 @@ class DynamicMask:
         """Open the int(keep n) most salient weights of each matrix (or of all); saliency starts anew."""
         self.births, self.swapped, self.overlap = [0, 0], 0, 1.0
         self.open_count = int(self._keep_counts().sum())
+        self.selections += 1
+        self._check_finite()
         fragments = self._fragments()
         parts = [Candidates(self._keys(shard, f), f.index) for shard, f in fragments]
         segments = torch.arange(len(self.sizes)) if self.settings.scope == "matrix" else torch.zeros(len(self.sizes), dtype=torch.long)
@@ -77,6 +82,8 @@ class DynamicMask:
         """
         generation = len(self.births) if self.settings.resets_moments else 1
         assert generation <= MAX_GENERATIONS, "more turnovers than a byte can number"
+        self.selections += 1
+        self._check_finite()
         fragments = self._fragments()
         counts = torch.tensor([turnover_count(int(k), share) for k in self._keep_counts()])
         sizes = self._segment_sizes()
@@ -99,12 +106,22 @@ class DynamicMask:
         self.overlap = 1 - self.swapped / self.open_count if self.open_count else 1.0
         self._forget_saliency()
 
+    @property
+    def planned_open(self) -> int:
+        """How many weights a built mask opens."""
+        return int(self._keep_counts().sum())
+
+    def _check_finite(self) -> None:
+        bad = torch.tensor([float(any(not bool(shard.saliency.isfinite().all()) for shard in self.shards))])
+        if (bad if self.group is None else self.group.max(bad.to(self.group.device))).any():
+            raise NonFiniteError("the collected gradients are not finite, so no mask can be made; look at the data of this concept")
+
     def _fragments(self) -> list[tuple[Shard, Fragment]]:
         return [(shard, fragment) for shard in self.shards for fragment in shard.fragments]
 
     def _keys(self, shard: Shard, f: Fragment) -> Tensor:  # int32 [f.numel]
         if self.settings.saliency == "random":
-            rng = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + f.index * 1009 + len(self.births))
+            rng = torch.Generator().manual_seed(derived_seed(self.settings.seed, self.concept, self.selections, f.name))
             whole = torch.rand(self.sizes[f.name], generator=rng)  # of the whole matrix, so that every rank count agrees
             return sort_keys(whole[f.start : f.start + f.numel].to(shard.saliency.device))
         return sort_keys(shard.saliency[f.here])

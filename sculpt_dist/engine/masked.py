@@ -16,6 +16,7 @@ from sculpt_dist.maths.saliency import accumulate
 
 Combine = Callable[[Sequence["ShardedVector"]], "ShardedVector"]
 EPSILON = 1e-8
+CHUNK = 1 << 20  # weights worked on together
 
 
 class ShardedVector:
@@ -26,8 +27,10 @@ class ShardedVector:
 
     def dot(self, other: ShardedVector) -> float:
         """The inner product over all weights of all ranks."""
-        local = sum((a.double() @ b.double() for a, b in zip(self.pieces, other.pieces)), torch.zeros((), dtype=torch.float64))
-        total = local.view(1)
+        total = torch.zeros(1, dtype=torch.float64, device=self.pieces[0].device)
+        for a, b in zip(self.pieces, other.pieces):
+            for x, y in zip(a.split(CHUNK), b.split(CHUNK)):  # chunks: no fp64 copy of a whole shard
+                total += x.double() @ y.double()
         return float(total if self.group is None else self.group.sum(total))
 
     def plus(self, other: ShardedVector, scale: float = 1.0) -> ShardedVector:
@@ -105,11 +108,11 @@ class MaskedAdamW(torch.optim.Optimizer):
                 piece.mul_(scale)
             self._update(shard, piece, first.to(piece.device), second.to(piece.device))
 
-    def _update(self, shard: Shard, gradient: Tensor, first: Tensor, second: Tensor, chunk: int = 1 << 20) -> None:
+    def _update(self, shard: Shard, gradient: Tensor, first: Tensor, second: Tensor) -> None:
         """One Adam update of the open weights; `gradient` [n] is already masked, so closed weights have zero moments."""
         lr, (beta1, beta2) = self.param_groups[0]["lr"], self.betas
-        for at in range(0, len(gradient), chunk):
-            here = slice(at, at + chunk)
+        for at in range(0, len(gradient), CHUNK):
+            here = slice(at, at + CHUNK)
             g, m, v, opened = gradient[here], shard.momentum[here], shard.variance[here], shard.opened[here]
             m.mul_(beta1).add_(g, alpha=1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)

@@ -44,7 +44,9 @@ class Engine:
         names = set(trainable)
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name in names)
+        exact = {}  # in a bf16 run the fp32 masters start from these, not from their rounded copies
         if next(net.parameters()).dtype != DTYPES[settings.precision]:
+            exact = {name: parameter.detach().float().view(-1) for name, parameter in net.named_parameters() if name in names}
             net.to(dtype=DTYPES[settings.precision])
         net.to(group.device)
         net.eval()  # no dropout: the pseudo label and the student see the same net
@@ -63,6 +65,9 @@ class Engine:
         self.mask.open_all()
         self.optimizer.statistic = mask.saliency
         self.optimizer.attach(self.shards, self.mask, owners)
+        for shard in self.shards if exact else []:
+            for f in shard.fragments:
+                shard.flat[f.here] = exact[f.name][f.start : f.start + f.numel].to(shard.flat.device)
 
     @property
     def net(self) -> nn.Module:
@@ -111,9 +116,10 @@ class Engine:
         raised = self.group.max(torch.tensor([float(flag) for flag in flags], device=self.group.device))
         return tuple(value > 0 for value in raised.tolist())
 
-    def begin_concept(self) -> None:
+    def begin_concept(self, number: int) -> None:
         """New moments, new saliency, every weight open until a mask is built."""
         self.optimizer.updates = 0
+        self.mask.concept, self.mask.selections = number, 0
         for shard in self.shards:
             for state in (shard.saliency, shard.momentum, shard.variance):
                 state.zero_()

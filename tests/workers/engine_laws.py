@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from sculpt_dist.backbones.folders import stored_weights
 from sculpt_dist.build import build_backbone, build_engine, build_method
 from sculpt_dist.config import load_config
 from sculpt_dist.engine import checkpoint
@@ -53,7 +54,7 @@ def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
     # The same saliency gives the same mask, whatever the stage and the number of ranks; ties go to the smallest positions.
     for scope in ("matrix", "global"):
         engine.mask.settings = type(engine.mask.settings)(0.3, scope, "abs_sum", 0)
-        engine.begin_concept()
+        engine.begin_concept(0)
         give_saliency(engine, 0)
         engine.mask.build()
         saved |= {f"built {scope} {k}": v for k, v in gather(engine, "opened").items()}
@@ -66,7 +67,7 @@ def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
 
     # A training.
     engine.mask.settings = type(engine.mask.settings)(0.3, "matrix", "abs_sum", 0)
-    engine.begin_concept()
+    engine.begin_concept(0)
     rng = torch.Generator().manual_seed(5)
     clean, noise = torch.randn(2, STEPS, BATCH, *backbone.latent_shape, generator=rng)
     time = torch.randint(0, 1000, (STEPS, BATCH), generator=rng)
@@ -89,6 +90,10 @@ def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
         return total
 
     start = engine.masters()
+    stored = dict(stored_weights(backbone.folder, "unet"))
+    for shard in engine.shards:  # the masters are the base's own values, not rounded ones
+        for f in shard.fragments:
+            assert torch.equal(shard.flat[f.here], stored[f.name].float().view(-1)[f.start : f.start + f.numel]), f.name
     for number in range(2):
         step(number, "collect", 0.0)
     assert all(torch.equal(a, b) for a, b in zip(start, engine.masters())), "a weight moved while collecting"
@@ -153,7 +158,6 @@ def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
         notes["export_difference"] = float((predicted - student.float()).abs().max())
         save_file({k: v.contiguous() for k, v in saved.items()}, out)
         out.with_suffix(".json").write_text(json.dumps(notes))
-    group.close()
 
 
 if __name__ == "__main__":
