@@ -20,7 +20,7 @@ canvas_app = typer.Typer(help="The embedded benchmark: a drawn world and tiny mo
 app.add_typer(canvas_app, name="canvas")
 
 CONFIG = typer.Argument(help="A yaml file, for example configs/canvas/dm_cal.yaml.")
-OVERRIDES = typer.Argument(help="key=value, for example train.lr=1e-5.")
+OVERRIDES = typer.Argument(None, help="key=value, for example train.lr=1e-5.")
 
 
 @app.command()

@@ -304,3 +304,7 @@ def test_wrong_keys_end_with_code_2_and_one_line(canvas_config):
 def test_batch_that_does_not_divide_is_refused(canvas_config, tmp_path):
     printed = sculpt("unlearn", canvas_config, *SMALL, "train.batch=3", f"run.folder={tmp_path / 'run'}", ranks=2, code=2)
     assert "train.batch=3" in printed and "use a multiple of 2" in printed and not (tmp_path / "run").exists()
+
+
+def test_overrides_may_be_left_out():
+    assert "nowhere.yaml: there is no such configuration file" in sculpt("unlearn", "nowhere.yaml", code=2)
