@@ -18,7 +18,7 @@ from torch import Tensor
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.losses import guided_label, mse
 from sculpt_dist.methods.base import Method as Base
-from sculpt_dist.methods.base import Predictor, Request, Step
+from sculpt_dist.methods.base import Request, Step
 from sculpt_dist.types import Losses, Stream
 
 
@@ -81,25 +81,22 @@ class Method(Base):
         if anchor is not None and self.config.distill_weight:
             anchor_time = step.backbone.sample_time(step.rng.uniform("anchor time"))
             anchored = [(_corrupt(step, anchor, anchor_time, "anchor")[0], anchor_time, anchor.cond)]
-        label = self._label(step, (noisy_target, time, step.batch.target_as_superclass), requests[0])
-        kept = step.teacher.all(anchored)[0] if anchored else None
+        asked = [(noisy_target, time, step.batch.target_as_superclass), requests[0]][: 2 if self.label_guidance else 1]
+        if self.label_source == "teacher":  # one forward for all that the teacher is asked
+            answers = step.teacher.all(asked + anchored)
+        else:
+            source = step.student if self.label_source == "student" else step.original
+            answers = source.without_gradient(asked) + (step.teacher.all(anchored) if anchored else [])
+        label = guided_label(answers[0], answers[1], self.label_guidance) if self.label_guidance else answers[0]
         predicted = step.student.all(requests + anchored)
         terms = {
             "forget": mse(predicted[0], label),
             "retain": self.config.retain_weight * mse(predicted[1], goal),
         }
-        if kept is not None:
+        if anchored:
             trains = 0.0 if self.compat else 1.0
-            terms["distill"] = trains * self.config.distill_weight * mse(predicted[2], kept)
+            terms["distill"] = trains * self.config.distill_weight * mse(predicted[2], answers[-1])
         return Losses(terms)
-
-    def _label(self, step: Step, as_superclass: Request, as_target: Request) -> Tensor:  # [B, C, H, W]
-        source: Predictor | None = {"teacher": step.teacher, "student": step.student, "original": step.original}[self.label_source]
-        assert source is not None
-        if not self.label_guidance:
-            return source.without_gradient([as_superclass])[0]
-        superclass, target = source.without_gradient([as_superclass, as_target])
-        return guided_label(superclass, target, self.label_guidance)
 
     def candidate_every(self, updates: int) -> int:
         return max(1, round(updates / 9)) if self.compat else 0
