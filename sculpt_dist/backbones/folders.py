@@ -9,16 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any, Iterator, Type
 
-import diffusers.utils.logging
 import torch
-import transformers.utils.logging
 from torch import Tensor, nn
 
 from sculpt_dist.errors import ModelError
-
-for library in (diffusers, transformers):  # their bars and hints would bury ours; what is wrong with a folder we say ourselves
-    library.utils.logging.disable_progress_bar()
-    library.utils.logging.set_verbosity_error()
 
 MAX_SHARD_BYTES = 5_000_000_000
 COPIED = (".json", ".txt", ".model")  # of a component, beside its weights
@@ -67,6 +61,7 @@ def pipeline_index(folder: Path, expected: str) -> dict[str, Any]:
 
 def load_component(kind: Type[nn.Module], folder: Path, name: str, dtype: torch.dtype) -> Any:
     """One model of a pipeline, with every weight present. Raises ModelError that names what is missing."""
+    _quiet_libraries()
     part = folder / name
     if not (part / "config.json").is_file():
         raise ModelError(f"{part}: the pipeline lacks this component (no config.json)")
@@ -84,6 +79,16 @@ def load_component(kind: Type[nn.Module], folder: Path, name: str, dtype: torch.
         wrong = [f"missing {key}" for key in missing] + [f"other shape {entry}" for entry in report["mismatched_keys"]]
         raise ModelError(f"{part}: {len(wrong)} weights do not fit its config: {'; '.join(wrong[:3])}; the checkpoint is damaged or of another model")
     return model.eval().requires_grad_(False)
+
+
+def _quiet_libraries() -> None:
+    """Their bars and hints would bury ours; what is wrong with a folder we say ourselves."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
 
 
 def weight_files(part: Path) -> list[Path]:
