@@ -21,19 +21,20 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sculpt_dist import __version__
-from sculpt_dist.config import RunConfig, check_batch, merge_section, to_yaml
+from sculpt_dist.config import check_batch, merge_section, to_yaml
 from sculpt_dist.engine.group import Group
-from sculpt_dist.errors import ConfigError, RunFolderError
+from sculpt_dist.errors import ConfigError, ModelError, RunFolderError
 from sculpt_dist.files import file_sha256, text_sha256, write_atomically
+from sculpt_dist.settings import RunConfig
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NO_PLUGINS = ("base", "folders", "tiny")  # modules of a plugin package that are no plugins
 
 
 def plugins(package: str) -> list[str]:
-    """Names of the plugins in a package: its modules, without the ones that all share."""
+    """Names of the plugins in a package: its modules, but for `base`; what they share lies in packages of its own."""
     found = pkgutil.iter_modules(importlib.import_module(package).__path__)
-    return sorted(module.name for module in found if module.name not in NO_PLUGINS)
+    return sorted(module.name for module in found if module.name != "base" and not module.ispkg)
 
 
 def plugin(package: str, name: str, key: str) -> ModuleType:
@@ -42,7 +43,9 @@ def plugin(package: str, name: str, key: str) -> ModuleType:
     if name not in there:
         close = difflib.get_close_matches(str(name), there, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{key}={name}: there is no such {package.rpartition('.')[2].removesuffix('s')}.{hint} There are: {', '.join(there)}.")
+        raise ConfigError(
+            f"{key}={name}: there is no such {package.rpartition('.')[2].removesuffix('s')}.{hint} There are: {', '.join(there)}."
+        )
     return importlib.import_module(f"{package}.{name}")
 
 
@@ -55,18 +58,46 @@ def build_method(config: RunConfig) -> Any:
 
 
 def build_backbone(config: RunConfig, group: Group, path: str | None = None) -> Any:
-    """The pipeline that `model.path` names (or the folder `path`), loaded on every rank."""
-    module = plugin("sculpt_dist.backbones", config.model.arch, "model.arch")
-    from sculpt_dist.backbones.folders import find_folder
+    """The pipeline that `model.path` names (or the folder `path`), opened on every rank; its components are loaded on first use."""
+    model = config.model
+    kind = plugin("sculpt_dist.backbones", model.arch, "model.arch").Backbone
+    from sculpt_dist.backbones.shared.options import Options
 
-    folder = find_folder(path or config.model.path, config.model.arch, config.model.revision)
-    return module.Backbone.load(folder, DTYPES[config.model.dtype], group.device)
+    options = Options(model.image_size, model.original_size, model.crop, model.target_size, model.cut_prompts)
+    return kind(_model_folder(config, kind, path or model.path, group), DTYPES[model.dtype], group.device, options)
+
+
+def _model_folder(config: RunConfig, kind: Any, path: str | None, group: Group) -> Path:
+    """Where the pipeline lies: a folder as it is; a single file is unpacked into the run folder, once."""
+    from sculpt_dist.backbones.shared.find import find_folder, find_settings
+    from sculpt_dist.backbones.shared.original import read_single_file
+    from sculpt_dist.backbones.shared.tensorfile import entries
+
+    model = config.model
+    if path is None or not Path(path).expanduser().is_file():
+        return find_folder(path, model.arch, model.revision)
+    file = Path(path).expanduser()
+    about = file.stat()
+    unpacked = (
+        Path(config.run.folder) / f".base-{text_sha256(f'{file.absolute()} {about.st_size} {about.st_mtime_ns} {model.config}')[:12]}"
+    )
+
+    def unpack() -> None:
+        if not unpacked.is_dir():
+            entries(file)  # what is wrong with the file itself comes before what it lacks
+            unpacked.parent.mkdir(parents=True, exist_ok=True)
+            for debris in unpacked.parent.glob(f".{unpacked.name}.*.tmp"):
+                shutil.rmtree(debris)
+            read_single_file(file, find_settings(model.config, kind.public_settings, model.revision), unpacked)
+
+    group.on_first(unpack)
+    return unpacked
 
 
 def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) -> Any:
     """The backbone's net under ZeRO, with the method's part of it open to training."""
     from sculpt_dist.engine.mask import MaskSettings
-    from sculpt_dist.engine.zero import Engine, EngineSettings
+    from sculpt_dist.engine.zero import Engine, EngineSettings, sharded_net
 
     train, mask = config.train, config.mask
     settings = EngineSettings(
@@ -86,14 +117,23 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
         resets_moments=not method.reference_mask,
         clears_saliency=not method.reference_mask,
     )
+    if settings.stage < 3 and DTYPES[config.model.dtype] != PRECISIONS[config.engine.precision]:
+        backbone.load_net(PRECISIONS[config.engine.precision])
+    if settings.stage == 3:
+        backbone.release(backbone.net_name)
+        backbone.net = sharded_net(
+            backbone.empty_net, backbone.stored_weights(), group, settings, {entry.name: entry.shape for entry in backbone.stored_entries()}
+        )
     if method.adapter is not None:
         names = backbone.add_adapter(method.adapter, train.seed)
     else:
         names = list(method.trainable(backbone.groups()))
-    return Engine(backbone.net, names, group, settings, masking)
+    return Engine(backbone.net, names, group, settings, masking, backbone.stored_weights)
 
 
-OURS = ("config.yaml", "metrics.jsonl", "manifest.json", "costs.json", "checkpoints", "data", "evaluation", "model", "report", "wandb")
+OURS = (
+    "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors delta.safetensors report wandb"
+).split()
 KEPT_BY_FRESH = ("data",)  # its recipes say themselves what can be used again
 UNDECIDING = ("run", "track", "engine.timeout", "train.checkpoint_every", "train.workers")  # keys that do not change the result
 
@@ -117,7 +157,11 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
         return f"run.folder={folder} is, or lies below, a file: choose another folder"
     if not os.access(_existing_parent(folder), os.W_OK):
         return f"run.folder={folder} cannot be written: choose another folder"
-    strangers = [path.name for path in folder.iterdir() if path.name not in OURS and path.name[0] != "."] if folder.is_dir() else []
+    strangers = (
+        [path.name for path in folder.iterdir() if path.name not in OURS and path.name[0] != "." and path.suffix != ".safetensors"]
+        if folder.is_dir()
+        else []
+    )
     if strangers:
         return f"run.folder={folder} holds what is no part of a run ({', '.join(sorted(strangers)[:3])}): choose another folder"
     file, text = folder / "config.yaml", to_yaml(config)
@@ -155,7 +199,10 @@ def _lock(folder: Path) -> str | None:
         holder = note.read_text() if note.is_file() else "another process"
         return f"run.folder={folder} is in use by {holder}: wait for it, or choose another folder"
     _locks[str(folder.absolute())] = lock
-    note.write_text(f"process {os.getpid()} on {platform.node()}" + (f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""))
+    note.write_text(
+        f"process {os.getpid()} on {platform.node()}"
+        + (f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else "")
+    )
     return None
 
 
@@ -206,14 +253,23 @@ def _existing_parent(folder: Path) -> Path:
 
 
 def base_fingerprint(folder: Path) -> str:
-    """A checksum over the weights and settings of every component: what checkpoints, shards and embeddings belong to."""
-    from sculpt_dist.backbones.folders import weight_files
+    """A checksum over the weights and settings of every component: what checkpoints, shards and embeddings belong to.
+
+    Raises ModelError when a file is not what its folder or the hub's cache says that it is.
+    """
+    from sculpt_dist.backbones.shared.folders import expected_checksums, weight_files
 
     parts = sorted(part for part in folder.iterdir() if part.is_dir())
     files = [folder / "model_index.json"]
     for part in parts:
         files += [*weight_files(part), *sorted(file for file in part.iterdir() if file.suffix in (".json", ".txt", ".model"))]
-    return text_sha256("\n".join(f"{file.relative_to(folder)} {file_sha256(file)}" for file in files))
+    found = {file: file_sha256(file) for file in files}
+    for file, expected in expected_checksums(folder, files).items():
+        if found[file] != expected:
+            raise ModelError(
+                f"{file}: is damaged or was changed: its sha256 is {found[file][:12]}..., expected {expected[:12]}...: fetch it again"
+            )
+    return text_sha256("\n".join(f"{file.relative_to(folder)} {checksum}" for file, checksum in found.items()))
 
 
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, List, NoReturn, Optional
 
@@ -11,7 +12,7 @@ import typer
 from sculpt_dist.errors import NonFiniteError, SculptError, StopRequested
 
 if TYPE_CHECKING:
-    from sculpt_dist.config import RunConfig
+    from sculpt_dist.settings import RunConfig
 
 DONE, USER_ERROR, STOPPED = 0, 2, 75  # a crash is 1, as Python has it
 
@@ -31,6 +32,18 @@ def unlearn(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -
     run = run_sequence(_load(config, overrides))
     if _is_first():
         _print_run(run.folder, run.report)
+
+
+@app.command()
+def check(
+    config: Path = CONFIG,
+    overrides: Optional[List[str]] = OVERRIDES,
+    ranks: int = typer.Option(1, help="The ranks that the run will have."),
+) -> None:
+    """Check CONFIG against its model's settings and count what would train; needs no weights and no GPU. Evaluation is left out."""
+    from sculpt_dist.check import check_run
+
+    _print_check(check_run(_load(config, overrides), ranks))
 
 
 @app.command()
@@ -63,13 +76,34 @@ def evaluate(
 
 
 @app.command()
-def export(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
-    """Write the model folder of CONFIG's run from its newest checkpoint, finished or not."""
+def export(
+    config: Path = CONFIG,
+    overrides: Optional[List[str]] = OVERRIDES,
+    form: str = typer.Option(
+        "folder", "--as", help="folder; single: one .safetensors file for ComfyUI and A1111; delta: the changed tensors."
+    ),
+    output: Optional[Path] = typer.Option(None, help="The file of a single or delta; default: in the run folder."),
+) -> None:
+    """Write the model of CONFIG's run from its newest checkpoint, finished or not."""
     from sculpt_dist.stages import export_only
 
-    model = export_only(_load(config, overrides))
+    model = export_only(_load(config, overrides), form, output)
     if _is_first():
         print(f"model: {model}")
+
+
+@app.command()
+def apply(
+    delta: Path = typer.Argument(help="A file that export --as delta wrote."),
+    model: Path = typer.Argument(help="The pipeline folder to change; it stays as it is."),
+    output: Path = typer.Argument(help="The new pipeline folder."),
+    remove: bool = typer.Option(False, help="Take the delta out again, which gives the base model back bit for bit."),
+) -> None:
+    """Apply a delta to the base model that it was made from."""
+    from sculpt_dist.backbones.shared.delta import apply_delta
+
+    apply_delta(model, delta, output, remove)
+    print(f"model: {output}")
 
 
 @app.command()
@@ -102,6 +136,8 @@ def main() -> NoReturn:
     except SculptError as error:
         if _is_first() or isinstance(error, NonFiniteError):  # other errors are the same on every rank
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # a launcher ends all ranks when the first one ends, and the message is the first rank's
         sys.exit(USER_ERROR)
     except StopRequested as stop:
         if _is_first():
@@ -142,3 +178,27 @@ def _print_run(folder: Path, report: dict) -> None:
             row("after, paraphrased", report["after"]["paraphrased"])
         Console().print(table)
     print(f"model:  {folder / 'model'}\nreport: {folder / 'report' / 'report.html'}")
+
+
+def _print_check(found: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    rows = {
+        "net": f"{found['net']}, {found['parameters']:,} parameters",
+        "stored weights": "fit" if found["compared_weights"] else "not there, so not compared",
+        "a rank's latents": found["latents"],
+        "a rank's tokens": found["tokens"],
+        "image": found["image"],
+    }
+    if "trainable" in found:  # not of a closed form
+        rows |= {
+            "trainable": f"{found['trainable']:,} in {found['matrices']} matrices",
+            "a rank's optimizer shard": f"{found['shard']:,} elements",
+            "micro-batch of a rank": found["micro_batch"],
+            "steps per concept": found["steps"],
+        }
+    for label, value in rows.items():
+        table.add_row(label, str(value))
+    Console().print(table)

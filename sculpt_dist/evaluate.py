@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.config import Concept, RunConfig, normal
+from sculpt_dist.config import normal
 from sculpt_dist.data.prompts import fill
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping import StopRequest
@@ -23,6 +23,7 @@ from sculpt_dist.metrics.base import Classifier
 from sculpt_dist.metrics.classifiers import load_classifier
 from sculpt_dist.metrics.images import image_metrics
 from sculpt_dist.progress import progress
+from sculpt_dist.settings import Concept, RunConfig
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ def check_evaluation(config: RunConfig) -> None:
     world = evaluated_world(config)
     load_classifier(config.evaluate.classifier, world.objects, world.styles)
     image_metrics(config.evaluate, 1, 0)
+
+
+def check_prompts(config: RunConfig, backbone: Backbone) -> None:
+    """Raises ConfigError when a prompt of the evaluation is too long for the text encoders."""
+    if config.evaluate.enabled:
+        backbone.tokenized(list(dict.fromkeys(ask.prompt for ask in asks(config, evaluated_world(config)))), negative=False)
 
 
 def asks(config: RunConfig, world: World) -> list[Ask]:
@@ -161,7 +168,7 @@ def evaluate(
 def draw(config: RunConfig, backbone: Backbone, net: nn.Module, batch: Sequence[Ask]) -> Tensor:
     """Images of these asks, uint8 [B, 3, h, w]."""
     noise = torch.stack([torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(ask.seed)) for ask in batch])
-    cond, negative = backbone.embed([ask.prompt for ask in batch]), backbone.embed([""] * len(batch))
+    cond, negative = backbone.embed([ask.prompt for ask in batch]), backbone.embed([""] * len(batch), negative=True)
     settings = config.evaluate
     latents = backbone.sample(backbone.denoiser(net), noise.to(backbone.device), cond, negative, settings.steps, settings.guidance)
     return backbone.decode(latents)
@@ -202,14 +209,10 @@ def _part(answers: Answers, chosen: np.ndarray) -> Answers:
     )
 
 
-def _scores(
-    config: RunConfig, world: World, wanted: Sequence[Ask], answers: Answers, concepts: Sequence[Concept]
-) -> dict[str, Any]:
+def _scores(config: RunConfig, world: World, wanted: Sequence[Ask], answers: Answers, concepts: Sequence[Concept]) -> dict[str, Any]:
     paraphrased = np.array([ask.paraphrased for ask in wanted])
     parts = {"plain": ~paraphrased, "paraphrased": paraphrased}
-    return {
-        name: _score_part(config, world, _part(answers, chosen), concepts) if chosen.any() else None for name, chosen in parts.items()
-    }
+    return {name: _score_part(config, world, _part(answers, chosen), concepts) if chosen.any() else None for name, chosen in parts.items()}
 
 
 def _score_part(config: RunConfig, world: World, answers: Answers, concepts: Sequence[Concept]) -> dict[str, Any]:

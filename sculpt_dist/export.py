@@ -12,10 +12,10 @@ from typing import Iterable, Iterator
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.backbones.folders import stored_weights, write_pipeline
+from sculpt_dist.backbones.shared.writing import write_pipeline
 from sculpt_dist.build import DTYPES
-from sculpt_dist.config import RunConfig
 from sculpt_dist.engine.group import Group
+from sculpt_dist.settings import RunConfig
 
 
 def export(config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], folder: Path, group: Group) -> Path:
@@ -38,12 +38,12 @@ def export(config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, T
     def changed() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in backbone.merged(weights):
             written.add(name)
-            yield name, tensor.to(dtype)
+            yield name, tensor
 
     def unchanged() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in stored_weights(backbone.folder, backbone.net_name):
+        for name, tensor in backbone.stored_weights():
             if name not in written:
-                yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+                yield name, tensor
 
     write_pipeline(backbone.folder, aside, backbone.net_name, dtype, chain(changed(), unchanged()))
     if folder.exists():

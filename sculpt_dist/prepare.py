@@ -10,10 +10,11 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.config import Concept, RunConfig, normal
+from sculpt_dist.build import build_engine
+from sculpt_dist.config import normal
 from sculpt_dist.data.images import IMAGE_TYPES, open_image
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.data.shards import Sample, ShardRecord, damage, read_index, write_index, write_shard
@@ -21,7 +22,9 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.errors import ConfigError, ShardError
 from sculpt_dist.files import derived_seed, file_sha256, text_sha256, write_atomically
+from sculpt_dist.methods.base import Method
 from sculpt_dist.progress import progress
+from sculpt_dist.settings import Concept, RunConfig
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,13 @@ class StreamPlan:
     count: int
     images: tuple[Path, ...]  # the user's own, instead of drawing
 
-    def recipe(self, config: RunConfig, base: str) -> dict[str, Any]:
+    def recipe(self, config: RunConfig, backbone: Backbone, drawn_in: torch.dtype, base: str) -> dict[str, Any]:
         drawn = {"steps": config.prepare.steps, "guidance": config.prepare.guidance, "seed": config.train.seed}
         own = {"images": text_sha256(" ".join(file_sha256(image) for image in self.images))}
         return {
             "base": base,
+            "dtypes": [str(backbone.dtype), str(drawn_in)],
+            "image": [backbone.image_size, backbone.size_ids and list(backbone.size_ids)],
             "label": self.label,
             "prompts": list(self.prompts),
             "negative": self.negative,
@@ -56,29 +61,49 @@ def data_folder(run: Path, concept: Concept, role: str) -> Path:
     return run / "data" / f"{concept.kind}-{unique}" / role
 
 
-def prepare(config: RunConfig, backbone: Backbone, base: str, run: Path, group: Group, stop: StopRequest) -> dict[str, str]:
-    """Make what is missing of every stream's shards and of the prompt embeddings; returns the checksum of each index.
+def prepared(
+    config: RunConfig, method: Method, backbone: Backbone, base: str, run: Path, group: Group, stop: StopRequest
+) -> tuple[Any, dict[str, str]]:
+    """(the engine, where drawing needed it, else None; the checksum of each index): the samples of a run, made where they are missing.
 
-    Every rank draws its share, in batches that do not depend on the number of ranks, each sample from noise of its own seed.
+    On stage 3 the engine comes first, and its sharded net draws: no rank ever holds the net whole.
+    """
+    engine = build_engine(config, method, backbone, group) if config.engine.stage == 3 else None
+    roles = (*method.samples, *(("keep",) if "keep" in method.anchors else ()))
+    return engine, prepare(config, backbone, engine, base, run, roles, group, stop)
+
+
+def prepare(
+    config: RunConfig,
+    backbone: Backbone,
+    engine: Any,
+    base: str,
+    run: Path,
+    roles: Sequence[str],
+    group: Group,
+    stop: StopRequest,
+) -> dict[str, str]:
+    """Make what is missing of the prompt embeddings and of the shards of these roles; returns the checksum of each index.
+
+    Every rank draws its share, in batches that do not depend on the number of ranks, each sample from noise of its own seed: with the
+    engine's net, or where that is None with the backbone's, which is loaded only if something is missing.
     """
     hashes = {}
-    everything: list[str] = []
-    for concept in config.concepts:
-        prompts = concept_prompts(concept, config.prepare.prompts)
-        everything += [*prompts.target, *prompts.superclass, *prompts.keep]
-        for plan in _plans(config, concept, prompts, run):
-            _make_stream(config, plan, backbone, base, group, stop)
+    everything = [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts]
+    _embed_once(backbone, everything, base, run, group)
+    for concept, prompts in zip(config.concepts, everything):
+        for plan in _plans(config, concept, prompts, run, roles):
+            _make_stream(config, plan, backbone, engine, base, group, stop)
             hashes[str(plan.folder.relative_to(run))] = file_sha256(plan.folder / "index.json")
-    _embed_once(backbone, list(dict.fromkeys(everything)), base, run, group)
     return hashes
 
 
-def _plans(config: RunConfig, concept: Concept, prompts: ConceptPrompts, run: Path) -> list[StreamPlan]:
-    roles = {"target": (prompts.target, "", concept.target), "superclass": (prompts.superclass, prompts.negative, concept.superclass)}
+def _plans(config: RunConfig, concept: Concept, prompts: ConceptPrompts, run: Path, roles: Sequence[str]) -> list[StreamPlan]:
+    known = {"target": (prompts.target, "", concept.target), "superclass": (prompts.superclass, prompts.negative, concept.superclass)}
     if prompts.keep:
-        roles["keep"] = (prompts.keep, "", None)
+        known["keep"] = (prompts.keep, "", None)
     plans = []
-    for role, (texts, negative, name) in roles.items():
+    for role, (texts, negative, name) in ((role, known[role]) for role in known if role in roles):
         images = _own_images(config.prepare.images, name)
         count = len(images) or config.prepare.samples
         label = f"{concept.kind} {concept.target} {role}"
@@ -100,24 +125,24 @@ def _own_images(folder: str | None, name: str | None) -> tuple[Path, ...]:
     return images
 
 
-def _make_stream(config: RunConfig, plan: StreamPlan, backbone: Backbone, base: str, group: Group, stop: StopRequest) -> None:
-    recipe = plan.recipe(config, base)
+def _make_stream(config: RunConfig, plan: StreamPlan, backbone: Backbone, engine: Any, base: str, group: Group, stop: StopRequest) -> None:
+    recipe = plan.recipe(config, backbone, backbone.dtype if engine is None else engine.dtype, base)
     starts = list(range(0, plan.count, config.prepare.batch))
     whole = group.from_first(_whole_shards(plan.folder, recipe) if group.is_first else None)
     todo = [start for start in starts if start not in whole]
     if group.from_first(not todo and _is_indexed(plan.folder, recipe, whole) if group.is_first else None):
         return
     plan.folder.mkdir(parents=True, exist_ok=True)
-    for start in progress(todo[group.rank :: group.size], f"prepare {plan.label}", group.is_first):
-        if stop.came:
-            break
+    for turn in progress(range(0, len(todo), group.size), f"prepare {plan.label}", group.is_first):
+        stop.check(f"the samples of {plan.label}")
+        mine = turn + group.rank
+        start = todo[min(mine, len(todo) - 1)]  # a sharded net needs all ranks in every forward: one without a batch draws one along
         ids = range(start, min(start + config.prepare.batch, plan.count))
-        prompts = [plan.prompts[i % len(plan.prompts)] for i in ids]
-        latents = _encode(plan, ids, backbone) if plan.images else _draw(config, plan, ids, prompts, backbone)
-        name = f"{start // config.prepare.batch:05d}.tar"
-        samples = [Sample(latent, prompt, i) for latent, prompt, i in zip(latents, prompts, ids)]
-        record = write_shard(plan.folder, name, samples)
-        write_atomically(_note(plan.folder, name), json.dumps({"recipe": recipe, "record": asdict(record)}).encode())
+        samples = group.together(lambda: _samples(config, plan, ids, backbone, engine))  # noqa: B023  (called at once)
+        if mine < len(todo):
+            name = f"{start // config.prepare.batch:05d}.tar"
+            record = write_shard(plan.folder, name, samples)
+            write_atomically(_note(plan.folder, name), json.dumps({"recipe": recipe, "record": asdict(record)}).encode())
     stop.check(f"the samples of {plan.label}")
     if group.is_first:
         records = _whole_shards(plan.folder, recipe)
@@ -129,6 +154,16 @@ def _make_stream(config: RunConfig, plan: StreamPlan, backbone: Backbone, base: 
                 stray.unlink()
         write_index(plan.folder, recipe, records.values())
     group.barrier()
+
+
+def _samples(config: RunConfig, plan: StreamPlan, ids: Sequence[int], backbone: Backbone, engine: Any) -> list[Sample]:
+    prompts = [plan.prompts[i % len(plan.prompts)] for i in ids]
+    if plan.images:
+        latents, sizes = _encode(plan, ids, backbone)
+    else:
+        net = backbone.net if engine is None else engine.net
+        latents, sizes = _draw(config, plan, ids, prompts, backbone, net), [backbone.size_ids] * len(ids)
+    return [Sample(*sample) for sample in zip(latents, prompts, ids, sizes)]
 
 
 def _is_indexed(folder: Path, recipe: Mapping[str, Any], whole: Mapping[int, ShardRecord]) -> bool:
@@ -160,37 +195,44 @@ def _note(folder: Path, name: str) -> Path:
     return folder / f".{name}.json"
 
 
-def _draw(config: RunConfig, plan: StreamPlan, ids: Sequence[int], prompts: Sequence[str], backbone: Backbone) -> Tensor:
+def _draw(config: RunConfig, plan: StreamPlan, ids: Sequence[int], prompts: Sequence[str], backbone: Backbone, net: nn.Module) -> Tensor:
     """Latents of samples drawn by the model, [len(ids), C, H, W]."""
     seeds = [derived_seed(config.train.seed, "prepare", plan.label, i) for i in ids]
     noise = torch.stack([torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    negative = backbone.embed([plan.negative] * len(ids))
-    denoiser = backbone.denoiser(backbone.net)
+    negative = backbone.embed([plan.negative] * len(ids), negative=True)
+    denoiser = backbone.denoiser(net)
     noise = noise.to(negative.tokens.device)
     return backbone.sample(denoiser, noise, backbone.embed(prompts), negative, config.prepare.steps, config.prepare.guidance)
 
 
-def _encode(plan: StreamPlan, ids: Sequence[int], backbone: Backbone) -> Tensor:
-    """Latents of the user's images, cut to a centred square and resized, [len(ids), C, H, W]."""
-    pixels = torch.stack([read_image(plan.images[i], backbone.image_size) for i in ids])  # [B, 3, h, w]
-    return backbone.encode(pixels)
+def _encode(plan: StreamPlan, ids: Sequence[int], backbone: Backbone) -> tuple[Tensor, list[tuple[int, ...] | None]]:
+    """Latents [len(ids), C, H, W] of the user's images, cut to a centred square and resized, and their size conditions."""
+    images = [read_image(plan.images[i], backbone.image_size) for i in ids]
+    latents = backbone.encode(torch.stack([pixels for pixels, _ in images]))
+    return latents, [backbone.size_ids_of(*size) for _, size in images]
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """An image as [3, size, size] in [-1, 1]. Raises ConfigError naming the file, as open_image does."""
+def read_image(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
+    """An image as [3, side, side] in [-1, 1], and the (height, width) it had. Raises ConfigError naming the file, as open_image does."""
     from PIL import Image, ImageOps
 
-    square = ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+    image = open_image(path)
+    square = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1, (image.height, image.width)
 
 
-def _embed_once(backbone: Backbone, prompts: list[str], base: str, run: Path, group: Group) -> None:
-    """Prompt embeddings, computed by the first rank once and kept beside the shards; every rank then knows them."""
+def _embed_once(backbone: Backbone, concepts: Sequence[ConceptPrompts], base: str, run: Path, group: Group) -> None:
+    """Prompt embeddings, computed by the first rank once and kept beside the shards; every rank then knows them, the same bits."""
+    prompts = list(dict.fromkeys(text for concept in concepts for text in (*concept.target, *concept.superclass, *concept.keep)))
+    negatives = list(dict.fromkeys(["", *(concept.negative for concept in concepts)]))
     file = run / "data" / "embeddings.safetensors"
-    key = text_sha256(json.dumps([base, prompts]))
-    if group.is_first and not backbone.read_embeddings(file, key):
-        backbone.embed(prompts)
-        backbone.write_embeddings(file, key, prompts)
-    group.barrier()
+    key = text_sha256(json.dumps([base, str(backbone.dtype), prompts, negatives]))
+
+    def embed() -> None:
+        if not backbone.read_embeddings(file, key):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            backbone.write_embeddings(file, key, prompts, negatives)
+
+    group.on_first(embed)
     if not group.is_first:
         backbone.read_embeddings(file, key)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,22 +17,16 @@ from torch import Tensor, nn
 
 from sculpt_dist.canvas.classifier import CanvasClassifier, save_classifier, to_float, train_classifier
 from sculpt_dist.canvas.draw import draw_dataset
-from sculpt_dist.canvas.world import IMAGE_SIZE, NUM_FORMS, OBJECTS, STYLES, SUPERCLASS_OF, SUPERCLASSES, WORDS, prompt
+from sculpt_dist.canvas.world import NUM_FORMS, OBJECTS, STYLES, SUPERCLASS_OF, SUPERCLASSES, WORDS, prompt
 from sculpt_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sculpt_dist.backbones.tiny import StableDiffusionPipeline
+    from sculpt_dist.backbones.base import Backbone
+    from sculpt_dist.types import TextCond
 
 PER_PAIR = 150  # drawings of each object in each style
 BATCH = 32
 EMA_DECAY = 0.995
-# Steps rather than seconds, so that the weights do not depend on how fast the machine is.
-VAE_STEPS_PER_MINUTE = 150
-DENOISER_STEPS_PER_MINUTE = 300
-
-# How much more often a member is captioned by its superclass; 1 where not named. Guidance pushes a superclass's samples away from what
-# the average drawing looks like: with evenly captioned members, .10 of animals were cats and .09 of vehicles rockets.
-SUPERCLASS_LEAN = {"cat": 1.4, "tree": 1.15, "rocket": 1.3}
 
 console = Console()
 
@@ -40,6 +35,7 @@ console = Console()
 class CaptionMix:
     """How often a training caption takes each form; the probabilities are independent draws, `empty` overriding the rest."""
 
+    lean: Mapping[str, float]  # of members to be captioned by their superclass; 1 where not named
     superclass: float = 0.15  # "animal" in place of "cat", times the lean
     no_object: float = 0.05
     no_style: float = 0.10
@@ -52,7 +48,7 @@ class CaptionMix:
         if chance < self.no_object:
             shown = None
         else:
-            superclass = self.superclass * SUPERCLASS_LEAN.get(name, 1.0)
+            superclass = self.superclass * self.lean.get(name, 1.0)
             shown = SUPERCLASS_OF[name] if chance < self.no_object + superclass else name
         shown_style = None if rng.random() < self.no_style else style
         form = int(rng.integers(1, NUM_FORMS)) if rng.random() < self.other_forms else 0
@@ -66,11 +62,10 @@ def build_canvas(arch: str, folder: Path, seed: int = 0, cpu_minutes: float = 6.
     Accuracies are 0 to 1, of the reloaded fp16 folder. Raises ConfigError for an `arch` that has no tiny pipeline, or for
     `cpu_minutes` not above 0.
     """
-    from sculpt_dist.backbones import tiny  # diffusers takes seconds to import
+    from sculpt_dist.backbones.shared.folders import quiet_libraries  # diffusers takes seconds to import
+    from sculpt_dist.build import plugin
 
-    builders = {"sd15": tiny.sd15}
-    if arch not in builders:
-        raise ConfigError(f"arch={arch}: no tiny pipeline of this kind: use one of {', '.join(builders)}")
+    kind = plugin("sculpt_dist.backbones", arch, "arch").Backbone
     if cpu_minutes <= 0:
         raise ConfigError(f"cpu_minutes={cpu_minutes}: nothing can be trained in that: use 6 for a model that draws every object")
     rng = torch.Generator().manual_seed(seed)
@@ -80,15 +75,20 @@ def build_canvas(arch: str, folder: Path, seed: int = 0, cpu_minutes: float = 6.
     object_accuracy, style_accuracy = recognised(classifier, *draw_dataset(10, seed + 1))  # held out
     report = {"drawings/object": object_accuracy, "drawings/style": style_accuracy}
 
-    pipeline = builders[arch](WORDS, seed)
+    quiet_libraries()
+    kind.write_untrained(folder / arch, WORDS, seed)
+    backbone = kind(folder / arch, torch.float32, torch.device("cpu"))
     pixels = to_float(drawn[0])  # [N, 3, 32, 32]
-    report["vae/psnr"] = train_vae(pipeline.vae, pixels, math.ceil(VAE_STEPS_PER_MINUTE * cpu_minutes), rng)
-    latents = encode_all(pipeline.vae, pixels)  # [N, 4, 8, 8]
-    train_denoiser(pipeline, latents, drawn[1], drawn[2], math.ceil(DENOISER_STEPS_PER_MINUTE * cpu_minutes), rng)
-    pipeline.to(torch.float16).save_pretrained(folder / arch)
+    report["vae/psnr"] = train_vae(backbone, pixels, math.ceil(kind.tiny.vae_steps * cpu_minutes), rng)
+    latents = encode_all(backbone, pixels)  # [N, 4, 8, 8]
+    train_denoiser(backbone, latents, drawn[1], drawn[2], math.ceil(kind.tiny.denoiser_steps * cpu_minutes), rng)
+    for name in (kind.net_name, *kind.parts):
+        backbone.part(name).to(torch.float16).save_pretrained(folder / arch / name)
+        settings = folder / arch / name / "config.json"
+        kept = {key: value for key, value in json.loads(settings.read_text()).items() if key != "_name_or_path"}  # a path of this machine
+        settings.write_text(json.dumps(kept, indent=2) + "\n")
 
-    reloaded = type(pipeline).from_pretrained(folder / arch, torch_dtype=torch.float32)
-    report.update(measure_samples(reloaded, classifier))
+    report.update(measure_samples(kind(folder / arch, torch.float32, torch.device("cpu")), classifier))
     _print_report(report)
     return report
 
@@ -96,77 +96,63 @@ def build_canvas(arch: str, folder: Path, seed: int = 0, cpu_minutes: float = 6.
 # Training
 
 
-def train_vae(vae: nn.Module, pixels: Tensor, num_steps: int, rng: torch.Generator) -> float:
+def train_vae(backbone: Backbone, pixels: Tensor, num_steps: int, rng: torch.Generator) -> float:
     """Train on float pixels [N, 3, 32, 32], set its scaling factor, and return the PSNR of its reconstructions in dB."""
-    peak, kl_weight = 3e-3, 5e-4
+    peak, vae = 3e-3, backbone.vae.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(vae.parameters(), peak, betas=(0.9, 0.98), weight_decay=1e-3)
-    vae.train()
     for step in track(range(num_steps), description="vae", console=console):
         optimizer.param_groups[0]["lr"] = peak * _warmup_cosine(step, num_steps, 50)
         images = pixels[torch.randint(len(pixels), (BATCH,), generator=rng)]  # [B, 3, 32, 32]
-        posterior = vae.encode(images).latent_dist
-        decoded = vae.decode(posterior.sample(generator=rng)).sample
+        decoded, penalty = backbone.autoencode(images, rng)
         distortion = nn.functional.mse_loss(decoded, images) + 0.3 * nn.functional.l1_loss(decoded, images)
-        divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        _descend(distortion + kl_weight * divergence, vae.parameters(), optimizer)
-    vae.eval()
-    latents = encode_all(vae, pixels) / vae.config.scaling_factor
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+        _descend(distortion + penalty, list(vae.parameters()), optimizer)
+    vae.requires_grad_(False).eval()
+    vae.register_to_config(scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=float(1 / encode_all(backbone, pixels).std()))
     with torch.no_grad():
-        decoded = vae.decode(latents[::20]).sample.clamp(-1, 1)
+        decoded = backbone.decode_pixels(encode_all(backbone, pixels[::20])).clamp(-1, 1)
     return float(10 * torch.log10(4 / nn.functional.mse_loss(decoded, pixels[::20])))
 
 
-def encode_all(vae: nn.Module, pixels: Tensor) -> Tensor:
+def encode_all(backbone: Backbone, pixels: Tensor) -> Tensor:
     """Float pixels [N, 3, 32, 32] -> mean latents [N, 4, 8, 8], scaled as the denoiser expects."""
-    with torch.no_grad():
-        means = [vae.encode(part).latent_dist.mean for part in pixels.split(250)]
-    return torch.cat(means) * vae.config.scaling_factor
+    return torch.cat([backbone.encode(part) for part in pixels.split(250)])
 
 
 def train_denoiser(
-    pipeline: StableDiffusionPipeline,
-    latents: Tensor,
-    objects: np.ndarray,
-    styles: np.ndarray,
-    num_steps: int,
-    rng: torch.Generator,
+    backbone: Backbone, latents: Tensor, objects: np.ndarray, styles: np.ndarray, num_steps: int, rng: torch.Generator
 ) -> None:
-    """Train the UNet and the text encoder together to predict the noise in latents [N, 4, 8, 8]; they end as their moving average."""
-    unet, text_encoder = pipeline.unet.train(), pipeline.text_encoder.train()
-    caption_rng = np.random.default_rng(rng.initial_seed())
-    mix, peak = CaptionMix(), 1.5e-3
-    alpha_bar = pipeline.scheduler.alphas_cumprod  # [T]
-    weights = [*unet.parameters(), *text_encoder.parameters()]
+    """Train the denoiser and the text encoders together on latents [N, 4, 8, 8]; they end as their moving average."""
+    tiny, caption_rng = backbone.tiny, np.random.default_rng(rng.initial_seed())
+    mix = CaptionMix(tiny.superclass_lean)
+    parts = [backbone.part(name).requires_grad_(True).train() for name in (backbone.net_name, *backbone.parts) if name != "vae"]
+    weights = [weight for part in parts for weight in part.parameters()]
     averages = [weight.detach().clone() for weight in weights]
-    optimizer = torch.optim.AdamW(weights, peak, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(weights, tiny.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
     for step in track(range(num_steps), description="denoiser", console=console):
-        optimizer.param_groups[0]["lr"] = peak * _warmup_cosine(step, num_steps, 100)
+        optimizer.param_groups[0]["lr"] = tiny.lr * _warmup_cosine(step, num_steps, 100)
         chosen = torch.randint(len(latents), (BATCH,), generator=rng)
         captions = [mix.caption(OBJECTS[objects[i]], STYLES[styles[i]], caption_rng) for i in chosen.tolist()]
-        time = torch.randint(len(alpha_bar), (BATCH,), generator=rng)
+        time = backbone.sample_time(torch.rand(BATCH, generator=rng))
         clean = latents[chosen]  # [B, 4, 8, 8]
         noise = torch.randn(clean.shape, generator=rng)
-        kept = alpha_bar[time]  # [B]
-        noisy = kept.sqrt().view(-1, 1, 1, 1) * clean + (1 - kept).sqrt().view(-1, 1, 1, 1) * noise
-        predicted = unet(noisy, time, _text_tokens(pipeline, captions)).sample
-        # The weight stresses the noisy times, where a guided sampler decides which object it draws.
-        errors = (predicted - noise).square().mean((1, 2, 3)) * (1 / kept).clamp(max=20)  # [B]
+        noisy = backbone.corrupt(clean, noise, time)
+        predicted = backbone.denoise(backbone.net, noisy, time, _encoded(backbone, captions))
+        errors = (predicted - backbone.goal(clean, noise, time)).square().mean((1, 2, 3)) * backbone.schedule.stress(time)  # [B]
         _descend(errors.mean(), weights, optimizer)
         decay = min(EMA_DECAY, (step + 2) / (step + 11))
         torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
     with torch.no_grad():
         torch._foreach_copy_(weights, averages)
-    unet.eval()
-    text_encoder.eval()
+    for part in parts:
+        part.requires_grad_(False).eval()
 
 
-def _text_tokens(pipeline: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
-    """[B, L, D], with gradient; each distinct caption passes the text encoder once."""
+def _encoded(backbone: Backbone, captions: Sequence[str]) -> TextCond:
+    """[B, ...], with gradient; each distinct caption passes the text encoders once."""
     distinct = sorted(set(captions))
-    place = {caption: i for i, caption in enumerate(distinct)}
-    ids = pipeline.tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return pipeline.text_encoder(ids)[0][[place[caption] for caption in captions]]
+    places = torch.tensor([distinct.index(caption) for caption in captions])
+    return backbone.encode_prompts(distinct, negative=False)[places]
 
 
 def _descend(loss: Tensor, weights: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -183,19 +169,16 @@ def _warmup_cosine(step: int, num_steps: int, num_warmup: int) -> float:
 # Measuring
 
 
-def sample_images(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], steps: int = 10, guidance: float = 3.0, seed: int = 0
-) -> Tensor:
-    """Float pixels [N, 3, 32, 32] in [-1, 1], drawn by the pipeline's own call."""
-    pipeline.set_progress_bar_config(disable=True)
+def sample_images(backbone: Backbone, prompts: Sequence[str], steps: int = 8, guidance: float = 3.0, seed: int = 0) -> Tensor:
+    """Float pixels [N, 3, 32, 32] in [-1, 1]."""
     rng = torch.Generator().manual_seed(seed)
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     parts = []
     for first in range(0, len(prompts), 60):
         chunk = list(prompts[first : first + 60])
-        call = pipeline(chunk, num_inference_steps=steps, guidance_scale=guidance, generator=rng, output_type="np", **size)
-        parts.append((call.images * 255).round().astype(np.uint8))
-    return to_float(np.concatenate(parts))
+        noise = torch.randn(len(chunk), *backbone.latent_shape, generator=rng)
+        cond, negative = backbone.embed(chunk), backbone.embed([""] * len(chunk), negative=True)
+        parts.append(backbone.decode(backbone.sample(backbone.denoiser(backbone.net), noise, cond, negative, steps, guidance)))
+    return to_float(torch.cat(parts).permute(0, 2, 3, 1).numpy())
 
 
 def recognised(classifier: CanvasClassifier, pixels: np.ndarray, objects: np.ndarray, styles: np.ndarray) -> tuple[float, float]:
@@ -207,9 +190,7 @@ def recognised(classifier: CanvasClassifier, pixels: np.ndarray, objects: np.nda
     return right_object.float().mean().item(), right_style.float().mean().item()
 
 
-def measure_samples(
-    pipeline: StableDiffusionPipeline, classifier: CanvasClassifier, per_pair: int = 8, seed: int = 1000
-) -> dict[str, float]:
+def measure_samples(backbone: Backbone, classifier: CanvasClassifier, per_pair: int = 8, seed: int = 1000) -> dict[str, float]:
     """Accuracy of sampled images by caption form, by object, and how evenly a superclass prompt draws its members.
 
     Keys: `object/form<k>`, `style/form<k>`; `<object>` (form 0); `<superclass>/<member>`, the share of that member.
@@ -218,7 +199,7 @@ def measure_samples(
     objects, styles = (torch.tensor(column) for column in zip(*pairs))
     report: dict[str, float] = {}
     for form in track(range(NUM_FORMS), description="sampling", console=console):
-        images = sample_images(pipeline, [prompt(OBJECTS[i], STYLES[j], form) for i, j in pairs], seed=seed + form)
+        images = sample_images(backbone, [prompt(OBJECTS[i], STYLES[j], form) for i, j in pairs], seed=seed + form)
         with torch.no_grad():
             object_logits, style_logits = classifier(images)
         right = object_logits.argmax(1) == objects  # [N]
@@ -227,7 +208,7 @@ def measure_samples(
         if form == 0:
             report.update({name: right[objects == i].float().mean().item() for i, name in enumerate(OBJECTS)})
     for superclass, members in SUPERCLASSES.items():
-        images = sample_images(pipeline, [prompt(superclass, style) for style in STYLES for _ in range(3 * per_pair)], seed=seed)
+        images = sample_images(backbone, [prompt(superclass, style) for style in STYLES for _ in range(3 * per_pair)], seed=seed)
         with torch.no_grad():
             drawn = classifier(images)[0].argmax(1)
         report.update({f"{superclass}/{name}": (drawn == OBJECTS.index(name)).float().mean().item() for name in members})

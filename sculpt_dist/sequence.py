@@ -3,102 +3,35 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
-import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sculpt_dist import build
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.config import Concept, RunConfig, check_batch
+from sculpt_dist.backbones.shared.trajectory import Trajectory
+from sculpt_dist.config import check_batch
+from sculpt_dist.costs import Costs
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.data.shards import ShardReader
-from sculpt_dist.data.streams import ConceptStreams, Layout
+from sculpt_dist.data.streams import ConceptStreams, Layout, PromptReader, Reader
 from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.engine.zero import Engine
 from sculpt_dist.errors import ConfigError
-from sculpt_dist.evaluate import check_evaluation, evaluate
+from sculpt_dist.evaluate import check_evaluation, check_prompts, evaluate
 from sculpt_dist.export import export, write_card
-from sculpt_dist.files import text_sha256, write_atomically
+from sculpt_dist.files import text_sha256
 from sculpt_dist.methods.base import Editor, Method, Setup
-from sculpt_dist.prepare import data_folder, prepare
+from sculpt_dist.prepare import data_folder, prepared
+from sculpt_dist.settings import Concept, RunConfig
 from sculpt_dist.track import Tracker
 from sculpt_dist.train import ConceptRun, Plan, Recent, make_plan, run_concept
-
-
-@dataclass
-class Costs:
-    """What a run has cost this rank so far, over all its sittings; kept in costs.json."""
-
-    folder: Path
-    group: Group
-    seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0, "total": 0.0})
-    cpu_seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
-    bytes_communicated: int = 0
-    weights: dict[str, int] = field(default_factory=dict)
-    _part: str | None = None  # what is being counted now
-    _wall: float = field(default_factory=time.monotonic)
-    _cpu: float = field(default_factory=time.process_time)
-    _sent: int = 0
-
-    @contextmanager
-    def counting(self, part: str) -> Iterator[None]:
-        """Count the wall and CPU time of the block to a part of the costs."""
-        self._flush()
-        self._part = part
-        try:
-            yield
-        finally:
-            self._flush()
-            self._part = None
-
-    def read(self) -> None:
-        """Go on from what earlier sittings on as many ranks left in costs.json."""
-        file = self.folder / "costs.json"
-        before = self.group.from_first(json.loads(file.read_text()) if self.group.is_first and file.is_file() else None)
-        if before is not None and before["ranks"] == self.group.size:
-            mine = before["of_rank"][self.group.rank]
-            self.seconds, self.cpu_seconds, self.bytes_communicated = mine["seconds"], mine["cpu_seconds"], mine["bytes_communicated"]
-
-    def write(self) -> None:
-        """costs.json: wall seconds and bytes of the first rank, CPU seconds summed over ranks, peak memory of each; all ranks enter."""
-        self._flush()
-        mine = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "bytes_communicated": self.bytes_communicated}
-        ranks = self.group.to_all(mine | {"peak_memory_bytes": _peak_memory(self.group.device)})
-        if self.group.is_first:
-            content = {name: ranks[0][name] for name in ("seconds", "bytes_communicated")} | {
-                "cpu_seconds": {part: sum(rank["cpu_seconds"][part] for rank in ranks) for part in self.cpu_seconds},
-                "peak_memory_bytes": [rank["peak_memory_bytes"] for rank in ranks],
-                "ranks": self.group.size,
-                "weights": self.weights,
-                "of_rank": ranks,
-            }
-            write_atomically(self.folder / "costs.json", json.dumps(content, indent=1).encode())
-
-    def _flush(self) -> None:
-        wall, cpu, sent = time.monotonic(), time.process_time(), self.group.bytes_communicated()
-        self.seconds["total"] += wall - self._wall
-        if self._part is not None:
-            self.seconds[self._part] += wall - self._wall
-            self.cpu_seconds[self._part] += cpu - self._cpu
-        self.bytes_communicated += sent - self._sent
-        self._wall, self._cpu, self._sent = wall, cpu, sent
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where there is one, else resident memory of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @dataclass(frozen=True)
@@ -131,13 +64,15 @@ def run_sequence(config: RunConfig) -> Run:
     folder = build.claim_folder(config, group)
     with StopRequest(group) as stop:
         backbone = build.build_backbone(config, group)
-        base = group.from_first(build.base_fingerprint(backbone.folder) if group.is_first else "")
+        base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
         costs = Costs(folder, group)
         costs.read()
+        group.together(lambda: check_prompts(config, backbone))
         shards: dict[str, str] = {}
+        engine = None
         if plan is not None:
             with costs.counting("prepare"):
-                shards = prepare(config, backbone, base, folder, group, stop)
+                engine, shards = prepared(config, method, backbone, base, folder, group, stop)
         if group.is_first:
             build.write_manifest(folder, config, base, shards)
         sitting = Sitting(config, folder, group, backbone, costs, stop)
@@ -145,7 +80,7 @@ def run_sequence(config: RunConfig) -> Run:
             weights = sitting.edit(method, prompts)
         else:
             fingerprints = {"base": base, "config": build.config_fingerprint(config), "data": text_sha256(json.dumps(shards))}
-            engine = build.build_engine(config, method, backbone, group)
+            engine = engine or build.build_engine(config, method, backbone, group)
             weights = Training(sitting, engine, method, plan, fingerprints).unlearn_all()
     export(config, backbone, weights, folder / "model", group)
     costs.write()
@@ -209,7 +144,7 @@ class Training:
 
     def unlearn_all(self) -> Iterator[tuple[str, Tensor | None]]:
         """Concept after concept, with scores before the first and after each; returns the changed weights, whole on rank 0."""
-        total = sum(int(getattr(p, "ds_numel", p.numel())) for p in self.backbone.net.parameters())
+        total = sum(int(getattr(p, "ds_numel", p.numel())) for p in self.engine.net.parameters())
         trained = self.engine.num_trained
         self.costs.weights = {"total": total, "trained": trained, "open": self.engine.mask.planned_open if self.plan.masked else trained}
         original = self.engine.snapshot() if self.method.needs_original else None
@@ -222,10 +157,9 @@ class Training:
         for number in range(first, len(self.config.concepts)):
             run = self._concept_run(number, original, resumed)
             resumed = None
+            self.backbone.release()  # embeddings are known and latents lie in shards: the encoders' memory is the training's
             with self.costs.counting("train"):
-                run_concept(
-                    run, self.engine, self.backbone, self.config, tracker.log, lambda: self._save(run), self.sitting.stop
-                )
+                run_concept(run, self.engine, self.backbone, self.config, tracker.log, lambda: self._save(run), self.sitting.stop)
             self._save_end(number)
             self._score_after(number)
         tracker.close()
@@ -239,15 +173,17 @@ class Training:
         run = ConceptRun(
             number=number,
             target=concept.target,
-            method=self.method.prepare(Setup(number, self.backbone, self.plan.updates)),
+            method=self.method.prepare(Setup(number, self.backbone, self.plan.updates, prompts)),
             plan=self.plan,
             streams=self._streams(number),
-            as_superclass=dict(zip(prompts.target, prompts.superclass)),
+            prompts=prompts,
             teacher=self.engine.snapshot(),
             original=original,
             recent=Recent(),
             start=start,
+            trajectories=[Trajectory(self.backbone.schedule) for _ in range(self.config.train.accumulate)],
         )
+        self.backbone.embed([""], negative=True)  # what guidance needs, while the encoders are there
         self.engine.begin_concept(number)
         if self.plan.masked and not self.plan.collect:  # a random mask needs no gradients
             self.engine.mask.build()
@@ -258,8 +194,12 @@ class Training:
     def _streams(self, number: int) -> ConceptStreams:
         concept = self.config.concepts[number]
 
-        def reader(of: Concept, role: str) -> ShardReader:
-            return ShardReader(data_folder(self.folder, of, role))
+        def reader(of: Concept, role: str) -> Reader:
+            if role in self.method.samples or role == "keep":
+                return ShardReader(data_folder(self.folder, of, role))
+            prompts = concept_prompts(of, self.config.prepare.prompts)
+            texts = prompts.target if role == "target" else prompts.superclass
+            return PromptReader(texts, self.config.prepare.samples, self.backbone.size_ids)
 
         anchors = []
         if "targets" in self.method.anchors:
@@ -289,16 +229,25 @@ class Training:
             "open_count": self.engine.mask.open_count,
             "recent": asdict(run.recent),
             "candidate": run.candidate is not None,
+            "trajectories": [trajectory.index for trajectory in run.trajectories],
         }
-        self._write(run.number * (self.plan.steps + 1) + run.step, extra, state)
+        self._write(run.number * (self.plan.steps + 1) + run.step, extra, state, self._walked(run))
+
+    def _walked(self, run: ConceptRun) -> dict[str, Tensor]:
+        """This rank's trajectories, a flat tensor for each position of the global batch."""
+        kept = {}
+        for micro, trajectory in enumerate(run.trajectories):
+            for position, latent in zip(run.streams.layout.positions(micro), [] if trajectory.latents is None else trajectory.latents):
+                kept[f"trajectory|{position}|0"] = latent.flatten()
+        return kept
 
     def _save_end(self, number: int) -> None:
         """A checkpoint between two concepts: only the weights matter."""
         state = {"concept": number + 1, "step": 0, "candidate": False}
         self._write((number + 1) * (self.plan.steps + 1), {}, state)
 
-    def _write(self, number: int, extra: dict[str, list[Tensor]], state: dict[str, Any]) -> None:
-        checkpoint.save(self.folder / "checkpoints", number, self.engine.shards, extra, state | self.fingerprints, self.group)
+    def _write(self, number: int, extra: dict[str, list[Tensor]], state: dict[str, Any], walked: Mapping[str, Tensor] = {}) -> None:
+        checkpoint.save(self.folder / "checkpoints", number, self.engine.shards, extra, state | self.fingerprints, self.group, walked)
         self.costs.write()
 
     def _resume(self) -> tuple[int, dict[str, Any] | None]:
@@ -322,6 +271,10 @@ class Training:
         self.engine.publish()
         run.step, run.recent = state["step"], Recent(**state["recent"])
         run.candidate = filled.get("candidate")
+        walked = checkpoint.load_named(Path(state["path"]), "trajectory")
+        for micro, trajectory in enumerate(run.trajectories if walked else []):
+            latents = [walked[str(position)].view(self.backbone.latent_shape) for position in run.streams.layout.positions(micro)]
+            trajectory.latents, trajectory.index = torch.stack(latents).to(self.group.device), state["trajectories"][micro]
         self.engine.optimizer.updates = state["updates"]
         mask = self.engine.mask
         mask.births, mask.selections, mask.open_count = state["births"], state["selections"], state["open_count"]

@@ -6,25 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from sculpt_dist import build
-from sculpt_dist.config import RunConfig
+from sculpt_dist.backbones.shared.original import check_single_file
 from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping import StopRequest
-from sculpt_dist.errors import RunFolderError
-from sculpt_dist.evaluate import evaluate
+from sculpt_dist.errors import ConfigError, RunFolderError
+from sculpt_dist.evaluate import check_prompts, evaluate
 from sculpt_dist.export import export, write_card
-from sculpt_dist.prepare import prepare
+from sculpt_dist.methods.base import Editor
+from sculpt_dist.prepare import prepared
+from sculpt_dist.settings import RunConfig
 
 
 def prepare_only(config: RunConfig) -> Path:
     """Draw and store the samples of every concept; returns the folder of the shards."""
-    build.build_method(config)
+    method = build.build_method(config)
     group = Group(config.engine.timeout)
     folder = build.claim_folder(config, group)
     backbone = build.build_backbone(config, group)
-    base = group.from_first(build.base_fingerprint(backbone.folder) if group.is_first else "")
+    base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
     with StopRequest(group) as stop:
-        prepare(config, backbone, base, folder, group, stop)
+        if not isinstance(method, Editor):
+            prepared(config, method, backbone, base, folder, group, stop)
     build.release_folder(folder)
     return folder / "data"
 
@@ -36,13 +39,21 @@ def evaluate_only(config: RunConfig, model: Path | None, output: Path | None) ->
     where = output or folder / "evaluation" / "model"
     group = Group(config.engine.timeout)
     backbone = build.build_backbone(config, group, path=str(model))
+    group.on_first(lambda: build.base_fingerprint(backbone.folder))  # checks the weights against the checksums of the export
+    group.together(lambda: check_prompts(config, backbone))
     with StopRequest(group) as stop:
         scores = evaluate(config, backbone, backbone.net, group, where, config.concepts, model.name, stop)
     return scores, where
 
 
-def export_only(config: RunConfig) -> Path:
-    """Write the model folder from the newest checkpoint of the configuration's run."""
+def export_only(config: RunConfig, form: str = "folder", output: Path | None = None) -> Path:
+    """Write the model folder from the newest checkpoint of the configuration's run, and then another form of it.
+
+    `form`: folder; single (one .safetensors file in the original layout, SD 1.x and SDXL); delta (the changed tensors alone, for
+    `backbones.shared.delta.apply_delta`). `output` names the file of a single or delta; by default it lies in the run folder.
+    """
+    if form not in FORMS or (form == "folder" and output is not None):
+        raise ConfigError(f"--as {form}, --output {output}: choose one of {', '.join(FORMS)}; --output names the file of a single or delta")
     method = build.build_method(config)
     group = Group(config.engine.timeout)
     found = checkpoint.newest(Path(config.run.folder) / "checkpoints", group)
@@ -50,13 +61,33 @@ def export_only(config: RunConfig) -> Path:
         raise RunFolderError(f"{config.run.folder}: has no checkpoint yet; run unlearn first")
     folder = build.claim_folder(config, group)
     backbone = build.build_backbone(config, group)
-    base = group.from_first(build.base_fingerprint(backbone.folder) if group.is_first else "")
+    base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
     build.check_checkpoint(*found, {"base": base, "config": build.config_fingerprint(config)})
+    if form == "single":
+        group.on_first(lambda: check_single_file(backbone.folder, output))
     engine = build.build_engine(config, method, backbone, group)
     checkpoint.load(found[0], engine.shards, [])
     engine.publish()
     model = export(config, backbone, engine.full_weights(), folder / "model", group)
     if group.is_first and (folder / "report" / "report.json").is_file():
         write_card(folder)
+    written = group.on_first(lambda: _in_form(form, backbone.folder, model, output))
     build.release_folder(folder)
-    return model
+    return written
+
+
+FORMS = ("folder", "single", "delta")
+
+
+def _in_form(form: str, base: Path, model: Path, output: Path | None) -> Path:
+    """The exported folder in another form, beside it or at `output`."""
+    from sculpt_dist.backbones.shared.delta import write_delta
+    from sculpt_dist.backbones.shared.original import write_single_file
+
+    if form == "single":
+        output = output or model.with_name("model.safetensors")
+        write_single_file(model, output)
+    elif form == "delta":
+        output = output or model.with_name("delta.safetensors")
+        write_delta(base, model, output)
+    return output or model

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Mapping
 
-from sculpt_dist.config import RunConfig
+from sculpt_dist.settings import RunConfig
 
 
 class Tracker:

@@ -9,7 +9,9 @@ from typing import Any, Callable, Mapping
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.config import RunConfig, as_steps
+from sculpt_dist.backbones.shared.trajectory import Trajectory
+from sculpt_dist.config import as_steps
+from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import ConceptStreams, Draws, micro_batches
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.mask import MAX_GENERATIONS
@@ -19,6 +21,7 @@ from sculpt_dist.errors import ConfigError, StopRequested
 from sculpt_dist.maths.schedules import one_cycle, turnover_share
 from sculpt_dist.methods.base import Method, Predictor, Step
 from sculpt_dist.progress import progress
+from sculpt_dist.settings import RunConfig
 from sculpt_dist.types import ConceptBatch
 
 
@@ -59,7 +62,9 @@ def make_plan(config: RunConfig, method: Method) -> Plan:
     collect, refresh = as_steps(mask.collect, train.steps), as_steps(mask.refresh, train.steps)
     masked = mask.keep < 1
     if masked and refresh and train.steps / refresh > MAX_GENERATIONS - 1:
-        raise ConfigError(f"mask.refresh={mask.refresh}: more than {MAX_GENERATIONS - 1} turnovers in train.steps={train.steps}; refresh less often")
+        raise ConfigError(
+            f"mask.refresh={mask.refresh}: more than {MAX_GENERATIONS - 1} turnovers in train.steps={train.steps}; refresh less often"
+        )
     if masked and not collect and mask.saliency != "random":
         raise ConfigError("mask.collect=0: a mask needs collected gradients; use at least 1 step, mask.saliency=random or mask.keep=1")
     offset = collect if method.reference_mask else 0
@@ -88,18 +93,19 @@ class Recent:
 
 @dataclass
 class ConceptRun:
-    """What the loop works with for one concept; `step`, `recent`, `start` and `candidate` are the state that a checkpoint keeps."""
+    """What the loop works with for one concept; `step`, `recent`, `start`, `trajectories` and `candidate` are the state that a checkpoint keeps."""
 
     number: int
     target: str
     method: Method
     plan: Plan
     streams: ConceptStreams
-    as_superclass: Mapping[str, str]
+    prompts: ConceptPrompts
     teacher: FrozenWeights
     original: FrozenWeights | None
     recent: Recent
     start: list[Tensor]  # this rank's fp32 shards before the concept
+    trajectories: list[Trajectory]  # one per micro-batch
     candidate: list[Tensor] | None = None
     step: int = 0
 
@@ -118,9 +124,7 @@ def run_concept(
     Raises StopRequested, after saving, when any rank was asked to stop, and NonFiniteError on all ranks at the same step.
     """
     plan, method, saved_at = run.plan, run.method, time.monotonic()
-    batches = micro_batches(
-        run.streams, backbone.embed, run.as_superclass, engine.group.device, run.step, plan.steps, config.train.workers
-    )
+    batches = micro_batches(run.streams, backbone.embed, run.prompts, engine.group.device, run.step, plan.steps, config.train.workers)
     for step in progress(range(run.step, plan.steps), f"unlearn {run.target}", engine.group.is_first, start=run.step):
         began = time.monotonic()
         collecting = step < plan.collect
@@ -151,9 +155,7 @@ def run_concept(
         engine.set_masters(run.candidate)
 
 
-def _offer(
-    run: ConceptRun, engine: Engine, backbone: Backbone, config: RunConfig, batch: ConceptBatch, step: int, micro: int
-) -> Step:
+def _offer(run: ConceptRun, engine: Engine, backbone: Backbone, config: RunConfig, batch: ConceptBatch, step: int, micro: int) -> Step:
     """What the method gets to see of one micro-batch."""
     rng = Draws(config.train.seed, run.number, step, run.streams.layout.positions(micro), engine.group.device)
     return Step(
@@ -163,6 +165,8 @@ def _offer(
         batch=batch,
         backbone=backbone,
         rng=rng,
+        trajectory=run.trajectories[micro],
+        update=max(0, step - run.plan.collect),
         progress=run.plan.progress(step),
     )
 

@@ -42,7 +42,7 @@ class TextCond:
 class Stream:
     """One role's samples of a batch: the clean latents, and the prompts that they were drawn with."""
 
-    latents: Tensor  # [B, C, H, W], clean, scaled as the denoiser expects
+    latents: Tensor  # [B, C, H, W], clean, scaled as the denoiser expects; [B, 0] of a role that the method needs no samples of
     cond: TextCond  # of the prompts, [B, ...]
     prompts: tuple[str, ...]  # B
     keys: tuple[int, ...]  # B, global sample ids within the role
@@ -59,6 +59,7 @@ class ConceptBatch:
     superclass: Stream
     anchor: Stream | None
     target_as_superclass: TextCond  # the target's prompts with the superclass in the target's place, [B, ...]
+    superclass_as_target: TextCond  # the superclass's prompts with the target in the superclass's place, [B, ...]
 
 
 Denoiser = Callable[[Tensor, Tensor, TextCond], Tensor]  # ([B, C, H, W], [B], cond) -> [B, C, H, W]

@@ -9,10 +9,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks on one machine, with or without a GPU
 PROJECT = Path(__file__).parent.parent
-SMALL = [  # pins what the tests count on, whatever the shipped configuration is tuned to
+TINY_RUN = [  # of any method
+    "prepare.samples=6",
+    "prepare.steps=4",
+    "prepare.batch=3",
+    "train.steps=6",
+    "train.batch=4",
+    "mask.collect=2",
+    "evaluate.images=1",
+    "evaluate.paraphrase_images=1",
+    "evaluate.steps=2",
+    "evaluate.bootstrap=20",
+    "concepts=[{target: bird, superclass: animal},{target: boat, superclass: vehicle}]",
+]
+SMALL = [  # of dm_cal: pins what the tests count on, whatever the shipped configuration is tuned to
+    *TINY_RUN,
+    "mask.refresh=2",
     "mask.keep=0.5",
     "mask.scope=matrix",
     "mask.turnover=0.2",
@@ -20,18 +37,6 @@ SMALL = [  # pins what the tests count on, whatever the shipped configuration is
     "method.label_guidance=1.0",
     "method.retain_weight=0.1",
     "method.distill_weight=1.0",
-    "prepare.samples=6",
-    "prepare.steps=4",
-    "prepare.batch=3",
-    "train.steps=6",
-    "train.batch=4",
-    "mask.collect=2",
-    "mask.refresh=2",
-    "evaluate.images=1",
-    "evaluate.paraphrase_images=1",
-    "evaluate.steps=2",
-    "evaluate.bootstrap=20",
-    "concepts=[{target: bird, superclass: animal},{target: boat, superclass: vehicle}]",
 ]
 
 
@@ -74,6 +79,12 @@ def sculpt(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300)
     )
     assert done.returncode == code, done.stdout[-6000:]
     return done.stdout
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The exported denoiser of a run folder."""
+    (net,) = [part for part in (run / "model").iterdir() if part.name in ("unet", "transformer")]
+    return load_file(net / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.fixture(scope="session")

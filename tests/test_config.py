@@ -6,20 +6,28 @@ import pytest
 from conftest import PROJECT
 
 from sculpt_dist.build import build_method
-from sculpt_dist.config import Concept, PromptsConfig, check_batch, load_config, to_yaml
+from sculpt_dist.config import check_batch, load_config, to_yaml
 from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.errors import ConfigError
+from sculpt_dist.methods.base import Editor, Method
+from sculpt_dist.settings import Concept, PromptsConfig
 
 CONFIGS = sorted((PROJECT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(PROJECT)))
 def test_every_config_loads_with_its_method(file):
-    assert build_method(load_config(file)).trainable is not None
+    path = [] if file.parent.name == "canvas" else ["model.path=/models/mine"]
+    assert isinstance(build_method(load_config(file, path)), (Method, Editor))
+
+
+def test_a_full_size_configuration_asks_for_the_model():
+    with pytest.raises(ConfigError, match="model.path is empty"):
+        load_config(PROJECT / "configs" / "sdxl" / "dm_cal.yaml")
 
 
 def test_the_resolved_config_loads_to_the_same(tmp_path):
-    config = load_config(CONFIGS[0], ["train.lr=0.5", 'concepts=[{target: "a: b", superclass: c, prompts: ["x {concept}"]}]'])
+    config = load_config(PROJECT / "configs" / "canvas" / "dm_cal.yaml", ["train.lr=0.5", 'concepts=[{target: "a: b", superclass: c, prompts: ["x {concept}"]}]'])
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config
 
@@ -79,7 +87,7 @@ def test_batch_that_does_not_divide_names_both_numbers_and_the_cure():
 
 
 def test_unknown_method_lists_what_there_is():
-    with pytest.raises(ConfigError, match=r"Did you mean 'dm_cal'\? There are: dm_cal"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'dm_cal'\? There are: .*dm_cal, esd"):
         build_method(load_config(None, ["method.name=dm_call"]))
 
 

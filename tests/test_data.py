@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from sculpt_dist.config import Concept, PromptsConfig
-from sculpt_dist.data.prompts import concept_prompts, fill
+from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts, fill
 from sculpt_dist.data.shards import Sample, ShardReader, read_index, scan_shard, write_index, write_shard
 from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, micro_batches
 from sculpt_dist.errors import ShardError
 from sculpt_dist.files import derived_seed
+from sculpt_dist.settings import Concept, PromptsConfig
 from sculpt_dist.types import TextCond
 
 
@@ -173,7 +173,8 @@ def keys(tmp_path, ranks: int, accumulate: int, workers: int, first_step: int = 
         layout = Layout(8, ranks, rank, accumulate)
         streams = ConceptStreams(readers, layout, 3, 1)
         embed = lambda prompts: TextCond(torch.zeros(len(prompts), 1, 1))  # noqa: E731
-        names = {f"prompt {i}": f"super {i}" for i in range(3)}
+        prompts = tuple(f"prompt {i}" for i in range(3))
+        names = ConceptPrompts(prompts, prompts, "", ())
         batches = micro_batches(streams, embed, names, torch.device("cpu"), first_step, steps, workers)
         for number, batch in enumerate(batches):
             step, micro = divmod(number, accumulate)

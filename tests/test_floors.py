@@ -13,11 +13,11 @@ from conftest import PROJECT, rank_environment
 
 PACKAGE = PROJECT / "sculpt_dist"
 FLOORS = [  # a file imports from its own package and from lines above it
-    ["types", "errors", "files"],
+    ["types", "errors", "files", "settings"],
     ["maths", "config", "progress"],
     ["canvas", "data", "backbones", "engine"],
-    ["methods", "metrics", "pretrain"],
-    ["build"], ["prepare"], ["track"], ["train"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["sequence"], ["stages"],
+    ["methods", "metrics"],
+    ["build"], ["pretrain"], ["costs"], ["prepare"], ["track"], ["train"], ["check"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["sequence"], ["stages"],
     ["__init__"],
     ["cli"], ["__main__"],
 ]  # fmt: skip

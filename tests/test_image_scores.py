@@ -14,13 +14,13 @@ from torchmetrics.multimodal import CLIPScore
 
 import sculpt_dist.canvas.classifier as canvas_classifier
 from sculpt_dist import prepare
-from sculpt_dist.config import EvaluateConfig
 from sculpt_dist.data.images import open_image
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.metrics import clip_score, fid, kid
 from sculpt_dist.metrics.classifiers.canvas import Encoder as CanvasEncoder
 from sculpt_dist.metrics.features import reference_features
 from sculpt_dist.metrics.images import image_metrics
+from sculpt_dist.settings import EvaluateConfig
 
 
 def first_pixel(images: Tensor) -> Tensor:
@@ -486,7 +486,8 @@ def test_training_images_are_cut_to_a_square_between_minus_one_and_one(tmp_path)
     pixels = np.zeros((4, 8, 3), dtype=np.uint8)
     pixels[:, 2:6, 0] = 255  # the square in the middle is red
     Image.fromarray(pixels).save(tmp_path / "mine.png")
-    assert torch.equal(prepare.read_image(tmp_path / "mine.png", 4), torch.tensor([1.0, -1, -1])[:, None, None].expand(3, 4, 4))
+    square, size = prepare.read_image(tmp_path / "mine.png", 4)
+    assert torch.equal(square, torch.tensor([1.0, -1, -1])[:, None, None].expand(3, 4, 4)) and size == (4, 8)
 
 
 # Together, with a real encoder

@@ -39,7 +39,7 @@ def test_own_images_are_encoded_instead_of_drawing(canvas_config, tmp_path):
     assert [len(ShardReader(data / f"object-{name}" / role)) for name in ("bird", "boat") for role in ("target", "superclass")] == [5, 2, 6, 6]
     from sculpt_dist.backbones.sd15 import Backbone
 
-    backbone = Backbone.load(PROJECT / "sculpt_dist/assets/canvas/sd15", torch.float32, torch.device("cpu"))
+    backbone = Backbone(PROJECT / "sculpt_dist/assets/canvas/sd15", torch.float32, torch.device("cpu"))
     pixels = torch.tensor([40.0, 215.0, 90.0]).div(127.5).sub(1).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     torch.testing.assert_close(ShardReader(data / "object-bird" / "target")[1].latent, backbone.encode(pixels)[0], rtol=1e-4, atol=1e-5)
 
@@ -67,7 +67,7 @@ class Dark(Classifier):
 
 def test_a_users_own_detector_judges_through_the_command(canvas_config, tmp_path, monkeypatch):
     (tmp_path / "my_detector.py").write_text(DETECTOR)
-    own = ["evaluate.classifier=own:my_detector:Dark", "concepts=[{target: dark thing, superclass: vehicle}]", "evaluate.images=6"]
+    own = ["evaluate.classifier=own:my_detector:Dark", "model.cut_prompts=true", "concepts=[{target: dark thing, superclass: vehicle}]", "evaluate.images=6"]
     command = [sys.executable, "-m", "sculpt_dist", "evaluate", canvas_config, *SMALL, *own, f"run.folder={tmp_path / 'run'}"]
     command += ["--model", str(PROJECT / "sculpt_dist/assets/canvas/sd15"), "--output", str(tmp_path / "out")]
     environment = rank_environment() | {"PYTHONPATH": f"{PROJECT}:{tmp_path}"}

@@ -13,14 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, SMALL, rank_command, rank_environment, sculpt
+from conftest import PROJECT, SMALL, TINY_RUN, rank_command, rank_environment, sculpt, weights
 from safetensors.torch import load_file
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -144,9 +140,14 @@ def wait_until_still(folder: Path) -> int:
 LONGER = ["train.steps=30", "evaluate.enabled=false", "train.checkpoint_every=0.2"]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_killed_in_the_middle_and_called_again_it_ends_with_the_same_weights(canvas_config, tmp_path, stage):
-    arguments = ["unlearn", canvas_config, *SMALL, *LONGER, f"engine.stage={stage}"]
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("arch", "stage"), [("sd15", 2), pytest.param("sd15", 3, marks=SLOW), pytest.param("sdxl", 2, marks=SLOW), pytest.param("sana", 3, marks=SLOW)]
+)
+def test_killed_in_the_middle_and_called_again_it_ends_with_the_same_weights(canvas_config, tmp_path, arch, stage):
+    arguments = ["unlearn", canvas_config, *SMALL, *LONGER, f"model.arch={arch}", f"engine.stage={stage}"]
     process = start([*arguments, f"run.folder={tmp_path / 'killed'}"])
     wait_for_step(tmp_path / "killed", process, 1, 9)
     os.killpg(process.pid, signal.SIGKILL)
@@ -160,6 +161,24 @@ def test_killed_in_the_middle_and_called_again_it_ends_with_the_same_weights(can
     (tmp_path / "straight" / "config.yaml").write_text((tmp_path / "killed" / "config.yaml").read_text())
     sculpt(*arguments, f"run.folder={tmp_path / 'straight'}", ranks=2)
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "straight"))
+
+
+@SLOW
+def test_a_trajectory_is_remembered_by_the_checkpoint(tmp_path):
+    """KSCU walks its latents on from update to update: stopped within a walk, the run goes on with them."""
+    config, folder = str(PROJECT / "configs" / "canvas" / "kscu.yaml"), tmp_path / "run"
+    one_walk = ["train.steps=40", "method.sampler_steps=40", "method.start=0", "concepts=[{target: bird, superclass: animal}]"]
+    arguments = ["-m", "sculpt_dist", "unlearn", config, *TINY_RUN, *one_walk, "train.checkpoint_every=0", "evaluate.enabled=false"]
+    first = [sys.executable, *arguments, f"run.folder={folder}"]
+    process = subprocess.Popen(first, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(folder, process, 0, 4)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 75, printed
+    assert 4 < len(lines(folder)) < 40
+    sculpt(*arguments[2:], f"run.folder={folder}", ranks=1)
+    sculpt(*arguments[2:], f"run.folder={tmp_path / 'straight'}", ranks=1)
+    assert same(weights(folder), weights(tmp_path / "straight"))
 
 
 def test_interrupted_it_saves_says_so_and_goes_on(canvas_config, tmp_path):
@@ -249,7 +268,7 @@ def broken(tmp_path: Path, kind: str) -> str:
         ("a missing weight", "missing mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
         ("a cut weight file", "unet"),
         ("no pipeline", "no model_index.json"),
-        ("only pickles", "pickled weights are not read"),
+        ("only pickles", "holds pickled weights"),
         ("no component", "text_encoder"),
         ("no folder", "no such folder"),
     ],

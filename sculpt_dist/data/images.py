@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sculpt_dist.errors import ConfigError
 
@@ -25,6 +25,6 @@ def open_image(path: Path) -> Image.Image:
                 raise ConfigError(f"{path}: {width} x {height} pixels, at most {MAX_PIXELS} are read: make it smaller, or take it out")
             if image.mode not in IMAGE_MODES:
                 raise ConfigError(f"{path}: has pixels of kind {image.mode}: save it with 8 bits per colour")
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path}: cannot be read as an image ({error}): replace it, or take it out") from error

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Sequence
 
-from sculpt_dist.config import Concept, PromptsConfig
 from sculpt_dist.errors import ConfigError
+from sculpt_dist.settings import Concept, PromptsConfig
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Sample:
     latent: Tensor  # [C, H, W]
     prompt: str
     key: int
+    size_ids: tuple[int, ...] | None = None  # SDXL: original size, crop, target size
 
 
 def write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> ShardRecord:
@@ -50,8 +51,9 @@ def write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> ShardReco
         for sample in samples:
             buffer = io.BytesIO()
             np.save(buffer, sample.latent.float().cpu().numpy(), allow_pickle=False)
-            about = json.dumps({"key": sample.key, "prompt": sample.prompt}).encode()
-            writer.write({"__key__": f"{sample.key:08d}", "latent.npy": buffer.getvalue(), "json": about})
+            about = {"key": sample.key, "prompt": sample.prompt}
+            about |= {} if sample.size_ids is None else {"size_ids": list(sample.size_ids)}
+            writer.write({"__key__": f"{sample.key:08d}", "latent.npy": buffer.getvalue(), "json": json.dumps(about).encode()})
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     record = scan_shard(aside, name, samples[0].key)
@@ -137,7 +139,8 @@ class ShardReader:
             raise ShardError(f"{self.folder / self.records[i].name}: sample {j} is damaged ({error}); call prepare again") from error
         if array.dtype != np.float32 or array.ndim != 3 or not np.isfinite(array).all():
             raise ShardError(f"{self.folder / self.records[i].name}: sample {j} is no finite float32 [C, H, W] latent; call prepare again")
-        return Sample(torch.from_numpy(array), content["prompt"], content["key"])
+        sizes = content.get("size_ids")
+        return Sample(torch.from_numpy(array), content["prompt"], content["key"], None if sizes is None else tuple(sizes))
 
     def _read(self, shard: int, span: tuple[int, int]) -> bytes:
         if shard not in self._files:
@@ -146,4 +149,3 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
-

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Callable, Iterator, Mapping, Sequence, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import Sample, ShardReader
 from sculpt_dist.files import derived_seed
 from sculpt_dist.types import ConceptBatch, Stream, TextCond
@@ -47,10 +48,26 @@ class GlobalOrder:
         return int(self._order[within])
 
 
+class PromptReader:
+    """The samples of a role whose latents nobody needs: prompts in turn, as `ShardReader` would give them."""
+
+    def __init__(self, prompts: Sequence[str], count: int, size_ids: tuple[int, ...] | None) -> None:
+        self.prompts, self.count, self.size_ids = list(prompts), count, size_ids
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> Sample:
+        return Sample(torch.empty(0), self.prompts[position % len(self.prompts)], position, self.size_ids)
+
+
+Reader = Union[ShardReader, PromptReader]
+
+
 class ConceptStreams(Dataset[list[list[Sample]]]):
     """Item i is micro-batch i of this rank: the samples of the three roles. An anchor takes its sources in turn."""
 
-    def __init__(self, readers: Mapping[str, Sequence[ShardReader]], layout: Layout, seed: int, concept: int) -> None:
+    def __init__(self, readers: Mapping[str, Sequence[Reader]], layout: Layout, seed: int, concept: int) -> None:
         """`readers["anchor"]` lists the sources that share the anchor stream evenly; empty for no anchor stream."""
         self.layout = layout
         self.sources = [list(readers[role]) for role in ROLES]
@@ -75,7 +92,7 @@ class ConceptStreams(Dataset[list[list[Sample]]]):
 def micro_batches(
     streams: ConceptStreams,
     embed: Callable[[Sequence[str]], TextCond],
-    as_superclass: Mapping[str, str],
+    prompts: ConceptPrompts,
     device: torch.device,
     first_step: int,
     steps: int,
@@ -83,21 +100,32 @@ def micro_batches(
 ) -> Iterator[ConceptBatch]:
     """This rank's micro-batches from step `first_step` on, `accumulate` per step.
 
-    `as_superclass` maps a target's prompt to the same prompt of the superclass.
+    `prompts`: of the concept; a target's prompt and the superclass's at the same place say the same of the other.
     """
+    as_superclass = dict(zip(prompts.target, prompts.superclass))
+    as_target = dict(zip(prompts.superclass, prompts.target))
     items = range(first_step * streams.layout.accumulate, steps * streams.layout.accumulate)
-    loader = DataLoader(
-        streams, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_is, timeout=300 if workers else 0
-    )
+    loader = DataLoader(streams, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_is, timeout=300 if workers else 0)
+
+    def conditions(samples: Sequence[Sample], texts: Sequence[str]) -> TextCond:
+        cond = embed(texts)
+        if cond.size_ids is None:
+            return cond
+        return replace(cond, size_ids=torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32, device=device))
 
     def stream(samples: Sequence[Sample]) -> Stream:
-        prompts = tuple(sample.prompt for sample in samples)
+        texts = tuple(sample.prompt for sample in samples)
         latents = torch.stack([sample.latent for sample in samples]).to(device)  # [B, C, H, W]
-        return Stream(latents, embed(prompts), prompts, tuple(sample.key for sample in samples))
+        return Stream(latents, conditions(samples, texts), texts, tuple(sample.key for sample in samples))
 
     for target, superclass, anchor in loader:
-        relabelled = embed([as_superclass[sample.prompt] for sample in target])
-        yield ConceptBatch(stream(target), stream(superclass), stream(anchor) if anchor else None, relabelled)
+        yield ConceptBatch(
+            stream(target),
+            stream(superclass),
+            stream(anchor) if anchor else None,
+            conditions(target, [as_superclass[sample.prompt] for sample in target]),
+            conditions(superclass, [as_target[sample.prompt] for sample in superclass]),
+        )
 
 
 class Draws:
@@ -105,6 +133,10 @@ class Draws:
 
     def __init__(self, seed: int, concept: int, step: int, positions: Sequence[int], device: torch.device) -> None:
         self.key, self.positions, self.device = (seed, concept, step), list(positions), device
+
+    def shared(self, what: str) -> float:
+        """One uniform number in [0, 1) for the whole global batch."""
+        return float(torch.rand((), generator=torch.Generator().manual_seed(derived_seed(*self.key, what))))
 
     def normal(self, what: str, shape: Sequence[int]) -> Tensor:
         """Unit normal [B, *shape]."""

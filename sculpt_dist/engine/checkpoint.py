@@ -38,8 +38,19 @@ def shard_tensors(shards: Sequence[Shard], extra: Mapping[str, Sequence[Tensor]]
     return tensors
 
 
-def save(folder: Path, number: int, shards: Sequence[Shard], extra: Mapping[str, Sequence[Tensor]], state: Any, group: Group) -> Path:
-    """Write checkpoint `number` (ever increasing); `state` is json. All ranks enter; the last ones are kept, older ones removed."""
+def save(
+    folder: Path,
+    number: int,
+    shards: Sequence[Shard],
+    extra: Mapping[str, Sequence[Tensor]],
+    state: Any,
+    group: Group,
+    named: Mapping[str, Tensor] = {},
+) -> Path:
+    """Write checkpoint `number` (ever increasing); `state` is json. All ranks enter; the last ones are kept, older ones removed.
+
+    `named`: further tensors of this rank as `kind|name|0`, for `load_named`.
+    """
     from safetensors.torch import save_file
 
     aside = folder / f".writing-{number:08d}"
@@ -50,7 +61,7 @@ def save(folder: Path, number: int, shards: Sequence[Shard], extra: Mapping[str,
         aside.mkdir()
     group.barrier()
     mine = aside / f"rank-{group.rank}.safetensors"
-    save_file(shard_tensors(shards, extra), mine)
+    save_file(shard_tensors(shards, extra) | {name: tensor.contiguous().cpu() for name, tensor in named.items()}, mine)
     os.chmod(mine, 0o644)
     sync(mine)
     entries = group.to_all((mine.name, mine.stat().st_size, file_sha256(mine)))
@@ -149,6 +160,11 @@ def load(path: Path, shards: Sequence[Shard], extra: Sequence[str]) -> dict[str,
     return filled
 
 
+def load_named(path: Path, kind: str) -> dict[str, Tensor]:
+    """The tensors that all ranks saved as `named` of one kind, by name."""
+    return {name: tensor for found, name, _, tensor in _slices(path) if found == kind}
+
+
 def _slices(path: Path) -> Iterator[tuple[str, str, int, Tensor]]:
     from safetensors import safe_open
 
@@ -161,4 +177,3 @@ def _slices(path: Path) -> Iterator[tuple[str, str, int, Tensor]]:
                     seen.add(key)
                     kind, name, start = key.split("|")
                     yield kind, name, int(start), content.get_tensor(key)
-

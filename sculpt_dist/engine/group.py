@@ -14,7 +14,7 @@ from typing import Any, Callable, TypeVar
 import torch
 from torch import Tensor
 
-from sculpt_dist.errors import ConfigError
+from sculpt_dist.errors import ConfigError, SculptError
 
 Value = TypeVar("Value")
 
@@ -78,6 +78,31 @@ class Group:
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_first(self, work: Callable[[], Value]) -> Value:
+        """What `work` gives on rank 0, on every rank; a SculptError that it raises is raised on all of them."""
+        outcome: tuple[Value | None, SculptError | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = (work(), None)
+            except SculptError as error:
+                outcome = (None, error)
+        value, failed = self.from_first(outcome)
+        if failed is not None:
+            raise failed
+        return value
+
+    def together(self, work: Callable[[], Value]) -> Value:
+        """What `work` gives on each rank; a SculptError that it raises on any of them is raised on all, that of the lowest rank."""
+        value, failed = None, None
+        try:
+            value = work()
+        except SculptError as error:
+            failed = error
+        first = next((error for error in self.to_all(failed) if error is not None), None)
+        if first is not None:
+            raise first
+        return value
+
     def to_all(self, value: Value) -> list[Value]:
         """Every rank's value, in rank order, on every rank."""
         box: list[Value] = [value] * self.size
@@ -92,7 +117,6 @@ class Group:
     def bytes_communicated(self) -> int:
         """Payload of all tensor collectives that this rank entered, DeepSpeed's and ours, in bytes; the whole tensor counts once."""
         return self._counter[0] if self.size > 1 else 0
-
 
 
 def _describe_rank_to_torch() -> bool:

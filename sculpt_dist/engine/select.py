@@ -72,9 +72,7 @@ def _descend(parts: Sequence[Candidates], of: Sequence[int], counts: Tensor, gro
     return prefix, needed
 
 
-def _ties_before(
-    parts: Sequence[Candidates], of: Sequence[int], segments: Tensor, threshold: Tensor, group: Group | None
-) -> list[int]:
+def _ties_before(parts: Sequence[Candidates], of: Sequence[int], segments: Tensor, threshold: Tensor, group: Group | None) -> list[int]:
     """For each part, how many keys equal to the threshold lie at smaller positions of its segment, over all ranks."""
     rank, size = (group.rank, group.size) if group is not None else (0, 1)
     ties = torch.zeros(len(segments), size, dtype=torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.masked import Combine, MaskedAdamW
-from sculpt_dist.engine.shards import check_coverage, find_shards, parameter_sizes
-from sculpt_dist.errors import NonFiniteError
+from sculpt_dist.engine.shards import Fragment, Shard, check_coverage, find_shards, parameter_sizes
+from sculpt_dist.errors import ModelError, NonFiniteError
 
 ADVICE = "the weights are as before it and the last checkpoint stays; lower train.lr or look at the data of this concept"
+Stored = Callable[[Container[str]], Iterable[tuple[str, Tensor]]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -35,8 +36,13 @@ class EngineSettings:
 class Engine:
     """A net whose trainable part is optimised over all ranks; every verb is entered by all of them."""
 
-    def __init__(self, net: nn.Module, trainable: Sequence[str], group: Group, settings: EngineSettings, mask: MaskSettings) -> None:
-        """`trainable` names the parameters that may move; the rest is frozen. `net` belongs to the engine from now on."""
+    def __init__(
+        self, net: nn.Module, trainable: Sequence[str], group: Group, settings: EngineSettings, mask: MaskSettings, stored: Stored
+    ) -> None:
+        """`trainable` names the parameters that may move; the rest is frozen. `net` belongs to the engine from now on.
+
+        `stored` gives the stored values of parameters by name: in a bf16 run the fp32 masters start from those, not from rounded copies.
+        """
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of any optimizer that is not its own
@@ -44,13 +50,9 @@ class Engine:
         names = set(trainable)
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name in names)
-        exact = {}  # in a bf16 run the fp32 masters start from these, not from their rounded copies
-        if next(net.parameters()).dtype != DTYPES[settings.precision]:
-            exact = {name: parameter.detach().float().view(-1) for name, parameter in net.named_parameters() if name in names}
-            net.to(dtype=DTYPES[settings.precision])
-        net.to(group.device)
+        net.to(group.device, DTYPES[settings.precision])
         net.eval()  # no dropout: the pseudo label and the student see the same net
-        self.shapes = {name: parameter.shape for name, parameter in net.named_parameters() if parameter.requires_grad}
+        self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in net.named_parameters() if p.requires_grad}
         moving = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.optimizer = MaskedAdamW(moving, settings.betas, settings.weight_decay, settings.clip)
         self._engine: Any = deepspeed.initialize(model=net, optimizer=self.optimizer, config=_deepspeed_config(settings, group.size))[0]
@@ -65,9 +67,8 @@ class Engine:
         self.mask.open_all()
         self.optimizer.statistic = mask.saliency
         self.optimizer.attach(self.shards, self.mask, owners)
-        for shard in self.shards if exact else []:
-            for f in shard.fragments:
-                shard.flat[f.here] = exact[f.name][f.start : f.start + f.numel].to(shard.flat.device)
+        if settings.precision == "bf16":
+            self._fill_masters(stored)
 
     @property
     def net(self) -> nn.Module:
@@ -108,7 +109,9 @@ class Engine:
         if not all(math.isfinite(mean) for mean in means):
             where = "here" if not bool(torch.isfinite(mine).all()) else "on another rank"
             named = ", ".join(f"{name} {value}" for name, value in zip(terms, mine.tolist()))
-            raise NonFiniteError(f"the loss is not finite {where} (rank {self.group.rank}: {named}) at update {self.optimizer.updates}; {ADVICE}")
+            raise NonFiniteError(
+                f"the loss is not finite {where} (rank {self.group.rank}: {named}) at update {self.optimizer.updates}; {ADVICE}"
+            )
         return dict(zip(terms, means))
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
@@ -146,12 +149,23 @@ class Engine:
             shard.flat.copy_(master)
         self.publish()
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """The trainable parameters in fp32, whole, one at a time: (name, its tensor on rank 0, None elsewhere)."""
-        here: dict[str, list[tuple[Any, Any]]] = {}
+    def _fill_masters(self, stored: Stored) -> None:
+        fragments = self._fragments()
+        for name, tensor in stored(fragments):
+            for shard, f in fragments[name]:
+                shard.flat[f.here] = tensor.view(-1)[f.start : f.start + f.numel].to(shard.flat)
+
+    def _fragments(self) -> dict[str, list[tuple[Shard, Fragment]]]:
+        """Where this rank's part of each parameter lies."""
+        here: dict[str, list[tuple[Shard, Fragment]]] = {}
         for shard in self.shards:
             for fragment in shard.fragments:
                 here.setdefault(fragment.name, []).append((shard, fragment))
+        return here
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """The trainable parameters in fp32, whole, one at a time: (name, its tensor on rank 0, None elsewhere)."""
+        here = self._fragments()
         for name, size in self.sizes.items():
             whole = torch.zeros(size, device=self.group.device)
             for shard, f in here.get(name, []):
@@ -159,6 +173,56 @@ class Engine:
             if not self.replicated:
                 self.group.sum(whole)
             yield name, whole.view(self.shapes[name]).cpu() if self.group.is_first else None
+
+
+def sharded_net(
+    empty: Callable[[], nn.Module],
+    stored: Iterable[tuple[str, Tensor]],
+    group: Group,
+    settings: EngineSettings,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> nn.Module:
+    """A net for stage 3, built without its weights and filled tensor by tensor, each cut into the ranks' parts as it arrives.
+
+    `shapes` names what will arrive, in order; `stored` is read by the first rank alone. No rank ever holds more than its share and
+    one whole tensor. Raises ModelError, on all ranks, when the net and the stored tensors do not fit.
+    """
+    import deepspeed
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        net = empty()
+    expected = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    check_fit(shapes, expected)
+    partition = deepspeed.zero.Init(
+        config_dict_or_path=_deepspeed_config(settings, group.size), dtype=DTYPES[settings.precision], enabled=False
+    )
+    largest = max(math.prod(shape) for shape in expected.values())
+    passing = torch.empty(largest, dtype=DTYPES[settings.precision], device=group.device)  # one buffer: the heap would fragment otherwise
+    source, broken = iter(stored), []
+    for name, shape in shapes.items():
+        tensor = next(source)[1] if group.is_first else None
+        whole = passing[: math.prod(shape)].view(shape)
+        if tensor is not None:
+            whole.copy_(tensor)
+            if not torch.isfinite(whole).all():
+                broken.append(name)
+        parameter = nn.Parameter(whole, requires_grad=False)
+        module, _, leaf = name.rpartition(".")
+        setattr(net.get_submodule(module), leaf, parameter)
+        partition._convert_to_zero_parameters([parameter])  # the first rank's values go to all, and each keeps its part
+    broken = group.from_first(broken)
+    if broken:
+        raise ModelError(f"{len(broken)} weights of the net hold values that are not finite ({broken[0]}, ...); the checkpoint is damaged")
+    return net.eval()
+
+
+def check_fit(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object = "the net") -> None:
+    """Raises ModelError when names or shapes of stored tensors are not those of the net."""
+    wrong = sorted(name for name in {*stored, *expected} if stored.get(name) != expected.get(name))
+    if wrong:
+        first = f"{wrong[0]}: stored {stored.get(wrong[0], 'none')}, config {expected.get(wrong[0], 'none')}"
+        raise ModelError(f"{where}: {len(wrong)} weights do not fit config.json, first {first}; take both from one model")
 
 
 def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:

@@ -15,3 +15,19 @@ def ddpm_velocity(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """v = sqrt(a) n - sqrt(1 - a) x (Salimans and Ho, arXiv 2202.00512, section 2.4)."""
     a = alpha_bar.view(-1, 1, 1, 1)
     return a.sqrt() * noise - (1 - a).sqrt() * clean
+
+
+def flow_corrupt(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x_s = (1 - s) x + s n, with s = sigma [B] (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003)."""
+    s = sigma.view(-1, 1, 1, 1)
+    return (1 - s) * clean + s * noise
+
+
+def flow_velocity(clean: Tensor, noise: Tensor) -> Tensor:
+    """dx_s / ds = n - x, the same at every time."""
+    return noise - clean
+
+
+def shifted_sigma(uniform: Tensor, shift: float) -> Tensor:
+    """s = k u / (1 + (k - 1) u): the time shift of higher resolutions (Esser et al., arXiv 2403.03206, eq. 23), u and s in [0, 1]."""
+    return shift * uniform / (1 + (shift - 1) * uniform)

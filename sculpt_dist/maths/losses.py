@@ -10,6 +10,11 @@ def mse(prediction: Tensor, goal: Tensor) -> Tensor:
     return (prediction.float() - goal.float()).pow(2).mean()
 
 
+def negative_guidance(empty: Tensor, with_prompt: Tensor, scale: float | Tensor) -> Tensor:
+    """e(x, "") - s (e(x, c) - e(x, "")): away from the prompt, [B, C, H, W] (Gandikota et al., arXiv 2303.07345, eq. 6)."""
+    return empty - scale * (with_prompt - empty)
+
+
 def guided_label(superclass: Tensor, target: Tensor, guidance: float) -> Tensor:
     """The superclass prediction, led away from the target: s + w (s - f), [B, C, H, W].
 

@@ -60,9 +60,7 @@ def unlearning_scores(answers: Answers, targets: Sequence[Target], weight: np.nd
     return {name: _pooled(pairs, weight) for name, pairs in groups.items()}
 
 
-def bootstrap_intervals(
-    answers: Answers, targets: Sequence[Target], rounds: int, seed: int = 0
-) -> dict[str, tuple[float, float] | None]:
+def bootstrap_intervals(answers: Answers, targets: Sequence[Target], rounds: int, seed: int = 0) -> dict[str, tuple[float, float] | None]:
     """95 % percentile intervals [low, high] of every score: prompts are drawn again with replacement, with all their images."""
     rng = np.random.default_rng(seed)
     prompts, inverse = np.unique(answers.prompt, return_inverse=True)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.backbones.shared.trajectory import Trajectory
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import Draws
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.masked import ShardedVector, sum_gradients
-from sculpt_dist.types import ConceptBatch, Losses, TextCond
+from sculpt_dist.errors import ConfigError
+from sculpt_dist.types import ConceptBatch, Losses, Stream, TextCond
 
 Request = tuple[Tensor, Tensor, TextCond]  # noisy [B, C, H, W], time [B], cond
 
@@ -62,7 +64,32 @@ class Step:
     batch: ConceptBatch
     backbone: Backbone
     rng: Draws
+    trajectory: Trajectory  # of latents that the student draws, kept from update to update
+    update: int  # 0 .. updates - 1; 0 while collecting
     progress: float  # update / updates, 0..1
+
+    def corrupted(self, stream: Stream, time: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        """(noisy, goal) of a stream's latents at `time` [B], each [B, C, H, W]; `what` names its noise."""
+        noise = self.rng.normal(what, stream.latents.shape[1:])
+        return self.backbone.corrupt(stream.latents, noise, time), self.backbone.goal(stream.latents, noise, time)
+
+    def own_latents(self, index: int, steps: int, guidance: float) -> tuple[Tensor, Tensor]:
+        """Latents [B, C, H, W] that the student draws of the target's prompts, before step `index` of `steps`, and their time [B]."""
+        size = len(self.batch.target)
+        noise = lambda: self.rng.normal("trajectory", self.backbone.latent_shape)  # noqa: E731
+        return self.trajectory.walk_to(index, steps, self.student, noise, self.batch.target.cond, self.empty(size), guidance)
+
+    def empty(self, size: int) -> TextCond:
+        """The condition that guidance leads away from where there is no negative prompt, [B, ...]."""
+        return self.backbone.embed([""] * size, negative=True)
+
+
+def matrices(groups: Mapping[str, tuple[str, ...]], name: str) -> list[str]:
+    """The matrices and kernels of one group of the backbone. Raises ConfigError that lists the groups when there is none of this name."""
+    if name not in groups:
+        raise ConfigError(f"method: the model has no group {name!r}; there are: {', '.join(sorted(groups))}")
+    kept = set(groups["matrices"])
+    return [parameter for parameter in groups[name] if parameter in kept]
 
 
 LossFunction = Callable[[Step], Losses]
@@ -75,12 +102,14 @@ class Setup:
     concept: int
     backbone: Backbone
     updates: int
+    prompts: ConceptPrompts
 
 
 class Method(ABC):
     """Losses, and what the loop must know of them. Only `trainable`, `saliency` and `losses` are required."""
 
     needs_original = False
+    samples: tuple[str, ...] = ("target", "superclass")  # roles whose samples it trains on; of the others only prompts are streamed
     anchors: tuple[str, ...] = ()  # sources of the anchor stream: targets (earlier ones), superclass, keep
     adapter: Mapping[str, Any] | None = None  # keyword arguments of peft.LoraConfig; the adapter is then what trains
     reference_mask = False  # the mask and its clock as published code has them (see dm_cal.REFERENCE)

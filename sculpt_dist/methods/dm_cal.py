@@ -13,13 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Mapping, Sequence
 
-from torch import Tensor
-
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.losses import guided_label, mse
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Request, Step
-from sculpt_dist.types import Losses, Stream
+from sculpt_dist.types import Losses
 
 
 @dataclass(frozen=True)
@@ -68,19 +66,19 @@ class Method(Base):
         """Plain denoising of the target, MSE(e(x_f, c_f), goal_f)."""
         target = step.batch.target
         time = step.backbone.sample_time(step.rng.uniform("time"))  # [B]
-        noisy, goal = _corrupt(step, target, time, "target")
+        noisy, goal = step.corrupted(target, time, "target")
         return Losses({"saliency": mse(step.student(noisy, time, target.cond), goal)})
 
     def losses(self, step: Step) -> Losses:
         target, superclass, anchor = step.batch.target, step.batch.superclass, step.batch.anchor
         time = step.backbone.sample_time(step.rng.uniform("time"))  # [B], the same for target and superclass
-        noisy_target, _ = _corrupt(step, target, time, "target")
-        noisy_superclass, goal = _corrupt(step, superclass, time, "superclass")
+        noisy_target, _ = step.corrupted(target, time, "target")
+        noisy_superclass, goal = step.corrupted(superclass, time, "superclass")
         requests = [(noisy_target, time, target.cond), (noisy_superclass, time, superclass.cond)]
         anchored: list[Request] = []
         if anchor is not None and self.config.distill_weight:
             anchor_time = step.backbone.sample_time(step.rng.uniform("anchor time"))
-            anchored = [(_corrupt(step, anchor, anchor_time, "anchor")[0], anchor_time, anchor.cond)]
+            anchored = [(step.corrupted(anchor, anchor_time, "anchor")[0], anchor_time, anchor.cond)]
         asked = [(noisy_target, time, step.batch.target_as_superclass), requests[0]][: 2 if self.label_guidance else 1]
         if self.label_source == "teacher":  # one forward for all that the teacher is asked
             answers = step.teacher.all(asked + anchored)
@@ -103,9 +101,3 @@ class Method(Base):
 
     def judge(self, recent: Mapping[str, float]) -> float:
         return recent["forget"]
-
-
-def _corrupt(step: Step, stream: Stream, time: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """(noisy, goal) of a stream's latents, each [B, C, H, W], with its own noise."""
-    noise = step.rng.normal(what, stream.latents.shape[1:])
-    return step.backbone.corrupt(stream.latents, noise, time), step.backbone.goal(stream.latents, noise, time)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sculpt_dist.config import EvaluateConfig
 from sculpt_dist.metrics.base import Metric
+from sculpt_dist.settings import EvaluateConfig
 
 
 def image_metrics(settings: EvaluateConfig, num_images: int, first: int) -> list[Metric]:

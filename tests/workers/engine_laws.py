@@ -1,4 +1,4 @@
-"""Run by test_engine.py on 1 and 2 ranks, for each stage and precision: a short training of the shipped net; saves what happened."""
+"""Run by test_engine.py on 1 and 2 ranks, for each kind, stage and precision: a short training of the shipped net; saves what happened."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sculpt_dist.backbones.folders import stored_weights
 from sculpt_dist.build import build_backbone, build_engine, build_method
 from sculpt_dist.config import load_config
 from sculpt_dist.engine import checkpoint
@@ -38,9 +37,9 @@ def give_saliency(engine, round_: int) -> None:
             shard.saliency[f.here] = ((position * (7919 + round_) + f.index * 31) % 97 - 48).float()
 
 
-def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
+def main(out: Path, arch: str, stage: str, precision: str, accumulate: str) -> None:
     torch.set_num_threads(1)
-    overrides = [f"engine.stage={stage}", f"engine.precision={precision}", "train.batch=4", f"train.accumulate={accumulate}"]
+    overrides = [f"model.arch={arch}", f"engine.stage={stage}", f"engine.precision={precision}", "train.batch=4", f"train.accumulate={accumulate}"]
     config = load_config(None, [*overrides, "train.weight_decay=0.1", "train.clip=0.5", "mask.keep=0.3"])
     group = Group(60)
     backbone, method = build_backbone(config, group), build_method(config)
@@ -70,7 +69,7 @@ def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
     engine.begin_concept(0)
     rng = torch.Generator().manual_seed(5)
     clean, noise = torch.randn(2, STEPS, BATCH, *backbone.latent_shape, generator=rng)
-    time = torch.randint(0, 1000, (STEPS, BATCH), generator=rng)
+    time = torch.stack([backbone.sample_time(torch.rand(BATCH, generator=rng)) for _ in range(STEPS)])
     cond = backbone.embed(["a photo of a cat", "a photo of a car"] * 2)
     share = BATCH // group.size // config.train.accumulate
 
@@ -78,7 +77,8 @@ def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
         first = (micro * group.size + group.rank) * share
         mine = slice(first, first + share)
         noisy = backbone.corrupt(clean[step, mine], noise[step, mine], time[step, mine])
-        return mse(backbone.denoise(engine.net, noisy, time[step, mine], cond[mine]), noise[step, mine])
+        goal = backbone.goal(clean[step, mine], noise[step, mine], time[step, mine])
+        return mse(backbone.denoise(engine.net, noisy, time[step, mine], cond[mine]), goal)
 
     def step(number: int, phase: str, lr: float) -> float:
         total = 0.0
@@ -90,7 +90,7 @@ def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
         return total
 
     start = engine.masters()
-    stored = dict(stored_weights(backbone.folder, "unet"))
+    stored = dict(backbone.stored_weights())
     for shard in engine.shards:  # the masters are the base's own values, not rounded ones
         for f in shard.fragments:
             assert torch.equal(shard.flat[f.here], stored[f.name].float().view(-1)[f.start : f.start + f.numel]), f.name
@@ -151,14 +151,14 @@ def main(out: Path, stage: str, precision: str, accumulate: str) -> None:
     student = backbone.denoise(engine.net, clean[0], time[0], cond)
     folder = export(config, backbone, engine.full_weights(), out.parent / f"{out.stem}-model", group)
     if group.is_first:
-        from diffusers import StableDiffusionPipeline
+        from diffusers import DiffusionPipeline
 
-        plain = StableDiffusionPipeline.from_pretrained(folder)
-        predicted = plain.unet(clean[0], time[0], encoder_hidden_states=cond.tokens).sample
+        plain = getattr(DiffusionPipeline.from_pretrained(folder), backbone.net_name)
+        predicted = backbone.denoise(plain, clean[0], time[0], cond)
         notes["export_difference"] = float((predicted - student.float()).abs().max())
         save_file({k: v.contiguous() for k, v in saved.items()}, out)
         out.with_suffix(".json").write_text(json.dumps(notes))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:5])
+    main(Path(sys.argv[1]), *sys.argv[2:6])

@@ -1,0 +1,133 @@
+"""The sections of a configuration: each key with its default, its meaning and its unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: Optional[str] = None  # diffusers folder, hub id or single .safetensors file; null = the shipped canvas model of `arch`
+    arch: str = "sd15"
+    revision: Optional[str] = None  # of a hub id
+    config: Optional[str] = None  # of a single file: folder or hub id of the same kind, for settings and tokenizers; null = the public one
+    dtype: str = "float32"  # of the frozen parts, of drawing (but on stage 3, where the sharded net draws), and of the export
+    image_size: Optional[int] = None  # pixels, height = width; null = what the net was made for
+    original_size: Optional[tuple[int, int]] = None  # sdxl's size conditions, (height, width); null = the image size, or an own image's
+    crop: Optional[tuple[int, int]] = None  # sdxl, (top, left); null = none, or an own image's
+    target_size: Optional[tuple[int, int]] = None  # sdxl, (height, width); null = the image size
+    cut_prompts: bool = False  # cut a prompt that is too long for the text encoder, with a warning, instead of refusing it
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One concept to forget, or the name of a style with `kind: style`."""
+
+    target: str = MISSING
+    superclass: Optional[str] = None  # an object needs one; a style without one turns into the style-free prompt
+    kind: str = "object"
+    prompts: Optional[list[str]] = None  # templates with {concept}; null = prepare.prompts of this kind
+    keep: list[str] = field(default_factory=list)  # concepts of the same kind to hold in place by distillation
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Templates: {concept} is replaced; text in [square brackets] is dropped when a style has no superclass."""
+
+    object: list[str] = field(default_factory=lambda: ["a photo of {concept}"])
+    style: list[str] = field(default_factory=lambda: ["a photo[ in {concept} style]"])
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    samples: int = 100  # per concept and stream
+    steps: int = 50
+    guidance: float = 7.5
+    batch: int = 16  # samples drawn together, and the size of a shard
+    images: Optional[str] = None  # folder with one subfolder of images per concept name, used instead of drawing
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 450  # updates per concept, after the collect steps
+    batch: int = 2  # per stream, global over ranks and accumulation
+    accumulate: int = 1
+    lr: float = 3e-6
+    warmup: float = 0.3  # share of the updates in which the one-cycle schedule rises
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 0.0  # norm of the masked gradient; 0 = no clipping
+    seed: int = 0
+    checkpoint_every: float = 60.0  # seconds; 0 = only at each concept's end
+    workers: int = 0  # loader processes per rank
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    keep: float = 0.5  # share of the weights that may move
+    scope: str = "matrix"  # matrix or global
+    collect: float = 50  # steps before training; below 1: share of train.steps
+    refresh: float = 100  # updates between turnovers; below 1: share of train.steps; 0 = static mask
+    turnover: float = 0.2  # share of open weights swapped at a refresh, decayed by a cosine
+    until: float = 0.8  # no turnover after this progress
+    saliency: str = "abs_sum"  # abs_sum |sum g|, sum_abs sum |g|, sum_sq sum g^2, random
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    stage: int = 2  # ZeRO stage 0-3
+    precision: str = "fp32"  # fp32 or bf16
+    timeout: float = 600.0  # seconds that a collective may wait
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    enabled: bool = True
+    images: int = 10  # per object x style pair, plain prompts
+    paraphrase_images: int = 2  # per object x style pair and paraphrase
+    steps: int = 25
+    guidance: float = 7.5
+    batch: int = 32
+    seed: int = 20000  # image i of a pair has its own seed, whatever the number of ranks
+    classifier: str = "canvas"  # canvas, clip:FOLDER, image:FOLDER, own:package.module:Class
+    prompt: str = "a photo of a {object}[ in {style} style]"
+    paraphrases: list[str] = field(default_factory=list)
+    objects: list[str] = field(default_factory=list)  # empty = all that the canvas has; targets are added
+    styles: list[str] = field(default_factory=list)
+    members: dict[str, list[str]] = field(default_factory=dict)  # superclass -> its objects, for SA
+    bootstrap: int = 2000
+    reference: Optional[str] = None  # folder of images for FID and KID
+    clip: Optional[str] = None  # folder of a CLIP model for CLIPScore, and for FID and KID features
+
+
+@dataclass(frozen=True)
+class RunFolderConfig:
+    folder: str = "runs/unlearn"
+    fresh: bool = False  # discard what the folder holds of this run
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    wandb: bool = False
+    project: str = "sculpt-dist"
+    name: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run; `method` stays untyped here but for its name (see build.method)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    concepts: list[Concept] = field(default_factory=list)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "dm_cal"})
+    run: RunFolderConfig = field(default_factory=RunFolderConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)

@@ -1,0 +1,294 @@
+"""Where models come from, and what damaged ones are told before anything is trained."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, SMALL, rank_environment, sculpt
+from safetensors.torch import load_file, save_file
+
+from sculpt_dist.backbones.sd15 import Backbone
+from sculpt_dist.backbones.shared.folders import stored_weights, weight_files
+from sculpt_dist.backbones.shared.writing import write_pipeline
+from sculpt_dist.build import base_fingerprint
+from sculpt_dist.errors import ModelError
+
+ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"
+CPU = torch.device("cpu")
+PLAIN = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def model(tmp_path):
+    shutil.copytree(ASSETS / "sd15", tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def sharded(model):
+    """The denoiser in several files, as large checkpoints come."""
+    from diffusers import UNet2DConditionModel
+
+    net = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float16)
+    shutil.rmtree(model / "unet")
+    net.save_pretrained(model / "unet", max_shard_size="1MB")
+    return model
+
+
+def opened(folder: Path) -> Backbone:
+    return Backbone(folder, torch.float32, CPU)
+
+
+def test_sharded_weights_are_those_of_the_plain_file(sharded):
+    assert len(weight_files(sharded / "unet")) > 2
+    plain = load_file(ASSETS / "sd15" / "unet" / PLAIN)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in stored_weights(sharded, "unet"))
+    whole = opened(sharded).net.state_dict()
+    assert all(torch.equal(whole[name], tensor.float()) for name, tensor in plain.items())
+
+
+def test_an_export_is_sharded_again_where_it_is_large(sharded, monkeypatch):
+    from sculpt_dist.backbones.shared import writing
+
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 2_000_000)
+    out = sharded.parent / "out"
+    write_pipeline(sharded, out, "unet", torch.float32, iter(reversed(list(stored_weights(sharded, "unet")))))
+    files = sorted(path.name for path in (out / "unet").glob("*.safetensors"))
+    assert len(files) == 4 and files[0] == "diffusion_pytorch_model-00001-of-00004.safetensors"
+    assert all((out / "unet" / name).stat().st_size < 2_100_000 for name in files)
+    base = opened(sharded).net.state_dict()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in opened(out).net.state_dict().items())
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(sharded):
+    (sharded / "unet" / "diffusion_pytorch_model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"index.json: names 1 shards that are not there \(diffusion_pytorch_model-00002"):
+        opened(sharded)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 2000, -3])
+def test_a_cut_shard_is_refused_before_anything_is_loaded(sharded, keep):
+    file = sharded / "unet" / "diffusion_pytorch_model-00003-of-00004.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ModelError, match="00003-of-00004.safetensors: is (cut short|no safetensors)"):
+        opened(sharded)
+
+
+def test_a_flipped_bit_is_found_by_the_checksums_that_an_export_carries(model):
+    out = model.parent / "out"
+    write_pipeline(model, out, "unet", torch.float16, stored_weights(model, "unet"))
+    before = base_fingerprint(out)
+    content = bytearray((out / "unet" / PLAIN).read_bytes())
+    content[-1000] ^= 1
+    (out / "unet" / PLAIN).write_bytes(content)
+    with pytest.raises(ModelError, match=f"unet/{PLAIN}: is damaged or was changed: its sha256"):
+        base_fingerprint(out)
+    content[-1000] ^= 1
+    (out / "unet" / PLAIN).write_bytes(content)
+    assert base_fingerprint(out) == before
+    told = subprocess.run(["sha256sum", "-c", "CHECKSUMS"], cwd=out, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout
+
+
+def test_a_flipped_bit_that_makes_a_weight_infinite_is_found_without_checksums(model):
+    tensors = load_file(model / "unet" / PLAIN)
+    tensors["conv_in.weight"].view(-1)[7] = float("inf")
+    save_file(tensors, model / "unet" / PLAIN, {"format": "pt"})
+    with pytest.raises(ModelError, match="1 weights hold values that are not finite .conv_in.weight"):
+        opened(model).net  # noqa: B018
+
+
+@pytest.mark.slow
+def test_half_a_net_is_refused_on_every_stage(canvas_config, tmp_path):
+    shutil.copytree(ASSETS / "sana", tmp_path / "half")
+    file = tmp_path / "half" / "transformer" / "config.json"
+    file.write_text(file.read_text().replace('"num_layers": 4', '"num_layers": 2'))
+    arguments = [*SMALL, "model.arch=sana", f"model.path={tmp_path / 'half'}", "evaluate.enabled=false"]
+    for stage in (2, 3):
+        printed = sculpt("unlearn", canvas_config, *arguments, f"engine.stage={stage}", f"run.folder={tmp_path / str(stage)}", code=2)
+        assert "weights do not fit" in printed and "transformer_blocks.2" in printed
+    assert "weights do not fit" in sculpt("check", canvas_config, *arguments, code=2)
+
+
+@pytest.mark.slow
+def test_an_infinite_weight_is_found_on_stage_3_too(canvas_config, tmp_path, model):
+    tensors = load_file(model / "unet" / PLAIN)
+    tensors["conv_in.weight"].view(-1)[7] = float("inf")
+    save_file(tensors, model / "unet" / PLAIN, {"format": "pt"})
+    arguments = [*SMALL, f"model.path={model}", f"run.folder={tmp_path / 'run'}", "evaluate.enabled=false", "engine.stage=3"]
+    printed = sculpt("unlearn", canvas_config, *arguments, ranks=2, code=2)
+    assert printed.count("ModelError:") == 1 and "not finite (conv_in.weight" in printed
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", pytest.param("cut.safetensors", marks=pytest.mark.slow)])
+def test_a_bad_single_file_is_told_before_the_settings_that_it_lacks(canvas_config, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if name == "model.ckpt":
+        torch.save({"a": torch.zeros(2)}, tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes((ASSETS / "sd15" / "unet" / PLAIN).read_bytes()[:-10])
+    printed = sculpt("unlearn", canvas_config, *SMALL, f"model.path={tmp_path / name}", f"run.folder={tmp_path / 'run'}", code=2)
+    assert ("holds pickled weights" if name == "model.ckpt" else "is cut short") in printed
+
+
+def test_one_ranks_trouble_is_told_by_the_first(canvas_config, tmp_path):
+    """A damaged image of the second rank's share, and a prompt that is too long."""
+    from PIL import Image
+
+    (tmp_path / "images" / "bird").mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / "bird" / f"{i}.png")
+    (tmp_path / "images" / "bird" / "4.png").write_bytes(b"no image")
+    arguments = ["prepare", canvas_config, *SMALL, f"run.folder={tmp_path / 'run'}"]
+    printed = sculpt(*arguments, f"prepare.images={tmp_path / 'images'}", ranks=2, code=2)
+    assert printed.count("ConfigError:") == 1 and "4.png: cannot be read" in printed
+    long = "concepts=[{target: bird, superclass: animal, prompts: ['a {concept}', 'a photo of a {concept} in natural style and more']}]"
+    printed = sculpt(*arguments, "prepare.batch=1", long, ranks=2, code=2)
+    assert printed.count("ConfigError:") == 1 and "it would be cut before" in printed
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_an_export_is_found_when_it_is_evaluated(canvas_config, tmp_path, model):
+    out = tmp_path / "out"
+    write_pipeline(model, out, "unet", torch.float16, stored_weights(model, "unet"))
+    content = bytearray((out / "unet" / PLAIN).read_bytes())
+    content[-1000] ^= 1
+    (out / "unet" / PLAIN).write_bytes(content)
+    printed = sculpt("evaluate", canvas_config, *SMALL, f"run.folder={tmp_path / 'run'}", "--model", str(out), code=2)
+    assert "is damaged or was changed" in printed
+
+
+def test_spare_variants_and_whole_models_are_not_fetched():
+    from fnmatch import fnmatch
+
+    from sculpt_dist.backbones.shared.find import WANTED, _is_spare
+
+    held = ["v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    held += ["vae/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "model_index.json", "unet/config.json"]
+    fetched = [file for file in held if any(fnmatch(file, wanted) for wanted in WANTED) and not _is_spare(file, held)]
+    assert fetched == [held[1], held[3], "model_index.json", "unet/config.json"]
+
+
+def test_mixed_dtypes_are_refused(model):
+    tensors = load_file(model / "unet" / PLAIN)
+    tensors["conv_in.weight"] = tensors["conv_in.weight"].float()
+    save_file(tensors, model / "unet" / PLAIN, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"mixed dtypes, .*1 in float32 \(conv_in.weight"):
+        opened(model)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_is_named(model, part):
+    shutil.rmtree(model / part)
+    with pytest.raises(ModelError, match=f"{part}.*lacks"):
+        opened(model).embed(["a cat"])
+
+
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(model):
+    (model / "vae" / PLAIN).unlink()
+    torch.save({"a": torch.zeros(2)}, model / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ModelError, match="diffusion_pytorch_model.bin: holds pickled weights.*python -c"):
+        opened(model)
+
+
+@pytest.mark.parametrize(
+    ("arch", "folder", "told"),
+    [
+        ("sdxl", "sd15", "holds a StableDiffusionPipeline, model.arch expects StableDiffusionXLPipeline"),
+        ("sd15", "sdxl", "holds a StableDiffusionXLPipeline, model.arch expects StableDiffusionPipeline"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_ends_before_anything_is_drawn(canvas_config, tmp_path, arch, folder, told):
+    arguments = [*SMALL, f"model.arch={arch}", f"model.path={ASSETS / folder}", f"run.folder={tmp_path / 'run'}", "evaluate.enabled=false"]
+    printed = sculpt("unlearn", canvas_config, *arguments, code=2)
+    assert told in printed and "Traceback" not in printed and not (tmp_path / "run" / "data").exists()
+
+
+def test_a_damaged_shard_ends_every_rank_with_one_line(canvas_config, tmp_path, sharded):
+    file = sharded / "unet" / "diffusion_pytorch_model-00003-of-00004.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    arguments = [*SMALL, f"model.path={sharded}", f"run.folder={tmp_path / 'run'}", "evaluate.enabled=false", "engine.stage=3"]
+    printed = sculpt("unlearn", canvas_config, *arguments, ranks=2, code=2)
+    assert printed.count("ModelError:") == 1 and "00003-of-00004.safetensors: is cut short" in printed
+
+
+# The hub, as its client's own cache lays it out
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache that holds somebody/model at one revision, under the name `v2`."""
+    home = tmp_path / "hub"
+    repository = home / "models--somebody--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v2").write_text(REVISION)
+    shutil.copytree(ASSETS / "sd15", repository / "snapshots" / REVISION)
+    return home
+
+
+def find(cache: Path, name: str, revision: str | None, **environment: str) -> tuple[str, float]:
+    """What find_folder says in a fresh process, and the seconds it took."""
+    code = (
+        "import sys, time; from sculpt_dist.backbones.shared.find import find_folder; from sculpt_dist.errors import ModelError\n"
+        f"began = time.monotonic()\ntry: print(find_folder({name!r}, 'sd15', {revision!r}))\n"
+        "except ModelError as error: print('ModelError', error)\nprint(time.monotonic() - began)"
+    )
+    env = rank_environment() | {"HF_HUB_CACHE": str(cache), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | environment
+    printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    *said, seconds = printed.stdout.strip().splitlines()
+    return "\n".join(said), float(seconds)
+
+
+def test_offline_the_cached_revision_is_used(cache):
+    said, _ = find(cache, "somebody/model", "v2", HF_HUB_OFFLINE="1")
+    assert said == str(cache / "models--somebody--model" / "snapshots" / REVISION)
+    said, _ = find(cache, "somebody/model", "v3", HF_HUB_OFFLINE="1")
+    assert said.startswith("ModelError") and "network (HF_HUB_OFFLINE is set)" in said
+
+
+def test_a_hub_that_does_not_answer_is_given_up_within_10_seconds_and_the_cache_still_works(cache):
+    with socket.socket() as mute:  # takes connections and never says a word
+        mute.bind(("127.0.0.1", 0))
+        mute.listen(50)
+        endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{mute.getsockname()[1]}"}
+        said, seconds = find(cache, "nobody/nothing", None, **endpoint)
+        assert "is no local folder and not in the cache, and the hub cannot be asked: network (ReadTimeout" in said and seconds < 10
+        said, seconds = find(cache, "somebody/model", "v2", **endpoint)
+        assert said.endswith(REVISION) and seconds < 10
+
+
+def test_a_hub_that_refuses_connections_is_said_to_be_the_network(cache):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    said, seconds = find(cache, "nobody/nothing", None, HF_ENDPOINT=f"http://127.0.0.1:{port}")
+    assert "network (ConnectError" in said and seconds < 10
+
+
+def test_large_files_of_the_cache_are_checked_by_the_names_that_the_hub_gave_them(cache):
+    from sculpt_dist.files import file_sha256
+
+    snapshot = cache / "models--somebody--model" / "snapshots" / REVISION
+    file, blobs = snapshot / "unet" / PLAIN, snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    blob = blobs / file_sha256(file)
+    os.replace(file, blob)
+    file.symlink_to(blob)
+    before = base_fingerprint(snapshot)
+    content = bytearray(blob.read_bytes())
+    content[-1000] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(ModelError, match="is damaged or was changed"):
+        base_fingerprint(snapshot)
+    content[-1000] ^= 1
+    blob.write_bytes(content)
+    assert base_fingerprint(snapshot) == before
