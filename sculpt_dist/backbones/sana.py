@@ -1,0 +1,189 @@
+"""SANA: SanaTransformer2DModel (linear self-attention, DiT), Gemma 2 text encoder, AutoencoderDC; flow matching."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+from sculpt_dist.backbones.base import Backbone as Base
+from sculpt_dist.backbones.shared.folders import component_config, load_tokenizer
+from sculpt_dist.backbones.shared.options import Pretraining
+from sculpt_dist.backbones.shared.schedules import FlowSchedule
+from sculpt_dist.backbones.shared.text import merged_symbols, padded_tokens
+from sculpt_dist.types import TextCond
+
+MAX_TOKENS = 300  # of a prompt, as the pipeline has it
+TINY_TOKENS = 10  # of a prompt of the tiny model
+SPACE = "\u2581"  # what Gemma's normalizer turns a space into
+
+
+class Backbone(Base):
+    """The SANA pipeline (Xie et al., arXiv 2410.10629). At 1024 pixels latents [B, 32, 32, 32], tokens [B, 300, 2304] with their mask."""
+
+    net_name, net_class = "transformer", SanaTransformer2DModel
+    pipeline_class = "SanaPipeline"
+    parts = {"vae": AutoencoderDC, "text_encoder": Gemma2Model}
+    schedule_class = FlowSchedule
+    tiny = Pretraining(vae_steps=100, denoiser_steps=667, superclass_lean={"cat": 1.4, "cactus": 1.2, "tower": 1.4, "car": 1.2})
+
+    def vae_levels(self) -> int:
+        return len(component_config(self.folder, "vae")["encoder_block_out_channels"])
+
+    def tokenized(self, prompts: Sequence[str], negative: bool) -> Any:
+        """A prompt that is not negative stands behind the instruction that the pipeline gives by default."""
+        tokenizer = load_tokenizer(self.folder, "tokenizer")
+        tokenizer.padding_side = "right"
+        prefix, window = "", self.length
+        if not negative:
+            instruction = default_instruction()
+            instructed = len(tokenizer.encode(instruction)) - 2 + self.length
+            if instructed <= component_config(self.folder, "text_encoder")["max_position_embeddings"]:  # the tiny one never saw it
+                prefix, window = instruction, instructed
+        return padded_tokens(tokenizer, [prompt.lower().strip() for prompt in prompts], window, self.options.cut_prompts, prefix)
+
+    @property
+    def length(self) -> int:
+        return min(MAX_TOKENS, load_tokenizer(self.folder, "tokenizer").model_max_length)
+
+    def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
+        """Gemma's last hidden states; of the tokens the first and the last ones are kept, so that most of the instruction is only read."""
+        tokens, encoder = self.tokenized(prompts, negative).to(self.device), self.part("text_encoder")
+        hidden = encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]  # [B, window, D]
+        kept = self._kept(hidden.shape[1])
+        return TextCond(hidden[:, kept], token_mask=tokens.attention_mask[:, kept])  # [B, L, D], [B, L]
+
+    def _kept(self, window: int) -> list[int]:
+        return [0, *range(window - self.length + 1, window)]
+
+    def token_ids(self, prompt: str) -> list[int]:
+        tokens = self.tokenized([prompt], negative=False)
+        kept = self._kept(tokens.input_ids.shape[1])
+        return tokens.input_ids[0, kept][tokens.attention_mask[0, kept] > 0].tolist()
+
+    def cross_attention_input(self, net: Any, cond: TextCond) -> Tensor:
+        """The caption projection's normed output."""
+        projected = net.caption_projection(cond.tokens.to(net.dtype))
+        return net.caption_norm(projected)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent.float() * self.vae.config.scaling_factor
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+
+    def autoencode(self, pixels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        latents = self.vae.encode(pixels).latent
+        noise = torch.randn(latents.shape, generator=rng)
+        offset, excess = latents.mean((0, 2, 3)), latents.var((0, 2, 3)) - 1  # [C]: each channel about unit normal
+        return self.vae.decode(latents + 0.1 * noise).sample, 1e-2 * (offset.square().mean() + excess.square().mean())
+
+    def denoise(self, net: nn.Module, noisy: Tensor, time: Tensor, cond: TextCond) -> Tensor:
+        dtype = next(net.parameters()).dtype
+        velocity = net(
+            noisy.to(dtype),
+            encoder_hidden_states=cond.tokens.to(dtype),
+            encoder_attention_mask=cond.token_mask,
+            timestep=time * component_config(self.folder, self.net_name).get("timestep_scale", 1.0),
+            return_dict=False,
+        )[0]
+        return velocity.float()[:, : noisy.shape[1]]  # some nets predict a variance beside it
+
+    @classmethod
+    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int) -> None:
+        from diffusers import DPMSolverMultistepScheduler, SanaPipeline  # these take seconds to import
+
+        tokenizer = _word_tokenizer(words)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            vae = _tiny_autoencoder()
+            text_encoder = _tiny_gemma(tokenizer, words)
+            transformer = SanaTransformer2DModel(
+                in_channels=4,
+                out_channels=4,
+                num_attention_heads=7,
+                attention_head_dim=16,
+                num_layers=4,
+                num_cross_attention_heads=4,
+                cross_attention_head_dim=28,
+                cross_attention_dim=112,
+                caption_channels=64,
+                mlp_ratio=2.0,
+                sample_size=8,
+                patch_size=2,
+                interpolation_scale=1.0,  # without it there are no positions
+            )
+        scheduler = DPMSolverMultistepScheduler(
+            num_train_timesteps=1000, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0
+        )
+        SanaPipeline(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler).save_pretrained(
+            folder
+        )
+
+
+def default_instruction() -> str:
+    """What the pipeline puts before a prompt when its caller says nothing else."""
+    from diffusers import SanaPipeline
+
+    return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
+
+
+def _word_tokenizer(words: Sequence[str]) -> GemmaTokenizer:
+    """A Gemma tokenizer in which each of these words, with or without a space behind it, is one token; other text falls to bytes."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    symbols = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), SPACE, *"abcdefghijklmnopqrstuvwxyz0123456789.,"]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        for ending in (SPACE, ""):
+            merged_symbols(list(word + ending), vocabulary, ranks)
+    # Without add_bos_token the empty prompt is all padding, and attention to it is not a number.
+    return GemmaTokenizer(vocab=vocabulary, merges=list(ranks), add_bos_token=True, model_max_length=TINY_TOKENS)
+
+
+def _tiny_gemma(tokenizer: GemmaTokenizer, words: Sequence[str]) -> Gemma2Model:
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        max_position_embeddings=64,
+        sliding_window=64,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    gemma = Gemma2Model(config)
+    embedding, place = gemma.embed_tokens.weight, tokenizer.get_vocab()
+    torch.nn.init.normal_(embedding, std=0.5)  # the usual spread of 0.02 leaves the words too alike for so short a training
+    with torch.no_grad():
+        for word in words:  # at the end of a prompt it is the same word
+            embedding[place[word]] = embedding[place[word + SPACE]]
+    return gemma
+
+
+def _tiny_autoencoder() -> AutoencoderDC:
+    channels: Any = (16, 32, 32)
+    return AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=16,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+    )
