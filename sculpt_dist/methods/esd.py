@@ -1,0 +1,63 @@
+"""Erased Stable Diffusion: the target's prompt is led away from what it drew (Gandikota et al., arXiv 2303.07345).
+
+With e the student, e0 the model before this concept, x latents that the student draws of the target's prompt c, "" the empty prompt:
+
+    L = MSE(e(x, c), e0(x, "") - eta (e0(x, c) - e0(x, "")))
+
+x stands before a random step of the sampler, the same one for the whole batch. Published for one concept, with the original model as e0;
+one after another, ours takes the model before each concept, so that what was forgotten stays so (`reference: original` for the former).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping, Sequence
+
+from sculpt_dist.errors import ConfigError
+from sculpt_dist.maths.losses import mse, negative_guidance
+from sculpt_dist.methods.base import Method as Base
+from sculpt_dist.methods.base import Step, matrices
+from sculpt_dist.types import Losses
+
+GROUPS = {"x": "cross_attention", "u": "not_cross_attention", "full": "all"}
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "esd"
+    variant: str = "x"  # x: cross-attention (styles); u: everything else (objects, nudity); full
+    eta: float = 1.0
+    guidance: float = 3.0  # with which the student draws
+    sampler_steps: int = 50
+    reference: str = "teacher"  # e0: teacher, original
+
+
+class Method(Base):
+    """Trains the variant's matrices; needs no stored samples."""
+
+    samples = ()
+
+    def __init__(self, config: Config) -> None:
+        if config.variant not in GROUPS:
+            raise ConfigError(f"method.variant={config.variant}: choose one of {', '.join(GROUPS)}")
+        if config.reference not in ("teacher", "original"):
+            raise ConfigError(f"method.reference={config.reference}: choose teacher or original")
+        if config.sampler_steps < 1:
+            raise ConfigError(f"method.sampler_steps={config.sampler_steps}: must be at least 1")
+        self.config = config
+        self.needs_original = config.reference == "original"
+
+    def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
+        return matrices(groups, GROUPS[self.config.variant])
+
+    def saliency(self, step: Step) -> Losses:
+        return self.losses(step)
+
+    def losses(self, step: Step) -> Losses:
+        config, cond = self.config, step.batch.target.cond
+        step.trajectory.latents = None  # every step draws anew
+        index = int(step.rng.shared("index") * config.sampler_steps)
+        latents, time = step.own_latents(index, config.sampler_steps, config.guidance)
+        source = step.original if config.reference == "original" else step.teacher
+        empty, with_prompt = source.without_gradient([(latents, time, step.empty(len(latents))), (latents, time, cond)])
+        return Losses({"forget": mse(step.student(latents, time, cond), negative_guidance(empty, with_prompt, config.eta))})
