@@ -124,10 +124,9 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
         backbone.net = sharded_net(
             backbone.empty_net, backbone.stored_weights(), group, settings, {entry.name: entry.shape for entry in backbone.stored_entries()}
         )
-    if method.adapter is not None:
-        names = backbone.add_adapter(method.adapter, train.seed)
-    else:
-        names = list(method.trainable(backbone.groups()))
+    groups = backbone.groups()
+    adapter = method.adapter(groups)
+    names = list(method.trainable(groups)) if adapter is None else backbone.add_adapter(adapter, train.seed)
     return Engine(backbone.net, names, group, settings, masking, backbone.stored_weights)
 
 

@@ -116,11 +116,9 @@ def _open_trainable(config: RunConfig, method: Method, backbone: Backbone) -> li
     net, told = backbone.net, f"method.name={config.method.get('name', 'dm_cal')}"
     groups = backbone.groups()
     try:
-        if method.adapter is not None:
-            with META:  # an adapter's own weights need no values either
-                names = backbone.add_adapter(method.adapter, config.train.seed)
-        else:
-            names = list(method.trainable(groups))
+        with META:  # an adapter's own weights need no values either
+            adapter = method.adapter(groups)
+            names = list(method.trainable(groups)) if adapter is None else backbone.add_adapter(adapter, config.train.seed)
     except KeyError as error:
         raise ConfigError(f"{told} trains the group {error}, which {type(net).__name__} has not; there are: {', '.join(groups)}") from error
     shapes = {name: parameter.shape for name, parameter in net.named_parameters()}

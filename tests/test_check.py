@@ -253,10 +253,10 @@ def test_a_loss_that_trains_nothing_is_found(monkeypatch):
 
 
 def test_an_adapter_is_what_trains(monkeypatch):
-    monkeypatch.setattr(dm_cal.Method, "adapter", {"r": 2, "target_modules": ["attn2.to_k"]})
+    monkeypatch.setattr(dm_cal.Method, "adapter", lambda self, groups: {"r": 2, "target_modules": ["attn2.to_k"]})
     found = check_run(load_config(CANVAS_CONFIG), 1)
     plain = load_config(CANVAS_CONFIG, ["method.parts=[k]"])
-    monkeypatch.setattr(dm_cal.Method, "adapter", None)
+    monkeypatch.setattr(dm_cal.Method, "adapter", lambda self, groups: None)
     layers = check_run(plain, 1)["matrices"]
     assert found["matrices"] == 2 * layers and 0 < found["trainable"] < check_run(plain, 1)["trainable"]
 

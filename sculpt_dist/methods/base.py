@@ -111,12 +111,15 @@ class Method(ABC):
     needs_original = False
     samples: tuple[str, ...] = ("target", "superclass")  # roles whose samples it trains on; of the others only prompts are streamed
     anchors: tuple[str, ...] = ()  # sources of the anchor stream: targets (earlier ones), superclass, keep
-    adapter: Mapping[str, Any] | None = None  # keyword arguments of peft.LoraConfig; the adapter is then what trains
     reference_mask = False  # the mask and its clock as published code has them (see dm_cal.REFERENCE)
 
     @abstractmethod
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
         """Names of the parameters that may move, from the backbone's groups; matrices, as biases stay frozen."""
+
+    def adapter(self, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any] | None:
+        """Keyword arguments of peft.LoraConfig, where an adapter trains in place of the net's own parameters."""
+        return None
 
     def prepare(self, setup: Setup) -> Method:
         """The method for one concept; itself where nothing depends on it."""

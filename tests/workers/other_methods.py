@@ -18,7 +18,8 @@ combined: list[int] = []
 
 
 class Adapted(Method):
-    adapter = {"r": 2, "lora_alpha": 4, "target_modules": r".*attn2\.to_[kv]", "init_lora_weights": False}
+    def adapter(self, groups):
+        return {"r": 2, "lora_alpha": 4, "target_modules": r".*attn2\.to_[kv]", "init_lora_weights": False}
 
 
 class Grouped(Method):
