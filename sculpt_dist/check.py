@@ -145,7 +145,9 @@ def _batch(method: Method, backbone: Backbone, prompts: Sequence[ConceptPrompts]
         return Stream(torch.empty(size, *backbone.latent_shape, device=META), backbone.embed(chosen), chosen, tuple(range(size)))
 
     target, superclass = stream(last.target), stream(last.superclass)
-    return ConceptBatch(target, superclass, stream(anchors) if anchors else None, superclass.cond, target.cond)
+    return ConceptBatch(
+        target, superclass, stream(anchors) if anchors else None, superclass.cond, target.cond, superclass, target.cond
+    )  # distractors are chosen by values: the superclass's shapes stand for theirs
 
 
 def _try_losses(method: Method, plan: Plan, backbone: Backbone, prompts: ConceptPrompts, batch: ConceptBatch) -> None:

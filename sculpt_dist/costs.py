@@ -1,4 +1,4 @@
-"""What a run costs: wall and CPU time by part, memory, bytes sent."""
+"""What a run costs: wall and CPU time and passes of the net by part, memory, bytes sent."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Iterator
 
 import torch
 
+from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.engine.group import Group
 from sculpt_dist.files import write_atomically
 
@@ -23,18 +24,21 @@ class Costs:
 
     folder: Path
     group: Group
+    backbone: Backbone
     seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0, "total": 0.0})
     cpu_seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
+    passes: dict[str, int] = field(default_factory=lambda: {"prepare": 0, "train": 0, "evaluate": 0})  # see Backbone.passes
     bytes_communicated: int = 0
     weights: dict[str, int] = field(default_factory=dict)
     _part: str | None = None  # what is being counted now
     _wall: float = field(default_factory=time.monotonic)
     _cpu: float = field(default_factory=time.process_time)
     _sent: int = 0
+    _passed: int = 0
 
     @contextmanager
     def counting(self, part: str) -> Iterator[None]:
-        """Count the wall and CPU time of the block to a part of the costs."""
+        """Count the wall and CPU time and the passes of the block to a part of the costs."""
         self._flush()
         self._part = part
         try:
@@ -50,15 +54,17 @@ class Costs:
         if before is not None and before["ranks"] == self.group.size:
             mine = before["of_rank"][self.group.rank]
             self.seconds, self.cpu_seconds, self.bytes_communicated = mine["seconds"], mine["cpu_seconds"], mine["bytes_communicated"]
+            self.passes = mine["passes"]
 
     def write(self) -> None:
-        """costs.json: wall seconds and bytes of the first rank, CPU seconds summed over ranks, peak memory of each; all ranks enter."""
+        """costs.json: wall seconds and bytes of the first rank, CPU seconds and passes summed over ranks, peak memory of each; all enter."""
         self._flush()
-        mine = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "bytes_communicated": self.bytes_communicated}
+        mine = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "passes": self.passes, "bytes_communicated": self.bytes_communicated}
         ranks = self.group.to_all(mine | {"peak_memory_bytes": _peak_memory(self.group.device)})
         if self.group.is_first:
             content = {name: ranks[0][name] for name in ("seconds", "bytes_communicated")} | {
                 "cpu_seconds": {part: sum(rank["cpu_seconds"][part] for rank in ranks) for part in self.cpu_seconds},
+                "passes": {part: sum(rank["passes"][part] for rank in ranks) for part in self.passes},
                 "peak_memory_bytes": [rank["peak_memory_bytes"] for rank in ranks],
                 "ranks": self.group.size,
                 "weights": self.weights,
@@ -67,13 +73,14 @@ class Costs:
             write_atomically(self.folder / "costs.json", json.dumps(content, indent=1).encode())
 
     def _flush(self) -> None:
-        wall, cpu, sent = time.monotonic(), time.process_time(), self.group.bytes_communicated()
+        wall, cpu, sent, passed = time.monotonic(), time.process_time(), self.group.bytes_communicated(), self.backbone.passes
         self.seconds["total"] += wall - self._wall
         if self._part is not None:
             self.seconds[self._part] += wall - self._wall
             self.cpu_seconds[self._part] += cpu - self._cpu
+            self.passes[self._part] += passed - self._passed
         self.bytes_communicated += sent - self._sent
-        self._wall, self._cpu, self._sent = wall, cpu, sent
+        self._wall, self._cpu, self._sent, self._passed = wall, cpu, sent, passed
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.errors import ConfigError, ShardError
 from sculpt_dist.files import derived_seed, file_sha256, text_sha256, write_atomically
-from sculpt_dist.methods.base import Method
+from sculpt_dist.methods.base import Method, Setup
 from sculpt_dist.progress import progress
 from sculpt_dist.settings import Concept, RunConfig
 
@@ -61,6 +61,12 @@ def data_folder(run: Path, concept: Concept, role: str) -> Path:
     return run / "data" / f"{concept.kind}-{unique}" / role
 
 
+def drawn_prompts(run: Path, concept: Concept, role: str) -> tuple[str, ...]:
+    """The prompts that the samples of a role were drawn with, in turn; none where there are no such samples."""
+    folder = data_folder(run, concept, role)
+    return tuple(read_index(folder)[0]["prompts"]) if (folder / "index.json").is_file() else ()
+
+
 def prepared(
     config: RunConfig, method: Method, backbone: Backbone, base: str, run: Path, group: Group, stop: StopRequest
 ) -> tuple[Any, dict[str, str]]:
@@ -69,41 +75,47 @@ def prepared(
     On stage 3 the engine comes first, and its sharded net draws: no rank ever holds the net whole.
     """
     engine = build_engine(config, method, backbone, group) if config.engine.stage == 3 else None
-    roles = (*method.samples, *(("keep",) if "keep" in method.anchors else ()))
-    return engine, prepare(config, backbone, engine, base, run, roles, group, stop)
+    return engine, prepare(config, method, backbone, engine, base, run, group, stop)
 
 
 def prepare(
     config: RunConfig,
+    method: Method,
     backbone: Backbone,
     engine: Any,
     base: str,
     run: Path,
-    roles: Sequence[str],
     group: Group,
     stop: StopRequest,
 ) -> dict[str, str]:
-    """Make what is missing of the prompt embeddings and of the shards of these roles; returns the checksum of each index.
+    """Make what is missing of the prompt embeddings and of the shards of the method's roles; returns the checksum of each index.
 
     Every rank draws its share, in batches that do not depend on the number of ranks, each sample from noise of its own seed: with the
     engine's net, or where that is None with the backbone's, which is loaded only if something is missing.
     """
     hashes = {}
     everything = [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts]
-    _embed_once(backbone, everything, base, run, group)
-    for concept, prompts in zip(config.concepts, everything):
-        for plan in _plans(config, concept, prompts, run, roles):
+    setups = [Setup(i, backbone, config.train.steps, prompts, config.concepts) for i, prompts in enumerate(everything)]
+    distractors = [prompts.of(group.on_first(lambda: list(method.distractors(setup)))) for prompts, setup in zip(everything, setups)]  # noqa: B023
+    _embed_once(backbone, everything, distractors, base, run, group)
+    for concept, prompts, others in zip(config.concepts, everything, distractors):
+        for plan in _plans(config, method, concept, prompts, others, run):
             _make_stream(config, plan, backbone, engine, base, group, stop)
             hashes[str(plan.folder.relative_to(run))] = file_sha256(plan.folder / "index.json")
     return hashes
 
 
-def _plans(config: RunConfig, concept: Concept, prompts: ConceptPrompts, run: Path, roles: Sequence[str]) -> list[StreamPlan]:
+def _plans(
+    config: RunConfig, method: Method, concept: Concept, prompts: ConceptPrompts, distractors: Sequence[str], run: Path
+) -> list[StreamPlan]:
     known = {"target": (prompts.target, "", concept.target), "superclass": (prompts.superclass, prompts.negative, concept.superclass)}
-    if prompts.keep:
-        known["keep"] = (prompts.keep, "", None)
+    wanted = {role: known[role] for role in known if role in method.samples}
+    if prompts.keep and "keep" in method.anchors:
+        wanted["keep"] = (prompts.keep, "", None)
+    if distractors:
+        wanted["distractor"] = (tuple(distractors), "", None)
     plans = []
-    for role, (texts, negative, name) in ((role, known[role]) for role in known if role in roles):
+    for role, (texts, negative, name) in wanted.items():
         images = _own_images(config.prepare.images, name)
         count = len(images) or config.prepare.samples
         label = f"{concept.kind} {concept.target} {role}"
@@ -221,9 +233,12 @@ def read_image(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1, (image.height, image.width)
 
 
-def _embed_once(backbone: Backbone, concepts: Sequence[ConceptPrompts], base: str, run: Path, group: Group) -> None:
+def _embed_once(
+    backbone: Backbone, concepts: Sequence[ConceptPrompts], distractors: Sequence[Sequence[str]], base: str, run: Path, group: Group
+) -> None:
     """Prompt embeddings, computed by the first rank once and kept beside the shards; every rank then knows them, the same bits."""
-    prompts = list(dict.fromkeys(text for concept in concepts for text in (*concept.target, *concept.superclass, *concept.keep)))
+    known = [text for concept in concepts for text in (*concept.target, *concept.superclass, *concept.keep)]
+    prompts = list(dict.fromkeys([*known, *(text for texts in distractors for text in texts)]))
     negatives = list(dict.fromkeys(["", *(concept.negative for concept in concepts)]))
     file = run / "data" / "embeddings.safetensors"
     key = text_sha256(json.dumps([base, str(backbone.dtype), prompts, negatives]))

@@ -111,6 +111,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "relapse": run.accuracies[1:],
         "seconds": _members(costs.get("seconds"), ("prepare", "train", "evaluate", "total")),
         "cpu_seconds": {"prepare": None, "train": None, **(costs.get("cpu_seconds") or {})},
+        "passes": _members(costs.get("passes"), ("prepare", "train")),
         "peak_memory_bytes": costs.get("peak_memory_bytes"),
         "weights": _members(costs.get("weights"), ("total", "trained", "open")),
         "bytes_communicated": costs.get("bytes_communicated"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -26,9 +26,9 @@ from sculpt_dist.engine.zero import Engine
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.evaluate import check_evaluation, check_prompts, evaluate
 from sculpt_dist.export import export, write_card
-from sculpt_dist.files import text_sha256
+from sculpt_dist.files import derived_seed, text_sha256
 from sculpt_dist.methods.base import Editor, Method, Setup
-from sculpt_dist.prepare import data_folder, prepared
+from sculpt_dist.prepare import data_folder, drawn_prompts, prepared
 from sculpt_dist.settings import Concept, RunConfig
 from sculpt_dist.track import Tracker
 from sculpt_dist.train import ConceptRun, Plan, Recent, make_plan, run_concept
@@ -57,7 +57,7 @@ def run_sequence(config: RunConfig) -> Run:
     prompts = [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts]
     method = build.build_method(config)
     plan = None if isinstance(method, Editor) else make_plan(config, method)
-    if config.evaluate.enabled:
+    if config.evaluate.enabled or (plan is not None and method.calibration_images):
         check_evaluation(config)
     group = Group(config.engine.timeout)
     check_batch(config, group.size)
@@ -65,7 +65,7 @@ def run_sequence(config: RunConfig) -> Run:
     with StopRequest(group) as stop:
         backbone = build.build_backbone(config, group)
         base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
-        costs = Costs(folder, group)
+        costs = Costs(folder, group, backbone)
         costs.read()
         group.together(lambda: check_prompts(config, backbone))
         shards: dict[str, str] = {}
@@ -173,10 +173,12 @@ class Training:
         run = ConceptRun(
             number=number,
             target=concept.target,
-            method=self.method.prepare(Setup(number, self.backbone, self.plan.updates, prompts)),
+            method=self.method.prepare(Setup(number, self.backbone, self.plan.updates, prompts, self.config.concepts)),
             plan=self.plan,
             streams=self._streams(number),
             prompts=prompts,
+            distractors=drawn_prompts(self.folder, concept, "distractor"),
+            measure=lambda: self._calibrate(number),
             teacher=self.engine.snapshot(),
             original=original,
             recent=Recent(),
@@ -210,7 +212,26 @@ class Training:
             anchors.append(reader(concept, "keep"))
         layout = Layout(self.config.train.batch, self.group.size, self.group.rank, self.config.train.accumulate)
         readers = {"target": [reader(concept, "target")], "superclass": [reader(concept, "superclass")], "anchor": anchors}
+        if drawn_prompts(self.folder, concept, "distractor"):
+            readers["distractor"] = [ShardReader(data_folder(self.folder, concept, "distractor"))]
         return ConceptStreams(readers, layout, self.config.train.seed, number)
+
+    def _calibrate(self, number: int) -> dict[str, float]:
+        """UA, IRA and CRA of the present weights on few images by seeds of their own, which no reported score uses."""
+        wanted = self.config.evaluate
+        few = replace(
+            wanted,
+            images=self.method.calibration_images,
+            paraphrase_images=0,
+            seed=derived_seed(wanted.seed, "calibrate", number),
+            bootstrap=1,
+            reference=None,
+            clip=None,
+        )
+        where, concepts = self.folder / "evaluation" / "calibrate", self.config.concepts[: number + 1]
+        config = replace(self.config, evaluate=few)
+        scores = evaluate(config, self.backbone, self.engine.net, self.group, where, concepts, "calibrate", self.sitting.stop)
+        return {name: scores["plain"][name] or 0.0 for name in ("UA", "IRA", "CRA")}
 
     def _score_after(self, number: int) -> None:
         self.sitting.score(self.engine.net, f"after-{number:02d}", self.config.concepts[: number + 1])

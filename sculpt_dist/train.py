@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -101,6 +101,8 @@ class ConceptRun:
     plan: Plan
     streams: ConceptStreams
     prompts: ConceptPrompts
+    distractors: Sequence[str]  # their prompts
+    measure: Callable[[], Mapping[str, float]]  # scores of images that the present weights draw, for methods that ask for them
     teacher: FrozenWeights
     original: FrozenWeights | None
     recent: Recent
@@ -124,7 +126,9 @@ def run_concept(
     Raises StopRequested, after saving, when any rank was asked to stop, and NonFiniteError on all ranks at the same step.
     """
     plan, method, saved_at = run.plan, run.method, time.monotonic()
-    batches = micro_batches(run.streams, backbone.embed, run.prompts, engine.group.device, run.step, plan.steps, config.train.workers)
+    batches = micro_batches(
+        run.streams, backbone.embed, run.prompts, engine.group.device, run.step, plan.steps, config.train.workers, run.distractors
+    )
     for step in progress(range(run.step, plan.steps), f"unlearn {run.target}", engine.group.is_first, start=run.step):
         began = time.monotonic()
         collecting = step < plan.collect
@@ -188,7 +192,8 @@ def _consider_candidate(run: ConceptRun, engine: Engine, terms: Mapping[str, flo
         return
     run.recent.add(terms)
     if run.recent.count == every:
-        score = run.method.judge(run.recent.take())
+        drawn = run.measure() if run.method.calibration_images else {}
+        score = run.method.judge({**run.recent.take(), **drawn})
         if run.recent.best is None or score < run.recent.best:
             run.recent.best, run.candidate = score, engine.masters()
 

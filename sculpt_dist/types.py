@@ -53,13 +53,15 @@ class Stream:
 
 @dataclass(frozen=True)
 class ConceptBatch:
-    """This rank's part of a global batch; the three roles have the same B."""
+    """This rank's part of a global batch; all roles have the same B."""
 
     target: Stream
     superclass: Stream
     anchor: Stream | None
     target_as_superclass: TextCond  # the target's prompts with the superclass in the target's place, [B, ...]
     superclass_as_target: TextCond  # the superclass's prompts with the target in the superclass's place, [B, ...]
+    distractor: Stream | None = None
+    distractor_as_target: TextCond | None = None  # the distractors' prompts with the target in their place, [B, ...]
 
 
 Denoiser = Callable[[Tensor, Tensor, TextCond], Tensor]  # ([B, C, H, W], [B], cond) -> [B, C, H, W]

@@ -58,6 +58,7 @@ class Backbone(ABC):
         self.schedule = self.schedule_class(load_scheduler(folder), device)
         self._loaded: dict[str, nn.Module] = {}
         self._embedded: dict[tuple[str, bool], TextCond] = {}
+        self.passes = 0  # samples through the denoiser so far; a forward with gradient counts three times, as its backward costs two
         config = component_config(folder, self.net_name)
         pixels = 2 ** (self.vae_levels() - 1)  # of one latent, along a side
         self.image_size = config["sample_size"] * pixels if options.image_size is None else options.image_size
@@ -129,7 +130,11 @@ class Backbone(ABC):
 
     @net.setter
     def net(self, net: nn.Module) -> None:
+        net.register_forward_hook(self._count_passes)
         self._loaded[self.net_name] = net
+
+    def _count_passes(self, net: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        self.passes += len(output[0]) * (3 if output[0].requires_grad else 1)
 
     @property
     def vae(self) -> Any:
@@ -151,7 +156,11 @@ class Backbone(ABC):
 
     def _load(self, name: str, kind: type[nn.Module], dtype: torch.dtype) -> None:
         load = empty_component if self.device.type == "meta" else load_component
-        self._loaded[name] = load(kind, self.folder, name, dtype).to(self.device)
+        loaded = load(kind, self.folder, name, dtype).to(self.device)
+        if name == self.net_name:
+            self.net = loaded
+        else:
+            self._loaded[name] = loaded
 
     def release(self, *names: str) -> None:
         """Give the memory of components back (all frozen ones where none is named); they are loaded again when asked for."""

@@ -18,6 +18,11 @@ class ConceptPrompts:
     superclass: tuple[str, ...]  # the same templates with the superclass, or without the style
     negative: str  # what the superclass samples are led away from
     keep: tuple[str, ...]
+    templates: tuple[str, ...] = ()
+
+    def of(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The prompts of other concepts of this kind, concept by concept, each by every template."""
+        return tuple(fill(template, concept=name) for name in names for template in self.templates)
 
 
 def fill(template: str, **names: str | None) -> str:
@@ -55,4 +60,5 @@ def concept_prompts(concept: Concept, defaults: PromptsConfig) -> ConceptPrompts
         superclass=superclasses,
         negative=targets[0],
         keep=tuple(fill(template, concept=kept) for template in templates for kept in concept.keep),
+        templates=tuple(templates),
     )

@@ -1,7 +1,8 @@
-"""The three streams of a concept, batch by batch: one integer of state, the same samples for any number of ranks and workers."""
+"""The streams of a concept, batch by batch: one integer of state, the same samples for any number of ranks and workers."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Mapping, Sequence, Union
 
@@ -15,7 +16,7 @@ from sculpt_dist.data.shards import Sample, ShardReader
 from sculpt_dist.files import derived_seed
 from sculpt_dist.types import ConceptBatch, Stream, TextCond
 
-ROLES = ("target", "superclass", "anchor")
+ROLES = ("target", "superclass", "anchor", "distractor")
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,13 @@ Reader = Union[ShardReader, PromptReader]
 
 
 class ConceptStreams(Dataset[list[list[Sample]]]):
-    """Item i is micro-batch i of this rank: the samples of the three roles. An anchor takes its sources in turn."""
+    """Item i is micro-batch i of this rank: the samples of each role. An anchor takes its sources in turn."""
 
     def __init__(self, readers: Mapping[str, Sequence[Reader]], layout: Layout, seed: int, concept: int) -> None:
-        """`readers["anchor"]` lists the sources that share the anchor stream evenly; empty for no anchor stream."""
+        """`readers["anchor"]` lists the sources that share the anchor stream evenly; a role without sources has no stream."""
         self.layout = layout
-        self.sources = [list(readers[role]) for role in ROLES]
-        self.orders = [
-            [GlobalOrder(len(reader), [seed, concept, r, i]) for i, reader in enumerate(readers[role])] for r, role in enumerate(ROLES)
-        ]
+        self.sources = [list(readers.get(role, ())) for role in ROLES]
+        self.orders = [[GlobalOrder(len(reader), [seed, concept, r, i]) for i, reader in enumerate(of)] for r, of in enumerate(self.sources)]
 
     def __getitem__(self, item: int) -> list[list[Sample]]:
         step, micro = divmod(item, self.layout.accumulate)
@@ -97,13 +96,15 @@ def micro_batches(
     first_step: int,
     steps: int,
     workers: int = 0,
+    distractors: Sequence[str] = (),
 ) -> Iterator[ConceptBatch]:
     """This rank's micro-batches from step `first_step` on, `accumulate` per step.
 
-    `prompts`: of the concept; a target's prompt and the superclass's at the same place say the same of the other.
+    `prompts`: of the concept; a target's prompt and the superclass's at the same place say the same of the other. `distractors`: their
+    prompts, concept by concept, as `ConceptPrompts.of` gives them.
     """
     as_superclass = dict(zip(prompts.target, prompts.superclass))
-    as_target = dict(zip(prompts.superclass, prompts.target))
+    as_target = dict(zip(distractors, itertools.cycle(prompts.target))) | dict(zip(prompts.superclass, prompts.target))
     items = range(first_step * streams.layout.accumulate, steps * streams.layout.accumulate)
     loader = DataLoader(streams, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_is, timeout=300 if workers else 0)
 
@@ -118,13 +119,15 @@ def micro_batches(
         latents = torch.stack([sample.latent for sample in samples]).to(device)  # [B, C, H, W]
         return Stream(latents, conditions(samples, texts), texts, tuple(sample.key for sample in samples))
 
-    for target, superclass, anchor in loader:
+    for target, superclass, anchor, distractor in loader:
         yield ConceptBatch(
             stream(target),
             stream(superclass),
             stream(anchor) if anchor else None,
             conditions(target, [as_superclass[sample.prompt] for sample in target]),
             conditions(superclass, [as_target[sample.prompt] for sample in superclass]),
+            stream(distractor) if distractor else None,
+            conditions(distractor, [as_target[sample.prompt] for sample in distractor]) if distractor else None,
         )
 
 

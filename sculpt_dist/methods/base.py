@@ -20,6 +20,7 @@ from sculpt_dist.data.streams import Draws
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.masked import ShardedVector, sum_gradients
 from sculpt_dist.errors import ConfigError
+from sculpt_dist.settings import Concept
 from sculpt_dist.types import ConceptBatch, Losses, Stream, TextCond
 
 Request = tuple[Tensor, Tensor, TextCond]  # noisy [B, C, H, W], time [B], cond
@@ -103,6 +104,7 @@ class Setup:
     backbone: Backbone
     updates: int
     prompts: ConceptPrompts
+    concepts: Sequence[Concept] = ()  # of the whole run
 
 
 class Method(ABC):
@@ -111,6 +113,7 @@ class Method(ABC):
     needs_original = False
     samples: tuple[str, ...] = ("target", "superclass")  # roles whose samples it trains on; of the others only prompts are streamed
     anchors: tuple[str, ...] = ()  # sources of the anchor stream: targets (earlier ones), superclass, keep
+    calibration_images = 0  # per object and style, drawn of every candidate for `judge`
     reference_mask = False  # the mask and its clock as published code has them (see dm_cal.REFERENCE)
 
     @abstractmethod
@@ -120,6 +123,10 @@ class Method(ABC):
     def adapter(self, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any] | None:
         """Keyword arguments of peft.LoraConfig, where an adapter trains in place of the net's own parameters."""
         return None
+
+    def distractors(self, setup: Setup) -> Sequence[str]:
+        """Concepts whose samples the base model draws for the distractor stream; none: there is no such stream."""
+        return ()
 
     def prepare(self, setup: Setup) -> Method:
         """The method for one concept; itself where nothing depends on it."""
@@ -146,7 +153,10 @@ class Method(ABC):
         return 0
 
     def judge(self, recent: Mapping[str, float]) -> float:
-        """Score of a candidate, lower is better, from the mean of each loss term since the candidate before."""
+        """Score of a candidate, lower is better, from the mean of each loss term since the candidate before.
+
+        With `calibration_images` also from the UA, IRA and CRA of images that the candidate drew, by seeds of their own.
+        """
         raise NotImplementedError(f"{type(self).__name__} names candidates but does not judge them")
 
 

@@ -1,0 +1,132 @@
+"""SurgUn: the target's prompt is taught distractors while it loses the target (arXiv 2603.00975). A reconstruction.
+
+Known from the abstract alone: ascent on the target and descent on diverse distractors under the same target prompt, a logarithmic contrast,
+adapters on chosen attention blocks, a choice of blocks and of checkpoints by the images that they draw. All equations and numbers here are
+ours (UNVERIFIED). With l(x, c) the denoising loss of one sample, x_T a sample of the target, x_D one of the distractors, both at the same
+time and under the target's prompt c, l_T = l(x_T, c) and l_D = l(x_D, c):
+
+    log     L = mean l_D - b log(l_T / (l_T + l_D))
+    ratio   L = mean b log(l_D / l_T)
+    margin  L = mean l_D - b min(l_T, m)
+
+Each sample has its own contrast, so that the loss is the same on any number of ranks. The distractors are the `distractors` names of the
+candidates that lie farthest from one another and from the target in text space; the model before the first concept draws them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Sequence
+
+from torch import Tensor
+
+from sculpt_dist.config import normal
+from sculpt_dist.errors import ConfigError
+from sculpt_dist.maths.distances import farthest_points
+from sculpt_dist.methods.base import Method as Base
+from sculpt_dist.methods.base import Setup, Step, matrices
+from sculpt_dist.types import Losses, TextCond
+
+CONTRASTS = ("log", "ratio", "margin")
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "surgun"
+    contrast: str = "log"  # log, ratio, margin
+    contrast_weight: float = 0.1  # b
+    margin: float = 1.0  # m
+    distractors: int = 4
+    candidates: list[str] = field(  # for objects; the concepts of the run are left out
+        default_factory=lambda: (
+            "apple, airplane, bicycle, book, bridge, butterfly, cake, camera, castle, chair, clock, cloud, coin, cup, drum, elephant, "
+            "flower, fountain, guitar, hat, horse, island, key, ladder, lamp, leaf, lighthouse, moon, mountain, mushroom, piano, robot, "
+            "sailboat, shell, shoe, snowman, table, telescope, train, tree, umbrella, volcano, waterfall, windmill"
+        ).split(", ")
+    )
+    style_candidates: list[str] = field(
+        default_factory=lambda: ["oil painting", "pencil sketch", "pixel art", "watercolor", "photorealistic", "cubist", "mosaic", "comic"]
+    )
+    blocks: list[int] = field(default_factory=list)  # numbers of `block.K` groups; empty = all (see `sculpt-dist localize`)
+    attention: list[str] = field(default_factory=lambda: ["cross_attention", "self_attention"])
+    rank: int = 16  # of the adapter; 0 = the blocks' own weights train
+    calibrations: int = 0  # checkpoints per concept of which the best is kept
+    calibration_images: int = 1  # per object and style, drawn of each of them
+
+
+class Method(Base):
+    """Trains an adapter on the query, key, value and output matrices of the chosen blocks, or these matrices themselves."""
+
+    samples = ("target",)
+
+    def __init__(self, config: Config) -> None:
+        if config.contrast not in CONTRASTS:
+            raise ConfigError(f"method.contrast={config.contrast}: choose one of {', '.join(CONTRASTS)}")
+        if config.distractors < 1:
+            raise ConfigError(f"method.distractors={config.distractors}: must be at least 1")
+        if not config.attention or set(config.attention) - {"cross_attention", "self_attention"}:
+            raise ConfigError(f"method.attention={list(config.attention)}: choose from cross_attention, self_attention")
+        self.config = config
+        self.calibration_images = config.calibration_images if config.calibrations else 0
+
+    def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
+        attention = [name for kind in self.config.attention for name in matrices(groups, kind)]
+        blocks = self.config.blocks or range(sum(group.startswith("block.") for group in groups))
+        chosen = {name for block in blocks for name in matrices(groups, f"block.{block}")}
+        names = [name for name in attention if name in chosen]
+        if not names:
+            raise ConfigError(f"method.blocks={list(self.config.blocks)}: no {' or '.join(self.config.attention)} in these blocks")
+        return names
+
+    def adapter(self, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any] | None:
+        if not self.config.rank:
+            return None
+        layers = [name.removesuffix(".weight") for name in self.trainable(groups)]
+        return {"r": self.config.rank, "lora_alpha": self.config.rank, "target_modules": layers}
+
+    def distractors(self, setup: Setup) -> Sequence[str]:
+        concept = setup.concepts[setup.concept]
+        listed = self.config.candidates if concept.kind == "object" else self.config.style_candidates
+        taken = {normal(name) for other in setup.concepts for name in (other.target, other.superclass or "")}
+        names = [name for name in dict.fromkeys(listed) if normal(name) not in taken]
+        if len(names) < self.config.distractors:
+            raise ConfigError(f"method.distractors={self.config.distractors}, but only {len(names)} candidates are no concept of this run")
+        meanings = text_points(setup.backbone.embed([setup.prompts.of([name])[0] for name in [concept.target, *names]]))  # [1 + n, D]
+        return [names[i] for i in farthest_points(meanings[1:], meanings[0], self.config.distractors)]
+
+    def saliency(self, step: Step) -> Losses:
+        return self.losses(step)
+
+    def losses(self, step: Step) -> Losses:
+        target, distractor, config = step.batch.target, step.batch.distractor, self.config
+        time = step.backbone.sample_time(step.rng.uniform("time"))  # [B], the same for both
+        noisy_target, goal_target = step.corrupted(target, time, "target")
+        noisy_distractor, goal_distractor = step.corrupted(distractor, time, "distractor")
+        of_target, of_distractor = step.student.all(
+            [(noisy_target, time, target.cond), (noisy_distractor, time, step.batch.distractor_as_target)]
+        )
+        lost, learned = _each(of_target, goal_target), _each(of_distractor, goal_distractor)  # l_T, l_D [B]
+        if config.contrast == "ratio":
+            return Losses({"contrast": config.contrast_weight * (learned / lost).log().mean()})
+        if config.contrast == "margin":
+            return Losses({"learn": learned.mean(), "contrast": -config.contrast_weight * lost.clamp(max=config.margin).mean()})
+        return Losses({"learn": learned.mean(), "contrast": -config.contrast_weight * (lost / (lost + learned)).log().mean()})
+
+    def candidate_every(self, updates: int) -> int:
+        return max(1, updates // self.config.calibrations) if self.config.calibrations else 0
+
+    def judge(self, recent: Mapping[str, float]) -> float:
+        return -(recent["UA"] + (recent["IRA"] + recent["CRA"]) / 2)
+
+
+def text_points(cond: TextCond) -> Tensor:
+    """One point per prompt, [B, D]: the mean of its tokens, padding left out where it is masked."""
+    if cond.token_mask is None:
+        return cond.tokens.float().mean(1)
+    weight = cond.token_mask.float().unsqueeze(-1)  # [B, L, 1]
+    return (cond.tokens.float() * weight).sum(1) / weight.sum(1)
+
+
+def _each(prediction: Tensor, goal: Tensor) -> Tensor:
+    """Mean squared error of every sample, two [B, C, H, W] -> [B]."""
+    return (prediction.float() - goal.float()).pow(2).flatten(1).mean(1)
