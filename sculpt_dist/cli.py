@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, List, NoReturn, Optional
+from typing import TYPE_CHECKING, List, NoReturn, Optional, Tuple
 
 import typer
 
-from sculpt_dist.errors import NonFiniteError, SculptError, StopRequested
+from sculpt_dist.errors import ConfigError, NonFiniteError, SculptError, StopRequested
 
 if TYPE_CHECKING:
     from sculpt_dist.settings import RunConfig
@@ -117,6 +117,20 @@ def report(folder: Path = typer.Argument(help="A run folder.")) -> None:
     print(f"report: {write_report(folder)}")
 
 
+@app.command()
+def compare(
+    config: Path = typer.Argument(help="A comparison, for example configs/compare/canvas.yaml."),
+    overrides: Optional[List[str]] = OVERRIDES,
+    jobs: int = typer.Option(1, help="Cells that run at a time on this machine."),
+    ranks: int = typer.Option(1, help="Processes of each cell."),
+    shard: Optional[str] = typer.Option(None, help="i/n: run every n-th cell from the i-th (0 on); no tables. For a job array."),
+) -> None:
+    """Run methods x models x concept sequences x seeds, each in a run folder of its own, and write one table and one page. Goes on."""
+    from sculpt_dist.compare import compare as run_comparison
+
+    print(f"comparison: {run_comparison(config, overrides or [], jobs, ranks, _shard(shard))}")
+
+
 @canvas_app.command("build")
 def canvas_build(
     arch: str = typer.Option("sd15", help="Which kind of model to train."),
@@ -150,6 +164,15 @@ def _load(config: Path, overrides: Optional[List[str]]) -> RunConfig:
     from sculpt_dist.config import load_config
 
     return load_config(config, overrides or [])
+
+
+def _shard(text: Optional[str]) -> Optional[Tuple[int, int]]:
+    if text is None:
+        return None
+    first, _, second = text.partition("/")
+    if not (first.isdigit() and second.isdigit()):
+        raise ConfigError(f"--shard {text}: write i/n, for example 0/4")
+    return int(first), int(second)
 
 
 def _is_first() -> bool:

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence, TypeVar
+from typing import Any, Iterable, Iterator, Mapping, Sequence, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -53,11 +53,14 @@ def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -
     return config
 
 
-def merge_section(section: type[Section], values: dict[str, Any], where: str) -> Section:
+def merge_section(section: type[Section], values: Mapping[str, Any], where: str, prefix: str = "method.") -> Section:
     """Fill one dataclass from plain values, with the same merge and the same errors as the whole configuration."""
-    merged = _merge(_writable(OmegaConf.structured(section)), OmegaConf.create(values), where, prefix="method.")
-    filled = OmegaConf.to_object(merged)
-    _check_numbers(filled, "method.")
+    try:
+        merged = _merge(_writable(OmegaConf.structured(section)), OmegaConf.create(values), where, prefix)
+        filled = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {_first_line(error)}") from error
+    _check_numbers(filled, prefix)
     return filled
 
 
@@ -168,14 +171,15 @@ def _with_included(file: Path, includers: Sequence[Path]) -> Iterator[tuple[Path
     """The files whose sections are merged, first to last: `include: other.yaml` (beside the file) comes before the file itself."""
     if file.resolve() in includers:
         raise ConfigError(f"{file}: includes itself, by way of {', '.join(path.name for path in includers)}")
-    content = _read_yaml(file)
+    content = read_yaml(file)
     included = content.pop("include", None)
     if included is not None:
         yield from _with_included(file.parent / str(included), (*includers, file.resolve()))
     yield file, content
 
 
-def _read_yaml(file: Path) -> DictConfig:
+def read_yaml(file: Path) -> DictConfig:
+    """A configuration file's sections. Raises ConfigError that names the file."""
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such configuration file")
     try:

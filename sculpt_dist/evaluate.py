@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -124,7 +124,7 @@ def evaluate(
     label: str,
     stop: StopRequest,
 ) -> dict[str, Any]:
-    """Draw, recognise and score; writes `folder`/scores.json and the first image of each pair; returns the scores.
+    """Draw, recognise and score; writes `folder`/{scores,answers}.json and the first image of each pair; returns the scores.
 
     `concepts` are those that should be forgotten by now. Each rank draws every so-many-th batch; as a sharded net needs all ranks
     in every forward, a rank without a batch of its own draws one along and discards it.
@@ -161,6 +161,8 @@ def evaluate(
         answers = _answers(wanted, size, [entry for rank in everything for entry in rank])
         scores = _scores(config, world, wanted, answers, concepts)
         scores["plain"]["extra"] = extra
+        plain = _part(answers, np.array([not ask.paraphrased for ask in wanted]))
+        write_atomically(folder / "answers.json", json.dumps(as_lists(plain, world)).encode())
         write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())
     return group.from_first(scores)
 
@@ -197,6 +199,14 @@ def _answers(wanted: Sequence[Ask], size: int, seen: Sequence[tuple[int, list[in
         object_seen=np.array([name for _, found, _ in ordered for name in found]),
         style_seen=np.array(styles) if len(styles) == len(wanted) else None,
     )
+
+
+def as_lists(answers: Answers, world: World) -> dict[str, Any]:
+    """Every image's answer with the names that the indices mean, for scores over several runs (see compare.py)."""
+    columns = {f.name: getattr(answers, f.name) for f in fields(answers)}
+    return {"objects": world.objects, "styles": world.styles} | {
+        name: None if column is None else column.tolist() for name, column in columns.items()
+    }
 
 
 def _part(answers: Answers, chosen: np.ndarray) -> Answers:

@@ -100,7 +100,7 @@ class EvaluateConfig:
     styles: list[str] = field(default_factory=list)
     members: dict[str, list[str]] = field(default_factory=dict)  # superclass -> its objects, for SA
     bootstrap: int = 2000
-    reference: Optional[str] = None  # folder of images for FID and KID
+    reference: Optional[str] = None  # folder of images for FID and KID; canvas = drawings of the canvas world
     clip: Optional[str] = None  # folder of a CLIP model for CLIPScore, and for FID and KID features
 
 

@@ -28,21 +28,31 @@ class Answers:
     style_seen: np.ndarray | None  # [N] int; None where styles are not recognised
 
 
+Counts = Mapping[str, tuple[np.ndarray, np.ndarray]]  # score -> (right, among), [N] each: how often an image counts in either
+
+
 def unlearning_scores(answers: Answers, targets: Sequence[Target], weight: np.ndarray | None = None) -> dict[str, float | None]:
-    """UA, IRA, CRA, SA and CTA in [0, 1]; None where nothing can be counted.
+    """UA, IRA, CRA, SA and CTA in [0, 1]; None where nothing can be counted. `weight` [N] counts an image several times."""
+    weight = np.ones(len(answers.prompt)) if weight is None else weight
+    counts = score_counts(answers, targets)
+    return {name: _share(float(weight @ right), float(weight @ among)) for name, (right, among) in counts.items()}
+
+
+def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
+    """What every image adds to each score: a score is the sum of its `right` over the sum of its `among`.
 
     UA: share of target images in which the target is not recognised. IRA and CRA: over images whose object and style are no
     target, the accuracy in the targets' own domain and in the other one (both domains targeted: each domain is its own IRA, and
     CRA is the mean of the two as well). SA: share of target images recognised as another member of the superclass. CTA: the
-    other domain's accuracy on images of targets. `weight` [N] counts an image several times (the bootstrap does).
+    other domain's accuracy on images of targets.
     """
-    weight = np.ones(len(answers.prompt)) if weight is None else weight
+    num = len(answers.prompt)
     right = {"object": answers.object_seen == answers.object_asked}
     if answers.style_seen is not None:
         right["style"] = answers.style_seen == answers.style_asked
     asked = {"object": answers.object_asked, "style": answers.style_asked}
     other_domain = {"object": "style", "style": "object"}
-    of_target = np.zeros(len(weight), bool)
+    of_target = np.zeros(num, bool)
     forgotten, replaced, other = [], [], []
     for target in targets:
         mine = asked[target.kind] == target.index
@@ -57,21 +67,22 @@ def unlearning_scores(answers: Answers, targets: Sequence[Target], weight: np.nd
     own = [(~of_target, right[kind]) for kind in right if kind in kinds]
     cross = [(~of_target, right[other_domain[kind]]) for kind in kinds if other_domain[kind] in right]
     groups = {"UA": forgotten, "IRA": own, "CRA": cross, "SA": replaced, "CTA": other}
-    return {name: _pooled(pairs, weight) for name, pairs in groups.items()}
+    return {name: _added(pairs, num) for name, pairs in groups.items()}
 
 
 def bootstrap_intervals(answers: Answers, targets: Sequence[Target], rounds: int, seed: int = 0) -> dict[str, tuple[float, float] | None]:
     """95 % percentile intervals [low, high] of every score: prompts are drawn again with replacement, with all their images."""
     rng = np.random.default_rng(seed)
+    prompts, counts = per_prompt(answers, score_counts(answers, targets))
+    weights = np.stack([np.bincount(rng.integers(0, len(prompts), len(prompts)), minlength=len(prompts)) for _ in range(rounds)])
+    return {name: interval(weights @ right, weights @ among) for name, (right, among) in counts.items()}
+
+
+def per_prompt(answers: Answers, counts: Counts) -> tuple[np.ndarray, Counts]:
+    """(the prompts [P], the counts added up over the images of each, [P])."""
     prompts, inverse = np.unique(answers.prompt, return_inverse=True)
-    draws: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        counts = np.bincount(rng.integers(0, len(prompts), len(prompts)), minlength=len(prompts))
-        for name, value in unlearning_scores(answers, targets, counts[inverse].astype(float)).items():
-            draws.setdefault(name, [])
-            if value is not None:
-                draws[name].append(value)
-    return {name: _interval(values) for name, values in draws.items()}
+    added = {name: tuple(np.bincount(inverse, part, len(prompts)) for part in pair) for name, pair in counts.items()}
+    return prompts, added
 
 
 def accuracy_by(asked: np.ndarray, right: np.ndarray, names: Sequence[str]) -> Mapping[str, float]:
@@ -79,13 +90,23 @@ def accuracy_by(asked: np.ndarray, right: np.ndarray, names: Sequence[str]) -> M
     return {name: float(right[asked == i].mean()) for i, name in enumerate(names) if (asked == i).any()}
 
 
-def _pooled(pairs: Sequence[tuple[np.ndarray, np.ndarray]], weight: np.ndarray) -> float | None:
-    total = sum(float(weight[among].sum()) for among, _ in pairs)
-    return sum(float(weight[among & right].sum()) for among, right in pairs) / total if total else None
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float] | None:
-    if not values:
+def interval(right: np.ndarray, among: np.ndarray) -> tuple[float, float] | None:
+    """95 % percentile interval of the ratios of two [R]; those of nothing to nothing are left out."""
+    counted = among > 0
+    if not counted.any():
         return None
-    low, high = np.percentile(values, [2.5, 97.5])
+    low, high = np.percentile(right[counted] / among[counted], [2.5, 97.5])
     return float(low), float(high)
+
+
+def _added(pairs: Sequence[tuple[np.ndarray, np.ndarray]], num: int) -> tuple[np.ndarray, np.ndarray]:
+    """(right, among) [N] of the pairs (which images are counted, which are right)."""
+    right, among = np.zeros(num), np.zeros(num)
+    for counted, correct in pairs:
+        right += counted & correct
+        among += counted
+    return right, among
+
+
+def _share(right: float, among: float) -> float | None:
+    return right / among if among else None

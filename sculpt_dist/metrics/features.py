@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sculpt_dist.canvas.draw import draw_dataset
 from sculpt_dist.data.images import IMAGE_TYPES, open_image
 from sculpt_dist.errors import ConfigError
 
 Features = Callable[[Tensor], Tensor]  # uint8 images [B, 3, h, w] -> [B, D]
 
 BATCH = 32  # reference images whose features are taken together
+DRAWN = 20  # drawings per object and style
 
 
 class Given(nn.Module):
@@ -44,6 +46,13 @@ def reference_features(folder: Path, features: Features) -> Tensor:
     if len(files) < 2:
         raise ConfigError(f"evaluate.reference={folder}: holds {len(files)} images ({', '.join(IMAGE_TYPES)}), FID and KID need at least 2")
     return torch.cat([features(images).cpu().double() for images in _batches(map(_read, files))])
+
+
+def drawn_features(features: Features) -> Tensor:
+    """Float64 features [N, D] of drawings of every object of the canvas in every style."""
+    drawings, _, _ = draw_dataset(DRAWN, seed=0)
+    images = torch.from_numpy(drawings).permute(0, 3, 1, 2)  # uint8 [N, 3, 32, 32]
+    return torch.cat([features(batch).cpu().double() for batch in images.split(BATCH)])
 
 
 def _read(file: Path) -> Tensor:

@@ -9,7 +9,7 @@ from sculpt_dist.settings import EvaluateConfig
 
 
 def image_metrics(settings: EvaluateConfig, num_images: int, first: int) -> list[Metric]:
-    """CLIPScore where `evaluate.clip` names a model, FID and KID where `evaluate.reference` names a folder of images.
+    """CLIPScore where `evaluate.clip` names a model, FID and KID where `evaluate.reference` names a folder of images, or canvas.
 
     FID and KID use the features of `evaluate.clip`, or else of the canvas classifier. At most `num_images` are drawn by all ranks, and
     this rank's KID rows begin at `first`. Raises ConfigError or ModelError for a folder that cannot be used.
@@ -25,10 +25,11 @@ def image_metrics(settings: EvaluateConfig, num_images: int, first: int) -> list
     if settings.reference:
         from sculpt_dist.metrics import fid, kid
         from sculpt_dist.metrics.classifiers import canvas
-        from sculpt_dist.metrics.features import reference_features
+        from sculpt_dist.metrics.features import drawn_features, reference_features
 
         features = (clip or canvas.Encoder()).image_features
-        reference = reference_features(Path(settings.reference), features)  # [N, D]
+        drawn = settings.reference == "canvas"
+        reference = drawn_features(features) if drawn else reference_features(Path(settings.reference), features)  # [N, D]
         metrics.append(fid.Score(reference, features))
         metrics.append(kid.Score(reference, features, num_images, first))
     return metrics

@@ -1,0 +1,191 @@
+"""A comparison: methods x backbones x concept sequences x seeds, each cell a run folder of its own; then one table and one page.
+
+Which cells there are, which of them are done, and their running. What is made of them is in tables.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+from omegaconf import MISSING, OmegaConf
+
+from sculpt_dist.build import build_method, config_fingerprint
+from sculpt_dist.config import load_config, merge_section, read_yaml
+from sculpt_dist.errors import ConfigError
+from sculpt_dist.evaluate import check_evaluation
+from sculpt_dist.files import write_atomically
+from sculpt_dist.jobs import Job, run_jobs
+from sculpt_dist.settings import Concept, RunConfig
+from sculpt_dist.tables import write_tables
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with its settings."""
+
+    name: str = MISSING
+    config: str = MISSING  # a yaml file, beside the comparison's
+    overrides: list[str] = field(default_factory=list)
+    on: dict[str, list[str]] = field(default_factory=dict)  # further overrides, by backbone
+    note: str = ""  # said beside its name
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str = MISSING
+    sequence: str = MISSING
+    backbones: list[str] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)  # names; empty = all
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    folder: str = MISSING
+    record: str = ""  # a file that keeps what the tables need of every cell, so that a finished cell need not run again elsewhere
+    against: str = MISSING  # the row that the others' differences are taken to
+    sequences: dict[str, list[Concept]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)  # of every cell
+    notes: list[str] = field(default_factory=list)  # said under the tables
+
+
+@dataclass(frozen=True)
+class Cell:
+    sequence: str
+    backbone: str
+    row: str
+    seed: int
+    file: Path  # its configuration
+    overrides: tuple[str, ...]
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        return f"{self.sequence}/{self.backbone}/{self.row}/seed-{self.seed}"
+
+    @property
+    def config(self) -> RunConfig:
+        return load_config(self.file, self.overrides)
+
+
+def compare(file: Path, overrides: Sequence[str] = (), parallel: int = 1, ranks: int = 1, shard: tuple[int, int] | None = None) -> Path:
+    """Run the cells of a comparison that are not done, and write its tables; returns the page.
+
+    `overrides` go to every cell. With `shard` (i, n) every n-th cell runs, from the i-th on, and no table is written. Raises ConfigError,
+    before anything runs, for a cell whose configuration cannot work, and at the end when a cell failed; StopRequested after a signal.
+    """
+    comparison = read_comparison(file)
+    cells = list(comparison_cells(comparison, file, overrides))
+    configs = {cell.key: _checked(cell) for cell in cells}
+    record = _read_record(file.parent / comparison.record if comparison.record else None)
+    todo = [cell for cell in cells if finished(cell, configs[cell.key], record) is None]
+    if shard is not None:
+        index, count = shard
+        if not 0 <= index < count:
+            raise ConfigError(f"shard {index}/{count}: the first number is below the second, from 0 on")
+        todo = [cell for i, cell in enumerate(cells) if i % count == index and cell in todo]
+    failed = _run(todo, parallel, ranks)
+    if failed:
+        told = "; ".join(f"{key}: {line}" for key, line in failed.items())
+        raise ConfigError(f"{len(failed)} of {len(todo)} cells failed: {told}")
+    folder = Path(comparison.folder)
+    if shard is not None:
+        return folder
+    results = {cell.key: finished(cell, configs[cell.key], record) for cell in cells}
+    if comparison.record:
+        lines = [json.dumps(results[key], sort_keys=True) for key in sorted(results)]
+        write_atomically(file.parent / comparison.record, ("\n".join(lines) + "\n").encode())
+    return write_tables(folder, comparison, configs, results)
+
+
+def read_comparison(file: Path) -> Comparison:
+    """Raises ConfigError that names the file, and the key or name that does not fit."""
+    comparison = merge_section(Comparison, OmegaConf.to_container(read_yaml(file)), str(file), prefix="")
+    names = [row.name for row in comparison.rows]
+    for what, given, there in (
+        *(("rows", name, names) for table in comparison.tables for name in table.rows),
+        *(("sequence", table.sequence, list(comparison.sequences)) for table in comparison.tables),
+        ("against", comparison.against, names),
+    ):
+        if given not in there:
+            raise ConfigError(f"{file}: {what} {given!r} is not defined; there are: {', '.join(there)}")
+    if len(set(names)) < len(names) or not comparison.tables:
+        raise ConfigError(f"{file}: give at least one table, and every row a name of its own")
+    return comparison
+
+
+def comparison_cells(comparison: Comparison, file: Path, overrides: Sequence[str]) -> Iterator[Cell]:
+    """Every cell once, table by table and seed by seed, so that what is done first can be read first."""
+    seen: set[str] = set()
+    for table in comparison.tables:
+        for seed in table.seeds:
+            for backbone in table.backbones:
+                for row in comparison.rows:
+                    if table.rows and row.name not in table.rows:
+                        continue
+                    cell = _cell(comparison, file, overrides, table, backbone, row, seed)
+                    if cell.key not in seen:
+                        seen.add(cell.key)
+                        yield cell
+
+
+def _cell(comparison: Comparison, file: Path, overrides: Sequence[str], table: Table, backbone: str, row: Row, seed: int) -> Cell:
+    concepts = [OmegaConf.to_container(OmegaConf.structured(concept)) for concept in comparison.sequences[table.sequence]]
+    folder = Path(comparison.folder) / table.sequence / backbone / row.name / f"seed-{seed}"
+    given = (*comparison.overrides, *overrides, *row.overrides, *row.on.get(backbone, ()))
+    mine = (f"model.arch={backbone}", f"train.seed={seed}", f"concepts={json.dumps(concepts)}", f"run.folder={folder}")
+    return Cell(table.sequence, backbone, row.name, seed, file.parent / row.config, (*given, *mine), folder)
+
+
+def _checked(cell: Cell) -> RunConfig:
+    try:
+        config = cell.config
+        build_method(config)
+        check_evaluation(config)
+    except ConfigError as error:
+        raise ConfigError(f"cell {cell.key}: {error}") from error
+    return config
+
+
+def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """What the tables need of a cell that is done, from its folder or from the record; None while it is not."""
+    fingerprint = config_fingerprint(config)
+    recorded = record.get(cell.key)
+    if recorded is not None and recorded["config"] == fingerprint:
+        return recorded
+    report, answers = cell.folder / "report" / "report.json", cell.folder / "evaluation" / f"after-{len(config.concepts) - 1:02d}" / "answers.json"
+    if not report.is_file() or not answers.is_file():
+        return None
+    content = json.loads(report.read_bytes())
+    if content["config"] != fingerprint:
+        return None  # running it says what differs
+    costs = ("passes", "cpu_seconds", "seconds", "peak_memory_bytes", "weights", "relapse")
+    return {
+        "key": cell.key,
+        "config": fingerprint,
+        "answers": json.loads(answers.read_bytes()),
+        "extra": content["after"]["extra"],
+    } | {name: content[name] for name in costs}
+
+
+def _read_record(file: Path | None) -> dict[str, dict[str, Any]]:
+    if file is None or not file.is_file():
+        return {}
+    entries = [json.loads(line) for line in file.read_text().splitlines() if line]
+    return {entry["key"]: entry for entry in entries}
+
+
+def _run(cells: Sequence[Cell], parallel: int, ranks: int) -> dict[str, str]:
+    done: list[str] = []
+
+    def tell(job: Job, line: str | None) -> None:
+        done.append(job.label)
+        print(f"[{len(done)}/{len(cells)}] {job.label}: {'done' if line is None else line}", flush=True)
+
+    jobs = [Job(cell.key, ("unlearn", str(cell.file), *cell.overrides)) for cell in cells]
+    return run_jobs(jobs, parallel, ranks, tell)
