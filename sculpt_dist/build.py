@@ -131,7 +131,8 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
 
 
 OURS = (
-    "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors delta.safetensors report wandb"
+    "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors delta.safetensors lora "
+    "kohya.safetensors report wandb"
 ).split()
 KEPT_BY_FRESH = ("data",)  # its recipes say themselves what can be used again
 UNDECIDING = ("run", "track", "engine.timeout", "train.checkpoint_every", "train.workers")  # keys that do not change the result

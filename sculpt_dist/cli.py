@@ -80,15 +80,23 @@ def export(
     config: Path = CONFIG,
     overrides: Optional[List[str]] = OVERRIDES,
     form: str = typer.Option(
-        "folder", "--as", help="folder; single: one .safetensors file for ComfyUI and A1111; delta: the changed tensors."
+        "folder",
+        "--as",
+        help="folder; single: one .safetensors file for ComfyUI and A1111; delta: the changed tensors; "
+        "lora: an adapter for diffusers and peft; kohya: one for ComfyUI and A1111.",
     ),
-    output: Optional[Path] = typer.Option(None, help="The file of a single or delta; default: in the run folder."),
+    output: Optional[Path] = typer.Option(None, help="The file of all but a folder; default: in the run folder."),
+    rank: int = typer.Option(16, help="Of the adapter of lora and kohya."),
 ) -> None:
     """Write the model of CONFIG's run from its newest checkpoint, finished or not."""
     from sculpt_dist.stages import export_only
 
-    model = export_only(_load(config, overrides), form, output)
+    model = export_only(_load(config, overrides), form, output, rank)
     if _is_first():
+        if form in ("lora", "kohya"):
+            from sculpt_dist.backbones.shared.adapter import read_lost
+
+            print(read_lost(model))
         print(f"model: {model}")
 
 
@@ -129,6 +137,26 @@ def compare(
     from sculpt_dist.compare import compare as run_comparison
 
     print(f"comparison: {run_comparison(config, overrides or [], jobs, ranks, _shard(shard))}")
+
+
+@app.command()
+def localize(
+    config: Path = CONFIG,
+    overrides: Optional[List[str]] = OVERRIDES,
+    best: int = typer.Option(2, help="How many blocks to choose."),
+    index: Optional[int] = typer.Option(None, help="Run this block alone, as a task of a job array; call once more without it to rank."),
+    jobs: int = typer.Option(1, help="Blocks that run at a time on this machine."),
+    ranks: int = typer.Option(1, help="Processes of each run."),
+) -> None:
+    """Find the blocks that erase and retain best: a short run for each, judged by its images. For methods with `blocks`, as surgun."""
+    from sculpt_dist.localize import localize as run_localization
+
+    folder, ranked = run_localization(config, overrides or [], best, index, jobs, ranks)
+    for scores in ranked:
+        print(f"block {scores['block']}:", *(f"{name} {scores[name]:.3f}" for name in ("score", "UA", "IRA", "CRA") if scores[name] is not None))
+    if ranked:
+        print(f"best: method.blocks={sorted(scores['block'] for scores in ranked[:best])}")
+    print(f"runs: {folder}")
 
 
 @canvas_app.command("build")

@@ -158,19 +158,24 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
     recorded = record.get(cell.key)
     if recorded is not None and recorded["config"] == fingerprint:
         return recorded
-    report, answers = cell.folder / "report" / "report.json", cell.folder / "evaluation" / f"after-{len(config.concepts) - 1:02d}" / "answers.json"
-    if not report.is_file() or not answers.is_file():
+    content = finished_report(cell.folder, config)
+    if content is None:
         return None
-    content = json.loads(report.read_bytes())
-    if content["config"] != fingerprint:
-        return None  # running it says what differs
+    last = cell.folder / "evaluation" / f"after-{len(config.concepts) - 1:02d}"
     costs = ("passes", "cpu_seconds", "seconds", "peak_memory_bytes", "weights", "relapse")
     return {
         "key": cell.key,
         "config": fingerprint,
-        "answers": json.loads(answers.read_bytes()),
+        "answers": json.loads((last / "answers.json").read_bytes()),
         "extra": content["after"]["extra"],
     } | {name: content[name] for name in costs}
+
+
+def finished_report(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The report of a run folder, where a run of this very configuration has ended there; running any other one says what differs."""
+    file = folder / "report" / "report.json"
+    content = json.loads(file.read_bytes()) if file.is_file() else {}
+    return content if content.get("config") == config_fingerprint(config) else None
 
 
 def _read_record(file: Path | None) -> dict[str, dict[str, Any]]:

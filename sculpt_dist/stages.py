@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
+
+from torch import Tensor
 
 from sculpt_dist import build
+from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.backbones.shared.adapter import FORMS as ADAPTERS
+from sculpt_dist.backbones.shared.adapter import WEIGHT_NAME, check_adapter, write_adapter_of
 from sculpt_dist.backbones.shared.original import check_single_file
 from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.group import Group
@@ -46,14 +51,19 @@ def evaluate_only(config: RunConfig, model: Path | None, output: Path | None) ->
     return scores, where
 
 
-def export_only(config: RunConfig, form: str = "folder", output: Path | None = None) -> Path:
+def export_only(config: RunConfig, form: str = "folder", output: Path | None = None, rank: int = 16) -> Path:
     """Write the model folder from the newest checkpoint of the configuration's run, and then another form of it.
 
     `form`: folder; single (one .safetensors file in the original layout, SD 1.x and SDXL); delta (the changed tensors alone, for
-    `backbones.shared.delta.apply_delta`). `output` names the file of a single or delta; by default it lies in the run folder.
+    `backbones.shared.delta.apply_delta`); lora, kohya (the best adapter of this `rank`, as diffusers and peft or as ComfyUI and A1111
+    read it, see `backbones.shared.adapter`). `output` names the file of all but a folder; by default it lies in the run folder.
     """
     if form not in FORMS or (form == "folder" and output is not None):
-        raise ConfigError(f"--as {form}, --output {output}: choose one of {', '.join(FORMS)}; --output names the file of a single or delta")
+        raise ConfigError(
+            f"--as {form}, --output {output}: choose one of {', '.join(FORMS)}; --output names the file of all but a folder"
+        )
+    if rank < 1:
+        raise ConfigError(f"--rank {rank}: an adapter has a rank of 1 or more")
     method = build.build_method(config)
     group = Group(config.engine.timeout)
     found = checkpoint.newest(Path(config.run.folder) / "checkpoints", group)
@@ -65,18 +75,31 @@ def export_only(config: RunConfig, form: str = "folder", output: Path | None = N
     build.check_checkpoint(*found, {"base": base, "config": build.config_fingerprint(config)})
     if form == "single":
         group.on_first(lambda: check_single_file(backbone.folder, output))
+    if form in ADAPTERS:
+        adapter = output or folder / DEFAULTS[form]
+        group.on_first(lambda: check_adapter(backbone.folder, form, rank, adapter))
     engine = build.build_engine(config, method, backbone, group)
     checkpoint.load(found[0], engine.shards, [])
     engine.publish()
     model = export(config, backbone, engine.full_weights(), folder / "model", group)
     if group.is_first and (folder / "report" / "report.json").is_file():
         write_card(folder)
-    written = group.on_first(lambda: _in_form(form, backbone.folder, model, output))
+    if form in ADAPTERS:
+        group.together(lambda: _write_adapter(backbone, engine.full_weights(), adapter, form, rank, group))
+        written = adapter
+    else:
+        written = group.on_first(lambda: _in_form(form, backbone.folder, model, output))
     build.release_folder(folder)
     return written
 
 
-FORMS = ("folder", "single", "delta")
+DEFAULTS = {  # the file of each form, in the run folder
+    "single": "model.safetensors",
+    "delta": "delta.safetensors",
+    "lora": f"lora/{WEIGHT_NAME}",
+    "kohya": "kohya.safetensors",
+}
+FORMS = ("folder", *DEFAULTS)
 
 
 def _in_form(form: str, base: Path, model: Path, output: Path | None) -> Path:
@@ -84,10 +107,23 @@ def _in_form(form: str, base: Path, model: Path, output: Path | None) -> Path:
     from sculpt_dist.backbones.shared.delta import write_delta
     from sculpt_dist.backbones.shared.original import write_single_file
 
+    if form == "folder":
+        return model
+    output = output or model.with_name(DEFAULTS[form])
     if form == "single":
-        output = output or model.with_name("model.safetensors")
         write_single_file(model, output)
-    elif form == "delta":
-        output = output or model.with_name("delta.safetensors")
+    else:
         write_delta(base, model, output)
-    return output or model
+    return output
+
+
+def _write_adapter(
+    backbone: Backbone, weights: Iterator[tuple[str, Tensor | None]], file: Path, form: str, rank: int, group: Group
+) -> None:
+    """All ranks enter, the first writes. Not from the exported folder: its `model.dtype` may have rounded small changes away."""
+    try:
+        if group.is_first:
+            write_adapter_of(backbone.folder, backbone.merged(weights), file, form, rank)
+    finally:
+        for _ in weights:  # each is summed over all ranks, who would wait for one that stops early
+            pass

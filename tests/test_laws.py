@@ -118,7 +118,7 @@ def test_golden_losses_of_the_first_updates(alone_of, tmp_path, method, arch, re
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["esd", "rgd", "kscu"])
+@pytest.mark.parametrize("method", ["esd", "rgd", "kscu", "surgun"])
 def test_the_ranks_do_not_change_the_run_of_a_method_that_draws_or_combines(tmp_path, method):
     config = str(PROJECT / "configs" / "canvas" / f"{method}.yaml")
     for name, ranks, more in (("one", 1, []), ("two", 2, ["engine.stage=3", "train.accumulate=2"])):

@@ -71,9 +71,8 @@ class Method(Base):
 
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
         attention = [name for kind in self.config.attention for name in matrices(groups, kind)]
-        blocks = self.config.blocks or range(sum(group.startswith("block.") for group in groups))
-        chosen = {name for block in blocks for name in matrices(groups, f"block.{block}")}
-        names = [name for name in attention if name in chosen]
+        chosen = {name for block in self.config.blocks for name in matrices(groups, f"block.{block}")}
+        names = [name for name in attention if not self.config.blocks or name in chosen]
         if not names:
             raise ConfigError(f"method.blocks={list(self.config.blocks)}: no {' or '.join(self.config.attention)} in these blocks")
         return names

@@ -108,6 +108,14 @@ def originals(folder: Path, kind: str) -> dict[str, list[Original]]:
     return {part: _of_model(folder / part, prefix) for part, prefix in PREFIXES[kind].items()}
 
 
+def unet_originals(folder: Path) -> dict[str, str]:
+    """The original names of a pipeline's UNet's tensors, without the prefix of a single file, by their names in the folder.
+
+    Raises ModelError when its config is missing or describes one that the original layout cannot hold.
+    """
+    return {entry.sources[0]: entry.name for entry in _of_model(folder / "unet", "")}
+
+
 def plain_name(part: str, name: str) -> str:
     """The name that `originals` uses for a tensor stored as `name` by whichever version of diffusers or transformers."""
     if part == "vae" and (found := re.fullmatch(r"(.*\.attentions\.0)\.(query|key|value|proj_attn)\.(\w+)", name)):
