@@ -29,7 +29,7 @@ class Row:
     name: str = MISSING
     config: str = MISSING  # a yaml file, beside the comparison's
     overrides: list[str] = field(default_factory=list)
-    on: dict[str, list[str]] = field(default_factory=dict)  # further overrides, by backbone
+    per_backbone: dict[str, list[str]] = field(default_factory=dict)  # further overrides
     note: str = ""  # said beside its name
 
 
@@ -107,6 +107,8 @@ def read_comparison(file: Path) -> Comparison:
     """Raises ConfigError that names the file, and the key or name that does not fit."""
     comparison = merge_section(Comparison, OmegaConf.to_container(read_yaml(file)), str(file), prefix="")
     names = [row.name for row in comparison.rows]
+    if len(set(names)) < len(names) or not comparison.tables:
+        raise ConfigError(f"{file}: give at least one table, and every row a name of its own")
     for what, given, there in (
         *(("rows", name, names) for table in comparison.tables for name in table.rows),
         *(("sequence", table.sequence, list(comparison.sequences)) for table in comparison.tables),
@@ -114,8 +116,6 @@ def read_comparison(file: Path) -> Comparison:
     ):
         if given not in there:
             raise ConfigError(f"{file}: {what} {given!r} is not defined; there are: {', '.join(there)}")
-    if len(set(names)) < len(names) or not comparison.tables:
-        raise ConfigError(f"{file}: give at least one table, and every row a name of its own")
     return comparison
 
 
@@ -137,7 +137,7 @@ def comparison_cells(comparison: Comparison, file: Path, overrides: Sequence[str
 def _cell(comparison: Comparison, file: Path, overrides: Sequence[str], table: Table, backbone: str, row: Row, seed: int) -> Cell:
     concepts = [OmegaConf.to_container(OmegaConf.structured(concept)) for concept in comparison.sequences[table.sequence]]
     folder = Path(comparison.folder) / table.sequence / backbone / row.name / f"seed-{seed}"
-    given = (*comparison.overrides, *overrides, *row.overrides, *row.on.get(backbone, ()))
+    given = (*comparison.overrides, *overrides, *row.overrides, *row.per_backbone.get(backbone, ()))
     mine = (f"model.arch={backbone}", f"train.seed={seed}", f"concepts={json.dumps(concepts)}", f"run.folder={folder}")
     return Cell(table.sequence, backbone, row.name, seed, file.parent / row.config, (*given, *mine), folder)
 

@@ -49,7 +49,7 @@ def localize(
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Run what is missing of the blocks' runs; returns (RUN-localize, the scores of all blocks, the best first).
 
-    With `index` only that block's run is made, as one task of a job array, and nothing is ranked. Called without it, afterwards, it
+    A run has a quarter of the file's steps and one image per object and style, unless `overrides` say otherwise. With `index` only that block's run is made, as one task of a job array, and nothing is ranked. Called without it, afterwards, it
     ranks and writes localize.json. Raises ConfigError when the method cannot train single blocks, when evaluation is off, or when a run
     failed; StopRequested after a signal.
     """
