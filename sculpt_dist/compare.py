@@ -6,11 +6,11 @@ Which cells there are, which of them are done, and their running. What is made o
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 
 from sculpt_dist.build import build_method, config_fingerprint
 from sculpt_dist.config import load_config, merge_section, read_yaml
@@ -18,40 +18,8 @@ from sculpt_dist.errors import ConfigError
 from sculpt_dist.evaluate import check_evaluation
 from sculpt_dist.files import write_atomically
 from sculpt_dist.jobs import Job, run_jobs
-from sculpt_dist.settings import Concept, RunConfig
+from sculpt_dist.settings import Comparison, Row, RunConfig, Table
 from sculpt_dist.tables import write_tables
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method with its settings."""
-
-    name: str = MISSING
-    config: str = MISSING  # a yaml file, beside the comparison's
-    overrides: list[str] = field(default_factory=list)
-    per_backbone: dict[str, list[str]] = field(default_factory=dict)  # further overrides
-    note: str = ""  # said beside its name
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str = MISSING
-    sequence: str = MISSING
-    backbones: list[str] = field(default_factory=list)
-    rows: list[str] = field(default_factory=list)  # names; empty = all
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-
-
-@dataclass(frozen=True)
-class Comparison:
-    folder: str = MISSING
-    record: str = ""  # a file that keeps what the tables need of every cell, so that a finished cell need not run again elsewhere
-    against: str = MISSING  # the row that the others' differences are taken to
-    sequences: dict[str, list[Concept]] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    overrides: list[str] = field(default_factory=list)  # of every cell
-    notes: list[str] = field(default_factory=list)  # said under the tables
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The sections of a configuration: each key with its default, its meaning and its unit."""
+"""The sections of a configuration, and those of a comparison: each key with its default, its meaning and its unit."""
 
 from __future__ import annotations
 
@@ -131,3 +131,39 @@ class RunConfig:
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dm_cal"})
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with its settings, as a comparison file names it."""
+
+    name: str = MISSING
+    config: str = MISSING  # a yaml file, beside the comparison's
+    overrides: list[str] = field(default_factory=list)
+    per_backbone: dict[str, list[str]] = field(default_factory=dict)  # further overrides
+    note: str = ""  # said beside its name
+
+
+@dataclass(frozen=True)
+class Table:
+    """A part of a comparison: its rows on each backbone, over the seeds."""
+
+    title: str = MISSING
+    sequence: str = MISSING
+    backbones: list[str] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)  # names; empty = all
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison file (see compare.py)."""
+
+    folder: str = MISSING
+    record: str = ""  # a file that keeps what the tables need of every cell, so that a finished cell need not run again elsewhere
+    against: str = MISSING  # the row that the others' differences are taken to
+    sequences: dict[str, list[Concept]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)  # of every cell
+    notes: list[str] = field(default_factory=list)  # said under the tables

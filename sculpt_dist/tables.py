@@ -6,7 +6,7 @@ import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -15,10 +15,7 @@ from sculpt_dist.evaluate import evaluated_world, score_targets
 from sculpt_dist.files import write_atomically
 from sculpt_dist.maths.comparison import percentiles, resampled_scores, resampling, score_means, stacked
 from sculpt_dist.maths.scores import Answers, Counts, per_prompt, score_counts
-from sculpt_dist.settings import RunConfig
-
-if TYPE_CHECKING:
-    from sculpt_dist.compare import Comparison, Table
+from sculpt_dist.settings import Comparison, RunConfig, Table
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCORES = ("UA", "IRA", "CRA", "SA", "H")
