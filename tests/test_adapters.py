@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, TINY_RUN, launch, sculpt, weights
+from conftest import PROJECT, TINY_RUN, sculpt, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,14 +20,18 @@ from sculpt_dist.backbones.shared.writing import write_pipeline
 from sculpt_dist.config import load_config
 from sculpt_dist.errors import ConfigError, ModelError
 from sculpt_dist.maths.low_rank import low_rank_factors
-from sculpt_dist.stages import export_only
+from sculpt_dist.stages import _write_adapter, export_only
 
 CANVAS = PROJECT / "sculpt_dist" / "assets" / "canvas"
 PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sana": "SanaPipeline"}
 ATTENTION = {  # matrices of different shapes
-    "sd15": ["down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.weight", "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_v.weight"],
+    "sd15": [
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.weight",
+        "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_v.weight",
+    ],
     "sana": ["transformer_blocks.0.attn2.to_k.weight", "transformer_blocks.3.attn1.to_out.0.weight", "transformer_blocks.2.attn2.to_q.weight"],
-}  # fmt: skip
+}
 ATTENTION["sdxl"] = ATTENTION["sd15"]
 BIAS = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.bias"
 Tensors = dict[str, torch.Tensor]
@@ -79,9 +83,9 @@ def prediction(pipeline: Any, arch: str) -> torch.Tensor:
         return net(noisy, timestep=time, encoder_hidden_states=tokens, **more).sample
 
 
-def assert_loads(file: Path, model: Path, arch: str, scale: float = 1.0) -> None:
+def assert_loads(file: Path, model: Path, arch: str, base: Path | None = None) -> None:
     """Plain diffusers with the base and the adapter predicts as the changed net, and not as the base."""
-    pipeline = pipeline_of(CANVAS / arch, arch)
+    pipeline = pipeline_of(base or CANVAS / arch, arch)
     before = prediction(pipeline, arch)
     where = file.parent if file.name == WEIGHT_NAME else file
     pipeline.load_lora_weights(where, local_files_only=True)
@@ -261,6 +265,48 @@ def test_the_command_says_what_is_wrong_before_it_works(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stable_diffusion_2_says_so_and_loads(tmp_path):
+    """It has linear projections in place of 1 x 1 convolutions, and diffusers' names in kohya's files as 1.x has."""
+    from diffusers import UNet2DConditionModel
+
+    base, model = tmp_path / "base", tmp_path / "model"
+    shutil.copytree(CANVAS / "sd15", base, ignore=shutil.ignore_patterns("unet"))
+    settings = UNet2DConditionModel.load_config(CANVAS / "sd15" / "unet") | {"use_linear_projection": True}
+    torch.manual_seed(0)
+    net = UNet2DConditionModel.from_config(settings)
+    net.save_pretrained(base / "unet")
+    name = "mid_block.attentions.0.proj_in.weight"
+    whole = {key: tensor + (change_of(tensor.shape, 2, 0) if key == name else 0.0) for key, tensor in net.state_dict().items()}
+    write_pipeline(base, model, "unet", torch.float32, iter(whole.items()))
+    file = tmp_path / "kohya.safetensors"
+    assert write_adapter(base, model, file, "kohya", rank=2).worst < 1e-5
+    assert (told(file)["ss_base_model_version"], told(file)["ss_v2"]) == ("sd_v2", "True")
+    assert load_file(file)["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"].shape == (80, 2)
+    assert_loads(file, model, "sd15", base)
+
+
+def test_a_refusal_leaves_no_rank_waiting(tmp_path):
+    """Each weight that is not asked for would leave the other ranks in its sum."""
+
+    class First:
+        is_first = True
+
+    class Plain:
+        folder = CANVAS / "sd15"
+        merged = staticmethod(iter)
+
+    asked = []
+
+    def gathered():
+        for name in (BIAS, "conv_in.bias", "conv_out.bias"):
+            asked.append(name)
+            yield name, torch.full((base_weights("sd15")[name].shape), 9.0)
+
+    with pytest.raises(ModelError, match=BIAS):
+        _write_adapter(Plain(), gathered(), tmp_path / "a.safetensors", "lora", 2, First())
+    assert len(asked) == 3
+
+
 RUN = [*TINY_RUN, "evaluate.enabled=false", "train.steps=3", "concepts=[{target: bird, superclass: animal}]"]
 
 
@@ -269,14 +315,31 @@ def trained(tmp_path_factory) -> tuple[Path, list[str]]:
     """A run that trains a LoRA of rank 2, and exports in bfloat16; the arguments that name it."""
     folder = tmp_path_factory.mktemp("trained")
     config = str(PROJECT / "configs" / "canvas" / "surgun.yaml")
-    arguments = [config, *RUN, "method.rank=2", "model.dtype=bfloat16", "engine.precision=bf16", f"run.folder={folder / 'run'}"]
+    method, dtype = ["method.rank=2", "method.distractors=1"], ["model.dtype=bfloat16", "engine.precision=bf16"]
+    arguments = [config, *RUN, *method, *dtype, f"run.folder={folder / 'run'}"]
     sculpt("unlearn", *arguments)
     return folder / "run", arguments
 
 
-def test_a_run_that_trained_an_adapter_gives_it_back(trained):
+def test_a_run_that_trained_an_adapter_gives_it_back(trained, tmp_path):
+    """Also where the exported folder, in bfloat16, has rounded most of it away."""
     run, arguments = trained
     printed = sculpt("export", *arguments, "--as", "lora", "--rank", "2")
     file = run / "lora" / WEIGHT_NAME
     lost = read_lost(file)
     assert f"{lost}\n" in printed and str(file) in printed and lost.rank == 2 and lost.worst < 1e-3
+    held, base, exported = load_file(file), base_weights("sd15"), weights(run)
+    modules = {key.removeprefix("unet.").partition(".lora_")[0] for key in held}
+    assert len(modules) > 8
+    for module in modules:
+        merged = base[f"{module}.weight"] + held[f"unet.{module}.lora_B.weight"] @ held[f"unet.{module}.lora_A.weight"]
+        torch.testing.assert_close(merged.bfloat16(), exported[f"{module}.weight"], rtol=2**-7, atol=1e-6)
+    assert write_adapter(CANVAS / "sd15", run / "model", tmp_path / "a.safetensors", rank=2).share > 10 * lost.share
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_adapter_for_comfyui(trained):
+    run, arguments = trained
+    printed = sculpt("export", *arguments, "--as", "kohya", "--rank", "3", "engine.stage=2", ranks=2)
+    assert printed.count("of the change is lost") == 1 and read_lost(run / "kohya.safetensors").worst < 1e-3
+    assert not list(run.glob(".*.tmp"))
