@@ -10,7 +10,7 @@ from torch import Tensor
 from sculpt_dist import build
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.shared.adapter import FORMS as ADAPTERS
-from sculpt_dist.backbones.shared.adapter import WEIGHT_NAME, check_adapter, write_adapter_of
+from sculpt_dist.backbones.shared.adapter import WEIGHT_NAME, check_adapter, write_adapter, write_adapter_of
 from sculpt_dist.backbones.shared.original import check_single_file
 from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.group import Group
@@ -66,6 +66,8 @@ def export_only(config: RunConfig, form: str = "folder", output: Path | None = N
         raise ConfigError(f"--rank {rank}: an adapter has a rank of 1 or more")
     method = build.build_method(config)
     group = Group(config.engine.timeout)
+    if isinstance(method, Editor):
+        return _export_edited(config, form, output, rank, group)
     found = checkpoint.newest(Path(config.run.folder) / "checkpoints", group)
     if found is None:
         raise RunFolderError(f"{config.run.folder}: has no checkpoint yet; run unlearn first")
@@ -100,6 +102,26 @@ DEFAULTS = {  # the file of each form, in the run folder
     "kohya": "kohya.safetensors",
 }
 FORMS = ("folder", *DEFAULTS)
+
+
+def _export_edited(config: RunConfig, form: str, output: Path | None, rank: int, group: Group) -> Path:
+    """A closed form has no checkpoint; its model folder, which the run wrote, is whole."""
+    model = Path(config.run.folder) / "model"
+    if not (model / "model_index.json").is_file():
+        raise RunFolderError(f"{config.run.folder}: has no model yet; run unlearn first")
+    folder = build.claim_folder(config, group)
+    base = build.build_backbone(config, group).folder
+    file = output or folder / DEFAULTS.get(form, model.name)
+
+    def write() -> None:
+        if form in ADAPTERS:
+            write_adapter(base, model, file, form, rank)
+        else:
+            _in_form(form, base, model, output)
+
+    group.on_first(write)
+    build.release_folder(folder)
+    return file
 
 
 def _in_form(form: str, base: Path, model: Path, output: Path | None) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import PROJECT, SMALL, sculpt, weights
+from conftest import PROJECT, SMALL, TINY_RUN, sculpt, weights
 from safetensors.torch import load_file
 
 from sculpt_dist.backbones.shared.original import write_single_file
@@ -54,3 +54,17 @@ def test_a_delta_is_small_and_goes_in_and_out_again(run, canvas_config):
     assert all(torch.equal(again[name], BASE[name]) for name in BASE)
     assert "already applied" in sculpt("apply", str(delta), str(folder / "applied"), str(folder / "twice"), code=2)
     assert "choose one of folder, single, delta" in sculpt("export", canvas_config, *arguments, "--as", "zip", code=2)
+
+
+def test_what_a_closed_form_made_goes_out_in_every_form(tmp_path):
+    config, run = str(PROJECT / "configs" / "canvas" / "uce.yaml"), tmp_path / "run"
+    arguments = [config, *TINY_RUN, "evaluate.enabled=false", f"run.folder={run}"]
+    assert "has no model yet" in sculpt("export", *arguments, "--as", "lora", code=2)
+    sculpt("unlearn", *arguments)
+    for form, file in (("single", "model.safetensors"), ("delta", "delta.safetensors"), ("lora", "lora/pytorch_lora_weights.safetensors")):
+        sculpt("export", *arguments, "--as", form)
+        assert (run / file).is_file()
+    base = load_file(PROJECT / "sculpt_dist/assets/canvas/sd15/unet/diffusion_pytorch_model.safetensors")
+    changed = {name for name, tensor in weights(run).items() if not torch.equal(tensor, base[name].float())}
+    held = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    assert {name.removeprefix("unet.").replace("lora_A.weight", "weight") for name in held if "lora_A" in name} == changed

@@ -16,6 +16,8 @@ import torch
 from conftest import PROJECT, SMALL, TINY_RUN, rank_command, rank_environment, sculpt, weights
 from safetensors.torch import load_file
 
+from sculpt_dist.build import plugins
+
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
 
 
@@ -327,3 +329,13 @@ def test_batch_that_does_not_divide_is_refused(canvas_config, tmp_path):
 
 def test_overrides_may_be_left_out():
     assert "nowhere.yaml: there is no such configuration file" in sculpt("unlearn", "nowhere.yaml", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in plugins("sculpt_dist.methods") if name != "dm_cal"])
+def test_every_method_forgets_a_style_after_an_object(tmp_path, name):
+    concepts = "concepts=[{target: bird, superclass: animal},{target: neon, kind: style}]"
+    sculpt("unlearn", str(PROJECT / "configs" / "canvas" / f"{name}.yaml"), *TINY_RUN, concepts, "train.steps=2", f"run.folder={tmp_path / 'run'}")
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert [concept["kind"] for concept in report["concepts"]] == ["object", "style"]
+    assert report["after"]["UA"] is not None and report["weights"]["trained"] > 0
