@@ -70,8 +70,7 @@ def build_backbone(config: RunConfig, group: Group, path: str | None = None) -> 
 def _model_folder(config: RunConfig, kind: Any, path: str | None, group: Group) -> Path:
     """Where the pipeline lies: a folder as it is; a single file is unpacked into the run folder, once."""
     from sculpt_dist.backbones.shared.find import find_folder, find_settings
-    from sculpt_dist.backbones.shared.original import read_single_file
-    from sculpt_dist.backbones.shared.tensorfile import entries
+    from sculpt_dist.backbones.shared.original import check_single_kind, read_single_file
 
     model = config.model
     if path is None or not Path(path).expanduser().is_file():
@@ -84,7 +83,7 @@ def _model_folder(config: RunConfig, kind: Any, path: str | None, group: Group) 
 
     def unpack() -> None:
         if not unpacked.is_dir():
-            entries(file)  # what is wrong with the file itself comes before what it lacks
+            check_single_kind(file)  # what is wrong with the file itself comes before what it lacks
             unpacked.parent.mkdir(parents=True, exist_ok=True)
             for debris in unpacked.parent.glob(f".{unpacked.name}.*.tmp"):
                 shutil.rmtree(debris)

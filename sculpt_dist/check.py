@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Iterator, Sequence
 
@@ -65,6 +66,18 @@ def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
         "shard": shard_elements(sizes, config.engine.stage, ranks),
         "steps": plan.steps,
     }
+
+
+def check_model(config: RunConfig, folder: Path) -> None:
+    """One prediction and one decoded image, as shapes. Raises ModelError where the components of a pipeline folder do not fit together."""
+    backbone = build.build_backbone(config, NOWHERE, path=str(folder))
+    with _naming(f"{folder}, one prediction of {backbone.net_name} for one prompt"):
+        cond = backbone.embed([""])
+        noisy = torch.empty(1, *backbone.latent_shape, device=META)
+        predicted = backbone.denoise(backbone.net, noisy, backbone.sample_time(torch.zeros(1)), cond)
+    if predicted.shape != noisy.shape:
+        raise ModelError(f"{folder / backbone.net_name}: predicts {list(predicted.shape)} for latents {list(noisy.shape)}")
+    _check_decoding(backbone)
 
 
 def shard_elements(sizes: Sequence[int], stage: int, ranks: int) -> int:
@@ -176,5 +189,5 @@ def _naming(where: str) -> Iterator[None]:
     """What the libraries say of shapes that do not fit becomes a ModelError that says where."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # diffusers' nets raise all of these for inputs that do not fit
         raise ModelError(f"{where}: {first_line(error)}; compare the sizes in the config.json of the parts") from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sculpt_dist import build
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.shared.trajectory import Trajectory
+from sculpt_dist.check import check_model
 from sculpt_dist.config import check_batch
 from sculpt_dist.costs import Costs
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
@@ -65,6 +66,7 @@ def run_sequence(config: RunConfig) -> Run:
     with StopRequest(group) as stop:
         backbone = build.build_backbone(config, group)
         base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
+        group.on_first(lambda: check_model(config, backbone.folder))
         costs = Costs(folder, group, backbone)
         costs.read()
         group.together(lambda: check_prompts(config, backbone))

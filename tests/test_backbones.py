@@ -28,6 +28,7 @@ SCHEDULERS = [
     ("sd15", {}),
     ("sd15", {"prediction_type": "v_prediction"}),
     ("sd15", {"_class_name": "DDIMScheduler", "clip_sample": False}),
+    ("sd15", {"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 0}),  # the pipeline takes neither
     ("sdxl", {"_class_name": "EulerDiscreteScheduler"}),
     ("sdxl", {"prediction_type": "v_prediction"}),
     ("sana", {}),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import http.server
+import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,13 +20,17 @@ import torch
 from conftest import PROJECT, SMALL, rank_environment, sculpt
 from safetensors.torch import load_file, save_file
 
+from sculpt_dist.backbones.sana import Backbone as Sana
 from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.backbones.shared.folders import stored_weights, weight_files
 from sculpt_dist.backbones.shared.writing import write_pipeline
 from sculpt_dist.build import base_fingerprint
+from sculpt_dist.check import check_model, check_run
+from sculpt_dist.config import load_config
 from sculpt_dist.errors import ModelError
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"
+CONFIG = PROJECT / "configs" / "canvas" / "dm_cal.yaml"
 CPU = torch.device("cpu")
 PLAIN = "diffusion_pytorch_model.safetensors"
 
@@ -211,6 +221,95 @@ def test_a_checkpoint_of_another_kind_ends_before_anything_is_drawn(canvas_confi
     assert told in printed and "Traceback" not in printed and not (tmp_path / "run" / "data").exists()
 
 
+def rewritten(file: Path, change) -> None:
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def test_a_shard_that_lacks_what_its_index_promises_is_refused(sharded):
+    file = sharded / "unet" / "diffusion_pytorch_model-00002-of-00004.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'weight":', b'veight":', 1))  # one bit of the header
+    with pytest.raises(ModelError, match="index.json: 2 weights are not where it says, first .*veight, which is not named and is in .*00002-of-00004"):
+        opened(sharded)
+
+
+def test_a_component_of_another_class_is_refused(tmp_path):
+    shutil.copytree(ASSETS / "sana", tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "vae")
+    shutil.copytree(ASSETS / "sd15" / "vae", tmp_path / "model" / "vae")
+    with pytest.raises(ModelError, match="vae: holds a AutoencoderKL, not a AutoencoderDC"):
+        Sana(tmp_path / "model", torch.float32, CPU)
+
+
+@pytest.mark.parametrize(("arch", "part", "taken"), [("sd15", "text_encoder", ("sdxl", "text_encoder_2")), ("sd15", "unet", ("sdxl", "unet")), ("sdxl", "unet", ("sd15", "unet"))])
+def test_components_that_do_not_fit_together_end_before_anything_is_drawn(tmp_path, arch, part, taken):
+    shutil.copytree(ASSETS / arch, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    shutil.copytree(ASSETS.joinpath(*taken), tmp_path / "model" / part)
+    config = load_config(CONFIG, [f"model.arch={arch}", f"model.path={tmp_path / 'model'}"])
+    with pytest.raises(ModelError, match="one prediction of unet for one prompt: .*compare the sizes"):
+        check_model(config, tmp_path / "model")
+    with pytest.raises(ModelError, match="compare the sizes"):
+        check_run(config, 1)
+
+
+def test_a_misfit_is_told_by_the_command_too(tmp_path, model):
+    shutil.rmtree(model / "unet")
+    shutil.copytree(ASSETS / "sdxl" / "unet", model / "unet")
+    printed = sculpt("unlearn", str(CONFIG), *SMALL, f"model.path={model}", f"run.folder={tmp_path / 'run'}", code=2)
+    assert "Traceback" not in printed and "one prediction of unet" in printed and not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content", ["[]", "{}"])
+def test_settings_that_are_none_are_refused(model, file, content):
+    (model / file).write_text(content)
+    with pytest.raises(ModelError):
+        opened(model)
+
+
+def test_a_list_for_a_size_is_refused(model):
+    rewritten(model / "unet" / "config.json", lambda content: content | {"sample_size": [8, 8]})
+    with pytest.raises(ModelError, match="has one that is none"):
+        opened(model)
+
+
+def test_schedulers_without_alpha_bar_are_refused(model):
+    for name, message in (("EDMEulerScheduler", "has no alpha_bar"), ("SASolverScheduler", "adds noise of its own")):
+        rewritten(model / "scheduler" / "scheduler_config.json", lambda content: content | {"_class_name": name, "prediction_type": "epsilon"})  # noqa: B023
+        with pytest.raises(ModelError, match=message):
+            opened(model)
+
+
+def test_a_component_that_is_only_copied_may_hold_no_pickles_either(model):
+    (model / "safety_checker").mkdir()
+    (model / "safety_checker" / "config.json").write_text("{}")
+    (model / "safety_checker" / "pytorch_model.bin").write_bytes(b"")
+    opened(model)  # not named by the index: it stays behind
+    rewritten(model / "model_index.json", lambda content: content | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]})
+    with pytest.raises(ModelError, match="safety_checker/pytorch_model.bin: holds pickled weights"):
+        opened(model)
+
+
+def test_the_conversion_command_gives_what_is_then_read(model):
+    part = model / "text_encoder"
+    held = load_file(part / "model.safetensors")
+    torch.save(held, part / "pytorch_model.bin")
+    (part / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="convert it with") as refused:
+        opened(model)
+    command = shlex.split(str(refused.value).partition("convert it with: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    encoder = opened(model).part("text_encoder").state_dict()
+    assert all(torch.equal(encoder[name], tensor.float()) for name, tensor in held.items() if name in encoder)
+
+
+def test_a_single_file_of_stable_diffusion_2_is_told_without_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    save_file({"cond_stage_model.model.ln_final.weight": torch.zeros(2)}, tmp_path / "two.safetensors")
+    with pytest.raises(ModelError, match="two.safetensors: looks like Stable Diffusion 2.x; single files of Stable Diffusion 1.x and SDXL are read"):
+        check_run(load_config(CONFIG, [f"model.path={tmp_path / 'two.safetensors'}", f"run.folder={tmp_path / 'run'}"]), 1)
+
+
 def test_a_damaged_shard_ends_every_rank_with_one_line(canvas_config, tmp_path, sharded):
     file = sharded / "unet" / "diffusion_pytorch_model-00003-of-00004.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -264,6 +363,69 @@ def test_a_hub_that_does_not_answer_is_given_up_within_10_seconds_and_the_cache_
         assert "is no local folder and not in the cache, and the hub cannot be asked: network (ReadTimeout" in said and seconds < 10
         said, seconds = find(cache, "somebody/model", "v2", **endpoint)
         assert said.endswith(REVISION) and seconds < 10
+
+
+class Faltering(http.server.BaseHTTPRequestHandler):
+    """Says what the model holds, and is mute from then on."""
+
+    def do_GET(self):
+        if "/tree/" in self.path or "/resolve/" in self.path:
+            time.sleep(60)
+            return
+        files = [{"rfilename": "model_index.json"}, {"rfilename": "unet/config.json"}]
+        content = json.dumps({"id": "a/b", "modelId": "a/b", "sha": REVISION, "siblings": files, "private": False, "tags": []}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_hub_that_stops_answering_is_given_up_too(cache):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faltering)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    said, seconds = find(cache, "a/b", None, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    assert said.startswith("ModelError") and "network" in said and seconds < 20
+
+
+class Giving(Faltering):
+    """A hub that has a small model and gives it."""
+
+    files = {"model_index.json": b"{}", "unet/config.json": b'{"a": 1}', "unet/model.bin": b"pickled", "README.md": b"text"}
+
+    def do_GET(self):
+        name = self.path.partition("/resolve/")[2].partition("/")[2]
+        if not name:
+            content = json.dumps({"id": "a/b", "sha": REVISION, "siblings": [{"rfilename": file} for file in self.files], "private": False, "tags": []}).encode()
+        else:
+            content = self.files[name]
+        self.send_response(200)
+        for header, value in {"X-Repo-Commit": REVISION, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Content-Length": len(content)}.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+
+def test_what_a_pipeline_needs_is_fetched_and_found_again_offline(cache):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Giving)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    said, _ = find(cache, "a/b", None, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    folder = cache / "models--a--b" / "snapshots" / REVISION
+    assert said == str(folder) and (folder / "unet" / "config.json").read_text() == '{"a": 1}'
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["config.json", "model_index.json"]
+    assert find(cache, "a/b", None, HF_HUB_OFFLINE="1")[0] == str(folder)
 
 
 def test_a_hub_that_refuses_connections_is_said_to_be_the_network(cache):

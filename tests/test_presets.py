@@ -169,14 +169,21 @@ def layers(arch: str) -> dict[str, int]:
     return {name: module.weight.numel() for name, module in net.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
 
 
+WITHIN = {
+    "cross_attention": lambda name: ".attn2." in name,
+    "self_attention": lambda name: ".attn1." in name,
+    "not_cross_attention": lambda name: ".attn2." not in name,
+    "all": lambda name: True,
+}
+BY_METHOD = {"dm_cal": "cross_attention", "concept_ablation": "cross_attention", "rgd": "cross_attention", "salun": "all"}
+BY_VARIANT = {"x": "cross_attention", "u": "not_cross_attention"}
+
+
 def trained(preset: str, arch: str) -> int | None:
     """How many weights METHODS.md lets a preset train; None for a closed form."""
-    method, variant = preset.split("-")[0], PUBLISHED[preset].get("method.variant")
-    within = {"dm_cal": ".attn2.", "concept_ablation": ".attn2.", "rgd": ".attn2.", "salun": "", "uce": None}.get(method, ".attn2.")
-    if PUBLISHED[preset].get("method.trains") == "self_attention":
-        within = ".attn1."
-    outside = variant == "u" or PUBLISHED[preset].get("method.trains") == "not_cross_attention"
-    return None if within is None else sum(count for name, count in layers(arch).items() if (within in name) != outside)
+    row = PUBLISHED[preset]
+    group = row.get("method.trains") or BY_VARIANT.get(row.get("method.variant")) or BY_METHOD.get(preset.split("-")[0])
+    return None if group is None else sum(count for name, count in layers(arch).items() if WITHIN[group](name))
 
 
 @pytest.mark.slow

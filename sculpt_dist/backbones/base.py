@@ -26,7 +26,7 @@ from sculpt_dist.backbones.shared.options import Options, Pretraining
 from sculpt_dist.backbones.shared.schedules import Schedule
 from sculpt_dist.backbones.shared.tensorfile import Entry
 from sculpt_dist.backbones.shared.trajectory import guided
-from sculpt_dist.errors import ConfigError
+from sculpt_dist.errors import ConfigError, ModelError
 from sculpt_dist.files import write_atomically
 from sculpt_dist.types import Denoiser, TextCond
 
@@ -43,6 +43,7 @@ class Backbone(ABC):
     pipeline_class: str  # the diffusers class that loads an exported folder
     parts: Mapping[str, type[nn.Module]]  # the frozen components by subfolder; one of them is "vae"
     schedule_class: type[Schedule]
+    forced_settings: Mapping[str, Any] = {}  # of the scheduler, which the pipeline class sets whatever the folder says
     latent_shape: tuple[int, int, int]  # (C, H, W)
     size_ids: tuple[int, ...] | None = None  # SDXL's size conditions of a drawn image
     public_settings: str | None = None  # hub id of the settings that single files of this kind are read with
@@ -53,19 +54,23 @@ class Backbone(ABC):
 
         Raises ModelError when a component is missing, damaged or of another kind, ConfigError for an image size it cannot have.
         """
-        check_folder(folder, self.pipeline_class, (self.net_name, *self.parts), settings_only=device.type == "meta")
+        check_folder(folder, self.pipeline_class, {self.net_name: self.net_class, **self.parts}, settings_only=device.type == "meta")
         self.folder, self.dtype, self.device, self.options = folder, dtype, device, options
-        self.schedule = self.schedule_class(load_scheduler(folder), device)
+        self.schedule = self.schedule_class(load_scheduler(folder, self.forced_settings), device)
         self._loaded: dict[str, nn.Module] = {}
         self._embedded: dict[tuple[str, bool], TextCond] = {}
         self.passes = 0  # samples through the denoiser so far; a forward with gradient counts three times, as its backward costs two
         config = component_config(folder, self.net_name)
-        pixels = 2 ** (self.vae_levels() - 1)  # of one latent, along a side
-        self.image_size = config["sample_size"] * pixels if options.image_size is None else options.image_size
+        try:
+            pixels = 2 ** (self.vae_levels() - 1)  # of one latent, along a side
+            channels, made_for = int(config["in_channels"]), int(config["sample_size"]) * pixels
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{folder}: the config.json of {self.net_name} or vae lacks a size or has one that is none ({error})") from error
+        self.image_size = made_for if options.image_size is None else options.image_size
         needed = pixels * config.get("patch_size", 1)
         if self.image_size % needed or self.image_size < needed:
             raise ConfigError(f"model.image_size={self.image_size}: this model needs a multiple of {needed}")
-        self.latent_shape = (config["in_channels"], self.image_size // pixels, self.image_size // pixels)
+        self.latent_shape = (channels, self.image_size // pixels, self.image_size // pixels)
 
     @abstractmethod
     def vae_levels(self) -> int:

@@ -25,6 +25,7 @@ class Backbone(Base):
     pipeline_class = "StableDiffusionPipeline"
     parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     schedule_class = DiscreteSchedule
+    forced_settings = {"clip_sample": False, "steps_offset": 1}
     public_settings = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
     def vae_levels(self) -> int:

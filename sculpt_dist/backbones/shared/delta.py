@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sculpt_dist.backbones.shared.folders import read_json, variant_of, weight_files
+from sculpt_dist.backbones.shared.folders import is_named, read_json, variant_of, weight_files
 from sculpt_dist.backbones.shared.tensorfile import DTYPES, LABELS, PICKLED, Entry, entries, pickled, write_tensors
 from sculpt_dist.backbones.shared.writing import COPIED
 from sculpt_dist.errors import ModelError
@@ -164,15 +164,10 @@ def _kind(folder: Path) -> tuple[str, str]:
     if not index.is_file():
         raise ModelError(f"{folder}: is no diffusers pipeline folder (no model_index.json); save one with pipeline.save_pretrained()")
     content = read_json(index)
-    nets = [name for name in NETS if _is_named(content, name)]
+    nets = [name for name in NETS if is_named(content, name)]
     if len(nets) != 1:
         raise ModelError(f"{index}: names {' and '.join(nets) or 'no denoiser'}; a delta is of pipelines with one unet or transformer")
     return str(content.get("_class_name")), nets[0]
-
-
-def _is_named(index: dict[str, Any], name: str) -> bool:
-    value = index.get(name)
-    return isinstance(value, list) and value[:1] != [None]
 
 
 def _refuse_pickles(part: Path) -> None:
@@ -260,7 +255,7 @@ def _copied(net: Net) -> list[Path]:
     index = read_json(net.folder / "model_index.json")
     files = [file for file in net.folder.iterdir() if file.suffix in (".json", ".md", ".txt") or file.name in ("README", "LICENSE")]
     for part in net.folder.iterdir():
-        if part.is_dir() and part.name != net.name and _is_named(index, part.name):
+        if part.is_dir() and part.name != net.name and is_named(index, part.name):
             if (part / "config.json").is_file():  # a model; what a tokenizer's folder has beside its files is not asked for
                 _refuse_pickles(part)
             wanted = (*COPIED, ".safetensors", ".md")

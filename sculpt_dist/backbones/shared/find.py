@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Callable
 
 from sculpt_dist.errors import ModelError
 
@@ -45,7 +46,7 @@ def find_settings(path: str | None, public: str | None, revision: str | None) ->
 
 def _from_hub(name: str, revision: str | None, wanted: list[str] = WANTED) -> Path:
     """The hub's folder in the local cache, fetched where it is missing or older; the cache alone where the hub cannot be asked."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -53,14 +54,18 @@ def _from_hub(name: str, revision: str | None, wanted: list[str] = WANTED) -> Pa
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import filter_repo_objects
 
     transport_error = HfHubHTTPError.__bases__[0]  # httpx's or its successor's HTTPError, as the installed hub client has it
     why, ignored = "HF_HUB_OFFLINE is set", None
-    offline = constants.HF_HUB_OFFLINE
+    offline, files = constants.HF_HUB_OFFLINE, []
     try:
-        if not offline:  # asked by itself, as snapshot_download would wait for ever
+        if not offline:
             held = [file.rfilename for file in HfApi().repo_info(name, revision=revision, timeout=SECONDS).siblings or []]
             ignored = [file for file in held if _is_spare(file, held)]
+            files = list(filter_repo_objects(held, allow_patterns=wanted, ignore_patterns=ignored))
+            for file in files[:1]:  # a hub that answers no more is found out here, before the client's own minutes of trying again
+                get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=SECONDS)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"model.path={name}, model.revision={revision}: the hub knows no such model (or needs a login): {first_line(error)}"
@@ -68,7 +73,14 @@ def _from_hub(name: str, revision: str | None, wanted: list[str] = WANTED) -> Pa
     except (transport_error, OSError) as error:
         offline, why = True, f"{type(error).__name__}: {first_line(error)}"
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=wanted, ignore_patterns=ignored))
+        if offline:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=wanted, ignore_patterns=ignored))
+        # One by one: each request has a time limit, while snapshot_download lists the files once more and would wait for that for ever.
+        places = {_fetched(hf_hub_download, name, file, revision) for file in files}
+        if len(places) != 1:
+            state = "holds no file of a pipeline" if not places else "was changed while it was fetched; call again"
+            raise ModelError(f"model.path={name}, model.revision={revision}: the hub's model {state}")
+        return places.pop()
     except LocalEntryNotFoundError as error:
         raise ModelError(
             f"model.path={name}: is no local folder and not in the cache, and the hub cannot be asked: network ({why}); "
@@ -76,6 +88,11 @@ def _from_hub(name: str, revision: str | None, wanted: list[str] = WANTED) -> Pa
         ) from error
     except (transport_error, OSError) as error:
         raise ModelError(f"model.path={name}: the hub did not give it: network ({type(error).__name__}: {first_line(error)})") from error
+
+
+def _fetched(download: Callable[..., str], name: str, file: str, revision: str | None) -> Path:
+    """The folder of the revision in the cache, with this file in it."""
+    return Path(download(name, file, revision=revision, etag_timeout=SECONDS)).parents[file.count("/")]
 
 
 def _is_spare(file: str, held: list[str]) -> bool:

@@ -7,7 +7,7 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Container, Iterator, Sequence
+from typing import Any, Container, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,26 @@ from sculpt_dist.errors import ModelError
 
 DENOISERS = ("unet", "transformer")
 CHECKSUMS = "CHECKSUMS"  # file of a pipeline folder that we wrote
-STOCHASTIC = ("Ancestral", "SDE", "sde", "LCM", "TCD", "DDPM")
+STOCHASTIC = ("Ancestral", "SDE", "sde", "LCM", "TCD", "DDPM", "SASolver")
 
 
-def check_folder(folder: Path, pipeline_class: str, names: Sequence[str], settings_only: bool = False) -> None:
+def check_folder(folder: Path, pipeline_class: str, kinds: Mapping[str, type[nn.Module]], settings_only: bool = False) -> None:
     """Raises ModelError when a pipeline folder is of another class, or a component is missing or visibly damaged; reads headers only.
 
-    `settings_only`: components may lack their weights.
+    `kinds`: the components that are used, by subfolder. `settings_only`: components may lack their weights.
     """
-    pipeline_index(folder, pipeline_class)
-    for name in names:
+    index = pipeline_index(folder, pipeline_class)
+    for part in folder.iterdir():  # a component that is not used here is copied into exports, so it may hold no pickles either
+        if is_named(index, part.name) and part.name not in kinds and (part / "config.json").is_file() and not has_weights(part):
+            for file in sorted(part.glob("*.bin")):
+                raise pickled(file)
+    for name, kind in kinds.items():
         part = folder / name
         if not (part / "config.json").is_file():
             raise ModelError(f"{part}: the pipeline lacks this component (no config.json)")
-        component_config(folder, name)
+        said = component_config(folder, name).get("_class_name", kind.__name__)  # transformers' settings do not say it there
+        if said != kind.__name__:
+            raise ModelError(f"{part}: holds a {said}, not a {kind.__name__}: it is of another model")
         if not has_weights(part):
             for file in sorted(part.glob("*.bin")):
                 raise pickled(file)
@@ -38,12 +44,31 @@ def check_folder(folder: Path, pipeline_class: str, names: Sequence[str], settin
                 continue
             found = ", ".join(sorted(p.name for p in part.iterdir()))
             raise ModelError(f"{part}: no .safetensors weights (found {found}): fetch the component again")
+        _check_index(part)
         _check_one_dtype(part)
 
 
 def has_weights(part: Path) -> bool:
     """Whether a component's folder holds safetensors of any kind."""
     return any(part.glob("*.safetensors"))
+
+
+def _check_index(part: Path) -> None:
+    """A shard that lacks a tensor which its index promises was damaged; diffusers would not notice."""
+    for index in _indices(part):
+        promised = read_json(index)["weight_map"]
+        held = {entry.name: file.name for file in weight_files(part) for entry in entries(file)}
+        wrong = sorted(name for name in {*promised, *held} if promised.get(name) != held.get(name))
+        if wrong:
+            there = f"is in {held[wrong[0]]}" if wrong[0] in held else "is in none of the shards"
+            said = f"should be in {promised[wrong[0]]}" if wrong[0] in promised else "is not named"
+            raise ModelError(f"{index}: {len(wrong)} weights are not where it says, first {wrong[0]}, which {said} and {there}: fetch both again")
+
+
+def _indices(part: Path) -> list[Path]:
+    """The index of the weights that are loaded, where they lie in several files."""
+    variant = variant_of(part)
+    return sorted(part.glob(f"*.safetensors.index{'.' + variant if variant else ''}.json"))[:1]
 
 
 def _check_one_dtype(part: Path) -> None:
@@ -68,6 +93,12 @@ def pipeline_index(folder: Path, expected: str) -> dict[str, Any]:
             f"{folder}: holds a {content.get('_class_name')}, model.arch expects {expected}; set model.arch to the kind of this model, if there is one"
         )
     return content
+
+
+def is_named(index: Mapping[str, Any], name: str) -> bool:
+    """Whether model_index.json names a component of this name that the pipeline has."""
+    value = index.get(name)
+    return isinstance(value, list) and value[:1] != [None]
 
 
 def component_config(folder: Path, name: str) -> dict[str, Any]:
@@ -144,12 +175,12 @@ def weight_files(part: Path) -> list[Path]:
     Raises ModelError when the index names a file that is not there.
     """
     variant = variant_of(part)
-    indices = sorted(part.glob(f"*.safetensors.index{'.' + variant if variant else ''}.json"))
-    if indices:
-        named = sorted({part / name for name in read_json(indices[0]).get("weight_map", {}).values()})
+    for index in _indices(part):
+        said = read_json(index).get("weight_map")
+        named = sorted({part / str(name) for name in said.values()}) if isinstance(said, dict) else []
         missing = [file.name for file in named if not file.is_file()]
         if missing or not named:
-            raise ModelError(f"{indices[0]}: names {len(missing)} shards that are not there ({', '.join(missing[:3])}): fetch them again")
+            raise ModelError(f"{index}: names {len(missing)} shards that are not there ({', '.join(missing[:3])}): fetch them again")
         return named
     files = sorted(part.glob("*.safetensors"))
     return [file for file in files if (f".{variant}" in file.name if variant else file.name.count(".") == 1)]
@@ -177,14 +208,18 @@ def expected_checksums(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """A json file's object. Raises ModelError when it holds none."""
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (ValueError, UnicodeDecodeError) as error:
         raise ModelError(f"{file}: is damaged, no readable json ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: is damaged, it holds a {type(content).__name__} in place of named settings")
+    return content
 
 
-def load_scheduler(folder: Path) -> Any:
-    """The pipeline's own scheduler class with its own configuration."""
+def load_scheduler(folder: Path, forced: Mapping[str, Any]) -> Any:
+    """The pipeline's own scheduler class with its own configuration; `forced`: what the pipeline class sets in it, whatever it says."""
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         raise ModelError(f"{file}: the pipeline lacks its scheduler")
@@ -198,7 +233,8 @@ def load_scheduler(folder: Path) -> Any:
     scheduler = getattr(importlib.import_module("diffusers"), name, None)
     if scheduler is None or not name.endswith("Scheduler"):
         raise ModelError(f"{file}: _class_name {name!r} is no scheduler of diffusers")
-    return scheduler.from_pretrained(folder, subfolder="scheduler")
+    loaded = scheduler.from_pretrained(folder, subfolder="scheduler")
+    return scheduler.from_config(loaded.config, **{key: value for key, value in forced.items() if key in loaded.config})
 
 
 def stored_entries(part: Path) -> list[Entry]:

@@ -139,6 +139,13 @@ def _turned(pieces: Iterable[Piece], fetch: Fetch) -> Iterator[tuple[str, Tensor
         yield entry.name, tensor.T if entry.turn == "transposed" else tensor.reshape(entry.shape)
 
 
+def check_single_kind(file: Path) -> None:
+    """Raises ModelError when a single file is damaged, or of a kind that is never read; its header is enough for that."""
+    looks = looks_like(entry.name for entry in entries(file))
+    if looks not in PREFIXES:
+        raise ModelError(f"{file}: looks like {NAMES[looks]}; single files of {' and '.join(NAMES[kind] for kind in PREFIXES)} are read")
+
+
 def read_single_file(file: Path, template: Path, folder: Path) -> None:
     """Write a single file in the original layout as a diffusers pipeline folder, in the stored dtypes; about one tensor is in memory.
 

@@ -77,7 +77,13 @@ class DiscreteSchedule(Schedule):
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
         super().__init__(scheduler, device)
-        self.alpha_bar = scheduler.alphas_cumprod.to(device)  # [T]
+        try:
+            self.alpha_bar = scheduler.alphas_cumprod.to(device)  # [T]
+        except AttributeError as error:
+            raise ModelError(
+                f"scheduler {type(scheduler).__name__}: has no alpha_bar, so its noise is none that is known here; save the pipeline with "
+                "another one, such as DPMSolverMultistepScheduler"
+            ) from error
 
     def sample_time(self, uniform: Tensor, window: tuple[float, float]) -> Tensor:
         low, high = window

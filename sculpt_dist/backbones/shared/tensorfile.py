@@ -98,11 +98,12 @@ def _no_safetensors(file: Path, start: bytes) -> ModelError:
 
 def pickled(file: Path) -> ModelError:
     """What is said of a file of pickled weights, with the command that converts it."""
+    target = file.with_name(file.name.replace("pytorch_model", "model") if file.name.startswith("pytorch_model") else file.name)
     code = (
         "from torch import is_tensor, load; from safetensors.torch import save_file; "
         f"held = load({str(file)!r}, map_location='cpu', weights_only=True); held = held.get('state_dict', held); "
         "save_file({name: value.clone().contiguous() for name, value in held.items() if is_tensor(value)}, "
-        f"{str(file.with_suffix('.safetensors'))!r})"
+        f"{str(target.with_suffix('.safetensors'))!r})"
     )
     return ModelError(f"{file}: holds pickled weights, which can run code and are not read; convert it with: python -c {shlex.quote(code)}")
 

@@ -10,7 +10,7 @@ from typing import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sculpt_dist.backbones.shared.folders import CHECKSUMS, file_tensors, read_json, stored_entries, variant_of, weight_files
+from sculpt_dist.backbones.shared.folders import CHECKSUMS, file_tensors, is_named, read_json, stored_entries, variant_of, weight_files
 from sculpt_dist.backbones.shared.tensorfile import Entry, TensorWriter, entries, write_tensors
 from sculpt_dist.files import file_sha256
 
@@ -28,7 +28,8 @@ def write_pipeline(base: Path, folder: Path, net_name: str, dtype: torch.dtype, 
     """
     folder.mkdir(parents=True)
     shutil.copy(base / "model_index.json", folder)
-    for part in sorted(path for path in base.iterdir() if path.is_dir() and path.name in read_json(base / "model_index.json")):
+    index = read_json(base / "model_index.json")
+    for part in sorted(path for path in base.iterdir() if path.is_dir() and is_named(index, path.name)):
         if part.name != net_name:
             _copy_component(part, folder / part.name, dtype)
     part = folder / net_name
