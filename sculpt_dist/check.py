@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sculpt_dist import build
 from sculpt_dist.backbones.base import Backbone
@@ -23,7 +23,7 @@ from sculpt_dist.errors import ConfigError, ModelError
 from sculpt_dist.methods.base import Editor, Method, Predictor, Setup, Step
 from sculpt_dist.settings import RunConfig
 from sculpt_dist.train import Plan, make_plan
-from sculpt_dist.types import ConceptBatch, Stream
+from sculpt_dist.types import ConceptBatch, Denoiser, Stream, TextCond
 
 META = torch.device("meta")
 NOWHERE: Any = SimpleNamespace(device=META, on_first=lambda work: work())  # where a run has its group of ranks
@@ -163,6 +163,15 @@ def _batch(method: Method, backbone: Backbone, prompts: Sequence[ConceptPrompts]
     )  # distractors are chosen by values: the superclass's shapes stand for theirs
 
 
+class Standing(Trajectory):
+    """A trajectory on the meta device: one step tells what all of them would."""
+
+    def walk_to(
+        self, index: int, steps: int, denoiser: Denoiser, noise: Callable[[], Tensor], cond: TextCond, negative: TextCond, guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        return super().walk_to(min(index, 1), steps, denoiser, noise, cond, negative, guidance)
+
+
 def _try_losses(method: Method, plan: Plan, backbone: Backbone, prompts: ConceptPrompts, batch: ConceptBatch) -> None:
     """The method's losses of one step, as shapes. Raises ModelError where shapes do not fit, ConfigError where a loss cannot train."""
     frozen: Any = torch.no_grad  # of a teacher only the missing gradient can be seen without values
@@ -171,7 +180,7 @@ def _try_losses(method: Method, plan: Plan, backbone: Backbone, prompts: Concept
     where = f"{backbone.folder / backbone.net_name}"
     with _naming(f"{where}, the method's preparation"):
         method = method.prepare(Setup(0, backbone, plan.updates, prompts))
-    step = Step(student, teacher, teacher if method.needs_original else None, batch, backbone, draws, Trajectory(backbone.schedule), 0, 0.0)
+    step = Step(student, teacher, teacher if method.needs_original else None, batch, backbone, draws, Standing(backbone.schedule), 0, 0.0)
     functions = {"the saliency": method.saliency} if plan.collect else {}
     functions |= {f"loss group {i}": function for i, function in enumerate(method.loss_groups())}
     for what, function in functions.items():

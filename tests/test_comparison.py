@@ -113,6 +113,20 @@ def test_cells_are_every_combination_once(tmp_path):
     assert cells[0].key == "two/sd15/plain/seed-0" and finished(cell, config, {}) is None
 
 
+@pytest.mark.parametrize("file", sorted((PROJECT / "configs" / "compare").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_cell_of_a_shipped_comparison_can_run(file):
+    comparison = read_comparison(file)
+    cells = list(comparison_cells(comparison, file, []))
+    for cell in cells:
+        _checked(cell)
+    tuning = {"bird", "tree", "boat"}
+    used = {concept.target for concepts in comparison.sequences.values() for concept in concepts}
+    seeds = {cell.seed for cell in cells}
+    assert (used <= tuning and min(seeds) >= 100) if file.name == "tuning.yaml" else (not used & tuning and max(seeds) < 100)
+    trials = [row.name.rpartition("-")[0] for row in comparison.rows]
+    assert file.name != "tuning.yaml" or len({trials.count(name) for name in trials}) == 1  # as many for every method
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

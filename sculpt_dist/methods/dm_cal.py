@@ -36,7 +36,8 @@ REFERENCE = """With `reference_compat: true`: the distillation term is computed 
 guidance; the saliency of the collect steps stays in the statistic until the first refresh; moments of closed and opened weights are
 kept, so that closed weights go on moving on them; the schedule and the refreshes count the collect steps too, so that the schedule
 never ends; the result is the candidate with the lowest mean forget loss of a ninth of the updates. Not reproduced: rank-local
-masks, gradients of untrained weights, the moving bias of the output projection, and ties that all open."""
+masks, gradients of untrained weights, the moving bias of the output projection, ties that all open, progress counted by epochs, and
+losses of the collect steps in the first candidate's mean."""
 
 
 class Method(Base):

@@ -29,6 +29,7 @@ def parameter_groups(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[str
         if kind and part:
             groups.setdefault(f"{kind}.{part}", []).append(name)
             groups.setdefault(kind, []).append(name)
+            groups.setdefault("attention", []).append(name)
         if words[0] in BLOCKS:
             number = int(words[1]) if words[1].isdigit() else 0
             blocks.setdefault((BLOCKS.index(words[0]), number), []).append(name)
