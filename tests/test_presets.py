@@ -1,4 +1,4 @@
-"""The presets against what is published, written out by hand from METHODS.md, and against models of the real sizes."""
+"""The presets against what is published, written out by hand, and against models of the real sizes."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ BY_VARIANT = {"x": "cross_attention", "u": "not_cross_attention"}
 
 
 def trained(preset: str, arch: str) -> int | None:
-    """How many weights METHODS.md lets a preset train; None for a closed form."""
+    """How many weights a preset should train; None for a closed form."""
     row = PUBLISHED[preset]
     group = row.get("method.trains") or BY_VARIANT.get(row.get("method.variant")) or BY_METHOD.get(preset.split("-")[0])
     return None if group is None else sum(count for name, count in layers(arch).items() if WITHIN[group](name))

@@ -17,7 +17,7 @@ def one_cycle(progress: float, warmup: float, start: float = 1 / 25, end: float 
 
 
 def turnover_share(turnover: float, progress: float) -> float:
-    """The share of open weights to swap, decayed by a cosine (METHODS.md 1.5): turnover (1 + cos(pi progress)) / 2."""
+    """The share of open weights to swap, decayed by a cosine (Sculpting Memory, its code): turnover (1 + cos(pi progress)) / 2."""
     return turnover * (1 + math.cos(math.pi * progress)) / 2
 
 
