@@ -6,7 +6,7 @@ Which cells there are, which of them are done, and their running. What is made o
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -36,10 +36,6 @@ class Cell:
     def key(self) -> str:
         return f"{self.sequence}/{self.backbone}/{self.row}/seed-{self.seed}"
 
-    @property
-    def config(self) -> RunConfig:
-        return load_config(self.file, self.overrides)
-
 
 def compare(file: Path, overrides: Sequence[str] = (), parallel: int = 1, ranks: int = 1, shard: tuple[int, int] | None = None) -> Path:
     """Run the cells of a comparison that are not done, and write its tables; returns the page.
@@ -49,9 +45,10 @@ def compare(file: Path, overrides: Sequence[str] = (), parallel: int = 1, ranks:
     """
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, overrides))
-    configs = {cell.key: _checked(cell) for cell in cells}
+    configs = checked_configs(cells)
     record = _read_record(file.parent / comparison.record if comparison.record else None)
-    todo = [cell for cell in cells if finished(cell, configs[cell.key], record) is None]
+    results = {cell.key: finished(cell, configs[cell.key], record) for cell in cells}
+    todo = [cell for cell in cells if results[cell.key] is None]
     if shard is not None:
         index, count = shard
         if not 0 <= index < count:
@@ -64,7 +61,7 @@ def compare(file: Path, overrides: Sequence[str] = (), parallel: int = 1, ranks:
     folder = Path(comparison.folder)
     if shard is not None:
         return folder
-    results = {cell.key: finished(cell, configs[cell.key], record) for cell in cells}
+    results |= {cell.key: finished(cell, configs[cell.key], record) for cell in todo}
     if comparison.record:
         lines = [json.dumps(results[key], sort_keys=True) for key in sorted(results)]
         write_atomically(file.parent / comparison.record, ("\n".join(lines) + "\n").encode())
@@ -110,21 +107,33 @@ def _cell(comparison: Comparison, file: Path, overrides: Sequence[str], table: T
     return Cell(table.sequence, backbone, row.name, seed, file.parent / row.config, (*given, *mine), folder)
 
 
-def _checked(cell: Cell) -> RunConfig:
-    try:
-        config = cell.config
-        build_method(config)
-        check_evaluation(config)
-    except ConfigError as error:
-        raise ConfigError(f"cell {cell.key}: {error}") from error
-    return config
+def checked_configs(cells: Sequence[Cell]) -> dict[str, RunConfig]:
+    """The configuration of every cell, by its key. Raises ConfigError that names the cell which cannot work."""
+    configs: dict[str, RunConfig] = {}
+    loaded: dict[tuple[str, str, str], RunConfig] = {}
+    evaluations: set[str] = set()
+    for cell in cells:
+        row = (cell.sequence, cell.backbone, cell.row)
+        if row not in loaded:  # of a row's seeds, one is read and checked for all
+            try:
+                loaded[row] = config = load_config(cell.file, cell.overrides)
+                build_method(config)
+                evaluation = repr((config.evaluate, config.concepts))
+                if evaluation not in evaluations:
+                    check_evaluation(config)
+                    evaluations.add(evaluation)
+            except ConfigError as error:
+                raise ConfigError(f"cell {cell.key}: {error}") from error
+        config = loaded[row]
+        train, run = replace(config.train, seed=cell.seed), replace(config.run, folder=str(cell.folder))
+        configs[cell.key] = replace(config, train=train, run=run)
+    return configs
 
 
 def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """What the tables need of a cell that is done, from its folder or from the record; None while it is not."""
-    fingerprint = config_fingerprint(config)
     recorded = record.get(cell.key)
-    if recorded is not None and recorded["config"] == fingerprint:
+    if recorded is not None and recorded["config"] == config_fingerprint(config):
         return recorded
     content = finished_report(cell.folder, config)
     if content is None:
@@ -133,7 +142,7 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
     costs = ("passes", "cpu_seconds", "seconds", "peak_memory_bytes", "weights", "relapse")
     return {
         "key": cell.key,
-        "config": fingerprint,
+        "config": content["config"],
         "answers": json.loads((last / "answers.json").read_bytes()),
         "extra": content["after"]["extra"],
     } | {name: content[name] for name in costs}
@@ -143,7 +152,7 @@ def finished_report(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     """The report of a run folder, where a run of this very configuration has ended there; running any other one says what differs."""
     file = folder / "report" / "report.json"
     content = json.loads(file.read_bytes()) if file.is_file() else {}
-    return content if content.get("config") == config_fingerprint(config) else None
+    return content if content and content.get("config") == config_fingerprint(config) else None
 
 
 def _read_record(file: Path | None) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import PROJECT, rank_environment, sculpt
 
-from sculpt_dist.compare import _checked, compare, comparison_cells, finished, read_comparison
+from sculpt_dist.compare import checked_configs, compare, comparison_cells, finished, read_comparison
+from sculpt_dist.config import load_config
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.jobs import Job, run_jobs
 from sculpt_dist.maths.comparison import harmonic_mean, percentiles, resampled_scores, resampling, score_means, stacked
@@ -107,7 +108,8 @@ def test_cells_are_every_combination_once(tmp_path):
     cells = list(comparison_cells(read_comparison(file), file, ["train.clip=0.5"]))
     assert len({cell.key for cell in cells}) == len(cells) == 3 * 2 * 2 + 2  # the second table shares all but its seed 2
     cell = next(cell for cell in cells if cell.key == "two/sana/faster/seed-1")
-    config = _checked(cell)
+    config = checked_configs(cells)[cell.key]
+    assert config == load_config(cell.file, cell.overrides)  # as its own command line gives it
     assert (config.model.arch, config.train.seed, config.train.lr, config.train.clip) == ("sana", 1, 0.1, 0.5)
     assert [concept.target for concept in config.concepts] == ["cat", "neon"] and config.run.folder.endswith("two/sana/faster/seed-1")
     assert cells[0].key == "two/sd15/plain/seed-0" and finished(cell, config, {}) is None
@@ -117,8 +119,7 @@ def test_cells_are_every_combination_once(tmp_path):
 def test_every_cell_of_a_shipped_comparison_can_run(file):
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, []))
-    for cell in cells:
-        _checked(cell)
+    assert len(checked_configs(cells)) == len(cells)
     tuning = {"bird", "tree", "boat"}
     used = {concept.target for concepts in comparison.sequences.values() for concept in concepts}
     seeds = {cell.seed for cell in cells}
@@ -202,7 +203,8 @@ def test_a_stopped_comparison_saves_what_runs_and_goes_on(tmp_path):
 
 def test_a_row_is_compared_over_the_seeds_that_both_have(tmp_path):
     file = written(tmp_path)
-    cells = {cell.seed: _checked(cell) for cell in comparison_cells(read_comparison(file), file, []) if cell.key.startswith("two/sd15/plain/")}
+    configs = checked_configs(list(comparison_cells(read_comparison(file), file, [])))
+    cells = {seed: configs[f"two/sd15/plain/seed-{seed}"] for seed in (0, 1, 2)}
 
     def row(right: dict[int, float]):
         def told(share: float) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -50,9 +51,12 @@ def reference_features(folder: Path, features: Features) -> Tensor:
 
 def drawn_features(features: Features) -> Tensor:
     """Float64 features [N, D] of drawings of every object of the canvas in every style."""
-    drawings, _, _ = draw_dataset(DRAWN, seed=0)
-    images = torch.from_numpy(drawings).permute(0, 3, 1, 2)  # uint8 [N, 3, 32, 32]
-    return torch.cat([features(batch).cpu().double() for batch in images.split(BATCH)])
+    return torch.cat([features(batch).cpu().double() for batch in _drawings().split(BATCH)])
+
+
+@lru_cache(maxsize=1)
+def _drawings() -> Tensor:  # uint8 [N, 3, 32, 32]
+    return torch.from_numpy(draw_dataset(DRAWN, seed=0)[0]).permute(0, 3, 1, 2)
 
 
 def _read(file: Path) -> Tensor:
