@@ -132,11 +132,12 @@ def compare(
     jobs: int = typer.Option(1, help="Cells that run at a time on this machine."),
     ranks: int = typer.Option(1, help="Processes of each cell."),
     shard: Optional[str] = typer.Option(None, help="i/n: run every n-th cell from the i-th (0 on); no tables. For a job array."),
+    run: bool = typer.Option(True, help="Run what is missing; --no-run only writes the tables of what is done."),
 ) -> None:
     """Run methods x models x concept sequences x seeds, each in a run folder of its own, and write one table and one page. Goes on."""
     from sculpt_dist.compare import compare as run_comparison
 
-    print(f"comparison: {run_comparison(config, overrides or [], jobs, ranks, _shard(shard))}")
+    print(f"comparison: {run_comparison(config, overrides or [], jobs, ranks, _shard(shard), run)}")
 
 
 @app.command()

@@ -37,10 +37,18 @@ class Cell:
         return f"{self.sequence}/{self.backbone}/{self.row}/seed-{self.seed}"
 
 
-def compare(file: Path, overrides: Sequence[str] = (), parallel: int = 1, ranks: int = 1, shard: tuple[int, int] | None = None) -> Path:
+def compare(
+    file: Path,
+    overrides: Sequence[str] = (),
+    parallel: int = 1,
+    ranks: int = 1,
+    shard: tuple[int, int] | None = None,
+    run: bool = True,
+) -> Path:
     """Run the cells of a comparison that are not done, and write its tables; returns the page.
 
-    `overrides` go to every cell. With `shard` (i, n) every n-th cell runs, from the i-th on, and no table is written. Raises ConfigError,
+    `overrides` go to every cell. With `shard` (i, n) every n-th cell runs, from the i-th on, and no table is written; without `run` no
+    cell runs, and the tables hold what is done. Raises ConfigError,
     before anything runs, for a cell whose configuration cannot work, and at the end when a cell failed; StopRequested after a signal.
     """
     comparison = read_comparison(file)
@@ -54,7 +62,7 @@ def compare(file: Path, overrides: Sequence[str] = (), parallel: int = 1, ranks:
         if not 0 <= index < count:
             raise ConfigError(f"shard {index}/{count}: the first number is below the second, from 0 on")
         todo = [cell for i, cell in enumerate(cells) if i % count == index and cell in todo]
-    failed = _run(todo, parallel, ranks)
+    failed = _run(todo, parallel, ranks) if run else {}
     if failed:
         told = "; ".join(f"{key}: {line}" for key, line in failed.items())
         raise ConfigError(f"{len(failed)} of {len(todo)} cells failed: {told}")
@@ -63,7 +71,7 @@ def compare(file: Path, overrides: Sequence[str] = (), parallel: int = 1, ranks:
         return folder
     results |= {cell.key: finished(cell, configs[cell.key], record) for cell in todo}
     if comparison.record:
-        lines = [json.dumps(results[key], sort_keys=True) for key in sorted(results)]
+        lines = [json.dumps(result, sort_keys=True) for _, result in sorted(results.items()) if result is not None]
         write_atomically(file.parent / comparison.record, ("\n".join(lines) + "\n").encode())
     return write_tables(folder, comparison, configs, results)
 

@@ -168,6 +168,9 @@ def test_a_comparison_runs_in_shards_goes_on_and_writes_its_tables(tmp_path):
     file = written(tmp_path, lambda text: text.replace("seeds: [0, 1]", "seeds: [0]").replace("[sd15, sana]", "[sana]").replace("[0, 2]", "[0]"))
     first = sculpt("compare", str(file), "--shard", "0/2", "--jobs", "2")
     assert "[3/3]" in first and not (tmp_path / "runs" / "compare.html").exists() and not (tmp_path / "cells.jsonl").exists()
+    assert "done" not in sculpt("compare", str(file), "--no-run")
+    assert [len(block["lines"]) for block in json.loads((tmp_path / "runs" / "compare.json").read_text())] == [2, 1]
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 3
     assert "[2/2]" in sculpt("compare", str(file), "--jobs", "2")
     assert "done" not in sculpt("compare", str(file))  # nothing is left to run
     blocks = json.loads((tmp_path / "runs" / "compare.json").read_text())
