@@ -87,6 +87,6 @@ def _launcher(ranks: int) -> list[str]:
 
 def _environment(processes: int) -> dict[str, str]:
     """This process's environment, without what a launcher said of it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     return {"OMP_NUM_THREADS": str(max(1, cores // processes))} | kept
