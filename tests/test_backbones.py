@@ -12,8 +12,10 @@ import torch
 from conftest import PROJECT
 
 from sculpt_dist.backbones.shared.find import find_folder
-from sculpt_dist.backbones.shared.folders import stored_weights
+from sculpt_dist.backbones.shared.folders import load_tokenizer, stored_weights
 from sculpt_dist.backbones.shared.options import Options
+from sculpt_dist.backbones.shared.stable import tiny_unet
+from sculpt_dist.backbones.shared.text import clip_text_encoder
 from sculpt_dist.backbones.shared.writing import write_pipeline
 from sculpt_dist.build import plugin, plugins
 from sculpt_dist.canvas.world import WORDS
@@ -81,9 +83,8 @@ def backbone():
     return kind("sd15")(ASSETS, torch.float32, CPU)
 
 
-@pytest.mark.parametrize(("arch", "settings"), SCHEDULERS, ids=str)
-def test_sampling_equals_the_plain_pipeline(folder_with, arch, settings):
-    folder = folder_with(arch, settings)
+def assert_samples_as_the_plain_pipeline(arch: str, folder: Path) -> None:
+    """Latents alike, and pixels to rounding, for three prompts and a negative one."""
     ours, theirs = kind(arch)(folder, torch.float32, CPU), plain_pipeline(folder)
     noise = torch.randn(3, *ours.latent_shape, generator=torch.Generator().manual_seed(1))
     prompts, negative = ["a photo of a cat", "a photo of a boat in neon style", "bird"], ["a photo of a fish"] * 3
@@ -96,6 +97,28 @@ def test_sampling_equals_the_plain_pipeline(folder_with, arch, settings):
     pixels = theirs(prompts, latents=start, output_type="np", **options).images
     difference = ours.decode(latents).permute(0, 2, 3, 1).int() - torch.from_numpy((pixels * 255).round()).int()
     assert difference.abs().max() <= 1
+
+
+@pytest.mark.parametrize(("arch", "settings"), SCHEDULERS, ids=str)
+def test_sampling_equals_the_plain_pipeline(folder_with, arch, settings):
+    assert_samples_as_the_plain_pipeline(arch, folder_with(arch, settings))
+
+
+def test_a_checkpoint_of_the_2_1_type_samples_as_its_pipeline_does(folder_with):
+    """Another text width and activation, linear projections, heads by level, v-prediction."""
+    folder = folder_with("sd15", {"prediction_type": "v_prediction", "_class_name": "PNDMScheduler", "skip_prk_steps": True})
+    tokenizer = load_tokenizer(folder, "tokenizer")
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        encoder = clip_text_encoder(tokenizer, width=96)
+        unet = tiny_unet((56, 80), 96, use_linear_projection=True)
+    for name, part in (("text_encoder", encoder), ("unet", unet)):
+        shutil.rmtree(folder / name)
+        part.save_pretrained(folder / name)
+    for name, change in (("text_encoder", {"hidden_act": "gelu"}), ("unet", {"attention_head_dim": [7, 8]})):
+        file = folder / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert_samples_as_the_plain_pipeline("sd15", folder)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
