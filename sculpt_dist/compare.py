@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 from omegaconf import OmegaConf
 
@@ -48,8 +48,8 @@ def compare(
     """Run the cells of a comparison that are not done, and write its tables; returns the page.
 
     `overrides` go to every cell. With `shard` (i, n) every n-th cell runs, from the i-th on, and no table is written; without `run` no
-    cell runs, and the tables hold what is done. Raises ConfigError,
-    before anything runs, for a cell whose configuration cannot work, and at the end when a cell failed; StopRequested after a signal.
+    cell runs, and the tables hold what is done. Raises ConfigError, before anything runs, for a cell whose configuration cannot work, and
+    at the end, after the tables of the others, when a cell failed; StopRequested after a signal.
     """
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, overrides))
@@ -63,17 +63,16 @@ def compare(
             raise ConfigError(f"shard {index}/{count}: the first number is below the second, from 0 on")
         todo = [cell for i, cell in enumerate(cells) if i % count == index and cell in todo]
     failed = _run(todo, parallel, ranks) if run else {}
+    page = Path(comparison.folder)
+    if shard is None:
+        results |= {cell.key: finished(cell, configs[cell.key], record) for cell in todo}
+        if comparison.record:
+            _write_record(file.parent / comparison.record, record | {key: result for key, result in results.items() if result is not None})
+        page = write_tables(page, comparison, configs, results)
     if failed:
         told = "; ".join(f"{key}: {line}" for key, line in failed.items())
         raise ConfigError(f"{len(failed)} of {len(todo)} cells failed: {told}")
-    folder = Path(comparison.folder)
-    if shard is not None:
-        return folder
-    results |= {cell.key: finished(cell, configs[cell.key], record) for cell in todo}
-    if comparison.record:
-        lines = [json.dumps(result, sort_keys=True) for _, result in sorted(results.items()) if result is not None]
-        write_atomically(file.parent / comparison.record, ("\n".join(lines) + "\n").encode())
-    return write_tables(folder, comparison, configs, results)
+    return page
 
 
 def read_comparison(file: Path) -> Comparison:
@@ -168,6 +167,13 @@ def _read_record(file: Path | None) -> dict[str, dict[str, Any]]:
         return {}
     entries = [json.loads(line) for line in file.read_text().splitlines() if line]
     return {entry["key"]: entry for entry in entries}
+
+
+def _write_record(file: Path, results: Mapping[str, Any]) -> None:
+    """A line for every cell; what it held of other configurations of a cell that is not done stays."""
+    lines = [json.dumps(results[key], sort_keys=True) for key in sorted(results)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, ("\n".join(lines) + "\n").encode())
 
 
 def _run(cells: Sequence[Cell], parallel: int, ranks: int) -> dict[str, str]:
