@@ -91,6 +91,8 @@ def write_run(folder: Path, targets: Sequence[str] = ("cat", "car"), side: int =
     costs = {
         "seconds": {"prepare": 21.5, "train": 48.25, "evaluate": 30.0, "total": 104.5},
         "cpu_seconds": {"prepare": 40.0, "train": 95.5},
+        "passes": {"prepare": 4608, "train": 25200, "evaluate": 11520},
+        "passes": {"prepare": 4608, "train": 25200},
         "peak_memory_bytes": [1288490188, 1181116006],
         "weights": {"total": 1780000, "trained": 122880, "open": 61440},
         "bytes_communicated": 123456789,
@@ -172,6 +174,7 @@ def test_report_json_holds_the_scores_and_costs_of_the_run(finished: Path) -> No
         "relapse": [[0.0, 0.965], [0.031, 0.027]],
         "seconds": {"prepare": 21.5, "train": 48.25, "evaluate": 30.0, "total": 104.5},
         "cpu_seconds": {"prepare": 40.0, "train": 95.5},
+        "passes": {"prepare": 4608, "train": 25200},
         "peak_memory_bytes": [1288490188, 1181116006],
         "weights": {"total": 1780000, "trained": 122880, "open": 61440},
         "bytes_communicated": 123456789,
