@@ -69,8 +69,12 @@ def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
 
 
 def check_model(config: RunConfig, folder: Path) -> None:
-    """One prediction and one decoded image, as shapes. Raises ModelError where the components of a pipeline folder do not fit together."""
+    """One prediction and one decoded image, as shapes, and the names and shapes of the denoiser's weights.
+
+    Raises ModelError where the components of a pipeline folder do not fit together, or the weights are not those of the settings.
+    """
     backbone = build.build_backbone(config, NOWHERE, path=str(folder))
+    _compare_stored(backbone, backbone.net)
     with _naming(f"{folder}, one prediction of {backbone.net_name} for one prompt"):
         cond = backbone.embed([""])
         noisy = torch.empty(1, *backbone.latent_shape, device=META)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from pathlib import Path
@@ -181,12 +182,29 @@ def main() -> NoReturn:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # a launcher ends all ranks when the first one ends, and the message is the first rank's
-        sys.exit(USER_ERROR)
+        _end(USER_ERROR)
     except StopRequested as stop:
         if _is_first():
             print(stop, file=sys.stderr, flush=True)
-        sys.exit(STOPPED)
-    sys.exit(DONE)
+        _end(STOPPED)
+    except SystemExit as ended:  # typer's own way to end
+        _end(int(ended.code or DONE))
+    _end(DONE)
+
+
+def _end(code: int) -> NoReturn:
+    """End with this exit code; one of several ranks ends without tearing Python down, which gloo's threads may turn into an abort.
+
+    That is pytorch issue 190489: references to the process group that DeepSpeed holds outlive `destroy_process_group`.
+    """
+    import os
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _load(config: Path, overrides: Optional[List[str]]) -> RunConfig:

@@ -267,7 +267,7 @@ def broken(tmp_path: Path, kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("a missing weight", "missing mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
+        ("a missing weight", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight: stored none"),
         ("a cut weight file", "unet"),
         ("no pipeline", "no model_index.json"),
         ("only pickles", "holds pickled weights"),
