@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sculpt_dist.errors import ModelError, NonFiniteError
 
 ADVICE = "the weights are as before it and the last checkpoint stays; lower train.lr or look at the data of this concept"
 Stored = Callable[[Container[str]], Iterable[tuple[str, Tensor]]]
+TRIM_EVERY = 1 << 28  # bytes of loaded weights
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -199,7 +201,7 @@ def sharded_net(
     )
     largest = max(math.prod(shape) for shape in expected.values())
     passing = torch.empty(largest, dtype=DTYPES[settings.precision], device=group.device)  # one buffer: the heap would fragment otherwise
-    source, broken = iter(stored), []
+    source, broken, since_trim = iter(stored), [], 0
     for name, shape in shapes.items():
         tensor = next(source)[1] if group.is_first else None
         whole = passing[: math.prod(shape)].view(shape)
@@ -211,10 +213,22 @@ def sharded_net(
         module, _, leaf = name.rpartition(".")
         setattr(net.get_submodule(module), leaf, parameter)
         partition._convert_to_zero_parameters([parameter])  # the first rank's values go to all, and each keeps its part
+        del tensor
+        since_trim += whole.nbytes
+        if since_trim > TRIM_EVERY:
+            _return_free_memory()
+            since_trim = 0
     broken = group.from_first(broken)
     if broken:
         raise ModelError(f"{len(broken)} weights of the net hold values that are not finite ({broken[0]}, ...); the checkpoint is damaged")
     return net.eval()
+
+
+def _return_free_memory() -> None:
+    """Give the holes that passing tensors left in the heap back to the system, where the C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def check_fit(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object = "the net") -> None:
