@@ -49,6 +49,11 @@ def plugin(package: str, name: str, key: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
+def join_ranks(config: RunConfig) -> Group:
+    """The ranks of this job, which all came with the same run folder and configuration. Raises LaunchError where they did not."""
+    return Group(config.engine.timeout, f"run.folder={config.run.folder}, configuration {config_fingerprint(config)[:12]}")
+
+
 def build_method(config: RunConfig) -> Any:
     """The method that `method.name` names, with its own options checked like every other key."""
     name = config.method.get("name", "dm_cal")
@@ -131,20 +136,18 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
 
 OURS = (
     "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors delta.safetensors lora "
-    "kohya.safetensors report wandb"
+    "kohya.safetensors report wandb log.txt STOP REQUEUE"
 ).split()
 KEPT_BY_FRESH = ("data",)  # its recipes say themselves what can be used again
-UNDECIDING = ("run", "track", "engine.timeout", "train.checkpoint_every", "train.workers")  # keys that do not change the result
+UNDECIDING = ("run", "track", "engine.timeout", "engine.grace", "train.checkpoint_every", "train.background_save", "train.workers")  # keys that do not change the result
 
 
 def claim_folder(config: RunConfig, group: Group) -> Path:
     """The run folder, ours alone: empty, or of this very configuration, and locked until this process ends.
 
-    Raises RunFolderError that names what differs, or who holds it; ConfigError when the ranks were given different configurations.
+    Raises RunFolderError that names what differs, or who holds it.
     """
     folder = Path(config.run.folder)
-    if len(set(group.to_all(config_fingerprint(config)))) > 1:
-        raise ConfigError("the ranks were given different configurations: start all of them with the same file and overrides")
     error = group.from_first(_claim(folder, config) if group.is_first else None)
     if error:
         raise RunFolderError(error)
@@ -177,11 +180,13 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif theirs is not None and any((folder / name).exists() for name in ("checkpoints", "evaluation")):
         changes = _differences(theirs, OmegaConf.create(text))
-        if changes:
+        if changes and not config.run.override:
             return (
                 f"run.folder={folder} belongs to a run with another configuration ({'; '.join(changes[:6])}): choose another run.folder, "
-                "or discard that run with run.fresh=true"
+                "go on all the same with --override, or discard that run with --fresh"
             )
+        if changes:
+            print(f"going on with another configuration: {'; '.join(changes)}", flush=True)
     write_atomically(file, text.encode())
     return None
 
@@ -271,10 +276,14 @@ def base_fingerprint(folder: Path) -> str:
     return text_sha256("\n".join(f"{file.relative_to(folder)} {checksum}" for file, checksum in found.items()))
 
 
+def code_versions() -> dict[str, str]:
+    """Of this package and of those that its numbers hang on."""
+    return {"sculpt-dist": __version__} | {name: version(name) for name in ("torch", "deepspeed", "diffusers", "transformers")}
+
+
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: dict[str, str]) -> None:
     """manifest.json: what this run was made from."""
-    packages = {"sculpt-dist": __version__} | {name: version(name) for name in ("torch", "deepspeed", "diffusers", "transformers")}
-    content = {"base": base, "config": config_fingerprint(config), "shards": shards, "code": packages}
+    content = {"base": base, "config": config_fingerprint(config), "shards": shards, "code": code_versions()}
     write_atomically(folder / "manifest.json", json.dumps(content, indent=1).encode())
 
 
@@ -283,8 +292,22 @@ def config_fingerprint(config: RunConfig) -> str:
     return text_sha256(json.dumps(_deciding(OmegaConf.create(to_yaml(config))), sort_keys=True, default=str))
 
 
-def check_checkpoint(path: Path, state: dict[str, Any], fingerprints: dict[str, str]) -> None:
-    """Raises RunFolderError when a checkpoint is of another base model, configuration or data."""
-    for name, mine in fingerprints.items():
-        if state[name] != mine:
-            raise RunFolderError(f"{path}: is of another {name} ({state[name][:12]}, now {mine[:12]}); start over with run.fresh=true")
+def check_checkpoint(path: Path, state: dict[str, Any], fingerprints: dict[str, str], config: RunConfig) -> bool:
+    """Whether a checkpoint was made with another configuration or other data, which only `run.override` accepts.
+
+    Raises RunFolderError when it was and is not accepted, when it is of another base model, or when the concepts that it has finished
+    are not the first ones of the configuration.
+    """
+    changed = [name for name, mine in fingerprints.items() if state[name] != mine]
+    refused = [name for name in changed if name == "base" or not config.run.override]
+    if refused:
+        name = refused[0]
+        cure = "start over with --fresh" if name == "base" else "go on all the same with --override, or start over with --fresh"
+        raise RunFolderError(f"{path}: is of another {name} ({state[name][:12]}, now {fingerprints[name][:12]}); {cure}")
+    targets = [concept.target for concept in config.concepts]
+    if targets[: len(state["finished"])] != state["finished"]:
+        raise RunFolderError(
+            f"{path}: has finished {', '.join(state['finished'])}, and the configuration begins with {', '.join(targets)}: keep what is "
+            "finished in its place, or start over with --fresh"
+        )
+    return bool(changed)

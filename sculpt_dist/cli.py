@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, List, NoReturn, Optional, Tuple
 
 import typer
 
-from sculpt_dist.errors import ConfigError, NonFiniteError, SculptError, StopRequested
+from sculpt_dist.errors import ConfigError, LaunchError, NonFiniteError, SculptError, StopRequested
+from sculpt_dist.signals import note_early
 
 if TYPE_CHECKING:
     from sculpt_dist.settings import RunConfig
 
-DONE, USER_ERROR, STOPPED = 0, 2, 75  # a crash is 1, as Python has it
+DONE, CRASHED, USER_ERROR, STOPPED = 0, 1, 2, 75
 
 app = typer.Typer(help="Make a text-to-image diffusion model forget concepts.", no_args_is_help=True, pretty_exceptions_enable=False)
 canvas_app = typer.Typer(help="The embedded benchmark: a drawn world and tiny models trained on it.", no_args_is_help=True)
@@ -26,11 +29,18 @@ OVERRIDES = typer.Argument(None, help="key=value, for example train.lr=1e-5.")
 
 
 @app.command()
-def unlearn(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
+def unlearn(
+    config: Path = CONFIG,
+    overrides: Optional[List[str]] = OVERRIDES,
+    fresh: bool = typer.Option(False, "--fresh", help="Start over: discard what the run folder holds, but for drawn samples."),
+    override: bool = typer.Option(False, "--override", help="Go on although the configuration was changed since; what changed is shown."),
+) -> None:
     """Forget the concepts of CONFIG, one after another; prepares, scores, exports and reports. Called again it goes on."""
+    note_early()
     from sculpt_dist.sequence import run_sequence
 
-    run = run_sequence(_load(config, overrides))
+    flags = ["run.fresh=true"] * fresh + ["run.override=true"] * override
+    run = run_sequence(_load(config, [*(overrides or []), *flags]))
     if _is_first():
         _print_run(run.folder, run.report)
 
@@ -50,6 +60,7 @@ def check(
 @app.command()
 def prepare(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
     """Only draw and store the training samples of CONFIG; unlearn then starts at once."""
+    note_early()
     from sculpt_dist.stages import prepare_only
 
     folder = prepare_only(_load(config, overrides))
@@ -65,6 +76,7 @@ def evaluate(
     output: Optional[Path] = typer.Option(None, help="Where scores.json and images go; default: RUN/evaluation/model."),
 ) -> None:
     """Score a model folder on the concepts of CONFIG."""
+    note_early()
     from sculpt_dist.stages import evaluate_only
 
     scores, where = evaluate_only(_load(config, overrides), model, output)
@@ -175,10 +187,11 @@ def canvas_build(
 
 def main() -> NoReturn:
     """The entry point; exit codes: 0 done, 75 stopped for requeue, 2 the user's error, 1 crash."""
+    sys.excepthook = _crash
     try:
         app()
     except SculptError as error:
-        if _is_first() or isinstance(error, NonFiniteError):  # other errors are the same on every rank
+        if _is_first() or isinstance(error, (LaunchError, NonFiniteError)):  # other errors are the same on every rank
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # a launcher ends all ranks when the first one ends, and the message is the first rank's
@@ -192,14 +205,18 @@ def main() -> NoReturn:
     _end(DONE)
 
 
+def _crash(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
+    sys.__excepthook__(kind, error, trace)
+    if _num_ranks() > 1:
+        _end(CRASHED)
+
+
 def _end(code: int) -> NoReturn:
     """End with this exit code; one of several ranks ends without tearing Python down, which gloo's threads may turn into an abort.
 
     That is pytorch issue 190489: references to the process group that DeepSpeed holds outlive `destroy_process_group`.
     """
-    import os
-
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if _num_ranks() > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -223,9 +240,11 @@ def _shard(text: Optional[str]) -> Optional[Tuple[int, int]]:
 
 
 def _is_first() -> bool:
-    import os
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
-    return os.environ.get("RANK", "0") == "0"
+
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _print_run(folder: Path, report: dict) -> None:

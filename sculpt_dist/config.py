@@ -25,7 +25,7 @@ CHOICES = {
     "engine.precision": ("fp32", "bf16"),
 }
 POSITIVE = (
-    "prepare.samples prepare.steps prepare.batch train.steps train.batch train.accumulate train.lr mask.keep engine.timeout "
+    "prepare.samples prepare.steps prepare.batch train.steps train.batch train.accumulate train.lr mask.keep engine.timeout engine.grace "
     "evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap"
 ).split()
 SHARES = "train.warmup mask.keep mask.turnover mask.until".split()

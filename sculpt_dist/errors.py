@@ -21,6 +21,10 @@ class RunFolderError(SculptError):
     """The output folder belongs to another run, or none of its checkpoints can be trusted."""
 
 
+class LaunchError(SculptError):
+    """The ranks of a job did not find one another, or found those of another job."""
+
+
 class NonFiniteError(SculptError):
     """The loss or the gradient became NaN or infinite on some rank; every rank stops at this step."""
 

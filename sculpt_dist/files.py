@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
 from pathlib import Path
@@ -24,6 +25,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line with the time to a log, in one piece whoever else writes to it."""
+    line = f"{datetime.datetime.now().isoformat(' ', 'seconds')} {' '.join(text.splitlines())}\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

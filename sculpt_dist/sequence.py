@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
@@ -22,12 +23,14 @@ from sculpt_dist.data.streams import ConceptStreams, Layout, PromptReader, Reade
 from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.stopping import StopRequest
+from sculpt_dist.engine.saving import Saver
+from sculpt_dist.engine.stopping import LOG_FILE, StopRequest
+from sculpt_dist.engine.watch import watched
 from sculpt_dist.engine.zero import Engine
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.evaluate import check_evaluation, check_prompts, evaluate
 from sculpt_dist.export import export, write_card
-from sculpt_dist.files import derived_seed, text_sha256
+from sculpt_dist.files import append_line, derived_seed, text_sha256
 from sculpt_dist.methods.base import Editor, Method, Setup
 from sculpt_dist.prepare import data_folder, drawn_prompts, prepared
 from sculpt_dist.settings import Concept, RunConfig
@@ -60,10 +63,10 @@ def run_sequence(config: RunConfig) -> Run:
     plan = None if isinstance(method, Editor) else make_plan(config, method)
     if config.evaluate.enabled or (plan is not None and method.calibration_images):
         check_evaluation(config)
-    group = Group(config.engine.timeout)
+    group = build.join_ranks(config)
     check_batch(config, group.size)
     folder = build.claim_folder(config, group)
-    with StopRequest(group) as stop:
+    with watched(group, folder, config.engine.grace) as stop:
         backbone = build.build_backbone(config, group)
         base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
         group.on_first(lambda: check_model(config, backbone.folder))
@@ -84,14 +87,14 @@ def run_sequence(config: RunConfig) -> Run:
             fingerprints = {"base": base, "config": build.config_fingerprint(config), "data": text_sha256(json.dumps(shards))}
             engine = engine or build.build_engine(config, method, backbone, group)
             weights = Training(sitting, engine, method, plan, fingerprints).unlearn_all()
-    export(config, backbone, weights, folder / "model", group)
-    costs.write()
-    if group.is_first:
-        from sculpt_dist.report import write_report
+        export(config, backbone, weights, folder / "model", group)
+        costs.write()
+        if group.is_first:
+            from sculpt_dist.report import write_report
 
-        write_report(folder)
-        write_card(folder)
-    group.barrier()
+            write_report(folder)
+            write_card(folder)
+        group.barrier()
     build.release_folder(folder)
     return Run(folder, json.loads((folder / "report" / "report.json").read_text()))
 
@@ -143,6 +146,7 @@ class Training:
     def __post_init__(self) -> None:
         self.config, self.folder, self.group = self.sitting.config, self.sitting.folder, self.sitting.group
         self.backbone, self.costs = self.sitting.backbone, self.sitting.costs
+        self.saver = Saver(self.folder / "checkpoints", self.group, self.config.train.background_save)
 
     def unlearn_all(self) -> Iterator[tuple[str, Tensor | None]]:
         """Concept after concept, with scores before the first and after each; returns the changed weights, whole on rank 0."""
@@ -160,10 +164,11 @@ class Training:
             run = self._concept_run(number, original, resumed)
             resumed = None
             self.backbone.release()  # embeddings are known and latents lie in shards: the encoders' memory is the training's
-            with self.costs.counting("train"):
-                run_concept(run, self.engine, self.backbone, self.config, tracker.log, lambda: self._save(run), self.sitting.stop)
-            self._save_end(number)
-            self._score_after(number)
+            with self.saver:
+                with self.costs.counting("train"):
+                    run_concept(run, self.engine, self.backbone, self.config, tracker.log, lambda: self._save(run), self.sitting.stop)
+                self._save_end(number)
+                self._score_after(number)
         tracker.close()
         return self.engine.full_weights()
 
@@ -244,8 +249,6 @@ class Training:
         if run.candidate is not None:
             extra["candidate"] = run.candidate
         state = {
-            "concept": run.number,
-            "step": run.step,
             "updates": self.engine.optimizer.updates,
             "births": self.engine.mask.births,
             "selections": self.engine.mask.selections,
@@ -254,7 +257,7 @@ class Training:
             "candidate": run.candidate is not None,
             "trajectories": [trajectory.index for trajectory in run.trajectories],
         }
-        self._write(run.number * (self.plan.steps + 1) + run.step, extra, state, self._walked(run))
+        self._write((run.number, run.step), extra, state, self._walked(run))
 
     def _walked(self, run: ConceptRun) -> dict[str, Tensor]:
         """This rank's trajectories, a flat tensor for each position of the global batch."""
@@ -266,11 +269,16 @@ class Training:
 
     def _save_end(self, number: int) -> None:
         """A checkpoint between two concepts: only the weights matter."""
-        state = {"concept": number + 1, "step": 0, "candidate": False}
-        self._write((number + 1) * (self.plan.steps + 1), {}, state)
+        self._write((number + 1, 0), {}, {"candidate": False})
 
-    def _write(self, number: int, extra: dict[str, list[Tensor]], state: dict[str, Any], walked: Mapping[str, Tensor] = {}) -> None:
-        checkpoint.save(self.folder / "checkpoints", number, self.engine.shards, extra, state | self.fingerprints, self.group, walked)
+    def _write(
+        self, place: tuple[int, int], extra: dict[str, list[Tensor]], state: dict[str, Any], walked: Mapping[str, Tensor] = {}
+    ) -> None:
+        concept, step = place
+        finished = [done.target for done in self.config.concepts[:concept]]
+        about = {"concept": concept, "step": step, "finished": finished, "code": build.code_versions()}
+        held = self.engine.shards if self.group.is_first or not self.engine.replicated else []  # replicas are written once
+        self.saver.save(place, held, extra, about | state | self.fingerprints, walked)
         self.costs.write()
 
     def _resume(self) -> tuple[int, dict[str, Any] | None]:
@@ -279,14 +287,24 @@ class Training:
         if found is None:
             return 0, None
         path, state = found
-        build.check_checkpoint(path, state, self.fingerprints)
+        changed = build.check_checkpoint(path, state, self.fingerprints, self.config)
+        self.group.on_first(lambda: self._clear_after(path, state["concept"] if changed else None))
+        if self.group.is_first:
+            append_line(self.folder / LOG_FILE, f"goes on from {path.name}, {', '.join(state['finished']) or 'no concept'} finished")
         within = state["step"] > 0
-        filled = checkpoint.load(path, self.engine.shards, ["teacher"] if within else [])
+        filled = self.group.together(lambda: checkpoint.load(path, self.engine.shards, ["teacher"] if within else []))
         if within:
             self.engine.set_masters(filled["teacher"])
         else:
             self.engine.publish()
         return state["concept"], state | {"path": str(path)} if within else None
+
+    def _clear_after(self, path: Path, concept: int | None) -> None:
+        """Put aside what is newer than the checkpoint: damaged ones; under a changed configuration (`concept` not None), scores too."""
+        checkpoint.set_aside_later(path)
+        for scored in (self.folder / "evaluation").glob("after-*") if concept is not None else ():
+            if scored.name >= f"after-{concept:02d}":
+                shutil.rmtree(scored)
 
     def _restore(self, run: ConceptRun, state: dict[str, Any]) -> None:
         """Weights, moments, saliency and mask as they were at the saved step; the teacher is made already."""

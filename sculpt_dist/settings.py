@@ -63,6 +63,7 @@ class TrainConfig:
     clip: float = 0.0  # norm of the masked gradient; 0 = no clipping
     seed: int = 0
     checkpoint_every: float = 60.0  # seconds; 0 = only at each concept's end
+    background_save: bool = True  # write checkpoints beside the training, from a copy in memory; false: no copy, the training waits
     workers: int = 0  # loader processes per rank
 
 
@@ -82,6 +83,7 @@ class EngineConfig:
     stage: int = 2  # ZeRO stage 0-3
     precision: str = "fp32"  # fp32 or bf16
     timeout: float = 600.0  # seconds that a collective may wait
+    grace: float = 60.0  # seconds from a request to stop to the end of the step; a rank that still waits then leaves without saving
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class EvaluateConfig:
 class RunFolderConfig:
     folder: str = "runs/unlearn"
     fresh: bool = False  # discard what the folder holds of this run
+    override: bool = False  # go on although the configuration was changed since
 
 
 @dataclass(frozen=True)

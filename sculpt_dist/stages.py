@@ -14,7 +14,7 @@ from sculpt_dist.backbones.shared.adapter import WEIGHT_NAME, check_adapter, wri
 from sculpt_dist.backbones.shared.original import check_single_file
 from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.stopping import StopRequest
+from sculpt_dist.engine.watch import watched
 from sculpt_dist.errors import ConfigError, RunFolderError
 from sculpt_dist.evaluate import check_prompts, evaluate
 from sculpt_dist.export import export, write_card
@@ -26,11 +26,11 @@ from sculpt_dist.settings import RunConfig
 def prepare_only(config: RunConfig) -> Path:
     """Draw and store the samples of every concept; returns the folder of the shards."""
     method = build.build_method(config)
-    group = Group(config.engine.timeout)
+    group = build.join_ranks(config)
     folder = build.claim_folder(config, group)
-    backbone = build.build_backbone(config, group)
-    base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
-    with StopRequest(group) as stop:
+    with watched(group, folder, config.engine.grace) as stop:
+        backbone = build.build_backbone(config, group)
+        base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
         if not isinstance(method, Editor):
             prepared(config, method, backbone, base, folder, group, stop)
     build.release_folder(folder)
@@ -42,11 +42,12 @@ def evaluate_only(config: RunConfig, model: Path | None, output: Path | None) ->
     folder = Path(config.run.folder)
     model = model or folder / "model"
     where = output or folder / "evaluation" / "model"
-    group = Group(config.engine.timeout)
-    backbone = build.build_backbone(config, group, path=str(model))
-    group.on_first(lambda: build.base_fingerprint(backbone.folder))  # checks the weights against the checksums of the export
-    group.together(lambda: check_prompts(config, backbone))
-    with StopRequest(group) as stop:
+    group = build.join_ranks(config)
+    group.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    with watched(group, folder, config.engine.grace) as stop:
+        backbone = build.build_backbone(config, group, path=str(model))
+        group.on_first(lambda: build.base_fingerprint(backbone.folder))  # checks the weights against the checksums of the export
+        group.together(lambda: check_prompts(config, backbone))
         scores = evaluate(config, backbone, backbone.net, group, where, config.concepts, model.name, stop)
     return scores, where
 
@@ -65,7 +66,7 @@ def export_only(config: RunConfig, form: str = "folder", output: Path | None = N
     if rank < 1:
         raise ConfigError(f"--rank {rank}: an adapter has a rank of 1 or more")
     method = build.build_method(config)
-    group = Group(config.engine.timeout)
+    group = build.join_ranks(config)
     if isinstance(method, Editor):
         return _export_edited(config, form, output, rank, group)
     found = checkpoint.newest(Path(config.run.folder) / "checkpoints", group)
@@ -74,7 +75,7 @@ def export_only(config: RunConfig, form: str = "folder", output: Path | None = N
     folder = build.claim_folder(config, group)
     backbone = build.build_backbone(config, group)
     base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
-    build.check_checkpoint(*found, {"base": base, "config": build.config_fingerprint(config)})
+    build.check_checkpoint(*found, {"base": base, "config": build.config_fingerprint(config)}, config)
     if form == "single":
         group.on_first(lambda: check_single_file(backbone.folder, output))
     if form in ADAPTERS:

@@ -149,7 +149,7 @@ def run_concept(
             _consider_candidate(run, engine, terms)
         log(_entry(run, engine, step, terms, swapped, time.monotonic() - began))
         due = 0 < config.train.checkpoint_every < time.monotonic() - saved_at
-        stopping, due = engine.any_rank(stop.came, due)
+        stopping, due = stop.agreed(due)
         if stopping or due:
             save()
             saved_at = time.monotonic()

@@ -285,7 +285,7 @@ def test_another_runs_folder_is_refused_with_the_difference(finished, canvas_con
     folder, _ = finished
     before = (folder / "config.yaml").read_text()
     printed = sculpt("unlearn", canvas_config, *SMALL, "train.lr=0.5", f"run.folder={folder}", code=2)
-    assert "train.lr: 0.001 there, 0.5 here" in printed and "run.fresh=true" in printed and "Traceback" not in printed
+    assert "train.lr: 0.001 there, 0.5 here" in printed and "--override" in printed and "--fresh" in printed and "Traceback" not in printed
     assert (folder / "config.yaml").read_text() == before
 
 

@@ -1,13 +1,12 @@
-"""Checkpoints: a directory written aside, synced, with a manifest of sizes and sha256, then renamed. No pickle is written or read."""
+"""Finding and reading checkpoints, as `saving.py` writes them. No pickle is written or read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,77 +14,17 @@ from torch import Tensor
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.shards import Shard
 from sculpt_dist.errors import RunFolderError
-from sculpt_dist.files import file_sha256, sync, write_atomically
+from sculpt_dist.files import file_sha256
 
-KEPT = 2
 MANIFEST = "manifest.json"
-SCHEMA = 1
-
-
-def shard_tensors(shards: Sequence[Shard], extra: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    """This rank's state as `kind|name|start` -> slice of a parameter; `extra` adds kinds of flat tensors like the shards."""
-    tensors = {}
-    for i, shard in enumerate(shards):
-        kinds = {
-            "weight": shard.flat,
-            "saliency": shard.saliency,
-            "opened": shard.opened,
-            "momentum": shard.momentum,
-            "variance": shard.variance,
-        } | {kind: flats[i] for kind, flats in extra.items()}
-        for f in shard.fragments:
-            tensors |= {f"{kind}|{f.name}|{f.start}": flat[f.here].cpu() for kind, flat in kinds.items()}
-    return tensors
-
-
-def save(
-    folder: Path,
-    number: int,
-    shards: Sequence[Shard],
-    extra: Mapping[str, Sequence[Tensor]],
-    state: Any,
-    group: Group,
-    named: Mapping[str, Tensor] = {},
-) -> Path:
-    """Write checkpoint `number` (ever increasing); `state` is json. All ranks enter; the last ones are kept, older ones removed.
-
-    `named`: further tensors of this rank as `kind|name|0`, for `load_named`.
-    """
-    from safetensors.torch import save_file
-
-    aside = folder / f".writing-{number:08d}"
-    if group.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        for debris in folder.glob(".writing-*"):
-            shutil.rmtree(debris)
-        aside.mkdir()
-    group.barrier()
-    mine = aside / f"rank-{group.rank}.safetensors"
-    save_file(shard_tensors(shards, extra) | {name: tensor.contiguous().cpu() for name, tensor in named.items()}, mine)
-    os.chmod(mine, 0o644)
-    sync(mine)
-    entries = group.to_all((mine.name, mine.stat().st_size, file_sha256(mine)))
-    final = folder / f"step-{number:08d}"
-    if group.is_first:
-        body = {"schema": SCHEMA, "number": number, "state": state, "files": {n: {"bytes": b, "sha256": h} for n, b, h in entries}}
-        text = json.dumps(body, indent=1, sort_keys=True)
-        sealed = {"seal": hashlib.sha256(text.encode()).hexdigest(), "body": text}
-        write_atomically(aside / MANIFEST, json.dumps(sealed).encode())
-        sync(aside)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(aside, final)
-        sync(folder)
-        for old in sorted(folder.glob("step-*"))[:-KEPT]:
-            shutil.rmtree(old)
-    group.barrier()
-    return final
+LATEST = "latest"  # a hint only: the newest one that verifies is taken
+SCHEMA = 2
 
 
 def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
-    """The newest checkpoint that verifies, and its state; rank 0 decides for all. None where there is none.
+    """The newest checkpoint that verifies, and its state; rank 0 decides for all. None where none was ever written.
 
-    Raises RunFolderError when there are checkpoints but none can be trusted.
+    Raises RunFolderError when there are, or were, checkpoints but none can be trusted.
     """
 
     def choose() -> tuple[str, Any, list[str]] | None:
@@ -95,6 +34,8 @@ def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
             if reason is None:
                 return str(path), state, damaged
             damaged.append(f"{path.name}: {reason}")
+        if (folder / LATEST).exists() and not damaged:
+            damaged.append("those that were written are gone")
         return ("", None, damaged) if damaged else None
 
     found = group.from_first(choose() if group.is_first else None)
@@ -102,10 +43,17 @@ def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
         return None
     path, state, damaged = found
     if not path:
-        raise RunFolderError(f"{folder}: no checkpoint can be trusted ({'; '.join(damaged)}); start over with run.fresh=true")
+        raise RunFolderError(f"{folder}: no checkpoint can be trusted ({'; '.join(damaged)}); start over with --fresh")
     if damaged and group.is_first:
         print(f"checkpoint passed over: {'; '.join(damaged)}", flush=True)
     return Path(path), state
+
+
+def set_aside_later(path: Path) -> None:
+    """Rename checkpoints newer than `path`, which did not verify, so that they are not counted among those that are kept."""
+    for damaged in path.parent.glob("step-*"):
+        if damaged.name > path.name:
+            os.rename(damaged, damaged.with_name(f"damaged-{damaged.name}-{os.getpid()}"))
 
 
 def verify(path: Path) -> tuple[Any, str | None]:

@@ -8,13 +8,14 @@ import datetime
 import os
 import signal
 import sys
+import tempfile
 import warnings
 from typing import Any, Callable, TypeVar
 
 import torch
 from torch import Tensor
 
-from sculpt_dist.errors import ConfigError, SculptError
+from sculpt_dist.errors import ConfigError, LaunchError, SculptError
 
 Value = TypeVar("Value")
 
@@ -22,16 +23,19 @@ Value = TypeVar("Value")
 class Group:
     """All ranks of this job. Every method that communicates must be entered by all of them."""
 
-    def __init__(self, timeout: float = 600.0) -> None:
+    def __init__(self, timeout: float = 600.0, identity: str = "") -> None:
         """Join the ranks that torchrun, srun or the DeepSpeed launcher started; alone when nobody did.
 
-        `timeout` (seconds) bounds how long any collective may wait for a rank.
+        `timeout` (seconds) bounds how long any collective may wait for a rank. `identity` says what this job is about: ranks of
+        another job that met at the same address are refused with LaunchError, before anything is summed with them.
         """
         launched = _describe_rank_to_torch()
         self.device = _choose_device()
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+        # A build that was killed leaves a lock on which the next one waits for ever (pytorch issue 189245); so no shared folder.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{tempfile.gettempdir()}/sculpt-dist-extensions-{os.getuid()}-{os.getpid()}")
         warnings.filterwarnings("ignore", r"`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
         import deepspeed
         import deepspeed.comm as comm
@@ -39,21 +43,21 @@ class Group:
         # ZeRO never uses this op, and probing it would start a compiler for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        if not launched and not torch.distributed.is_initialized():  # alone: no port, and nothing left in the environment
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-        comm.init_distributed(
-            dist_backend=backend,
-            timeout=datetime.timedelta(seconds=timeout),
-            verbose=False,
-            auto_mpi_discovery=False,
-        )
-        self._comm = comm
+        limit = datetime.timedelta(seconds=timeout)
         if launched:
             _die_with_the_launcher()
-            atexit.register(_leave)
+        if not torch.distributed.is_initialized():  # alone: no port, and nothing left in the environment
+            store, rank, size = _meet(limit, identity) if launched else (torch.distributed.HashStore(), 0, 1)
+            torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            _meeting_point["store"] = store
+            if launched:
+                atexit.register(_leave)
+        comm.init_distributed(dist_backend=backend, timeout=limit, verbose=False, auto_mpi_discovery=False)
+        self._comm = comm
         self._counter = _count_payload(comm.comm.cdb)
         self.rank: int = comm.get_rank()
         self.size: int = comm.get_world_size()
+        self.store: Any = _meeting_point.get("store") if self.size > 1 else None  # where the ranks met; None alone
 
     @property
     def is_first(self) -> bool:
@@ -75,6 +79,7 @@ class Group:
         """Rank 0's value, on every rank."""
         box = [value]
         if self.size > 1:
+            self._counter[1] += 1
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -107,16 +112,54 @@ class Group:
         """Every rank's value, in rank order, on every rank."""
         box: list[Value] = [value] * self.size
         if self.size > 1:
+            self._counter[1] += 1
             torch.distributed.all_gather_object(box, value)
         return box
 
     def barrier(self) -> None:
         if self.size > 1:
+            self._counter[1] += 1
             torch.distributed.barrier()
 
     def bytes_communicated(self) -> int:
         """Payload of all tensor collectives that this rank entered, DeepSpeed's and ours, in bytes; the whole tensor counts once."""
         return self._counter[0] if self.size > 1 else 0
+
+    @property
+    def collectives(self) -> int:
+        """How many collectives this rank has entered."""
+        return self._counter[1]
+
+
+_meeting_point: dict[str, Any] = {}  # the store that the process group was made with; a process has one
+
+
+def job_name() -> str:
+    """What a scheduler or launcher calls this job; the same on all of its ranks, empty where nobody named it."""
+    names = ("SCULPT_JOB", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+    return ".".join(os.environ[name] for name in names if os.environ.get(name, "none") != "none")
+
+
+def _meet(limit: datetime.timedelta, identity: str) -> tuple[Any, int, int]:
+    """(store, rank, ranks) where MASTER_ADDR and MASTER_PORT say. Raises LaunchError when nobody comes, or another job is there.
+
+    Rank 0 says what the job is, and the others compare: ranks of two jobs that share a port would otherwise add up each other's
+    gradients without any error.
+    """
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    mine = f"job {job_name() or 'without a name'}, {identity}"
+    try:
+        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=limit))
+        key = "sculpt-dist/job"
+        held = (store.compare_set(key, "", mine) if rank == 0 else store.get(key)).decode()
+    except (torch.distributed.DistError, ValueError) as error:
+        raise LaunchError(f"the ranks did not meet at {where} (MASTER_ADDR:MASTER_PORT): {str(error).splitlines()[0]}") from error
+    if held != mine:
+        raise LaunchError(
+            f"rank {rank} met ranks of another job at {where}: there {held}; here {mine}. Give every job a MASTER_PORT of its own, and all "
+            "ranks of a job the same configuration"
+        )
+    return store, rank, size
 
 
 def _describe_rank_to_torch() -> bool:
@@ -160,13 +203,14 @@ COLLECTIVES = ("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_in
 
 
 def _count_payload(backend: Any) -> list[int]:
-    """Count the bytes of the first (largest) tensor of every collective that DeepSpeed's backend carries out."""
+    """Count the collectives that DeepSpeed's backend carries out: the bytes of the first (largest) tensor of each, and how many."""
     if hasattr(backend, "sculpt_payload"):  # a second run in this process
         return backend.sculpt_payload
-    counter = [0]
+    counter = [0, 0]
 
     def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
+            counter[1] += 1
             first = (*arguments, *options.values())[0]
             for tensor in first if isinstance(first, (list, tuple)) else [first]:
                 counter[0] += tensor.numel() * tensor.element_size()

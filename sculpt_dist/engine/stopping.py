@@ -1,47 +1,109 @@
-"""Being asked to stop: signals set a flag, and the ranks agree on it at the same point of the work."""
+"""Being asked to stop: by a signal or a file; the ranks agree on it at the same point of the work."""
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import socket
+import threading
+import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
+from sculpt_dist.engine.beats import Beats
 from sculpt_dist.engine.group import Group
 from sculpt_dist.errors import StopRequested
+from sculpt_dist.files import append_line
+from sculpt_dist.signals import STOPPING, early
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE, REQUEUE_FILE, LOG_FILE = "STOP", "REQUEUE", "log.txt"
+TICK = 1.0  # seconds between looks at the stop file
+STOPPED = 75
 
 
 class StopRequest:
-    """While open (`with`), the first SIGINT, SIGTERM or SIGUSR1 is noted instead of ending the process; a second one ends it."""
+    """While open (`with`), SIGINT, SIGTERM, SIGUSR1 and a file `STOP` in the run folder ask all ranks to stop at the end of their step.
 
-    def __init__(self, group: Group) -> None:
-        self.group, self.came = group, False
+    Python runs signal handlers between two lines of Python only, not while a rank waits in a collective; so a thread reads the signals
+    from the wake-up descriptor, within a moment. When the ranks have not come to agree `grace` seconds later, or as soon as one of
+    them gives no sign of life, there will be no end of the step: this rank then leaves, asks for a requeue, and the last checkpoint
+    stays. A second SIGINT ends the process. Leaving with StopRequested writes `REQUEUE` into the run folder.
+    """
+
+    def __init__(self, group: Group, folder: Path, grace: float = 60.0) -> None:
+        self.group, self.folder, self.grace = group, folder, grace
+        self.came, self.agreed_on = bool(early), False
+        self.beats = Beats(group)
+        self._since = time.monotonic()
+        self._closing = threading.Event()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
+        self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
+        self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._closing.set()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+        if kind is StopRequested and self.group.is_first:
+            (self.folder / REQUEUE_FILE).touch()
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; all ranks enter."""
-        return bool(self.group.max(torch.tensor([float(self.came)], device=self.group.device)).item())
+    def agreed(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether any rank was asked to stop, and for each further flag whether any rank raised it; all ranks enter."""
+        mine = torch.tensor([float(flag) for flag in (self.came, *flags)], device=self.group.device)
+        raised = tuple(value > 0 for value in self.group.max(mine).tolist())
+        self.agreed_on = self.agreed_on or raised[0]
+        return raised
 
     def check(self, where: str) -> None:
         """Raise StopRequested on all ranks when any was asked to stop; all ranks enter."""
-        if self.agreed():
+        if self.agreed()[0]:
             raise StopRequested(f"stopped at {where}; the same command goes on from here")
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
-        self._restore()
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """What Python runs when it comes to it; the thread knows already."""
+        self._note()
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+    def _note(self) -> None:
+        if not self.came:
+            self.came, self._since = True, time.monotonic()
+
+    def _listen(self) -> None:
+        while not self._closing.is_set():
+            if select.select([self._reader], [], [], TICK)[0]:
+                numbers = self._reader.recv(64)
+                if not numbers:
+                    return
+                if any(number in numbers for number in STOPPING):
+                    self._note()
+            self.beats.beat()
+            if self.group.is_first and not self.came and (self.folder / STOP_FILE).exists():
+                self._note()
+            if self.came and not self.agreed_on:
+                self._leave_when_hopeless()
+
+    def _leave_when_hopeless(self) -> None:
+        waited = time.monotonic() - self._since
+        silent = self.beats.silent() if self.beats.store is not None else []
+        if self._closing.is_set() or self.agreed_on or not (silent or waited > self.grace):
+            return
+        why = f"{self.beats.culprit()}" if silent else f"no step has ended for {waited:.0f} s"
+        append_line(self.folder / LOG_FILE, f"rank {self.group.rank}: asked to stop, and left without saving: {why}; the last checkpoint stays")
+        (self.folder / REQUEUE_FILE).touch()
+        os._exit(STOPPED)

@@ -116,11 +116,6 @@ class Engine:
             )
         return dict(zip(terms, means))
 
-    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether any rank raised it."""
-        raised = self.group.max(torch.tensor([float(flag) for flag in flags], device=self.group.device))
-        return tuple(value > 0 for value in raised.tolist())
-
     def begin_concept(self, number: int) -> None:
         """New moments, new saliency, every weight open until a mask is built."""
         self.optimizer.updates = 0

@@ -14,6 +14,7 @@ from sculpt_dist.config import load_config
 from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.masked import ShardedVector
+from sculpt_dist.engine.saving import Saver
 from sculpt_dist.export import export
 from sculpt_dist.maths.losses import mse
 
@@ -130,9 +131,10 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str) -> N
 
     # A checkpoint brings back weights, moments and mask; publish lets the net compute with them.
     state = [{k: getattr(s, k).clone() for k in ("flat", "momentum", "variance", "opened", "saliency")} for s in engine.shards]
-    checkpoint.save(out.parent / f"{out.stem}-checkpoints", 7, engine.shards, {"teacher": start}, {"note": 1}, group)
-    engine.mask.turn_over(0.5, engine.optimizer.updates)
-    step(0, "train", 1e-2)
+    with Saver(out.parent / f"{out.stem}-checkpoints", group) as saver:
+        saver.save((0, 7), engine.shards, {"teacher": start}, {"note": 1})
+        engine.mask.turn_over(0.5, engine.optimizer.updates)  # while it is being written
+        step(0, "train", 1e-2)
     assert float(loss(0)) != now
     path, note = checkpoint.newest(out.parent / f"{out.stem}-checkpoints", group)
     filled = checkpoint.load(path, engine.shards, ["teacher"])
