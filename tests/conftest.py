@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -53,7 +59,8 @@ def rank_command(ranks: int, *arguments: str) -> list[str]:
 
 
 def rank_environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
 
 
 def launch(ranks: int, *arguments: str, timeout: float = 300, code: int = 0) -> str:
@@ -65,8 +72,56 @@ def launch(ranks: int, *arguments: str, timeout: float = 300, code: int = 0) -> 
     return done.stdout
 
 
+class Forking:
+    """Ranks of the command line that start at once (see workers/forking.py): a launcher and imports for each would take most of the time."""
+
+    def __init__(self) -> None:
+        self.environment = rank_environment()
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROJECT / "tests" / "workers" / "forking.py")],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        atexit.register(self.process.kill)
+        if "ready\n" not in iter(self.process.stdout.readline, ""):  # after what libraries print
+            raise RuntimeError("tests/workers/forking.py ended while importing")
+
+    def begin(self, *arguments: str, ranks: int, output: Path) -> list[int]:
+        """Start the ranks; returns their process ids."""
+        request = {"arguments": arguments, "environment": self.environment, "ranks": ranks, "port": free_port(), "output": str(output)}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self, pids: list[int], timeout: float) -> list[int]:
+        """Wait for the ranks; returns their exit codes. Kills them after so many seconds."""
+        timer = threading.Timer(timeout, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids if Path(f"/proc/{pid}").exists()])
+        timer.start()
+        try:
+            return json.loads(self.process.stdout.readline())
+        finally:
+            timer.cancel()
+
+
+@functools.cache
+def forking() -> Forking:
+    return Forking()
+
+
 def sculpt(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300) -> str:
-    """The command line on so many ranks; one rank runs without a launcher and its exit code is checked exactly."""
+    """The command line on so many ranks; returns what it printed, and checks the exit code of the first rank that failed."""
+    if forking().environment != rank_environment():  # libraries read their settings when they are imported
+        return _sculpt_anew(*arguments, ranks=ranks, code=code, timeout=timeout)
+    with tempfile.NamedTemporaryFile("r", suffix=".txt") as output:
+        codes = forking().end(forking().begin(*arguments, ranks=ranks, output=Path(output.name)), timeout)
+        printed = output.read()
+    assert code in codes and (code or not any(codes)), f"exit codes {codes}\n{printed[-6000:]}"
+    return printed
+
+
+def _sculpt_anew(*arguments: str, ranks: int, code: int, timeout: float) -> str:
     if ranks > 1:
         return launch(ranks, "-m", "sculpt_dist", *arguments, code=code, timeout=timeout)
     done = subprocess.run(

@@ -49,7 +49,7 @@ class Beats:
         """Which rank the others were waiting for, in words."""
         silent = self.silent()
         if silent:
-            return f"{_ranks(silent)} died or was stopped (no sign of life)"
+            return say_silent(silent)
         entered = {rank: int(told.split()[1]) for rank, told in enumerate(self._read() or [])}
         late = [rank for rank, count in entered.items() if count == min(entered.values())]
         if entered and len(late) < len(entered):
@@ -63,6 +63,11 @@ class Beats:
             return [told.decode() for told in self.store.multi_get([_key(rank) for rank in range(self.group.size)])]
         except torch.distributed.DistError:
             return None
+
+
+def say_silent(ranks: list[int]) -> str:
+    """What is known of ranks that gave no sign of life, in words."""
+    return f"{_ranks(ranks)} died or was stopped (no sign of life)"
 
 
 def is_lost_connection(error: BaseException) -> bool:

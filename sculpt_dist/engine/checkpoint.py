@@ -58,6 +58,8 @@ def set_aside_later(path: Path) -> None:
 
 def verify(path: Path) -> tuple[Any, str | None]:
     """(state, None) when the manifest and every file are as written, else (None, what is wrong)."""
+    if (path / MANIFEST).is_symlink():
+        return None, "its manifest is a link"
     try:
         sealed = json.loads((path / MANIFEST).read_bytes())
         text = sealed["body"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sculpt_dist.engine.beats import Beats
+from sculpt_dist.engine.beats import Beats, say_silent
 from sculpt_dist.engine.group import Group
 from sculpt_dist.errors import StopRequested
 from sculpt_dist.files import append_line
@@ -100,10 +100,10 @@ class StopRequest:
 
     def _leave_when_hopeless(self) -> None:
         waited = time.monotonic() - self._since
-        silent = self.beats.silent() if self.beats.store is not None else []
+        silent = self.beats.silent()
         if self._closing.is_set() or self.agreed_on or not (silent or waited > self.grace):
             return
-        why = f"{self.beats.culprit()}" if silent else f"no step has ended for {waited:.0f} s"
+        why = say_silent(silent) if silent else f"no step has ended for {waited:.0f} s"
         append_line(self.folder / LOG_FILE, f"rank {self.group.rank}: asked to stop, and left without saving: {why}; the last checkpoint stays")
         (self.folder / REQUEUE_FILE).touch()
         os._exit(STOPPED)

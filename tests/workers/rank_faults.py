@@ -1,0 +1,51 @@
+"""A job of the smallest kind, whose last rank does something wrong at its third step: FAULT FOLDER [TIMEOUT]."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sculpt_dist import cli
+from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.watch import watched
+
+
+def misbehave(fault: str) -> None:
+    if fault == "raises":
+        raise KeyError("the true cause")
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault == "hangs":
+        time.sleep(60)
+    if fault == "exits":
+        os._exit(0)
+
+
+def main(fault: str, folder: Path, timeout: str = "60") -> None:
+    group = Group(float(timeout), f"fault {fault}")
+    with watched(group, folder, 30.0) as stop:
+        for step in range(1200 if fault == "none" else 4):
+            if step == 2:
+                (folder / f"step-{group.rank}").touch()
+                if group.rank == group.size - 1:
+                    misbehave(fault)
+            before = time.monotonic()
+            group.sum(torch.ones(1))
+            if fault == "waits" and step == 2 and group.rank == group.size - 1:
+                time.sleep(4)  # the others wait in the next collective meanwhile
+            if fault == "none":
+                time.sleep(0.1)
+            stop.check(f"step {step}, after {time.monotonic() - before:.1f} s")
+
+
+if __name__ == "__main__":
+    sys.argv, arguments = sys.argv[:1], sys.argv[1:]
+    cli.app = lambda: main(arguments[0], Path(arguments[1]), *arguments[2:])
+    cli.main()
