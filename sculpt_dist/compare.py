@@ -148,7 +148,7 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
     recorded = record.get(cell.key)
     if recorded is not None and recorded["config"] == config_fingerprint(config):
         return recorded
-    content = finished_report(cell.folder, config)
+    content = finished_report(cell.folder, config_fingerprint(config))
     if content is None:
         return None
     last = cell.folder / "evaluation" / f"after-{len(config.concepts) - 1:02d}"
@@ -161,11 +161,11 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
     } | {name: content[name] for name in costs}
 
 
-def finished_report(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The report of a run folder, where a run of this very configuration has ended there; running any other one says what differs."""
+def finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The report of a run folder, where a run of the configuration with this fingerprint has ended there; any other says what differs."""
     file = folder / "report" / "report.json"
     content = json.loads(file.read_bytes()) if file.is_file() else {}
-    return content if content and content.get("config") == config_fingerprint(config) else None
+    return content if content and content.get("config") == fingerprint else None
 
 
 def _read_record(file: Path | None) -> dict[str, dict[str, Any]]:

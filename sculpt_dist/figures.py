@@ -132,6 +132,10 @@ def draw_parameters(points: Mapping[str, Sequence[Any]], logarithmic: Sequence[s
         axes.plot([places[best]], [scores[best]], "o", color=ACCENT, markersize=8)
         if numeric and name in logarithmic and min(values) > 0:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+        if numeric and len(set(values)) <= 6:
+            axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+            axes.minorticks_off()
         axes.set_xlabel(name)
     for axes in panels[len(points) :]:
         axes.set_visible(False)
@@ -148,7 +152,7 @@ def draw_front(pairs: Sequence[tuple[float, float]], front: Sequence[bool], labe
     axes = figure.subplots()
     axes.plot([ua for ua, _ in pairs], [kept for _, kept in pairs], "o", color=MUTED, alpha=0.7)
     best = sorted((pair, label) for pair, label, is_best in zip(pairs, labels, front) if is_best)
-    axes.plot([pair[0] for pair, _ in best], [pair[1] for pair, _ in best], "o-", color=ACCENT, drawstyle="steps-post")
+    axes.plot([pair[0] for pair, _ in best], [pair[1] for pair, _ in best], "o-", color=ACCENT, drawstyle="steps-pre")
     for pair, label in best:
         axes.annotate(label, pair, textcoords="offset points", xytext=(5, 5), color=INK, fontsize=8.5)
     axes.set_xlabel("UA: forgotten")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any, Callable, Iterable
 from sculpt_dist import errors
 from sculpt_dist.errors import ConfigError, StopRequested
 
-DONE = 0
+DONE, STOPPED = 0, 75
 LAUNCHERS = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID "
     "SLURM_PROCID SLURM_NTASKS SLURM_NPROCS SLURM_LOCALID SLURM_NTASKS_PER_NODE"
@@ -40,7 +41,7 @@ class Failure:
     """How a job ended that did not end well."""
 
     line: str  # that says why, or else the last one that it printed
-    error: str | None = None  # the name of the typed error, None for a crash or a stop
+    error: str | None = None  # the name of the error, StopRequested for a saved stop, None for a crash
 
     def __str__(self) -> str:
         return self.line
@@ -51,7 +52,8 @@ def run_jobs(jobs: Iterable[Job], parallel: int, ranks: int, tell: Callable[[Job
 
     A job is taken from `jobs` only when it can start. `tell` is called as each job ends, one at a time. A mark of an earlier stop in the
     job's run folder is removed before. The cores are shared out evenly unless OMP_NUM_THREADS says otherwise.
-    On SIGINT, SIGTERM or SIGUSR1 the running jobs are asked to stop, which they do after saving, and StopRequested is raised.
+    On SIGINT, SIGTERM or SIGUSR1 the running jobs are asked to stop, which they do after saving, and StopRequested is raised; also when
+    a job was stopped by itself, after the others have ended.
     """
     if parallel < 1 or ranks < 1:
         raise ConfigError(f"jobs={parallel}, ranks={ranks}: each must be at least 1")
@@ -85,7 +87,7 @@ def run_jobs(jobs: Iterable[Job], parallel: int, ranks: int, tell: Callable[[Job
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if stopping:
+    if stopping or any(failure.error == StopRequested.__name__ for failure in failed.values()):
         raise StopRequested("stopped; what was running is saved, and the same command goes on from there")
     return failed
 
@@ -94,7 +96,7 @@ def _run(job: Job, parallel: int, ranks: int, running: set[subprocess.Popen[str]
     for mark in MARKS if job.folder is not None else ():
         (job.folder / mark).unlink(missing_ok=True)
     process = subprocess.Popen(
-        [*_launcher(ranks), *job.arguments],
+        [*_guard(), *_launcher(ranks), *job.arguments],
         env=_environment(parallel * ranks),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -107,7 +109,11 @@ def _run(job: Job, parallel: int, ranks: int, running: set[subprocess.Popen[str]
         process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate()
     running.discard(process)
-    return None if process.returncode == DONE else _failure(printed.splitlines(), process.returncode)
+    if process.returncode == DONE:
+        return None
+    if process.returncode == STOPPED or (job.folder is not None and (job.folder / "REQUEUE").exists()):  # torchrun loses the code
+        return Failure("stopped and saved", StopRequested.__name__)
+    return _failure(printed.splitlines(), process.returncode)
 
 
 def _failure(printed: list[str], code: int) -> Failure:
@@ -119,6 +125,11 @@ def _failure(printed: list[str], code: int) -> Failure:
     if code < 0:
         return Failure(f"ended by {signal.Signals(-code).name}")
     return Failure((lines or [f"exit code {code}"])[-1])
+
+
+def _guard() -> list[str]:
+    """On Linux, what has a job save and end when this process is killed: an orphan would go on alone, its folder locked."""
+    return ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
 
 
 def _launcher(ranks: int) -> list[str]:

@@ -1,7 +1,7 @@
 """What a sweep's folder knows, shared by all processes that work in it: whose folder it is, the points of bayes, and how trials ended.
 
     SWEEP/plan.json             what decides the trials; another sweep is refused
-    SWEEP/points.jsonl          bayes: the point of every trial that was asked for, written under points.lock
+    SWEEP/points.jsonl          bayes: the point of every trial that was asked for, and how it ended, written under points.lock
     SWEEP/trials/0003/          the run folder of trial 3; its report is the trial's result
     SWEEP/trials/0003.lock      held while a process runs the trial
     SWEEP/trials/0003.failed    why it cannot run; remove it to try again
@@ -20,11 +20,10 @@ from sculpt_dist.compare import finished_report
 from sculpt_dist.errors import ConfigError, RunFolderError
 from sculpt_dist.files import derived_seed, write_atomically
 from sculpt_dist.maths.comparison import HARMONIC, harmonic_mean
-from sculpt_dist.trials import Point, Sweep, Trial
+from sculpt_dist.trials import Sweep, Trial
 
 DONE, FAILED, OPEN = "done", "failed", "open"
 ATTEMPTS = 100  # at a point that no other trial has
-Shares = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def claim_trial(sweep: Sweep, index: int) -> FileLock | None:
 
 def outcome(trial: Trial) -> Outcome:
     """From the report in its folder, or the record of its failure."""
-    report = finished_report(trial.folder, trial.config)
+    report = finished_report(trial.folder, trial.fingerprint)
     if report is not None:
         after = report["after"]
         scores = {name: after.get(name) for name in ("UA", "IRA", "CRA", "SA")}
@@ -90,40 +89,52 @@ def trial_of(sweep: Sweep, index: int) -> Trial:
     if sweep.settings.method != "bayes":
         return sweep.trial(index, sweep.point(index))
     with FileLock(sweep.folder / "points.lock"):
-        entries = _entries(sweep)
+        entries = _read_entries(sweep)
         if index not in entries:
-            entries[index] = _new_shares(sweep, index, entries)
-            lines = [json.dumps({"trial": number, "shares": shares, "point": sweep.point_at(shares)}) for number, shares in entries.items()]
-            write_atomically(sweep.folder / "points.jsonl", ("\n".join(lines) + "\n").encode())
-    return sweep.trial(index, sweep.point_at(entries[index]))
+            shares = _new_shares(sweep, index, entries)
+            entries[index] = {"trial": index, "shares": shares, "point": sweep.point_at(shares), "state": OPEN, "value": None}
+            _write_entries(sweep, entries)
+    return sweep.trial(index, sweep.point_at(entries[index]["shares"]))
+
+
+def tell(sweep: Sweep, ended: Outcome) -> None:
+    """Let bayes know how a trial ended; told twice is told once."""
+    if sweep.settings.method != "bayes":
+        return
+    with FileLock(sweep.folder / "points.lock"):
+        entries = _read_entries(sweep)
+        entries[ended.trial.index] |= {"state": ended.state, "value": ended.scores.get(sweep.settings.metric.name)}
+        _write_entries(sweep, entries)
 
 
 def known_trials(sweep: Sweep) -> list[Trial]:
     """All trials; of bayes those that have a point."""
     if sweep.settings.method == "bayes":
-        return [sweep.trial(index, sweep.point_at(shares)) for index, shares in sorted(_entries(sweep).items())]
+        return [sweep.trial(index, sweep.point_at(entry["shares"])) for index, entry in sorted(_read_entries(sweep).items())]
     return [trial_of(sweep, index) for index in range(sweep.count)]
 
 
-def _entries(sweep: Sweep) -> dict[int, Shares]:
+def _read_entries(sweep: Sweep) -> dict[int, dict[str, Any]]:
     file = sweep.folder / "points.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return {line["trial"]: line["shares"] for line in lines}
+    entries = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return {entry["trial"]: entry for entry in entries}
 
 
-def _new_shares(sweep: Sweep, index: int, entries: Mapping[int, Shares]) -> Shares:
+def _write_entries(sweep: Sweep, entries: Mapping[int, Mapping[str, Any]]) -> None:
+    write_atomically(sweep.folder / "points.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries.values()).encode())
+
+
+def _new_shares(sweep: Sweep, index: int, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
     """A point that no trial has, given how the others ended; those that have not count as bad, which keeps this one away from them."""
-    told = [(shares, outcome(sweep.trial(number, sweep.point_at(shares)))) for number, shares in entries.items()]
-    taken = [ended.trial.point for _, ended in told]
+    taken = [sweep.point_at(entry["shares"]) for entry in entries.values()]
     for attempt in range(ATTEMPTS):
-        shares = _suggest(sweep, [(s, ended) for s, ended in told], derived_seed(sweep.seed, index, attempt) % 2**31)
-        point: Point = sweep.point_at(shares)
-        if point not in taken:
+        shares = _suggest(sweep, list(entries.values()), derived_seed(sweep.seed, index, attempt) % 2**31)
+        if sweep.point_at(shares) not in taken:
             return shares
     raise ConfigError(f"trial {index}: bayes found no point that is not among the {len(taken)} tried ones: lower run_cap to {len(taken)}")
 
 
-def _suggest(sweep: Sweep, told: Sequence[tuple[Shares, Outcome]], seed: int) -> Shares:
+def _suggest(sweep: Sweep, told: Sequence[Mapping[str, Any]], seed: int) -> dict[str, float]:
     try:
         import optuna
         from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -139,11 +150,10 @@ def _suggest(sweep: Sweep, told: Sequence[tuple[Shares, Outcome]], seed: int) ->
     }
     study = optuna.create_study(direction=sweep.settings.metric.goal, sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
     states = {DONE: optuna.trial.TrialState.COMPLETE, FAILED: optuna.trial.TrialState.FAIL, OPEN: optuna.trial.TrialState.RUNNING}
-    for shares, ended in told:
-        value = ended.scores.get(sweep.settings.metric.name)
-        state = states[FAILED if ended.state == DONE and value is None else ended.state]
-        params = {name: shares[name] for name in space}
-        study.add_trial(optuna.trial.create_trial(state=state, params=params, distributions=space, value=value))
+    for entry in told:
+        state = states[FAILED if entry["state"] == DONE and entry["value"] is None else entry["state"]]
+        params = {name: entry["shares"][name] for name in space}
+        study.add_trial(optuna.trial.create_trial(state=state, params=params, distributions=space, value=entry["value"]))
     fixed = {parameter.name: 0.5 for parameter in sweep.parameters if parameter.kind == "constant"}
     return study.ask(space).params | fixed
 

@@ -36,7 +36,7 @@ class BlockRun:
     @property
     def scores(self) -> dict[str, Any] | None:
         """UA, IRA, CRA and their score; None while the run has not ended."""
-        report = finished_report(self.folder, self.config)
+        report = finished_report(self.folder, build.config_fingerprint(self.config))
         if report is None:
             return None
         found = {name: report["after"][name] for name in ("UA", "IRA", "CRA")}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
-from sculpt_dist.errors import ConfigError, RunFolderError
+from sculpt_dist.errors import ConfigError, NonFiniteError, RunFolderError
 from sculpt_dist.jobs import Failure, Job, run_jobs
-from sculpt_dist.ledger import DONE, FAILED, Outcome, claim_sweep, claim_trial, known_trials, outcome, trial_of, write_failure
+from sculpt_dist.ledger import DONE, FAILED, Outcome, claim_sweep, claim_trial, known_trials, outcome, tell, trial_of, write_failure
 from sculpt_dist.summary import write_summary
 from sculpt_dist.trials import Sweep, Trial, read_sweep
+
+LASTING = (ConfigError.__name__, NonFiniteError.__name__)  # errors of a trial's own point, which would come again
 
 
 def sweep(
@@ -87,17 +89,19 @@ class Sitting:
             if ended.state == FAILED:
                 self.failed_before.append(f"{label}: {ended.reason} (remove {trial.folder.with_suffix('.failed')} to run it again)")
             if ended.state in (DONE, FAILED):
+                tell(self.plan, ended)  # a process that was killed may not have
                 lock.release()
                 continue
             self._held[label] = trial, lock
             yield Job(label, _arguments(self.plan, trial), trial.folder)
 
     def tell(self, job: Job, failure: Failure | None) -> None:
-        """Say how a trial ended, record an error that would come again, and let the trial go."""
+        """Say how a trial ended, record an error of its point, and let the trial go."""
         trial, lock = self._held.pop(job.label)
-        if failure is not None and failure.error not in (None, RunFolderError.__name__):
+        if failure is not None and failure.error in LASTING:
             write_failure(trial, failure.line)
         ended = outcome(trial)
+        tell(self.plan, ended)
         scores = ", ".join(f"{name} {value:.3f}" for name, value in ended.scores.items() if value is not None)
         print(f"{job.label} ({_spoken(trial)}): {failure or scores or 'done'}", flush=True)
         lock.release()
