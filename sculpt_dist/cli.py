@@ -173,6 +173,33 @@ def localize(
     print(f"runs: {folder}")
 
 
+@app.command()
+def sweep(
+    file: Path = typer.Argument(help="A sweep in W&B's schema, for example configs/sweeps/canvas-grid.yaml."),
+    overrides: Optional[List[str]] = OVERRIDES,
+    backend: str = typer.Option("local", help="local: no server; with one use `wandb sweep FILE` and `wandb agent --count 1 SWEEP_ID`."),
+    folder: Optional[Path] = typer.Option(None, help="Where the trials and the summary go; default: runs/sweeps/NAME."),
+    seed: int = typer.Option(0, help="Of random and bayes."),
+    index: Optional[int] = typer.Option(None, help="Run this trial alone, as a task of a job array; call once more without it."),
+    jobs: int = typer.Option(1, help="Trials that run at a time on this machine."),
+    ranks: int = typer.Option(1, help="Processes of each trial."),
+    run: bool = typer.Option(True, help="Run what is missing; --no-run only writes the summary of what is done."),
+    show: bool = typer.Option(False, "--print", help="With --index: print the trial's arguments, one a line, for a launcher of your own."),
+) -> None:
+    """Run the trials of a sweep file that are not done, each in a run folder of its own, and summarise them. Goes on."""
+    from sculpt_dist import sweep as sweeps
+
+    if backend != "local":
+        raise ConfigError(f"--backend {backend}: with W&B's server run `wandb sweep {file}`, then `wandb agent --count 1 SWEEP_ID` in each job")
+    if show:
+        if index is None:
+            raise ConfigError("--print: say of which trial, with --index")
+        print("\n".join(sweeps.trial_arguments(file, overrides or [], folder, seed, index)))
+        return
+    where = sweeps.sweep(file, overrides or [], folder, seed, index, jobs, ranks, run)
+    print(f"trials: {where / 'trials'}" if index is not None else f"sweep: {where / 'sweep.html'}")
+
+
 @canvas_app.command("build")
 def canvas_build(
     arch: str = typer.Option("sd15", help="Which kind of model to train."),

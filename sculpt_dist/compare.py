@@ -17,7 +17,7 @@ from sculpt_dist.config import load_config, merge_section, read_yaml
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.evaluate import check_evaluation
 from sculpt_dist.files import write_atomically
-from sculpt_dist.jobs import Job, run_jobs
+from sculpt_dist.jobs import Failure, Job, run_jobs
 from sculpt_dist.settings import Comparison, Row, RunConfig, Table
 from sculpt_dist.tables import write_tables
 
@@ -70,7 +70,7 @@ def compare(
             _write_record(file.parent / comparison.record, record | {key: result for key, result in results.items() if result is not None})
         page = write_tables(page, comparison, configs, results)
     if failed:
-        told = "; ".join(f"{key}: {line}" for key, line in failed.items())
+        told = "; ".join(f"{key}: {failure}" for key, failure in failed.items())
         raise ConfigError(f"{len(failed)} of {len(todo)} cells failed: {told}")
     return page
 
@@ -123,12 +123,7 @@ def checked_configs(cells: Sequence[Cell]) -> dict[str, RunConfig]:
         row = (cell.sequence, cell.backbone, cell.row)
         if row not in loaded:  # of a row's seeds, one is read and checked for all
             try:
-                loaded[row] = config = load_config(cell.file, cell.overrides)
-                build_method(config)
-                evaluation = repr((config.evaluate, config.concepts))
-                if evaluation not in evaluations:
-                    check_evaluation(config)
-                    evaluations.add(evaluation)
+                loaded[row] = checked_config(cell.file, cell.overrides, evaluations)
             except ConfigError as error:
                 raise ConfigError(f"cell {cell.key}: {error}") from error
         config = loaded[row]
@@ -137,12 +132,23 @@ def checked_configs(cells: Sequence[Cell]) -> dict[str, RunConfig]:
     return configs
 
 
+def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str]) -> RunConfig:
+    """One configuration; `evaluations` are those that were checked already. Raises ConfigError when it cannot work."""
+    config = load_config(file, overrides)
+    build_method(config)
+    evaluation = repr((config.evaluate, config.concepts))
+    if evaluation not in evaluations:
+        check_evaluation(config)
+        evaluations.add(evaluation)
+    return config
+
+
 def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """What the tables need of a cell that is done, from its folder or from the record; None while it is not."""
     recorded = record.get(cell.key)
     if recorded is not None and recorded["config"] == config_fingerprint(config):
         return recorded
-    content = finished_report(cell.folder, config)
+    content = finished_report(cell.folder, config_fingerprint(config))
     if content is None:
         return None
     last = cell.folder / "evaluation" / f"after-{len(config.concepts) - 1:02d}"
@@ -155,11 +161,11 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
     } | {name: content[name] for name in costs}
 
 
-def finished_report(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The report of a run folder, where a run of this very configuration has ended there; running any other one says what differs."""
+def finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The report of a run folder, where a run of the configuration with this fingerprint has ended there; any other says what differs."""
     file = folder / "report" / "report.json"
     content = json.loads(file.read_bytes()) if file.is_file() else {}
-    return content if content and content.get("config") == config_fingerprint(config) else None
+    return content if content and content.get("config") == fingerprint else None
 
 
 def _read_record(file: Path | None) -> dict[str, dict[str, Any]]:
@@ -176,12 +182,12 @@ def _write_record(file: Path, results: Mapping[str, Any]) -> None:
     write_atomically(file, ("\n".join(lines) + "\n").encode())
 
 
-def _run(cells: Sequence[Cell], parallel: int, ranks: int) -> dict[str, str]:
+def _run(cells: Sequence[Cell], parallel: int, ranks: int) -> dict[str, Failure]:
     done: list[str] = []
 
-    def tell(job: Job, line: str | None) -> None:
+    def tell(job: Job, failure: Failure | None) -> None:
         done.append(job.label)
-        print(f"[{len(done)}/{len(cells)}] {job.label}: {'done' if line is None else line}", flush=True)
+        print(f"[{len(done)}/{len(cells)}] {job.label}: {failure or 'done'}", flush=True)
 
-    jobs = [Job(cell.key, ("unlearn", str(cell.file), *cell.overrides)) for cell in cells]
+    jobs = [Job(cell.key, ("unlearn", str(cell.file), *cell.overrides), cell.folder) for cell in cells]
     return run_jobs(jobs, parallel, ranks, tell)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from pathlib import Path
+from typing import Any, Callable, Iterable
 
+from sculpt_dist import errors
 from sculpt_dist.errors import ConfigError, StopRequested
 
-DONE = 0
-LAUNCHERS = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID".split()
+DONE, STOPPED = 0, 75
+LAUNCHERS = (
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID "
+    "SLURM_PROCID SLURM_NTASKS SLURM_NPROCS SLURM_LOCALID SLURM_NTASKS_PER_NODE"
+).split()
+MARKS = ("STOP", "REQUEUE")  # in a run folder: please stop; stopped, and to be started again
+TYPED = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.SculptError)}
+SHUTDOWN = "300"  # seconds that torchrun gives its ranks to save
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -22,61 +33,103 @@ class Job:
 
     label: str
     arguments: tuple[str, ...]
+    folder: Path | None = None  # its run folder
 
 
-def run_jobs(jobs: Sequence[Job], parallel: int, ranks: int, tell: Callable[[Job, str | None], None]) -> dict[str, str]:
-    """Run all jobs, `parallel` at a time with `ranks` processes each; returns the last line that each failed one printed, by its label.
+@dataclass(frozen=True)
+class Failure:
+    """How a job ended that did not end well."""
 
-    `tell` is called as each job ends, with None or that line. The cores are shared out evenly unless OMP_NUM_THREADS says otherwise.
-    On SIGINT or SIGTERM the running jobs are asked to stop, which they do after saving, and StopRequested is raised.
+    line: str  # that says why, or else the last one that it printed
+    error: str | None = None  # the name of the error, StopRequested for a saved stop, None for a crash
+
+    def __str__(self) -> str:
+        return self.line
+
+
+def run_jobs(jobs: Iterable[Job], parallel: int, ranks: int, tell: Callable[[Job, Failure | None], None]) -> dict[str, Failure]:
+    """Run all jobs, `parallel` at a time with `ranks` processes each; returns how each failed one ended, by its label.
+
+    A job is taken from `jobs` only when it can start. `tell` is called as each job ends, one at a time. A mark of an earlier stop in the
+    job's run folder is removed before. The cores are shared out evenly unless OMP_NUM_THREADS says otherwise.
+    On SIGINT, SIGTERM or SIGUSR1 the running jobs are asked to stop, which they do after saving, and StopRequested is raised; also when
+    a job was stopped by itself, after the others have ended.
     """
     if parallel < 1 or ranks < 1:
         raise ConfigError(f"jobs={parallel}, ranks={ranks}: each must be at least 1")
+    waiting, turn = iter(jobs), threading.Lock()
     running: set[subprocess.Popen[str]] = set()
     stopping: list[int] = []
+    failed: dict[str, Failure] = {}
 
     def stop(number: int, frame: Any) -> None:
         stopping.append(number)
         for process in list(running):
             process.send_signal(signal.SIGTERM)
 
-    def run(job: Job) -> str | None:
-        if stopping:
-            return "not started"
-        process = subprocess.Popen(
-            [*_launcher(ranks), *job.arguments],
-            env=_environment(parallel * ranks),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which then asks them to stop
-        )
-        running.add(process)
-        if stopping:
-            process.send_signal(signal.SIGTERM)
-        printed, _ = process.communicate()
-        running.discard(process)
-        lines = [line for line in printed.splitlines() if line.strip()]
-        return None if process.returncode == DONE else (lines or [f"exit code {process.returncode}"])[-1]
+    def work() -> None:
+        while True:
+            with turn:
+                job = None if stopping else next(waiting, None)
+            if job is None:
+                return
+            failure = _run(job, parallel, ranks, running, stopping)
+            with turn:
+                if failure is not None:
+                    failed[job.label] = failure
+                tell(job, failure)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    failed: dict[str, str] = {}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         with ThreadPoolExecutor(parallel) as pool:
-            futures = {pool.submit(run, job): job for job in jobs}
-            for future in as_completed(futures):
-                job, line = futures[future], future.result()
-                if line is not None:
-                    failed[job.label] = line
-                if not stopping:
-                    tell(job, line)
+            for future in [pool.submit(work) for _ in range(parallel)]:
+                future.result()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if stopping:
+    if stopping or any(failure.error == StopRequested.__name__ for failure in failed.values()):
         raise StopRequested("stopped; what was running is saved, and the same command goes on from there")
     return failed
+
+
+def _run(job: Job, parallel: int, ranks: int, running: set[subprocess.Popen[str]], stopping: list[int]) -> Failure | None:
+    for mark in MARKS if job.folder is not None else ():
+        (job.folder / mark).unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [*_guard(), *_launcher(ranks), *job.arguments],
+        env=_environment(parallel * ranks),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then asks them to stop
+    )
+    running.add(process)
+    if stopping:
+        process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate()
+    running.discard(process)
+    if process.returncode == DONE:
+        return None
+    if process.returncode == STOPPED or (job.folder is not None and (job.folder / "REQUEUE").exists()):  # torchrun loses the code
+        return Failure("stopped and saved", StopRequested.__name__)
+    return _failure(printed.splitlines(), process.returncode)
+
+
+def _failure(printed: list[str], code: int) -> Failure:
+    """The last line that names a typed error, which torchrun's own lines may follow; without one the last line."""
+    lines = [line for line in printed if line.strip()]
+    typed = [line for line in lines if line.partition(": ")[0] in TYPED]
+    if typed:
+        return Failure(typed[-1], typed[-1].partition(": ")[0])
+    if code < 0:
+        return Failure(f"ended by {signal.Signals(-code).name}")
+    return Failure((lines or [f"exit code {code}"])[-1])
+
+
+def _guard() -> list[str]:
+    """On Linux, what has a job save and end when this process is killed: an orphan would go on alone, its folder locked."""
+    return ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
 
 
 def _launcher(ranks: int) -> list[str]:
@@ -89,4 +142,4 @@ def _environment(processes: int) -> dict[str, str]:
     """This process's environment, without what a launcher said of it."""
     cores = len(os.sched_getaffinity(0))
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-    return {"OMP_NUM_THREADS": str(max(1, cores // processes))} | kept
+    return {"OMP_NUM_THREADS": str(max(1, cores // processes)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN} | kept

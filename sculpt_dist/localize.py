@@ -36,7 +36,7 @@ class BlockRun:
     @property
     def scores(self) -> dict[str, Any] | None:
         """UA, IRA, CRA and their score; None while the run has not ended."""
-        report = finished_report(self.folder, self.config)
+        report = finished_report(self.folder, build.config_fingerprint(self.config))
         if report is None:
             return None
         found = {name: report["after"][name] for name in ("UA", "IRA", "CRA")}
@@ -59,10 +59,10 @@ def localize(
         if not chosen:
             raise ConfigError(f"index={index}: no such block; there are: {', '.join(str(run.block) for run in runs)}")
     todo = [run for run in (runs if index is None else chosen) if run.scores is None]
-    jobs = [Job(f"block {run.block}", ("unlearn", str(file), *run.overrides)) for run in todo]
-    failed = run_jobs(jobs, parallel, ranks, lambda job, line: print(f"{job.label}: {line or 'done'}", flush=True))
+    jobs = [Job(f"block {run.block}", ("unlearn", str(file), *run.overrides), run.folder) for run in todo]
+    failed = run_jobs(jobs, parallel, ranks, lambda job, failure: print(f"{job.label}: {failure or 'done'}", flush=True))
     if failed:
-        raise ConfigError("; ".join(f"{label}: {line}" for label, line in failed.items()))
+        raise ConfigError("; ".join(f"{label}: {failure}" for label, failure in failed.items()))
     folder = runs[0].folder.parent
     if index is not None:
         return folder, []

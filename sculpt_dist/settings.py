@@ -1,4 +1,4 @@
-"""The sections of a configuration, and those of a comparison: each key with its default, its meaning and its unit."""
+"""The sections of a configuration, and those of a comparison and a sweep: each key with its default, its meaning and its unit."""
 
 from __future__ import annotations
 
@@ -118,6 +118,7 @@ class TrackConfig:
     wandb: bool = False
     project: str = "sculpt-dist"
     name: Optional[str] = None
+    group: Optional[str] = None  # of runs that belong together, as those of a sweep
 
 
 @dataclass(frozen=True)
@@ -170,3 +171,31 @@ class Comparison:
     tables: list[Table] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)  # of every cell
     notes: list[str] = field(default_factory=list)  # said under the tables
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a sweep optimises."""
+
+    name: str = MISSING
+    goal: str = "minimize"  # or maximize
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """A sweep in W&B's own schema (https://docs.wandb.ai/guides/sweeps/sweep-config-keys), but for `parameters` and `command`.
+
+    What only the server needs is read over: its keys are allowed, and do nothing here.
+    """
+
+    method: str = MISSING  # grid, random or bayes
+    metric: Metric = field(default_factory=Metric)
+    run_cap: Optional[int] = None  # trials at most; random and bayes need it
+    name: Optional[str] = None
+    early_terminate: Optional[dict[str, Any]] = None
+    program: Optional[str] = None
+    project: Optional[str] = None
+    entity: Optional[str] = None
+    description: Optional[str] = None
+    apiVersion: Optional[str] = None
+    kind: Optional[str] = None

@@ -156,11 +156,11 @@ def test_a_shard_outside_of_its_count_is_refused(tmp_path):
 def test_a_failed_job_gives_its_last_line_and_the_others_run():
     told: list[str] = []
     jobs = [Job("bad", ("unlearn", "missing.yaml")), Job("good", ("--help",))]
-    failed = run_jobs(jobs, 2, 1, lambda job, line: told.append(job.label))
+    failed = run_jobs(jobs, 2, 1, lambda job, failure: told.append(job.label))
     assert sorted(told) == ["bad", "good"] and list(failed) == ["bad"]
-    assert re.fullmatch("ConfigError: missing.yaml: there is no such configuration file", failed["bad"])
+    assert re.fullmatch("ConfigError: missing.yaml: there is no such configuration file", failed["bad"].line) and failed["bad"].error == "ConfigError"
     with pytest.raises(ConfigError, match="jobs=0"):
-        run_jobs(jobs, 0, 1, lambda job, line: None)
+        run_jobs(jobs, 0, 1, lambda job, failure: None)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from sculpt_dist.errors import ConfigError
 from sculpt_dist.methods.base import Editor, Method
 from sculpt_dist.settings import Concept, PromptsConfig
 
-CONFIGS = sorted(file for file in (PROJECT / "configs").rglob("*.yaml") if file.parent.name != "compare")  # those are of another kind
+CONFIGS = sorted(file for file in (PROJECT / "configs").rglob("*.yaml") if file.parent.name not in ("compare", "sweeps"))  # those are of other kinds
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(PROJECT)))
