@@ -1,0 +1,76 @@
+"""Twenty runs, each killed at a random moment and started again: all end with the weights of the run that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, forking, sculpt, weights
+
+RUN = [*SMALL, "model.arch=sana", "evaluate.enabled=false", "train.steps=10", "prepare.samples=4", "prepare.steps=2"]
+CELLS = [(ranks, stage) for ranks in (1, 2) for stage in range(4)]
+WAYS = ("TERM", "USR1", "STOP file", "KILL all", "KILL one")
+KILLS = 20
+
+
+def arguments(canvas_config: str, folder: Path, stage: int) -> list[str]:
+    return ["unlearn", canvas_config, *RUN, f"engine.stage={stage}", f"run.folder={folder}"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, canvas_config):
+    """Of each number of ranks and stage: the weights of a run that was left alone, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("straight")
+    sculpt("prepare", canvas_config, *RUN, f"run.folder={folder / 'drawn'}")
+    done = {}
+    for ranks, stage in CELLS:
+        mine = folder / f"{ranks}-{stage}"
+        shutil.copytree(folder / "drawn" / "data", mine / "data")
+        began = time.monotonic()
+        sculpt(*arguments(canvas_config, mine, stage), ranks=ranks)
+        done[ranks, stage] = weights(mine), time.monotonic() - began
+    return folder / "drawn" / "data", done
+
+
+@pytest.mark.slow
+def test_20_of_20_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config, tmp_path):
+    drawn, done = straight
+    rng, reached = random.Random(7), []
+    for number in range(KILLS):
+        (ranks, stage), way = CELLS[number % len(CELLS)], WAYS[number % len(WAYS)]
+        expected, seconds = done[ranks, stage]
+        folder = tmp_path / str(number)
+        shutil.copytree(drawn, folder / "data")
+        call = [*arguments(canvas_config, folder, stage), f"train.checkpoint_every={rng.choice([0, 0.01, 0.5])}"]
+        pids = forking().begin(*call, ranks=ranks, output=tmp_path / f"{number}.txt")
+        time.sleep(rng.uniform(0.1, 0.95) * seconds)  # a moment of the run
+        for pid in [rng.choice(pids)] if way == "KILL one" else pids:
+            if way == "STOP file":
+                (folder / "STOP").touch()
+            elif Path(f"/proc/{pid}").exists():
+                os.kill(pid, getattr(signal, f"SIG{way.split()[0]}"))
+        codes = forking().end(pids, 120)
+        printed = (tmp_path / f"{number}.txt").read_text()
+        stopped = sorted((folder / "checkpoints").glob("step-*"))
+        reached.append((way, codes, stopped[-1].name if stopped else "no checkpoint"))
+        if way in ("TERM", "USR1", "STOP file"):
+            assert set(codes) <= {0, 75, -signal.SIGTERM, -signal.SIGUSR1}, printed
+            assert (75 in codes) == (folder / "REQUEUE").exists(), printed
+        (folder / "STOP").unlink(missing_ok=True)
+        sculpt(*call, ranks=ranks)
+        found = weights(folder)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found), (reached[-1], ranks, stage)
+        steps = [(entry["concept"], entry["step"]) for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+        assert set(steps) == {(concept, step) for concept in range(2) for step in range(12)}
+        if way in ("TERM", "USR1", "STOP file") and 75 in codes:
+            assert len(steps) == len(set(steps)), "a step that was saved on a signal was done again"
+        shutil.rmtree(folder)
+    print(*reached, sep="\n")
+    assert sum(any(codes) for _, codes, _ in reached) >= KILLS * 2 // 3, f"too few were still at work: {reached}"
