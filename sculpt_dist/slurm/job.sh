@@ -39,6 +39,9 @@ SCULPT=("${RUNNER[@]}" python -m sculpt_dist)
 
 run_ranks() {
     local folder
+    set -- "${@/#--fresh/run.fresh=true}"
+    set -- "${@/#--override/run.override=true}"
+    if [ "$restarts" -gt 0 ]; then set -- "$@" run.fresh=false; fi  # a requeued job goes on
     folder=$("${ONE[@]}" "${SCULPT[@]}" folder "${@:2}") || end $?  # says what is wrong with the configuration before anything starts
     mkdir -p "$folder"
     rm -f "$folder/STOP" "$folder/REQUEUE"

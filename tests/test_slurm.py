@@ -1,0 +1,211 @@
+"""Jobs on a real Slurm of two virtual nodes: launched, stopped, preempted, requeued, killed; in arrays and chains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import Cluster, missing
+from conftest import PROJECT, sculpt, weights
+
+pytestmark = pytest.mark.slow
+CONFIG = str(PROJECT / "configs" / "canvas" / "dm_cal_sana.yaml")
+RUN = [
+    "prepare.samples=6",
+    "prepare.steps=2",
+    "prepare.batch=3",
+    "train.batch=4",
+    "train.steps=100",
+    "mask.collect=2",
+    "mask.refresh=10",
+    "evaluate.enabled=false",
+    "concepts=[{target: bird, superclass: animal}]",
+]
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--partition=low")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    why = missing()
+    if why is not None:
+        pytest.skip(why)
+    running = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The final weights of a run on two ranks without Slurm, which nothing disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    sculpt("unlearn", CONFIG, *RUN, f"run.folder={folder}", ranks=2)
+    return weights(folder)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the metrics, as often as each was told."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    """The run trained every step once, and ended with these weights bit for bit."""
+    found = weights(folder)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert steps(folder) == list(range(102))
+    assert not (folder / "REQUEUE").exists()
+
+
+def wait_for_step(cluster: Cluster, job: int, folder: Path, step: int) -> None:
+    cluster.wait(job, lambda told: told["JobState"] == "RUNNING" and any(told >= step for told in steps(folder)), f"step {step}", 180)
+
+
+def processes(folder: Path) -> list[int]:
+    """The ranks that work in a run folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            continue
+        if f"run.folder={folder}".encode() in words and b"-m" in words and b"srun" not in words[0]:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("launch", ["srun", "torchrun"])
+def test_two_nodes_train_what_two_local_ranks_do(cluster, uninterrupted, tmp_path, launch):
+    job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={tmp_path / 'run'}", options=TWO_NODES, LAUNCH=launch)
+    told = cluster.wait_completed(job)
+    assert told["Restarts"] == "0" and told["NumNodes"] == "2"
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_job_at_its_time_limit_is_requeued_and_loses_no_step(cluster, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    options = (*TWO_NODES, "--time=1", "--signal=B:USR1@50")  # Slurm looks every 30 s, and signals up to 60 s early
+    job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=options)
+    cluster.wait(job, lambda told: told["Restarts"] == "1", "its requeue", 120)
+    cluster.tell("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    cluster.wait_completed(job)
+    assert "USR1 after" in cluster.log(job) and "requeued (1)" in cluster.log(job)
+    assert_same(folder, uninterrupted)
+
+
+def test_a_preempted_job_is_requeued_and_loses_no_step_under_torchrun_too(cluster, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES, LAUNCH="torchrun")
+    wait_for_step(cluster, job, folder, 5)
+    urgent = preempt(cluster)
+    cluster.wait(job, lambda told: told["Restarts"] == "1", "its requeue", 120)
+    cluster.wait_completed(urgent)
+    cluster.wait_completed(job)
+    assert_same(folder, uninterrupted)
+
+
+def preempt(cluster: Cluster) -> int:
+    """A job of a higher priority that takes both nodes for a moment."""
+    return int(cluster.tell("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true"))
+
+
+def test_a_job_goes_on_however_often_it_is_requeued(cluster, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, "run.fresh=true", f"run.folder={folder}", options=TWO_NODES)
+    wait_for_step(cluster, job, folder, 5)
+    preempt(cluster)
+    cluster.wait(job, lambda told: told["Restarts"] == "1", "its first requeue", 120)
+    first = len(steps(folder))
+    wait_for_step(cluster, job, folder, first + 5)
+    cluster.tell("scancel", "--batch", "--signal=USR1", str(job))
+    cluster.wait(job, lambda told: told["Restarts"] == "2", "its second requeue", 120)
+    assert 5 < first < len(steps(folder)) < 102
+    cluster.wait_completed(job)
+    assert "requeued (1)" in cluster.log(job) and "requeued (2)" in cluster.log(job)
+    assert_same(folder, uninterrupted)
+
+
+def test_no_more_requeues_than_allowed_and_none_when_cancelled(cluster, tmp_path):
+    folder = tmp_path / "run"
+    job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES, MAX_REQUEUE="0")
+    wait_for_step(cluster, job, folder, 5)
+    cluster.tell("scancel", "--batch", "--signal=USR1", str(job))
+    told = cluster.wait_ended(job)
+    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "75:0", "0")
+    assert "MAX_REQUEUE=0 is reached" in cluster.log(job) and (folder / "REQUEUE").exists()
+    saved = len(steps(folder))
+    job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES)
+    wait_for_step(cluster, job, folder, saved + 3)
+    cluster.tell("scancel", "--full", str(job))
+    told = cluster.wait_ended(job)
+    cluster.wait(job, lambda told: not processes(folder), "the end of its ranks", 30)
+    assert told["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
+    assert list((folder / "checkpoints").glob("step-*"))
+
+
+def test_a_killed_rank_ends_the_job_within_5_s_and_leaves_no_process(cluster, tmp_path):
+    folder = tmp_path / "run"
+    job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES)
+    wait_for_step(cluster, job, folder, 5)
+    ranks = processes(folder)
+    assert len(ranks) == 2
+    os.kill(max(ranks), signal.SIGKILL)
+    began = time.monotonic()
+    told = cluster.wait_ended(job, 30)
+    assert time.monotonic() - began < 5
+    assert told["JobState"] == "FAILED" and told["Restarts"] == "0" and not processes(folder)
+
+
+def test_the_users_error_is_told_and_not_requeued(cluster, tmp_path):
+    bad = cluster.submit("unlearn.sbatch", CONFIG, *RUN, "train.stepz=3", f"run.folder={tmp_path / 'bad'}", options=TWO_NODES)
+    odd = cluster.submit("unlearn.sbatch", CONFIG, *RUN, "train.batch=5", f"run.folder={tmp_path / 'odd'}", options=TWO_NODES)
+    for job, message in ((bad, "Did you mean: 'steps'"), (odd, "train.batch=5 is not divisible by ranks 2")):
+        told = cluster.wait_ended(job)
+        assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "2:0", "0"), cluster.log(job)
+        assert message in cluster.log(job)
+
+
+def test_an_array_runs_the_cells_of_a_comparison(cluster, tmp_path):
+    file = tmp_path / "comparison.yaml"
+    shared = json.dumps([*RUN[:-2], "train.steps=2", "mask.refresh=1", "evaluate.images=1", "evaluate.paraphrase_images=0", "evaluate.steps=1"])
+    file.write_text(
+        f"folder: {tmp_path / 'runs'}\nagainst: plain\nsequences: {{one: [{{target: bird, superclass: animal}}]}}\noverrides: {shared}\n"
+        f"rows: [{{name: plain, config: {CONFIG}}}]\ntables: [{{title: All, sequence: one, backbones: [sana], seeds: [0, 1, 2, 3]}}]\n"
+    )
+    job = cluster.submit("compare.sbatch", str(file), options=("--array=0-3", "--cpus-per-task=1", "--partition=low"))
+    for index in range(4):
+        cluster.wait_completed(f"{job}_{index}")
+    reports = sorted(path.parents[1].name for path in (tmp_path / "runs").rglob("report.json"))
+    assert reports == [f"seed-{seed}" for seed in range(4)]
+
+
+def test_a_chain_prepares_unlearns_and_evaluates(cluster, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    scored = ["evaluate.enabled=true", "evaluate.images=1", "evaluate.paraphrase_images=0", "evaluate.steps=1", "evaluate.bootstrap=20"]
+    options = " ".join((*TWO_NODES, f"--output={cluster.folder}/job-%j.txt"))
+    printed = cluster.tell(
+        "bash", "slurm/chain.sh", CONFIG, *RUN, *scored, f"run.folder={folder}", PREPARE=options, UNLEARN=options, EVALUATE=options
+    )
+    jobs = {line.partition(":")[0]: int(line.split()[-1]) for line in printed.splitlines()}
+    assert list(jobs) == ["prepare", "unlearn", "evaluate"]
+    assert cluster.job(jobs["evaluate"])["JobState"] == "PENDING"
+    for job in jobs.values():
+        cluster.wait_completed(job)
+    assert_same(folder, uninterrupted)
+    assert json.loads((folder / "evaluation" / "model" / "scores.json").read_text())["plain"]["UA"] is not None
+
+
+def test_submit_sends_a_job_that_runs(cluster, tmp_path):
+    folder = tmp_path / "run"
+    command = ["sculpt-dist", "submit", CONFIG, *RUN, "train.steps=2", "mask.refresh=1", f"run.folder={folder}", "--nodes", "2", "--partition", "low"]
+    printed = cluster.tell(*command, "--option", f"output={cluster.folder}/job-%j.txt")
+    cluster.wait_completed(int(printed.removeprefix("job: ")))
+    assert steps(folder) == [0, 1, 2, 3]
