@@ -88,8 +88,8 @@ end() {  # $1: an exit code. A preempted job whose ranks were not yet able to no
 requeue() {
     if [ "$restarts" -ge "${MAX_REQUEUE:-50}" ]; then
         echo "job $SLURM_JOB_ID: stopped and saved, and not requeued: MAX_REQUEUE=${MAX_REQUEUE:-50} is reached" >&2
-    elif job_has 'JobState=CANCELLED'; then
-        echo "job $SLURM_JOB_ID: cancelled; submitted again, it goes on from here" >&2
+    elif ! job_has 'JobState=RUNNING' && ! job_has 'PreemptTime=[0-9]'; then  # a requeue would bring a cancelled job back to life
+        echo "job $SLURM_JOB_ID: cancelled, not requeued; submitted again, it goes on from here" >&2
     else
         echo "job $SLURM_JOB_ID: stopped and saved; requeued ($((restarts + 1)))" >&2
         trap '' USR1 TERM
