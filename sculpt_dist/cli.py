@@ -242,7 +242,7 @@ def main() -> NoReturn:
     """The entry point; exit codes: 0 done, 75 stopped for requeue, 2 the user's error, 1 crash."""
     sys.excepthook = _crash
     try:
-        app()
+        typer.main.get_command(app)()  # app() would put typer's own hook in the place of ours
     except SculptError as error:
         if _is_first() or isinstance(error, (LaunchError, NonFiniteError)):  # other errors are the same on every rank
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -259,6 +259,7 @@ def main() -> NoReturn:
 
 
 def _crash(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
+    sys.stderr = sys.__stderr__  # torch's hook around this one collects what is printed, and would never come to print it
     sys.__excepthook__(kind, error, trace)
     if _num_ranks() > 1:
         _end(CRASHED)
@@ -270,7 +271,8 @@ def _end(code: int) -> NoReturn:
     That is pytorch issue 190489: references to the process group that DeepSpeed holds outlive `destroy_process_group`.
     """
     if _num_ranks() > 1:
-        atexit._run_exitfuncs()
+        if code != CRASHED:  # leaving a group with a dead rank may wait for it
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
