@@ -7,4 +7,6 @@ hostfile=${1:?"usage: deepspeed.sh HOSTFILE ARGUMENTS..., for example: deepspeed
 shift
 [ -f "$hostfile" ] || { echo "there is no hostfile $hostfile: write lines such as 'node1 slots=8'" >&2; exit 2; }
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec deepspeed --hostfile "$hostfile" --no_local_rank --module sculpt_dist "$@"
+alone=()
+[ "$(grep -c 'slots=' "$hostfile")" != 1 ] || alone=(--no_ssh_check --master_addr 127.0.0.1)  # one host needs no ssh
+exec deepspeed --hostfile "$hostfile" "${alone[@]}" --no_local_rank --module sculpt_dist "$@"
