@@ -41,9 +41,9 @@ run_ranks() {
     local folder
     set -- "${@/#--fresh/run.fresh=true}"
     set -- "${@/#--override/run.override=true}"
-    if [ "$restarts" -gt 0 ]; then set -- "$@" run.fresh=false; fi  # a requeued job goes on
     folder=$("${ONE[@]}" "${SCULPT[@]}" folder "${@:2}") || end $?  # says what is wrong with the configuration before anything starts
     mkdir -p "$folder"
+    if grep -qsE "job .*\b$SLURM_JOB_ID(\.|\$)" "$folder/log.txt"; then set -- "$@" run.fresh=false; fi  # requeued after it began: it goes on
     rm -f "$folder/STOP" "$folder/REQUEUE"
     stop_file=$folder/STOP
     if [ -n "$stopping" ]; then touch "$stop_file"; fi  # asked while the configuration was read
