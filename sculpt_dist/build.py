@@ -138,7 +138,7 @@ OURS = (
     "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors delta.safetensors lora "
     "kohya.safetensors report wandb log.txt STOP REQUEUE"
 ).split()
-KEPT_BY_FRESH = ("data",)  # its recipes say themselves what can be used again
+KEPT_BY_FRESH = ("data", "STOP")  # the recipes of the data say what can be used again; a stop may be asked for while a run starts
 UNDECIDING = ("run", "track", "engine.timeout", "engine.grace", "train.checkpoint_every", "train.background_save", "train.workers")  # keys that do not change the result
 
 

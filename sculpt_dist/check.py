@@ -36,14 +36,7 @@ def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
     compared. A hub id or a single file is fetched or unpacked as for a run. Evaluation is not looked at, and a closed form's edit is
     not made. Raises ConfigError and ModelError for what a run would stumble over.
     """
-    if ranks < 1:
-        raise ConfigError(f"ranks={ranks}: must be at least 1")
-    if not config.concepts:
-        raise ConfigError("concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'")
-    prompts = [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts]
-    method = build.build_method(config)
-    plan = None if isinstance(method, Editor) else make_plan(config, method)
-    micro_batch = check_batch(config, ranks)
+    prompts, method, plan, micro_batch = check_settings(config, ranks)
     backbone = build.build_backbone(config, NOWHERE)
     _check_prompts(backbone, prompts)
     net = backbone.net.to(DTYPES[config.engine.precision])
@@ -66,6 +59,21 @@ def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
         "shard": shard_elements(sizes, config.engine.stage, ranks),
         "steps": plan.steps,
     }
+
+
+def check_settings(config: RunConfig, ranks: int) -> tuple[list[ConceptPrompts], Method | Editor, Plan | None, int]:
+    """The part of the check that looks at no model: (prompts of each concept, method, plan of its training, a rank's micro-batch).
+
+    Raises ConfigError.
+    """
+    if ranks < 1:
+        raise ConfigError(f"ranks={ranks}: must be at least 1")
+    if not config.concepts:
+        raise ConfigError("concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'")
+    prompts = [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts]
+    method = build.build_method(config)
+    plan = None if isinstance(method, Editor) else make_plan(config, method)
+    return prompts, method, plan, check_batch(config, ranks)
 
 
 def check_model(config: RunConfig, folder: Path) -> None:

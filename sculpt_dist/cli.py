@@ -58,6 +58,32 @@ def check(
 
 
 @app.command()
+def submit(
+    config: Path = CONFIG,
+    overrides: Optional[List[str]] = OVERRIDES,
+    nodes: int = typer.Option(1, help="Nodes of the job."),
+    gpus_per_node: int = typer.Option(0, help="GPUs, and ranks, of each node; 0: one rank per node, on the CPU."),
+    time: Optional[str] = typer.Option(None, help="Time limit, as Slurm writes it: 4:00:00 or 2-12. At its end the job is requeued."),
+    partition: Optional[str] = typer.Option(None, help="Slurm partition."),
+    option: List[str] = typer.Option([], help="A further option of sbatch, such as account=vision; may be given again."),
+    launch: str = typer.Option("srun", help="srun: one task per rank; torchrun: one launcher per node."),
+    show: bool = typer.Option(False, "--print", help="Print the script instead of sending it."),
+) -> None:
+    """Send CONFIG to Slurm as a job that is requeued until it is done; checks the configuration first."""
+    from sculpt_dist.submit import Request, compose, send
+
+    request = Request(config, tuple(overrides or ()), nodes, gpus_per_node, time, partition, tuple(option), launch)
+    script = compose(request)
+    print(script if show else f"job: {send(script)}", end="" if show else "\n")
+
+
+@app.command()
+def folder(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
+    """Print the run folder of CONFIG, for scripts."""
+    print(_load(config, overrides).run.folder)
+
+
+@app.command()
 def prepare(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
     """Only draw and store the training samples of CONFIG; unlearn then starts at once."""
     note_early()
@@ -216,7 +242,7 @@ def main() -> NoReturn:
     """The entry point; exit codes: 0 done, 75 stopped for requeue, 2 the user's error, 1 crash."""
     sys.excepthook = _crash
     try:
-        app()
+        typer.main.get_command(app)()  # app() would put typer's own hook in the place of ours
     except SculptError as error:
         if _is_first() or isinstance(error, (LaunchError, NonFiniteError)):  # other errors are the same on every rank
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -233,6 +259,7 @@ def main() -> NoReturn:
 
 
 def _crash(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
+    sys.stderr = sys.__stderr__  # torch's hook around this one collects what is printed, and would never come to print it
     sys.__excepthook__(kind, error, trace)
     if _num_ranks() > 1:
         _end(CRASHED)
@@ -244,7 +271,8 @@ def _end(code: int) -> NoReturn:
     That is pytorch issue 190489: references to the process group that DeepSpeed holds outlive `destroy_process_group`.
     """
     if _num_ranks() > 1:
-        atexit._run_exitfuncs()
+        if code != CRASHED:  # leaving a group with a dead rank may wait for it
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

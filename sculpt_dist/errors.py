@@ -25,6 +25,10 @@ class LaunchError(SculptError):
     """The ranks of a job did not find one another, or found those of another job."""
 
 
+class SubmitError(SculptError):
+    """Slurm is not there, or did not take the job."""
+
+
 class NonFiniteError(SculptError):
     """The loss or the gradient became NaN or infinite on some rank; every rank stops at this step."""
 

@@ -52,6 +52,10 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is StopRequested:  # of all ranks; the first to leave makes its launcher end the others, so the mark comes before
+            if self.group.is_first:
+                (self.folder / REQUEUE_FILE).touch()
+            self.group.barrier()
         self._closing.set()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
@@ -59,8 +63,6 @@ class StopRequest:
         self._writer.close()
         self._thread.join()
         self._reader.close()
-        if kind is StopRequested and self.group.is_first:
-            (self.folder / REQUEUE_FILE).touch()
 
     def agreed(self, *flags: bool) -> tuple[bool, ...]:
         """Whether any rank was asked to stop, and for each further flag whether any rank raised it; all ranks enter."""

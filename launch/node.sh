@@ -1,0 +1,1 @@
+../sculpt_dist/slurm/node.sh
