@@ -17,7 +17,7 @@ FLOORS = [  # a file imports from its own package and from lines above it
     ["maths", "config", "progress"],
     ["canvas", "data", "backbones", "engine"],
     ["methods", "metrics"],
-    ["build"], ["pretrain"], ["costs"], ["prepare"], ["track"], ["train"], ["check"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["jobs"], ["tables"], ["compare"], ["localize"], ["sequence"], ["stages"],
+    ["build"], ["pretrain"], ["costs"], ["prepare"], ["track"], ["train"], ["check"], ["asks"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["jobs"], ["tables"], ["compare"], ["localize"], ["sequence"], ["stages"],
     ["__init__"],
     ["cli"], ["__main__"],
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from test_check import MODELS, models  # noqa: F401
 from sculpt_dist.build import build_method
 from sculpt_dist.check import check_run
 from sculpt_dist.config import load_config
-from sculpt_dist.evaluate import evaluated_world
+from sculpt_dist.asks import evaluated_world
 from sculpt_dist.methods.base import Editor
 from sculpt_dist.settings import RunConfig
 from sculpt_dist.train import make_plan
