@@ -65,15 +65,16 @@ def _lines(text: str) -> list[str]:
 
 def _from_csv(path: Path, text: str) -> tuple[ListedPrompt, ...]:
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    found = []
+    found, read = [], 0  # read: lines, up to the last whole row
     try:
         columns = [column.strip() for column in rows.fieldnames or ()]
         if "prompt" not in columns:
             raise ConfigError(f"{path}, line 1: has no column prompt; there are: {', '.join(columns) or 'none'}")
-        rows.fieldnames = columns
+        rows.fieldnames, read = columns, 1
         seed, guidance = (next((name for name in names if name in columns), "") for names in (SEEDS, GUIDANCES))
         for row in rows:
-            where = f"{path}, line {rows.line_num}"
+            read = rows.reader.line_num  # DictReader's own forgets the empty lines that it passes over
+            where = f"{path}, line {read}"
             if None in row:
                 raise ConfigError(f"{where}: has more fields than the {len(columns)} columns: put a prompt with commas into double quotes")
             prompt = " ".join((row["prompt"] or "").split())
@@ -83,7 +84,7 @@ def _from_csv(path: Path, text: str) -> tuple[ListedPrompt, ...]:
                 ListedPrompt(prompt, _number(where, seed, row.get(seed), int, 2**63), _number(where, guidance, row.get(guidance), float, math.inf))
             )
     except csv.Error as error:
-        raise ConfigError(f"{path}, line {rows.line_num}: is no csv ({error})") from error
+        raise ConfigError(f"{path}, line {read + 1}: is no csv ({error}): write a double quote within a prompt as two") from error
     return tuple(found)
 
 
