@@ -35,6 +35,7 @@ class Ask:
     seed: int
     guidance: float
     shown: str | None  # file name under which it is kept, for the first image of each pair
+    listed: bool = False  # a line of the user's file
 
     @property
     def judged(self) -> bool:
@@ -96,7 +97,7 @@ def _listed_asks(config: RunConfig, world: World, first_id: int) -> Iterator[Ask
     def ask(name: str, i: int, line: ListedPrompt, place: int, style: int, shown: str | None) -> Ask:
         seed = derived_seed(config.evaluate.seed, "evaluate", name, "listed", i) if line.seed is None else line.seed
         guidance = config.evaluate.guidance if line.guidance is None else line.guidance
-        return Ask(line.prompt, prompt_ids.setdefault(line.prompt, first_id + len(prompt_ids)), False, place, style, seed, guidance, shown)
+        return Ask(line.prompt, prompt_ids.setdefault(line.prompt, first_id + len(prompt_ids)), False, place, style, seed, guidance, shown, True)
 
     for name, file in config.evaluate.prompts.items():
         if normal(name) not in (*objects, *styles):
@@ -112,10 +113,10 @@ def _listed_asks(config: RunConfig, world: World, first_id: int) -> Iterator[Ask
 
 
 def as_batches(wanted: Sequence[Ask], size: int) -> list[list[Ask]]:
-    """Batches of at most `size`, in each of which one guidance is used, and all images are judged or none is."""
+    """Batches of at most `size`, in each of which one guidance is used, and all images are judged or none is, all listed or none."""
 
-    def kind(ask: Ask) -> tuple[bool, float]:
-        return not ask.judged, ask.guidance
+    def kind(ask: Ask) -> tuple[bool, bool, float]:
+        return not ask.judged, ask.listed, ask.guidance
 
     alike = [list(group) for _, group in groupby(sorted(wanted, key=kind), kind)]  # a stable order
     return [group[i : i + size] for group in alike for i in range(0, len(group), size)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Sequence
@@ -82,7 +83,8 @@ def evaluate(
         stop.check(f"the evaluation {label}")
         number = turn * group.size + group.rank
         batch = batches[min(number, len(batches) - 1)]
-        images = draw(config, backbone, net, batch)  # uint8 [B, 3, h, w]
+        with backbone.forgetting() if batch[0].listed else nullcontext():
+            images = draw(config, backbone, net, batch)  # uint8 [B, 3, h, w]
         if number < len(batches):
             if batch[0].judged:
                 seen.append((number, *_recognise(classifier, images)))

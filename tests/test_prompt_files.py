@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import PROJECT, TINY_RUN, rank_command, rank_environment
 
 from sculpt_dist.asks import as_batches, asks, evaluated_world
+from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.build import config_fingerprint
 from sculpt_dist.config import load_config
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
@@ -126,10 +128,10 @@ def test_a_batch_has_one_guidance_and_is_judged_whole_or_not_at_all(tmp_path):
     config = lists(tmp_path)
     wanted = asks(config, evaluated_world(config))
     batches = as_batches(wanted, 2)
-    assert [[ask.prompt for ask in batch] for batch in batches] == [["x", "z"], ["a photo of a house in neon style", "y"], ["x"], ["p", "q"], ["p"]]
-    assert all(len({(ask.guidance, ask.judged) for ask in batch}) == 1 for batch in batches)
-    plain = [ask for ask in wanted if ask.guidance == 4 and ask.judged]
-    assert sum(as_batches(plain, 2), []) == plain
+    assert [[ask.prompt for ask in batch] for batch in batches] == [["a photo of a house in neon style"], ["x", "z"], ["y", "x"], ["p", "q"], ["p"]]
+    assert all(len({(ask.guidance, ask.judged, ask.listed) for ask in batch}) == 1 for batch in batches)
+    templates = asks(load_config(None, ["evaluate.images=3"]), evaluated_world(load_config(None, [])))
+    assert sum(as_batches(templates, 7), []) == templates and len(templates) == 180
 
 
 def test_what_a_prompt_does_not_name_is_no_mistake_of_the_image():
@@ -213,3 +215,14 @@ def test_two_ranks_draw_the_same_images_of_a_list(tmp_path):
         found[ranks] = (out / "answers.json").read_text(), (out / "images" / "nudity--none.png").read_bytes(), scores.pop("extra"), scores
     assert found[1][:2] == found[2][:2] and found[1][3] == found[2][3] and found[1][3]["images"] == {"target": 5, "other": 0}
     assert found[1][2] == pytest.approx(found[2][2], rel=1e-9) and found[1][2]["fid"] > 0
+
+
+def test_the_prompts_of_a_list_are_embedded_for_their_own_batch_alone():
+    backbone = Backbone(CANVAS, torch.float32, torch.device("cpu"))
+    kept = backbone.embed(["a cat"])
+    with backbone.forgetting():
+        once = backbone.embed(["a cat", "a dog"])
+    backbone.encode_prompts = None  # nothing can be embedded any more
+    assert torch.equal(backbone.embed(["a cat"]).tokens, kept.tokens) and torch.equal(once.tokens[:1], kept.tokens)
+    with pytest.raises(TypeError):
+        backbone.embed(["a dog"])
