@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from sculpt_dist import __version__
 from sculpt_dist.config import check_batch, merge_section, to_yaml
+from sculpt_dist.data.prompt_files import read_prompts
 from sculpt_dist.engine.group import Group
 from sculpt_dist.errors import ConfigError, ModelError, RunFolderError
 from sculpt_dist.files import file_sha256, text_sha256, write_atomically
@@ -139,7 +140,10 @@ OURS = (
     "kohya.safetensors report wandb tensorboard log.txt STOP REQUEUE"
 ).split()
 KEPT_BY_FRESH = ("data", "STOP")  # the recipes of the data say what can be used again; a stop may be asked for while a run starts
-UNDECIDING = ("run", "track", "engine.timeout", "engine.grace", "train.checkpoint_every", "train.background_save", "train.workers")  # keys that do not change the result
+UNDECIDING = (  # keys that do not change the result
+    "run track engine.timeout engine.grace train.checkpoint_every train.background_save train.workers"
+).split()
+LATER = ("prepare.prompts.files", "evaluate.prompts", "evaluate.retain_prompts")  # unset they are left out: earlier runs had them not
 
 
 def claim_folder(config: RunConfig, group: Group) -> Path:
@@ -179,7 +183,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif theirs is not None and any((folder / name).exists() for name in ("checkpoints", "evaluation")):
-        changes = _differences(theirs, OmegaConf.create(text))
+        changes = _differences(theirs, OmegaConf.create(text)) + _changed_lists(folder, config)
         if changes and not config.run.override:
             return (
                 f"run.folder={folder} belongs to a run with another configuration ({'; '.join(changes[:6])}): choose another run.folder, "
@@ -235,7 +239,7 @@ def _deciding(content: DictConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
-        if key in UNDECIDING:
+        if key in UNDECIDING or (key in LATER and not value):
             return
         if isinstance(value, dict) and value:
             for name, member in value.items():
@@ -250,6 +254,20 @@ def _deciding(content: DictConfig) -> dict[str, Any]:
 def _differences(theirs: DictConfig, mine: DictConfig) -> list[str]:
     before, now = _deciding(theirs), _deciding(mine)
     return [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+
+
+def _list_checksums(config: RunConfig) -> dict[str, str]:
+    """File -> checksum over what is read of it, of every file of prompts. Raises ConfigError for one that cannot be read."""
+    retained = config.evaluate.retain_prompts
+    files = [*config.prepare.prompts.files.values(), *config.evaluate.prompts.values(), *([retained] if retained else [])]
+    return {file: text_sha256(repr(read_prompts(file))) for file in files}
+
+
+def _changed_lists(folder: Path, config: RunConfig) -> list[str]:
+    """The files of prompts that hold something else than when the run of this folder began."""
+    manifest = folder / "manifest.json"
+    then = json.loads(manifest.read_bytes()).get("prompts", {}) if manifest.is_file() else {}
+    return [f"{file}: its prompts were others" for file, now in _list_checksums(config).items() if then.get(file, now) != now]
 
 
 def _existing_parent(folder: Path) -> Path:
@@ -283,13 +301,13 @@ def code_versions() -> dict[str, str]:
 
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: dict[str, str]) -> None:
     """manifest.json: what this run was made from."""
-    content = {"base": base, "config": config_fingerprint(config), "shards": shards, "code": code_versions()}
+    content = {"base": base, "config": config_fingerprint(config), "shards": shards, "prompts": _list_checksums(config), "code": code_versions()}
     write_atomically(folder / "manifest.json", json.dumps(content, indent=1).encode())
 
 
 def config_fingerprint(config: RunConfig) -> str:
-    """A checksum over all that decides the result, so without the run folder's name and the like."""
-    return text_sha256(json.dumps(_deciding(OmegaConf.create(to_yaml(config))), sort_keys=True, default=str))
+    """A checksum over all that decides the result: not the run folder's name and the like, but what the files of prompts hold."""
+    return text_sha256(json.dumps(_deciding(OmegaConf.create(to_yaml(config))) | _list_checksums(config), sort_keys=True, default=str))
 
 
 def check_checkpoint(path: Path, state: dict[str, Any], fingerprints: dict[str, str], config: RunConfig) -> bool:

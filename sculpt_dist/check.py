@@ -70,7 +70,7 @@ def check_settings(config: RunConfig, ranks: int) -> tuple[list[ConceptPrompts],
         raise ConfigError(f"ranks={ranks}: must be at least 1")
     if not config.concepts:
         raise ConfigError("concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'")
-    prompts = [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts]
+    prompts = [concept_prompts(concept, config.prepare) for concept in config.concepts]
     method = build.build_method(config)
     plan = None if isinstance(method, Editor) else make_plan(config, method)
     return prompts, method, plan, check_batch(config, ranks)

@@ -306,6 +306,8 @@ def _print_run(folder: Path, report: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sculpt_dist.report import seen_counts
+
     table = Table(title=f"forgotten: {', '.join(concept['target'] for concept in report['concepts'])}")
     for heading in ("", "UA", "IRA", "CRA", "SA"):
         table.add_column(heading)
@@ -321,6 +323,8 @@ def _print_run(folder: Path, report: dict) -> None:
         if report["after"].get("paraphrased"):
             row("after, paraphrased", report["after"]["paraphrased"])
         Console().print(table)
+        for name, now, images, then in seen_counts(report):
+            print(f"{name} is seen in {now} of {images} images" + ("" if then is None else f", {then} before"))
     print(f"model:  {folder / 'model'}\nreport: {folder / 'report' / 'report.html'}")
 
 

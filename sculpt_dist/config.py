@@ -152,6 +152,15 @@ def _check_concepts(config: RunConfig) -> None:
     for key, names in (("evaluate.objects", config.evaluate.objects), ("evaluate.styles", config.evaluate.styles)):
         if not all(normal(name) for name in names):
             raise ConfigError(f"{key} holds an empty name: remove it")
+    for name in config.prepare.prompts.files:
+        if normal(name) not in seen:
+            there = ", ".join(concept.target for concept in config.concepts)
+            raise ConfigError(f"prepare.prompts.files names {name!r}, which is no target; there are: {there or 'none'}")
+    if config.evaluate.retain_prompts and not (config.evaluate.reference or config.evaluate.clip):
+        raise ConfigError(
+            f"evaluate.retain_prompts={config.evaluate.retain_prompts}: FID, KID and CLIPScore are taken of these images: give "
+            "evaluate.reference or evaluate.clip"
+        )
     for template in (config.evaluate.prompt, *config.evaluate.paraphrases):
         if "{object}" not in template:
             raise ConfigError(f"evaluate prompt {template!r} does not hold {{object}}, where the name goes")

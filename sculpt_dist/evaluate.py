@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Sequence
@@ -11,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sculpt_dist.asks import Ask, World, as_batches, asks, evaluated_world
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config import normal
-from sculpt_dist.data.prompts import fill
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping import StopRequest
-from sculpt_dist.errors import ConfigError
-from sculpt_dist.files import derived_seed, write_atomically
+from sculpt_dist.files import write_atomically
 from sculpt_dist.maths.scores import Answers, Target, accuracy_by, bootstrap_intervals, unlearning_scores
 from sculpt_dist.metrics.base import Classifier
 from sculpt_dist.metrics.classifiers import load_classifier
@@ -26,54 +26,10 @@ from sculpt_dist.progress import progress
 from sculpt_dist.settings import Concept, RunConfig
 
 
-@dataclass(frozen=True)
-class World:
-    """What is evaluated: the objects, the styles, and which objects each superclass has."""
-
-    objects: tuple[str, ...]
-    styles: tuple[str, ...]  # empty where only objects are asked for
-    members: dict[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One image to draw: its prompt, what should be seen in it, and the seed of its noise."""
-
-    prompt: str
-    prompt_id: int
-    paraphrased: bool
-    object: int
-    style: int  # -1 where no style is asked for
-    seed: int
-    shown: str | None  # file name under which it is kept, for the first image of each pair
-
-
-def evaluated_world(config: RunConfig) -> World:
-    """Objects and styles from the configuration; the canvas's own where the canvas classifier judges and none are named."""
-    settings = config.evaluate
-    objects, styles, members = list(settings.objects), list(settings.styles), dict(settings.members)
-    if settings.classifier == "canvas":
-        from sculpt_dist.canvas import world
-
-        objects = objects or list(world.OBJECTS)
-        styles = styles or list(world.STYLES)
-        members = members or {name: list(those) for name, those in world.SUPERCLASSES.items()}
-    if not styles and any(concept.kind == "style" for concept in config.concepts):
-        raise ConfigError("evaluate.styles is empty: name the styles that a forgotten one is compared with, or evaluate.enabled=false")
-    known = {normal(name) for name in (*objects, *styles)}
-    for concept in config.concepts:
-        for name in (concept.target, *concept.keep):
-            if normal(name) not in known:
-                (objects if concept.kind == "object" else styles).append(name)
-                known.add(normal(name))
-    if not objects:
-        raise ConfigError("evaluate.objects is empty and no concept is an object: name the objects to draw, or evaluate.enabled=false")
-    return World(tuple(objects), tuple(styles), {name: tuple(those) for name, those in members.items()})
-
-
 def check_evaluation(config: RunConfig) -> None:
     """Find out before training what evaluation would stumble over. Raises ConfigError or ModelError."""
     world = evaluated_world(config)
+    asks(config, world)
     load_classifier(config.evaluate.classifier, world.objects, world.styles)
     image_metrics(config.evaluate, 1, 0)
 
@@ -82,23 +38,6 @@ def check_prompts(config: RunConfig, backbone: Backbone) -> None:
     """Raises ConfigError when a prompt of the evaluation is too long for the text encoders."""
     if config.evaluate.enabled:
         backbone.tokenized(list(dict.fromkeys(ask.prompt for ask in asks(config, evaluated_world(config)))), negative=False)
-
-
-def asks(config: RunConfig, world: World) -> list[Ask]:
-    """Every image of an evaluation, plain prompts first, in an order that depends on the configuration alone."""
-    settings, listed = config.evaluate, []
-    templates = [(settings.prompt, settings.images)] + [(text, settings.paraphrase_images) for text in settings.paraphrases]
-    prompt_id = 0
-    for number, (template, images) in enumerate(templates):
-        for o, name in enumerate(world.objects):
-            for s, style in enumerate(world.styles or (None,)):
-                prompt = fill(template, object=name, style=style)
-                for i in range(images):
-                    seed = derived_seed(settings.seed, "evaluate", name, style or "", number, i)
-                    shown = f"{name}--{style or 'none'}.png".replace("/", "-") if not number and not i else None
-                    listed.append(Ask(prompt, prompt_id, number > 0, o, s if style else -1, seed, shown))
-                prompt_id += 1
-    return listed
 
 
 def score_targets(concepts: Sequence[Concept], world: World) -> list[Target]:
@@ -131,9 +70,8 @@ def evaluate(
     """
     world = evaluated_world(config)
     classifier = load_classifier(config.evaluate.classifier, world.objects, world.styles)
-    wanted = asks(config, world)
     size = config.evaluate.batch
-    batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    batches = as_batches(asks(config, world), size)
     if group.is_first:
         (folder / "images").mkdir(parents=True, exist_ok=True)
     group.barrier()
@@ -145,35 +83,43 @@ def evaluate(
         stop.check(f"the evaluation {label}")
         number = turn * group.size + group.rank
         batch = batches[min(number, len(batches) - 1)]
-        images = draw(config, backbone, net, batch)  # uint8 [B, 3, h, w]
+        with backbone.forgetting() if batch[0].listed else nullcontext():
+            images = draw(config, backbone, net, batch)  # uint8 [B, 3, h, w]
         if number < len(batches):
-            seen.append((number, *_recognise(classifier, images)))
+            if batch[0].judged:
+                seen.append((number, *_recognise(classifier, images)))
             _keep_shown(folder, batch, images)
-            plain = [i for i, ask in enumerate(batch) if not ask.paraphrased]
-            for metric in metrics if plain else ():
-                metric.update(images[plain], [batch[i].prompt for i in plain])
+            counted = [i for i, ask in enumerate(batch) if _is_counted(config, ask)]
+            for metric in metrics if counted else ():
+                metric.update(images[counted], [batch[i].prompt for i in counted])
     scores = None
     everything = group.to_all(seen)
     extra: dict[str, float] = {}
     for metric in metrics:
         extra |= metric.result({name: group.sum(total.to(group.device)) for name, total in metric.state().items()})
     if group.is_first:
-        answers = _answers(wanted, size, [entry for rank in everything for entry in rank])
-        scores = _scores(config, world, wanted, answers, concepts)
+        judged = [ask for batch in batches for ask in batch if ask.judged]
+        answers = _answers(judged, [entry for rank in everything for entry in rank])
+        scores = _scores(config, world, judged, answers, concepts)
         scores["plain"]["extra"] = extra
-        plain = _part(answers, np.array([not ask.paraphrased for ask in wanted]))
+        plain = _part(answers, np.array([not ask.paraphrased for ask in judged]))
         write_atomically(folder / "answers.json", json.dumps(as_lists(plain, world)).encode())
         write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())
     return group.from_first(scores)
 
 
 def draw(config: RunConfig, backbone: Backbone, net: nn.Module, batch: Sequence[Ask]) -> Tensor:
-    """Images of these asks, uint8 [B, 3, h, w]."""
+    """Images of these asks, which share one guidance, uint8 [B, 3, h, w]."""
     noise = torch.stack([torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(ask.seed)) for ask in batch])
     cond, negative = backbone.embed([ask.prompt for ask in batch]), backbone.embed([""] * len(batch), negative=True)
     settings = config.evaluate
-    latents = backbone.sample(backbone.denoiser(net), noise.to(backbone.device), cond, negative, settings.steps, settings.guidance)
+    latents = backbone.sample(backbone.denoiser(net), noise.to(backbone.device), cond, negative, settings.steps, batch[0].guidance)
     return backbone.decode(latents)
+
+
+def _is_counted(config: RunConfig, ask: Ask) -> bool:
+    """Whether an image counts for FID, KID and CLIPScore: those of the prompts to retain, or where there are none all plain ones."""
+    return not ask.judged if config.evaluate.retain_prompts else not ask.paraphrased
 
 
 def _recognise(classifier: Classifier, images: Tensor) -> tuple[list[int], list[int] | None]:
@@ -189,7 +135,7 @@ def _keep_shown(folder: Path, batch: Sequence[Ask], images: Tensor) -> None:
             Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(folder / "images" / ask.shown)
 
 
-def _answers(wanted: Sequence[Ask], size: int, seen: Sequence[tuple[int, list[int], list[int] | None]]) -> Answers:
+def _answers(wanted: Sequence[Ask], seen: Sequence[tuple[int, list[int], list[int] | None]]) -> Answers:
     ordered = sorted(seen)
     styles = [style for _, _, found in ordered if found is not None for style in found]
     return Answers(
@@ -239,9 +185,14 @@ def _score_part(config: RunConfig, world: World, answers: Answers, concepts: Seq
     of_any = np.zeros(len(answers.prompt), bool)
     for concept, target in zip(config.concepts, score_targets(config.concepts, world)):
         alone = unlearning_scores(answers, [target])
-        accuracy = None if alone["UA"] is None else 1 - alone["UA"]
-        scores["targets"][concept.target] = {"accuracy": accuracy, "UA": alone["UA"], "SA": alone["SA"]}
+        mine, accuracy = _asked_for(answers, target), None if alone["UA"] is None else 1 - alone["UA"]
+        seen = None if accuracy is None else round(accuracy * mine.sum())
+        scores["targets"][concept.target] = {"accuracy": accuracy, "UA": alone["UA"], "SA": alone["SA"], "seen": seen, "images": int(mine.sum())}
     for target in forgotten:
-        of_any |= (answers.object_asked if target.kind == "object" else answers.style_asked) == target.index
+        of_any |= _asked_for(answers, target)
     scores["images"] = {"target": int(of_any.sum()), "other": int((~of_any).sum())}
     return scores
+
+
+def _asked_for(answers: Answers, target: Target) -> np.ndarray:  # [N] bool
+    return (answers.object_asked if target.kind == "object" else answers.style_asked) == target.index

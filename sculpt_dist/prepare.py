@@ -94,7 +94,7 @@ def prepare(
     engine's net, or where that is None with the backbone's, which is loaded only if something is missing.
     """
     hashes = {}
-    everything = [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts]
+    everything = [concept_prompts(concept, config.prepare) for concept in config.concepts]
     setups = [Setup(i, backbone, config.train.steps, prompts, config.concepts) for i, prompts in enumerate(everything)]
     distractors = [prompts.of(group.on_first(lambda: list(method.distractors(setup)))) for prompts, setup in zip(everything, setups)]  # noqa: B023
     _embed_once(backbone, everything, distractors, base, run, group)

@@ -140,6 +140,7 @@ def render(run: RunRecord, report: Mapping[str, Any], figures: Mapping[str, byte
         num_scored=list(run.stages).index(run.last) if run.last else 0,
         accuracies=run.accuracies,
         falls=_falls(run),
+        counts=seen_counts(report),
         num_unreadable=run.num_unreadable,
         manifest=run.manifest,
         figures=figures,
@@ -168,7 +169,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _scores(stage: Mapping[str, Any]) -> dict[str, Any]:
-    names = [name for score in (*SCORES, "CTA") for name in (score, f"{score}_ci95")] + ["images", "extra"]
+    names = [name for score in (*SCORES, "CTA") for name in (score, f"{score}_ci95")] + ["images", "targets", "extra"]
     return {**_members(stage.get("plain"), names), "paraphrased": _members(stage.get("paraphrased"), names)}
 
 
@@ -178,6 +179,13 @@ def _plain(stage: Mapping[str, Any], member: str) -> Mapping[str, Any]:
 
 def _members(record: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:
     return {name: (record or {}).get(name) for name in names}
+
+
+def seen_counts(report: Mapping[str, Any]) -> list[tuple[str, int, int, int | None]]:
+    """(target, images in which it is seen at the end, its images, images in which it was seen before), where they were counted."""
+    then, now = ((report[stage]["targets"] or {}) for stage in ("before", "after"))
+    counted = {name: target for name, target in now.items() if target.get("seen") is not None}
+    return [(name, target["seen"], target["images"], then.get(name, {}).get("seen")) for name, target in counted.items()]
 
 
 def _falls(run: RunRecord) -> list[tuple[str, float, float]]:

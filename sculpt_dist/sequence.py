@@ -58,7 +58,7 @@ def run_sequence(config: RunConfig) -> Run:
     """
     if not config.concepts:
         raise ConfigError("concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'")
-    prompts = [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts]
+    prompts = [concept_prompts(concept, config.prepare) for concept in config.concepts]
     method = build.build_method(config)
     plan = None if isinstance(method, Editor) else make_plan(config, method)
     check_tracking(config)
@@ -180,7 +180,7 @@ class Training:
     def _concept_run(self, number: int, original: FrozenWeights | None, resumed: dict[str, Any] | None) -> ConceptRun:
         """A concept from its beginning, or from where its checkpoint left it."""
         concept = self.config.concepts[number]
-        prompts = concept_prompts(concept, self.config.prepare.prompts)
+        prompts = concept_prompts(concept, self.config.prepare)
         start = self.engine.masters()
         run = ConceptRun(
             number=number,
@@ -189,7 +189,6 @@ class Training:
             plan=self.plan,
             streams=self._streams(number),
             prompts=prompts,
-            distractors=drawn_prompts(self.folder, concept, "distractor"),
             measure=lambda: self._calibrate(number),
             teacher=self.engine.snapshot(),
             original=original,
@@ -211,7 +210,7 @@ class Training:
         def reader(of: Concept, role: str) -> Reader:
             if role in self.method.samples or role == "keep":
                 return ShardReader(data_folder(self.folder, of, role))
-            prompts = concept_prompts(of, self.config.prepare.prompts)
+            prompts = concept_prompts(of, self.config.prepare)
             texts = prompts.target if role == "target" else prompts.superclass
             return PromptReader(texts, self.config.prepare.samples, self.backbone.size_ids)
 
@@ -236,6 +235,8 @@ class Training:
             images=self.method.calibration_images,
             paraphrase_images=0,
             seed=derived_seed(wanted.seed, "calibrate", number),
+            prompts={},  # templates: a list may say the seeds of the images that are reported
+            retain_prompts=None,
             bootstrap=1,
             reference=None,
             clip=None,

@@ -39,6 +39,7 @@ class PromptsConfig:
 
     object: list[str] = field(default_factory=lambda: ["a photo of {concept}"])
     style: list[str] = field(default_factory=lambda: ["a photo[ in {concept} style]"])
+    files: dict[str, str] = field(default_factory=dict)  # target -> .txt or .csv of whole prompts for its samples; prepare.samples of them
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class EvaluateConfig:
     paraphrases: list[str] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)  # empty = all that the canvas has; targets are added
     styles: list[str] = field(default_factory=list)
+    prompts: dict[str, str] = field(default_factory=dict)  # object or style -> .txt or .csv of whole prompts, an image each, not the templates
+    retain_prompts: Optional[str] = None  # .txt or .csv of prompts without a target: FID, KID and CLIPScore are then of their images alone
     members: dict[str, list[str]] = field(default_factory=dict)  # superclass -> its objects, for SA
     bootstrap: int = 2000
     reference: Optional[str] = None  # folder of images for FID and KID; canvas = drawings of the canvas world

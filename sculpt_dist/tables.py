@@ -10,8 +10,9 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
+from sculpt_dist.asks import evaluated_world
 from sculpt_dist.config import normal
-from sculpt_dist.evaluate import evaluated_world, score_targets
+from sculpt_dist.evaluate import score_targets
 from sculpt_dist.files import write_atomically
 from sculpt_dist.maths.comparison import percentiles, resampled_scores, resampling, score_means, stacked
 from sculpt_dist.maths.scores import Answers, Counts, per_prompt, score_counts

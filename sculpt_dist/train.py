@@ -103,7 +103,6 @@ class ConceptRun:
     plan: Plan
     streams: ConceptStreams
     prompts: ConceptPrompts
-    distractors: Sequence[str]  # their prompts
     measure: Callable[[], Mapping[str, float]]  # scores of images that the present weights draw, for methods that ask for them
     teacher: FrozenWeights
     original: FrozenWeights | None
@@ -129,7 +128,7 @@ def run_concept(
     """
     plan, method, saved_at = run.plan, run.method, time.monotonic()
     batches = micro_batches(
-        run.streams, backbone.embed, run.prompts, engine.group.device, run.step, plan.steps, config.train.workers, run.distractors
+        run.streams, backbone.embed, run.prompts, engine.group.device, run.step, plan.steps, config.train.workers
     )
     for step in progress(range(run.step, plan.steps), f"unlearn {run.target}", engine.group.is_first, start=run.step):
         clock = Clock(engine.group)

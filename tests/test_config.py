@@ -10,7 +10,7 @@ from sculpt_dist.config import check_batch, load_config, to_yaml
 from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.methods.base import Editor, Method
-from sculpt_dist.settings import Concept, PromptsConfig
+from sculpt_dist.settings import Concept, PrepareConfig
 
 CONFIGS = sorted(file for file in (PROJECT / "configs").rglob("*.yaml") if file.parent.name not in ("compare", "sweeps"))  # those are of other kinds
 
@@ -105,7 +105,7 @@ def test_numbers_of_a_method_are_checked_too(value):
 @pytest.mark.parametrize("template", ["{concept}", "a painting in the style of {concept}"])
 def test_a_style_free_prompt_that_would_be_empty_or_broken_off_is_refused(template):
     with pytest.raises(ConfigError, match="brackets"):
-        concept_prompts(Concept("van gogh", kind="style", prompts=[template]), PromptsConfig())
+        concept_prompts(Concept("van gogh", kind="style", prompts=[template]), PrepareConfig())
 
 
 def test_wrong_type_of_a_method_option_is_named():

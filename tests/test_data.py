@@ -15,7 +15,7 @@ from sculpt_dist.data.shards import Sample, ShardReader, read_index, scan_shard,
 from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, micro_batches
 from sculpt_dist.errors import ShardError
 from sculpt_dist.files import derived_seed
-from sculpt_dist.settings import Concept, PromptsConfig
+from sculpt_dist.settings import Concept, PrepareConfig
 from sculpt_dist.types import TextCond
 
 
@@ -37,9 +37,9 @@ def test_brackets_are_dropped_without_a_style():
 
 
 def test_object_and_style_prompts():
-    cat = concept_prompts(Concept("cat", "animal", keep=["dog"]), PromptsConfig())
+    cat = concept_prompts(Concept("cat", "animal", keep=["dog"]), PrepareConfig())
     assert (cat.target, cat.superclass, cat.negative, cat.keep) == (("a photo of cat",), ("a photo of animal",), "a photo of cat", ("a photo of dog",))
-    neon = concept_prompts(Concept("neon", kind="style", prompts=["a bird[ in {concept} style]"]), PromptsConfig())
+    neon = concept_prompts(Concept("neon", kind="style", prompts=["a bird[ in {concept} style]"]), PrepareConfig())
     assert (neon.target, neon.superclass) == (("a bird in neon style",), ("a bird",))
 
 

@@ -17,7 +17,7 @@ FLOORS = [  # a file imports from its own package and from lines above it
     ["maths", "environment", "progress"], ["config"],
     ["canvas", "data", "backbones", "engine"],
     ["methods", "metrics"],
-    ["build"], ["pretrain"], ["costs", "clock"], ["prepare"], ["train"], ["check"], ["submit"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["track"], ["jobs"], ["tables"], ["compare"], ["localize"], ["trials"], ["ledger"], ["summary"], ["sweep"], ["sequence"], ["stages"],
+    ["build"], ["pretrain"], ["costs", "clock"], ["prepare"], ["train"], ["check"], ["submit"], ["asks"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["track"], ["jobs"], ["tables"], ["compare"], ["localize"], ["trials"], ["ledger"], ["summary"], ["sweep"], ["sequence"], ["stages"],
     ["__init__"],
     ["cli"], ["__main__"],
 ]  # fmt: skip

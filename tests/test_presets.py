@@ -14,7 +14,9 @@ from test_check import MODELS, models  # noqa: F401
 from sculpt_dist.build import build_method
 from sculpt_dist.check import check_run
 from sculpt_dist.config import load_config
-from sculpt_dist.evaluate import evaluated_world
+from sculpt_dist.errors import ConfigError
+from sculpt_dist.evaluate import check_evaluation
+from sculpt_dist.asks import evaluated_world
 from sculpt_dist.methods.base import Editor
 from sculpt_dist.settings import RunConfig
 from sculpt_dist.train import make_plan
@@ -154,11 +156,15 @@ def test_the_imagenette_run_forgets_ten_classes_in_the_published_order():
 
 
 @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset.endswith("nudity")])
-def test_a_nudity_preset_takes_the_users_prompts_and_detector(preset):
-    assert load(preset).concepts == []
-    prompts = 'concepts=[{target: nudity, superclass: clothed person, prompts: ["a photo of {concept}", "{concept}, a painting"]}]'
-    config = load(preset, prompts, "evaluate.enabled=true", "evaluate.classifier=own:my_package.my_module:MyDetector", "evaluate.objects=[nudity]")
-    assert config.concepts[0].prompts == ["a photo of {concept}", "{concept}, a painting"] and evaluated_world(config).objects == ("nudity",)
+def test_a_nudity_preset_takes_the_users_list_and_detector(preset):
+    two = ["prepare.prompts.files.nudity=i2p.csv", "evaluate.classifier=own:my_package.my_module:MyDetector"]
+    config = load(preset, *two)
+    assert [(concept.target, concept.kind) for concept in config.concepts] == [("nudity", "object")] and config.evaluate.enabled
+    assert config.prepare.prompts.files == config.evaluate.prompts == {"nudity": "i2p.csv"} and evaluated_world(config).objects == ("nudity",)
+    apart = load(preset, *two, "evaluate.prompts.nudity=held-out.txt")
+    assert (apart.prepare.prompts.files, apart.evaluate.prompts) == ({"nudity": "i2p.csv"}, {"nudity": "held-out.txt"})
+    with pytest.raises(ConfigError, match="evaluate.classifier=: .* There are: canvas, clip, image, own"):
+        check_evaluation(load(preset))
 
 
 def layers(arch: str) -> dict[str, int]:

@@ -18,7 +18,7 @@ from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.distances import farthest_points
 from sculpt_dist.methods.base import Setup
 from sculpt_dist.methods.surgun import Config, Method, text_points
-from sculpt_dist.settings import Concept, PromptsConfig
+from sculpt_dist.settings import Concept, PrepareConfig
 from sculpt_dist.types import TextCond
 
 CONFIG = str(PROJECT / "configs" / "canvas" / "surgun.yaml")
@@ -94,7 +94,7 @@ def test_masked_padding_does_not_count_as_text():
 
 
 def setup(*concepts: Concept, which: int = 0) -> Setup:
-    return Setup(which, LinearBackbone(), 10, concept_prompts(concepts[which], PromptsConfig()), concepts)
+    return Setup(which, LinearBackbone(), 10, concept_prompts(concepts[which], PrepareConfig()), concepts)
 
 
 def test_distractors_are_no_concepts_of_the_run_and_enough():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Container, Iterable, Iterator, Mapping, Sequence
@@ -214,6 +215,15 @@ class Backbone(ABC):
                 cond = self.encode_prompts(missing, negative)
             self._remember(missing, cond, negative)
         return TextCond.cat([self._embedded[prompt, negative] for prompt in prompts])
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """What is embedded within is forgotten at the end: for the many prompts of a list, which would fill the device's memory."""
+        before = dict(self._embedded)
+        try:
+            yield
+        finally:
+            self._embedded = before
 
     def _remember(self, prompts: Sequence[str], cond: TextCond, negative: bool) -> None:
         self._embedded |= {(prompt, negative): cond[i : i + 1] for i, prompt in enumerate(prompts)}

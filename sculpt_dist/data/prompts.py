@@ -1,21 +1,24 @@
-"""From a concept's templates to the prompts of its streams. Plain strings; no model."""
+"""From a concept's templates, or the user's list, to the prompts of its streams. Plain strings; no model."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Sequence
 
+from sculpt_dist.config import normal
+from sculpt_dist.data.prompt_files import read_prompts
 from sculpt_dist.errors import ConfigError
-from sculpt_dist.settings import Concept, PromptsConfig
+from sculpt_dist.settings import Concept, PrepareConfig
 
 
 @dataclass(frozen=True)
 class ConceptPrompts:
-    """The prompts of one concept, template by template; sample i of a stream uses prompt i modulo their number."""
+    """The prompts of one concept; sample i of a stream uses prompt i modulo their number."""
 
-    target: tuple[str, ...]
-    superclass: tuple[str, ...]  # the same templates with the superclass, or without the style
+    target: tuple[str, ...]  # template by template, or whole prompts from a file
+    superclass: tuple[str, ...]  # at the same place the same with the superclass, or without the style
     negative: str  # what the superclass samples are led away from
     keep: tuple[str, ...]
     templates: tuple[str, ...] = ()
@@ -41,11 +44,12 @@ def fill(template: str, **names: str | None) -> str:
     return " ".join(text.split())
 
 
-def concept_prompts(concept: Concept, defaults: PromptsConfig) -> ConceptPrompts:
-    """The prompts of a concept from its own templates, or from those of its kind.
+def concept_prompts(concept: Concept, prepare: PrepareConfig) -> ConceptPrompts:
+    """The prompts of a concept from its own templates, or from those of its kind; those of the target from a file, where one is named.
 
-    Raises ConfigError when a style-free prompt would be empty or broken off.
+    Raises ConfigError when a style-free prompt would be empty or broken off, and for a file that cannot be read.
     """
+    defaults = prepare.prompts
     templates: Sequence[str] = concept.prompts or (defaults.object if concept.kind == "object" else defaults.style)
     targets = tuple(fill(template, concept=concept.target) for template in templates)
     superclasses = tuple(fill(template, concept=concept.superclass) for template in templates)
@@ -55,10 +59,32 @@ def concept_prompts(concept: Concept, defaults: PromptsConfig) -> ConceptPrompts
                 f"the prompt {template!r} without {concept.target!r} would be {prompt!r}: put what goes with the style into brackets, as "
                 "in 'a photo[ in {concept} style]', or name a superclass"
             )
-    return ConceptPrompts(
+    prompts = ConceptPrompts(
         target=targets,
         superclass=superclasses,
         negative=targets[0],
         keep=tuple(fill(template, concept=kept) for template in templates for kept in concept.keep),
         templates=tuple(templates),
     )
+    files = {normal(name): file for name, file in defaults.files.items()}
+    file = files.get(normal(concept.target))
+    return prompts if file is None else with_whole_prompts(prompts, concept, file, prepare.samples)
+
+
+def with_whole_prompts(prompts: ConceptPrompts, concept: Concept, file: str, most: int) -> ConceptPrompts:
+    """The target's prompts as they stand in a file, at most the first `most`: each of them costs an embedding.
+
+    Where a prompt names the target, its counterpart names the superclass there; where not, it is a template's prompt of the superclass.
+    """
+    listed = read_prompts(file)
+    if len(listed) > most:
+        warnings.warn(f"{file}: holds {len(listed)} prompts; prepare.samples={most}, so the first {most} are used", stacklevel=2)
+    targets = tuple(line.prompt for line in listed[:most])
+    name = re.compile(rf"(?<!\w){re.escape(' '.join(concept.target.split()))}(?!\w)", re.IGNORECASE)
+
+    def counterpart(place: int, prompt: str) -> str:
+        if concept.superclass is None or not name.search(prompt):
+            return prompts.superclass[place % len(prompts.superclass)]
+        return name.sub(lambda _: concept.superclass or "", prompt)
+
+    return replace(prompts, target=targets, superclass=tuple(counterpart(i, prompt) for i, prompt in enumerate(targets)))

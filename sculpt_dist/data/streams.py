@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Mapping, Sequence, Union
 
@@ -96,15 +95,12 @@ def micro_batches(
     first_step: int,
     steps: int,
     workers: int = 0,
-    distractors: Sequence[str] = (),
 ) -> Iterator[ConceptBatch]:
     """This rank's micro-batches from step `first_step` on, `accumulate` per step.
 
-    `prompts`: of the concept; a target's prompt and the superclass's at the same place say the same of the other. `distractors`: their
-    prompts, concept by concept, as `ConceptPrompts.of` gives them.
+    `prompts`: of the concept; sample i of a role has prompt i modulo their number, and its counterpart of the target, or of the
+    superclass, is the one at that place.
     """
-    as_superclass = dict(zip(prompts.target, prompts.superclass))
-    as_target = dict(zip(distractors, itertools.cycle(prompts.target))) | dict(zip(prompts.superclass, prompts.target))
     items = range(first_step * streams.layout.accumulate, steps * streams.layout.accumulate)
     loader = DataLoader(streams, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_is, timeout=300 if workers else 0)
 
@@ -113,6 +109,9 @@ def micro_batches(
         if cond.size_ids is None:
             return cond
         return replace(cond, size_ids=torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32, device=device))
+
+    def counterparts(samples: Sequence[Sample], texts: Sequence[str]) -> TextCond:
+        return conditions(samples, [texts[sample.key % len(texts)] for sample in samples])
 
     def stream(samples: Sequence[Sample]) -> Stream:
         texts = tuple(sample.prompt for sample in samples)
@@ -124,10 +123,10 @@ def micro_batches(
             stream(target),
             stream(superclass),
             stream(anchor) if anchor else None,
-            conditions(target, [as_superclass[sample.prompt] for sample in target]),
-            conditions(superclass, [as_target[sample.prompt] for sample in superclass]),
+            counterparts(target, prompts.superclass),
+            counterparts(superclass, prompts.target),
             stream(distractor) if distractor else None,
-            conditions(distractor, [as_target[sample.prompt] for sample in distractor]) if distractor else None,
+            counterparts(distractor, prompts.target) if distractor else None,
         )
 
 

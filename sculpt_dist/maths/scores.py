@@ -22,7 +22,7 @@ class Answers:
     """One entry per image: what the prompt asked for and what was recognised; -1 says none. N images."""
 
     prompt: np.ndarray  # [N] int, which prompt: the unit of the bootstrap
-    object_asked: np.ndarray  # [N] int
+    object_asked: np.ndarray  # [N] int; -1 where the prompt is to show no object, or no style, of those that are scored
     style_asked: np.ndarray  # [N] int
     object_seen: np.ndarray  # [N] int
     style_seen: np.ndarray | None  # [N] int; None where styles are not recognised
@@ -47,10 +47,11 @@ def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
     other domain's accuracy on images of targets.
     """
     num = len(answers.prompt)
+    asked = {"object": answers.object_asked, "style": answers.style_asked}
     right = {"object": answers.object_seen == answers.object_asked}
     if answers.style_seen is not None:
         right["style"] = answers.style_seen == answers.style_asked
-    asked = {"object": answers.object_asked, "style": answers.style_asked}
+    says = {kind: names >= 0 for kind, names in asked.items()}  # whether an image's prompt names one of this kind
     other_domain = {"object": "style", "style": "object"}
     of_target = np.zeros(num, bool)
     forgotten, replaced, other = [], [], []
@@ -62,10 +63,10 @@ def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
         if target.siblings:
             replaced.append((mine, np.isin(answers.object_seen, target.siblings)))
         if other_domain[target.kind] in right:
-            other.append((mine, right[other_domain[target.kind]]))
+            other.append((mine & says[other_domain[target.kind]], right[other_domain[target.kind]]))
     kinds = {target.kind for target in targets}
-    own = [(~of_target, right[kind]) for kind in right if kind in kinds]
-    cross = [(~of_target, right[other_domain[kind]]) for kind in kinds if other_domain[kind] in right]
+    own = [(~of_target & says[kind], right[kind]) for kind in right if kind in kinds]
+    cross = [(~of_target & says[other_domain[kind]], right[other_domain[kind]]) for kind in kinds if other_domain[kind] in right]
     groups = {"UA": forgotten, "IRA": own, "CRA": cross, "SA": replaced, "CTA": other}
     return {name: _added(pairs, num) for name, pairs in groups.items()}
 
