@@ -136,7 +136,7 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
 
 OURS = (
     "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors delta.safetensors lora "
-    "kohya.safetensors report wandb log.txt STOP REQUEUE"
+    "kohya.safetensors report wandb tensorboard log.txt STOP REQUEUE"
 ).split()
 KEPT_BY_FRESH = ("data",)  # its recipes say themselves what can be used again
 UNDECIDING = ("run", "track", "engine.timeout", "engine.grace", "train.checkpoint_every", "train.background_save", "train.workers")  # keys that do not change the result

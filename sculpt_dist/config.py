@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sculpt_dist.environment import environment_texts, with_texts, without_values
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.settings import RunConfig
 
@@ -23,6 +24,7 @@ CHOICES = {
     "mask.saliency": ("abs_sum", "sum_abs", "sum_sq", "random"),
     "engine.stage": (0, 1, 2, 3),
     "engine.precision": ("fp32", "bf16"),
+    "track.artifact": ("none", "reference", "files"),
 }
 POSITIVE = (
     "prepare.samples prepare.steps prepare.batch train.steps train.batch train.accumulate train.lr mask.keep engine.timeout engine.grace "
@@ -46,7 +48,8 @@ def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -
         for override in overrides:
             merged = _merge(merged, _parse_override(override), f"override {override!r}")
     try:
-        config = OmegaConf.to_object(merged)
+        texts = environment_texts(OmegaConf.to_container(merged))
+        config = with_texts(OmegaConf.to_object(merged), texts)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file or 'configuration'}: {_first_line(error)}") from error
     check(config)
@@ -57,6 +60,8 @@ def merge_section(section: type[Section], values: Mapping[str, Any], where: str,
     """Fill one dataclass from plain values, with the same merge and the same errors as the whole configuration."""
     try:
         merged = _merge(_writable(OmegaConf.structured(section)), OmegaConf.create(values), where, prefix)
+        if environment_texts(OmegaConf.to_container(merged)):
+            raise ConfigError(f"{where}: takes a value from the environment, which only a run's own configuration may")
         filled = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from error
@@ -65,8 +70,8 @@ def merge_section(section: type[Section], values: Mapping[str, Any], where: str,
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The complete configuration as yaml; loading it gives the same configuration."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The complete configuration as yaml; loading it gives the same configuration. Values of the environment are not in it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(without_values(config)))
 
 
 def check(config: RunConfig) -> None:
@@ -172,7 +177,8 @@ def _with_included(file: Path, includers: Sequence[Path]) -> Iterator[tuple[Path
     if file.resolve() in includers:
         raise ConfigError(f"{file}: includes itself, by way of {', '.join(path.name for path in includers)}")
     content = read_yaml(file)
-    included = content.pop("include", None)
+    included = OmegaConf.to_container(content).get("include")
+    content.pop("include", None)
     if included is not None:
         yield from _with_included(file.parent / str(included), (*includers, file.resolve()))
     yield file, content

@@ -60,7 +60,7 @@ class Costs:
         """costs.json: wall seconds and bytes of the first rank, CPU seconds and passes summed over ranks, peak memory of each; all enter."""
         self._flush()
         mine = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "passes": self.passes, "bytes_communicated": self.bytes_communicated}
-        ranks = self.group.to_all(mine | {"peak_memory_bytes": _peak_memory(self.group.device)})
+        ranks = self.group.to_all(mine | {"peak_memory_bytes": peak_memory(self.group.device)})
         if self.group.is_first:
             content = {name: ranks[0][name] for name in ("seconds", "bytes_communicated")} | {
                 "cpu_seconds": {part: sum(rank["cpu_seconds"][part] for rank in ranks) for part in self.cpu_seconds},
@@ -83,7 +83,7 @@ class Costs:
         self._wall, self._cpu, self._sent, self._passed = wall, cpu, sent, passed
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU where there is one, else resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

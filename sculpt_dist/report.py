@@ -55,9 +55,7 @@ def write_report(folder: Path) -> Path:
     """Write `report/` of a run folder and return the path of its page; raises RunFolderError where this is no run folder."""
     run = read_run(Path(folder))
     report = summarise(run)
-    names = [name for kind in ("objects", "styles") for stage in run.stages.values() for name in _plain(stage, kind)]
-    images = [run.folder / "evaluation" / stage / "images" if stage else None for stage in ("before", run.last)]
-    grid = read_grid(*images, names=names, targets=run.targets)
+    grid = _read_grid(run, run.last)
     figures = _draw_figures(run)
     if grid:
         figures["grid"] = _encode(draw_grid(grid), "PNG")
@@ -68,6 +66,12 @@ def write_report(folder: Path) -> Path:
     write_atomically(out / "report.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
     write_atomically(out / "report.html", render(run, report, figures, grid).encode())
     return out / "report.html"
+
+
+def draw_stage(folder: Path, stage: str) -> Image | None:
+    """The grid of samples before and at a stage of a run folder; None where no images were kept."""
+    grid = _read_grid(read_run(folder), None if stage == "before" else stage)
+    return draw_grid(grid) if grid else None
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -143,13 +147,19 @@ def render(run: RunRecord, report: Mapping[str, Any], figures: Mapping[str, byte
     )
 
 
+def _read_grid(run: RunRecord, last: str | None) -> Grid | None:
+    names = [name for kind in ("objects", "styles") for stage in run.stages.values() for name in _plain(stage, kind)]
+    images = [run.folder / "evaluation" / stage / "images" if stage else None for stage in ("before", last)]
+    return read_grid(*images, names=names, targets=run.targets)
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True) if path.is_file() else None
+        config = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
     except (OmegaConfBaseException, YAMLError) as error:
         raise RunFolderError(f"{path} is damaged ({error}): name the output folder of a run, or start the run again") from error
     if not isinstance(config, dict) or not config.get("concepts"):

@@ -34,7 +34,7 @@ from sculpt_dist.files import append_line, derived_seed, text_sha256
 from sculpt_dist.methods.base import Editor, Method, Setup
 from sculpt_dist.prepare import data_folder, drawn_prompts, prepared
 from sculpt_dist.settings import Concept, RunConfig
-from sculpt_dist.track import Tracker
+from sculpt_dist.track import Tracker, check_tracking, stage_after
 from sculpt_dist.train import ConceptRun, Plan, Recent, make_plan, run_concept
 
 
@@ -61,12 +61,13 @@ def run_sequence(config: RunConfig) -> Run:
     prompts = [concept_prompts(concept, config.prepare.prompts) for concept in config.concepts]
     method = build.build_method(config)
     plan = None if isinstance(method, Editor) else make_plan(config, method)
+    check_tracking(config)
     if config.evaluate.enabled or (plan is not None and method.calibration_images):
         check_evaluation(config)
     group = build.join_ranks(config)
     check_batch(config, group.size)
     folder = build.claim_folder(config, group)
-    with watched(group, folder, config.engine.grace) as stop:
+    with Tracker(config, folder, group.is_first) as tracker, watched(group, folder, config.engine.grace) as stop:
         backbone = build.build_backbone(config, group)
         base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
         group.on_first(lambda: check_model(config, backbone.folder))
@@ -80,7 +81,7 @@ def run_sequence(config: RunConfig) -> Run:
                 engine, shards = prepared(config, method, backbone, base, folder, group, stop)
         if group.is_first:
             build.write_manifest(folder, config, base, shards)
-        sitting = Sitting(config, folder, group, backbone, costs, stop)
+        sitting = Sitting(config, folder, group, backbone, costs, stop, tracker)
         if plan is None:
             weights = sitting.edit(method, prompts)
         else:
@@ -94,6 +95,7 @@ def run_sequence(config: RunConfig) -> Run:
 
             write_report(folder)
             write_card(folder)
+            tracker.finish()
         group.barrier()
     build.release_folder(folder)
     return Run(folder, json.loads((folder / "report" / "report.json").read_text()))
@@ -109,6 +111,7 @@ class Sitting:
     backbone: Backbone
     costs: Costs
     stop: StopRequest
+    tracker: Tracker
 
     def score(self, net: nn.Module, stage: str, concepts: Sequence[Concept]) -> None:
         """Scores of the present weights, unless they are on the disk already or not wanted."""
@@ -118,10 +121,12 @@ class Sitting:
             with self.costs.counting("evaluate"):
                 evaluate(self.config, self.backbone, net, self.group, where, concepts, stage, self.stop)
             self.costs.write()
+        self.tracker.stage(stage)
 
     def edit(self, editor: Editor, prompts: Sequence[ConceptPrompts]) -> Iterator[tuple[str, Tensor | None]]:
         """All concepts at once by a closed form, with scores before and after; returns the changed weights."""
         net = self.backbone.net
+        self.tracker.start()
         self.score(net, "before", self.config.concepts)
         with self.costs.counting("train"), torch.no_grad():
             changed = editor.edit(self.backbone, prompts)
@@ -129,7 +134,7 @@ class Sitting:
                 net.get_parameter(name).copy_(tensor)
         count = sum(tensor.numel() for tensor in changed.values())
         self.costs.weights = {"total": sum(p.numel() for p in net.parameters()), "trained": count, "open": count}
-        self.score(net, f"after-{len(prompts) - 1:02d}", self.config.concepts)
+        self.score(net, stage_after(len(prompts) - 1), self.config.concepts)
         return iter(changed.items())
 
 
@@ -155,21 +160,21 @@ class Training:
         self.costs.weights = {"total": total, "trained": trained, "open": self.engine.mask.planned_open if self.plan.masked else trained}
         original = self.engine.snapshot() if self.method.needs_original else None
         first, resumed = self._resume()
+        self.sitting.tracker.start(first, resumed["step"] if resumed else 0, self.plan.steps)
         if first and resumed is None:
             self._score_after(first - 1)
         elif resumed is None:
             self.sitting.score(self.engine.net, "before", self.config.concepts)
-        tracker = Tracker(self.config, self.folder, self.group.is_first)
         for number in range(first, len(self.config.concepts)):
             run = self._concept_run(number, original, resumed)
             resumed = None
             self.backbone.release()  # embeddings are known and latents lie in shards: the encoders' memory is the training's
             with self.saver:
                 with self.costs.counting("train"):
-                    run_concept(run, self.engine, self.backbone, self.config, tracker.log, lambda: self._save(run), self.sitting.stop)
+                    log, save = self.sitting.tracker.log, lambda: self._save(run)  # noqa: B023  (called in this turn)
+                    run_concept(run, self.engine, self.backbone, self.config, log, save, self.sitting.stop)
                 self._save_end(number)
                 self._score_after(number)
-        tracker.close()
         return self.engine.full_weights()
 
     def _concept_run(self, number: int, original: FrozenWeights | None, resumed: dict[str, Any] | None) -> ConceptRun:
@@ -241,7 +246,7 @@ class Training:
         return {name: scores["plain"][name] or 0.0 for name in ("UA", "IRA", "CRA")}
 
     def _score_after(self, number: int) -> None:
-        self.sitting.score(self.engine.net, f"after-{number:02d}", self.config.concepts[: number + 1])
+        self.sitting.score(self.engine.net, stage_after(number), self.config.concepts[: number + 1])
 
     def _save(self, run: ConceptRun) -> None:
         """A checkpoint within a concept."""

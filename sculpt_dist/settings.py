@@ -115,10 +115,14 @@ class RunFolderConfig:
 
 @dataclass(frozen=True)
 class TrackConfig:
+    """Who is told of a run besides metrics.jsonl, which is always there."""
+
     wandb: bool = False
+    tensorboard: bool = False  # into RUN/tensorboard
     project: str = "sculpt-dist"
     name: Optional[str] = None
     group: Optional[str] = None  # of runs that belong together, as those of a sweep
+    artifact: str = "reference"  # the model in W&B: none, reference (path and checksums) or files (uploaded)
 
 
 @dataclass(frozen=True)

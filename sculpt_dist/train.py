@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.shared.trajectory import Trajectory
+from sculpt_dist.clock import Clock
 from sculpt_dist.config import as_steps
+from sculpt_dist.costs import peak_memory
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import ConceptStreams, Draws, micro_batches
 from sculpt_dist.engine.frozen import FrozenWeights
@@ -130,24 +132,29 @@ def run_concept(
         run.streams, backbone.embed, run.prompts, engine.group.device, run.step, plan.steps, config.train.workers, run.distractors
     )
     for step in progress(range(run.step, plan.steps), f"unlearn {run.target}", engine.group.is_first, start=run.step):
-        began = time.monotonic()
+        clock = Clock(engine.group)
         collecting = step < plan.collect
-        offers = [_offer(run, engine, backbone, config, next(batches), step, micro) for micro in range(config.train.accumulate)]
+        with clock("data"):
+            offers = [_offer(run, engine, backbone, config, next(batches), step, micro) for micro in range(config.train.accumulate)]
         terms: dict[str, float] = {}
         loss_functions = [method.saliency] if collecting else method.loss_groups()
         for i, loss_function in enumerate(loss_functions):
             phase = "collect" if collecting else "train" if i == len(loss_functions) - 1 else "capture"
             for offer in offers:
-                losses = loss_function(offer)
-                for name, mean in engine.agree_finite(losses.terms).items():
-                    terms[name] = terms.get(name, 0.0) + mean / len(offers)
-                engine.backward(losses.total)
-                engine.step(phase, plan.learning_rate(step), method.combine)
+                with clock("forward"):
+                    losses = loss_function(offer)
+                    for name, mean in engine.agree_finite(losses.terms).items():
+                        terms[name] = terms.get(name, 0.0) + mean / len(offers)
+                with clock("backward"):
+                    engine.backward(losses.total)
+                with clock("step"):
+                    engine.step(phase, plan.learning_rate(step), method.combine)
         run.step = step + 1
-        swapped = _tend_mask(engine, plan, step)
+        with clock("refresh"):
+            tended = _tend_mask(engine, plan, step)
         if not collecting:
             _consider_candidate(run, engine, terms)
-        log(_entry(run, engine, step, terms, swapped, time.monotonic() - began))
+        log(_entry(run, engine, step, terms, tended, clock))
         due = 0 < config.train.checkpoint_every < time.monotonic() - saved_at
         stopping, due = stop.agreed(due)
         if stopping or due:
@@ -175,14 +182,19 @@ def _offer(run: ConceptRun, engine: Engine, backbone: Backbone, config: RunConfi
     )
 
 
-def _tend_mask(engine: Engine, plan: Plan, step: int) -> int:
-    """Build the mask after the last collect step, turn it over when due; returns how many weights were swapped."""
+def _tend_mask(engine: Engine, plan: Plan, step: int) -> dict[str, Any]:
+    """Build the mask after the last collect step, turn it over when due; returns what there is to tell of it then."""
+    mask = engine.mask
     if plan.masked and step + 1 == plan.collect:
-        engine.mask.build()
-    elif step >= plan.collect and plan.refreshes_after(step):
-        engine.mask.turn_over(turnover_share(plan.turnover, plan.progress(step + 1)), engine.optimizer.updates)
-        return engine.mask.swapped
-    return 0
+        saliency = mask.saliency_quantiles()
+        mask.build()
+        return {"open": mask.open_count, "saliency": saliency}
+    if step >= plan.collect and plan.refreshes_after(step):
+        saliency = mask.saliency_quantiles()
+        mask.turn_over(turnover_share(plan.turnover, plan.progress(step + 1)), engine.optimizer.updates)
+        if mask.swapped:
+            return {"saliency": saliency, "swapped": mask.swapped, "turnover": mask.swapped / mask.open_count, "overlap": mask.overlap}
+    return {}
 
 
 def _consider_candidate(run: ConceptRun, engine: Engine, terms: Mapping[str, float]) -> None:
@@ -198,19 +210,21 @@ def _consider_candidate(run: ConceptRun, engine: Engine, terms: Mapping[str, flo
             run.recent.best, run.candidate = score, engine.masters()
 
 
-def _entry(run: ConceptRun, engine: Engine, step: int, terms: Mapping[str, float], swapped: int, seconds: float) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
+def _entry(run: ConceptRun, engine: Engine, step: int, terms: Mapping[str, float], tended: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+    """One line of metrics.jsonl; all ranks enter. `global_step` counts on over the concepts."""
     entry: dict[str, Any] = {
         "concept": run.number,
         "target": run.target,
         "step": step,
+        "global_step": run.number * run.plan.steps + step,
         "phase": "collect" if step < run.plan.collect else "train",
         "loss": sum(terms.values()),
         "terms": dict(terms),
-        "seconds": round(seconds, 4),
+        "seconds": round(clock.seconds(), 4),
+        "time_shares": clock.shares(),
+        "peak_memory_bytes": peak_memory(engine.group.device),
     }
     if step >= run.plan.collect:
-        entry |= {"lr": run.plan.learning_rate(step), "grad_norm": engine.optimizer.grad_norm, "open": engine.mask.open_count}
-    if swapped:
-        entry |= {"swapped": swapped, "overlap": engine.mask.overlap}
-    return entry
+        entry |= {"lr": run.plan.learning_rate(step), "open": engine.mask.open_count}
+        entry |= {"grad_norm": engine.optimizer.grad_norm, "update_norm": engine.optimizer.update_norm()}
+    return entry | tended

@@ -14,10 +14,10 @@ from conftest import PROJECT, rank_environment
 PACKAGE = PROJECT / "sculpt_dist"
 FLOORS = [  # a file imports from its own package and from lines above it
     ["types", "errors", "files", "settings", "signals"],
-    ["maths", "config", "progress"],
+    ["maths", "environment", "progress"], ["config"],
     ["canvas", "data", "backbones", "engine"],
     ["methods", "metrics"],
-    ["build"], ["pretrain"], ["costs"], ["prepare"], ["track"], ["train"], ["check"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["jobs"], ["tables"], ["compare"], ["localize"], ["trials"], ["ledger"], ["summary"], ["sweep"], ["sequence"], ["stages"],
+    ["build"], ["pretrain"], ["costs", "clock"], ["prepare"], ["train"], ["check"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["track"], ["jobs"], ["tables"], ["compare"], ["localize"], ["trials"], ["ledger"], ["summary"], ["sweep"], ["sequence"], ["stages"],
     ["__init__"],
     ["cli"], ["__main__"],
 ]  # fmt: skip
@@ -30,6 +30,7 @@ HOMES = {  # library -> where it may be imported
     "torchmetrics": ["metrics"],
     "wandb": ["track"],
     "optuna": ["ledger"],
+    "torch.utils.tensorboard": ["track"],
     "typer": ["cli"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import warnings
+from dataclasses import dataclass
 from typing import Any, Callable, TypeVar
 
 import torch
@@ -54,7 +56,7 @@ class Group:
                 atexit.register(_leave)
         comm.init_distributed(dist_backend=backend, timeout=limit, verbose=False, auto_mpi_discovery=False)
         self._comm = comm
-        self._counter = _count_payload(comm.comm.cdb)
+        self._traffic = _count_traffic(comm.comm.cdb)
         self.rank: int = comm.get_rank()
         self.size: int = comm.get_world_size()
         self.store: Any = _meeting_point.get("store") if self.size > 1 else None  # where the ranks met; None alone
@@ -79,7 +81,7 @@ class Group:
         """Rank 0's value, on every rank."""
         box = [value]
         if self.size > 1:
-            self._counter[1] += 1
+            self._traffic.collectives += 1
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -112,23 +114,32 @@ class Group:
         """Every rank's value, in rank order, on every rank."""
         box: list[Value] = [value] * self.size
         if self.size > 1:
-            self._counter[1] += 1
+            self._traffic.collectives += 1
             torch.distributed.all_gather_object(box, value)
         return box
 
     def barrier(self) -> None:
         if self.size > 1:
-            self._counter[1] += 1
+            self._traffic.collectives += 1
             torch.distributed.barrier()
 
     def bytes_communicated(self) -> int:
         """Payload of all tensor collectives that this rank entered, DeepSpeed's and ours, in bytes; the whole tensor counts once."""
-        return self._counter[0] if self.size > 1 else 0
+        return self._traffic.bytes if self.size > 1 else 0
 
     @property
     def collectives(self) -> int:
         """How many collectives this rank has entered."""
-        return self._counter[1]
+        return self._traffic.collectives
+
+    @property
+    def seconds_communicating(self) -> float:
+        """Time that this rank's host spent inside tensor collectives, DeepSpeed's and ours: waiting for slower ranks is part of it.
+
+        Not in it: waits on a collective that was only started (stage 3 gathers ahead), and on a GPU the transfer itself, of which the
+        host sees the launch alone.
+        """
+        return self._traffic.seconds
 
 
 _meeting_point: dict[str, Any] = {}  # the store that the process group was made with; a process has one
@@ -202,23 +213,35 @@ def _leave() -> None:
 COLLECTIVES = ("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
 
 
-def _count_payload(backend: Any) -> list[int]:
-    """Count the collectives that DeepSpeed's backend carries out: the bytes of the first (largest) tensor of each, and how many."""
-    if hasattr(backend, "sculpt_payload"):  # a second run in this process
-        return backend.sculpt_payload
-    counter = [0, 0]
+@dataclass
+class Traffic:
+    """What went through the collectives of this process."""
+
+    bytes: int = 0
+    collectives: int = 0
+    seconds: float = 0.0
+
+
+def _count_traffic(backend: Any) -> Traffic:
+    """Count the collectives that DeepSpeed's backend carries out: the bytes of the first (largest) tensor of each, how many, how long."""
+    if hasattr(backend, "sculpt_traffic"):  # a second run in this process
+        return backend.sculpt_traffic
+    traffic = Traffic()
 
     def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            counter[1] += 1
+            traffic.collectives += 1
             first = (*arguments, *options.values())[0]
             for tensor in first if isinstance(first, (list, tuple)) else [first]:
-                counter[0] += tensor.numel() * tensor.element_size()
-            return collective(*arguments, **options)
+                traffic.bytes += tensor.numel() * tensor.element_size()
+            began = time.perf_counter()
+            started = collective(*arguments, **options)
+            traffic.seconds += time.perf_counter() - began
+            return started
 
         return call
 
     for name in COLLECTIVES:
         setattr(backend, name, counted(getattr(backend, name)))
-    backend.sculpt_payload = counter
-    return counter
+    backend.sculpt_traffic = traffic
+    return traffic

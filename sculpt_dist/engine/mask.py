@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.select import LARGEST_KEY, Candidates, choose_largest
+from sculpt_dist.engine.select import LARGEST_KEY, Candidates, choose_largest, kth_largest
 from sculpt_dist.engine.shards import Fragment, Shard
 from sculpt_dist.errors import NonFiniteError
 from sculpt_dist.files import derived_seed
@@ -17,6 +17,7 @@ from sculpt_dist.maths.saliency import sort_keys
 from sculpt_dist.maths.schedules import turnover_count
 
 MAX_GENERATIONS = 255
+QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,19 @@ class DynamicMask:
         self.swapped = int(counts.sum())
         self.overlap = 1 - self.swapped / self.open_count if self.open_count else 1.0
         self._forget_saliency()
+
+    def saliency_quantiles(self) -> dict[str, float]:
+        """|saliency| at the shares QUANTILES of all trained weights: exact elements, torch.quantile's `lower` over all ranks' shards.
+
+        By digit counts, as masks are chosen: no sort, no copy of another rank's values. Before `build` or `turn_over`, which clear the
+        saliency; all ranks enter, and all get the same. Empty where the mask is random.
+        """
+        if self.settings.saliency == "random":
+            return {}
+        parts = [Candidates(self._keys(shard, f), f.index) for shard, f in self._fragments()]
+        n = sum(self.sizes.values())
+        keys = kth_largest(parts, torch.tensor([n - int(share * (n - 1)) for share in QUANTILES]), self.group)
+        return dict(zip(map(str, QUANTILES), keys.to(torch.int32).view(torch.float32).tolist()))
 
     @property
     def planned_open(self) -> int:

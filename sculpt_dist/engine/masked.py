@@ -64,7 +64,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.combine: Combine = sum_gradients
         self.updates = 0
         self.steps_seen = 0
-        self.grad_norm = 0.0
+        self.grad_norm = 0.0  # of the masked gradient, before clipping
+        self._moved: Tensor | None = None  # [], this rank's sum of squares of the last update, without lr
         self._captured: list[ShardedVector] = []
 
     def attach(self, shards: list[Shard], mask: DynamicMask, group: Group | None) -> None:
@@ -91,6 +92,13 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._captured = []
         self._train(gradient)
 
+    def update_norm(self) -> float:
+        """The norm of what the last update added to all weights; all ranks enter (one number is summed)."""
+        if self._moved is None:
+            return 0.0
+        total = self._moved.clone()
+        return self.param_groups[0]["lr"] * math.sqrt(total if self.group is None else self.group.sum(total))
+
     def _train(self, gradient: ShardedVector) -> None:
         for shard, piece in zip(self.shards, gradient.pieces):
             piece.mul_(shard.opened > 0)
@@ -99,6 +107,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise NonFiniteError(f"the gradient is not finite at update {self.updates}; weights are unchanged by this update")
         scale = min(1.0, self.clip / (self.grad_norm + 1e-6)) if self.clip else 1.0
         self.updates += 1
+        self._moved = torch.zeros((), dtype=torch.float64, device=gradient.pieces[0].device)
         beta1, beta2 = self.betas
         ages = [max(1, self.updates - birth) for birth in self.mask.births]
         first = torch.tensor([1 - beta1**age for age in ages])  # [generations]
@@ -125,3 +134,4 @@ class MaskedAdamW(torch.optim.Optimizer):
             if self.weight_decay:
                 move.add_(weights * (opened > 0), alpha=self.weight_decay)
             weights.sub_(move, alpha=lr)
+            self._moved += move @ move

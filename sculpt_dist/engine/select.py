@@ -52,6 +52,12 @@ def choose_largest(parts: Sequence[Candidates], segments: Tensor, counts: Tensor
     return masks
 
 
+def kth_largest(parts: Sequence[Candidates], counts: Tensor, group: Group | None) -> Tensor:
+    """For each k of `counts` int64 [Q] the k-th largest key [Q] of all candidates of all ranks, 1 being the largest."""
+    questions = range(len(counts))
+    return _descend([part for _ in questions for part in parts], [q for q in questions for _ in parts], counts, group)[0]
+
+
 def _descend(parts: Sequence[Candidates], of: Sequence[int], counts: Tensor, group: Group | None) -> tuple[Tensor, Tensor]:
     """The k-th largest key of each segment [S], and how many of the keys equal to it are needed [S]."""
     prefix = torch.zeros_like(counts)

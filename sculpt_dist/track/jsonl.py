@@ -1,0 +1,43 @@
+"""metrics.jsonl: a line for every step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping
+
+from sculpt_dist.files import write_atomically
+from sculpt_dist.report import read_metrics
+from sculpt_dist.settings import RunConfig
+from sculpt_dist.track import base
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Sink(base.Sink):
+    shows = False
+
+    def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(entry)) + "\n")
+
+    def stage(self, step: int, stage: str, scores: Mapping[str, Any], picture: Image | None) -> None:
+        """Those are in the run folder."""
+
+    def finish(self, step: int, report: Mapping[str, Any], model: Path) -> None:
+        """That is in the run folder."""
+
+    def close(self, outcome: str) -> None:
+        self._file.close()
+
+
+def cut_metrics(file: Path, place: tuple[int, int]) -> list[dict[str, Any]]:
+    """Remove the lines from (concept, step) on, which will be done again, and what a kill cut off; returns those that stay, in order."""
+    lines, num_unreadable = read_metrics(file)
+    kept = [line for line in lines if (line["concept"], line["step"]) < place]
+    if num_unreadable or len(kept) < len(lines):
+        write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return kept

@@ -1,0 +1,37 @@
+"""TensorBoard: event files in RUN/tensorboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping
+
+from sculpt_dist.settings import RunConfig
+from sculpt_dist.track import base
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Sink(base.Sink):
+    def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)  # steps from here on are done again
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        for name, value in base.numbers(entry).items():
+            self._writer.add_scalar(name, value, entry["global_step"])
+
+    def stage(self, step: int, stage: str, scores: Mapping[str, Any], picture: Image | None) -> None:
+        import numpy as np
+
+        for name, value in base.score_numbers(scores).items():
+            self._writer.add_scalar(name, value, step)
+        if picture is not None:
+            self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+
+    def finish(self, step: int, report: Mapping[str, Any], model: Path) -> None:
+        """All of it was told."""
+
+    def close(self, outcome: str) -> None:
+        self._writer.close()
