@@ -81,12 +81,3 @@ def test_a_classifier_that_does_not_know_the_objects_is_refused_before_training(
     unknown = "concepts=[{target: tench, superclass: fish}]"
     printed = sculpt("unlearn", canvas_config, *SMALL, unknown, f"run.folder={tmp_path / 'run'}", code=2)
     assert "tench" in printed and "evaluate.classifier" in printed and not (tmp_path / "run").exists()
-
-
-def test_weights_and_biases_offline_keeps_the_losses(canvas_config, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    sculpt("unlearn", canvas_config, *SMALL, "evaluate.enabled=false", "track.wandb=true", f"run.folder={tmp_path / 'run'}")
-    (logged,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    content = Path(logged).read_bytes()
-    assert b"loss/forget" in content and b"grad_norm" in content

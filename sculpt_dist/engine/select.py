@@ -52,10 +52,34 @@ def choose_largest(parts: Sequence[Candidates], segments: Tensor, counts: Tensor
     return masks
 
 
-def kth_largest(parts: Sequence[Candidates], counts: Tensor, group: Group | None) -> Tensor:
-    """For each k of `counts` int64 [Q] the k-th largest key [Q] of all candidates of all ranks, 1 being the largest."""
-    questions = range(len(counts))
-    return _descend([part for _ in questions for part in parts], [q for q in questions for _ in parts], counts, group)[0]
+def kth_largest(keys: Sequence[Tensor], counts: Tensor, group: Group | None) -> Tensor:
+    """For each k of `counts` int64 [Q] the k-th largest key [Q] of all ranks, 1 being the largest; `keys` int32 [n] each.
+
+    Two counts, of the upper half of the bits and then of the lower half where the upper one fits: one pass over all keys and a short
+    one for each k.
+    """
+    upper = torch.zeros(1, 1 << 15, dtype=torch.int64)
+    for part in keys:
+        upper[0] += torch.bincount(part >> 16, minlength=1 << 15).cpu()
+    high, needed = _find(_summed(upper, group), counts)
+    lower = torch.zeros(len(counts), 1 << 16, dtype=torch.int64)
+    for part in keys:
+        halves = part >> 16
+        for q, half in enumerate(high.tolist()):
+            lower[q] += torch.bincount(part[halves == half] & 0xFFFF, minlength=1 << 16).cpu()
+    low, _ = _find(_summed(lower, group), needed)
+    return (high << 16) | low
+
+
+def _find(histogram: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin [Q] that holds the k-th largest of each row [Q or 1, bins], and which one within its bin that is [Q]."""
+    above = histogram.flip(1).cumsum(1).flip(1) - histogram  # in larger bins
+    found = ((above < counts[:, None]) & (above + histogram >= counts[:, None])).long().argmax(1)
+    return found, counts - above.expand(len(counts), -1).gather(1, found[:, None])[:, 0]
+
+
+def _summed(histogram: Tensor, group: Group | None) -> Tensor:
+    return histogram if group is None else group.sum(histogram.to(group.device)).cpu()
 
 
 def _descend(parts: Sequence[Candidates], of: Sequence[int], counts: Tensor, group: Group | None) -> tuple[Tensor, Tensor]:

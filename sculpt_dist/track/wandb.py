@@ -7,6 +7,7 @@ rise), and gets those that a kill had lost; offline, where every sitting leaves 
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import threading
 import urllib.error
@@ -74,6 +75,7 @@ class Sink(base.Sink):
             act(self._run)
         except Exception as error:  # its service's errors have no common base, and no failure of it may end a training
             self._run = None
+            _end_service()
             self._say(f"W&B failed and is told no more ({type(error).__name__}: {error}); metrics.jsonl goes on")
 
     def _say(self, text: str) -> None:
@@ -82,6 +84,7 @@ class Sink(base.Sink):
 
     def _open(self) -> Any:
         """The run: online where the server answers in time, else offline; None where not even that works."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its service would wait for a server at the end, even offline
         import wandb
 
         self._folder.joinpath("wandb").mkdir(exist_ok=True)
@@ -99,6 +102,7 @@ class Sink(base.Sink):
                 run = self._init(identity, mode)
             except Exception as error:  # as in _guarded
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                _end_service()  # it would hold on to the id
                 continue
             kept.write_text(run.id)  # under a sweep's agent, the agent's
             return run
@@ -122,6 +126,16 @@ class Sink(base.Sink):
             dir=str(self._folder),
             settings=wandb.Settings(console="off", quiet=True, init_timeout=PATIENCE, finish_timeout=FINISH),
         )
+
+
+def _end_service() -> None:
+    """Let the next start have a service of its own, and this process end without waiting for the old one."""
+    import wandb
+
+    try:
+        wandb.teardown()
+    except Exception:  # it is gone already, which is said in several ways
+        pass
 
 
 def _log_model(run: Any, model: Path, how: str, scores: Mapping[str, float]) -> None:

@@ -1,0 +1,50 @@
+"""Run by test_track.py: saliency quantiles over real shards against torch.quantile, and the update norm against how far the weights moved."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from engine_laws import gather
+
+from sculpt_dist.build import build_backbone, build_engine, build_method, join_ranks
+from sculpt_dist.config import load_config
+from sculpt_dist.maths.losses import mse
+
+
+def main(stage: str) -> None:
+    config = load_config(None, [f"engine.stage={stage}", "train.batch=4", "train.weight_decay=0.1", "mask.keep=0.3"])
+    group = join_ranks(config)
+    backbone, method = build_backbone(config, group), build_method(config)
+    engine = build_engine(config, method, backbone, group)
+    engine.begin_concept(0)
+    spreads = []
+    for kind in ("smooth", "tied", "zero"):
+        for shard in engine.shards:
+            for f in shard.fragments:
+                draw = torch.randn(engine.sizes[f.name], generator=torch.Generator().manual_seed(f.index))[f.start : f.start + f.numel]
+                shard.saliency[f.here] = {"smooth": draw**5, "tied": (draw * 3).round(), "zero": draw * 0}[kind]
+        values = torch.cat([tensor for tensor in gather(engine, "saliency").values()]).abs().double()
+        assert len(values) == engine.num_trained
+        found = engine.mask.saliency_quantiles()
+        for share, value in found.items():
+            assert value == float(torch.quantile(values, float(share), interpolation="lower")), (kind, share, value)
+        assert len(set(group.to_all(tuple(found.values())))) == 1
+        spreads.append(found)
+    assert 0 < spreads[0]["0.1"] < spreads[0]["0.5"] < spreads[0]["0.99"] and not any(spreads[2].values())
+
+    engine.mask.build()
+    before = torch.cat(list(gather(engine, "flat").values()))
+    noise = torch.randn(4 // group.size, *backbone.latent_shape, generator=torch.Generator().manual_seed(group.rank))
+    time = backbone.sample_time(torch.full((len(noise),), 0.5))
+    loss = mse(backbone.denoise(engine.net, noise, time, backbone.embed(["a cat"] * len(noise))), noise)
+    engine.backward(loss)
+    engine.step("train", 1e-2)
+    moved = torch.cat(list(gather(engine, "flat").values())) - before
+    told = engine.optimizer.update_norm()
+    assert told > 0 and abs(told - float(moved.double().norm())) < 1e-4 * told, (told, float(moved.norm()))
+    print("spread is right", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
