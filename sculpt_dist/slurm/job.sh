@@ -91,7 +91,7 @@ requeue() {
     elif ! job_has 'JobState=RUNNING' && ! job_has 'PreemptTime=[0-9]'; then  # a requeue would bring a cancelled job back to life
         echo "job $SLURM_JOB_ID: cancelled, not requeued; submitted again, it goes on from here" >&2
     else
-        echo "job $SLURM_JOB_ID: stopped and saved; requeued ($((restarts + 1)))" >&2
+        echo "job $SLURM_JOB_ID: stopped; requeued ($((restarts + 1)))" >&2
         trap '' USR1 TERM
         scontrol requeue "$SLURM_JOB_ID" && sleep 300  # Slurm ends this shell within moments
     fi
