@@ -13,13 +13,12 @@ import json
 from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from sculpt_dist.compare import finished_report
 from sculpt_dist.errors import ConfigError, RunFolderError
 from sculpt_dist.files import derived_seed, write_atomically
-from sculpt_dist.maths.comparison import HARMONIC, harmonic_mean
+from sculpt_dist.maths.comparison import HARMONIC, harmonic
 from sculpt_dist.trials import Sweep, Trial
 
 DONE, FAILED, OPEN = "done", "failed", "open"
@@ -65,7 +64,7 @@ def outcome(trial: Trial) -> Outcome:
     if report is not None:
         after = report["after"]
         scores = {name: after.get(name) for name in ("UA", "IRA", "CRA", "SA")}
-        return Outcome(trial, DONE, scores | {"H": _harmonic([scores[name] for name in HARMONIC])})
+        return Outcome(trial, DONE, scores | {"H": harmonic([scores[name] for name in HARMONIC])})
     note = trial.folder.with_suffix(".failed")
     return Outcome(trial, FAILED, {}, note.read_text().strip()) if note.is_file() else Outcome(trial, OPEN, {})
 
@@ -73,11 +72,7 @@ def outcome(trial: Trial) -> Outcome:
 def retention(scores: Mapping[str, float | None]) -> float | None:
     """The harmonic mean of IRA and CRA, or the one that there is."""
     found = [scores[name] for name in ("IRA", "CRA") if scores.get(name) is not None]
-    return _harmonic(found) if found else None
-
-
-def _harmonic(values: Sequence[float | None]) -> float | None:
-    return None if None in values else float(harmonic_mean([np.array([value], dtype=float) for value in values])[0])
+    return harmonic(found) if found else None
 
 
 def write_failure(trial: Trial, line: str) -> None:

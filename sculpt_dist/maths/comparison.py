@@ -49,6 +49,11 @@ def harmonic_mean(values: Sequence[np.ndarray]) -> np.ndarray:
     return np.where(np.isnan(table).any(0), np.nan, np.where((table > 0).all(0), len(table) / (1 / safe).sum(0), 0.0))
 
 
+def harmonic(values: Sequence[float | None]) -> float | None:
+    """Of plain numbers in [0, 1]; None where one is missing."""
+    return None if None in values else float(harmonic_mean([np.array([value], dtype=float) for value in values])[0])
+
+
 def percentiles(values: np.ndarray) -> tuple[float, float] | None:
     """The middle 95 % of the rounds [R]; None where no round has a number."""
     finite = values[np.isfinite(values)]

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from sculpt_dist.config import to_yaml
 from sculpt_dist.files import append_line
+from sculpt_dist.maths.comparison import HARMONIC, harmonic
 from sculpt_dist.settings import RunConfig
 from sculpt_dist.track import base
 
@@ -54,6 +55,8 @@ class Sink(base.Sink):
         rows = [[stage, *(scores.get(name) for name in base.SCORES)] for stage, scores in stages.items()]
         self._log({"scores": wandb.Table(columns=["stage", *base.SCORES], data=rows)}, step)
         final = {name: report["after"][name] for name in base.SCORES if report["after"][name] is not None}
+        balance = harmonic([final.get(name) for name in HARMONIC])  # what sweeps look at
+        final |= {} if balance is None else {"H": balance}
         self._guarded(lambda run: run.summary.update(final))
         if self._config.track.artifact != "none":
             self._guarded(lambda run: _log_model(run, model, self._config.track.artifact, final))
