@@ -38,11 +38,12 @@ def unlearn(
     """Forget the concepts of CONFIG, one after another; prepares, scores, exports and reports. Called again it goes on."""
     note_early()
     from sculpt_dist.sequence import run_sequence
+    from sculpt_dist.tell import print_run
 
     flags = ["run.fresh=true"] * fresh + ["run.override=true"] * override
     run = run_sequence(_load(config, [*(overrides or []), *flags]))
     if _is_first():
-        _print_run(run.folder, run.report)
+        print_run(run.folder, run.report)
 
 
 @app.command()
@@ -53,8 +54,9 @@ def check(
 ) -> None:
     """Check CONFIG against its model's settings and count what would train; needs no weights and no GPU. Evaluation is left out."""
     from sculpt_dist.check import check_run
+    from sculpt_dist.tell import print_check
 
-    _print_check(check_run(_load(config, overrides), ranks))
+    print_check(check_run(_load(config, overrides), ranks))
 
 
 @app.command()
@@ -300,53 +302,3 @@ def _is_first() -> bool:
 
 def _num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _print_run(folder: Path, report: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from sculpt_dist.report import seen_counts
-
-    table = Table(title=f"forgotten: {', '.join(concept['target'] for concept in report['concepts'])}")
-    for heading in ("", "UA", "IRA", "CRA", "SA"):
-        table.add_column(heading)
-
-    def row(label: str, scores: Optional[dict]) -> None:
-        cells = ["-" if scores is None or scores.get(n) is None else f"{scores[n]:.3f}" for n in ("UA", "IRA", "CRA", "SA")]
-        table.add_row(label, *cells)
-
-    if report["after"]["UA"] is not None:
-        row("before", report["before"])
-        for concept in report["concepts"]:
-            row(f"after {concept['target']}", concept)
-        if report["after"].get("paraphrased"):
-            row("after, paraphrased", report["after"]["paraphrased"])
-        Console().print(table)
-        for name, now, images, then in seen_counts(report):
-            print(f"{name} is seen in {now} of {images} images" + ("" if then is None else f", {then} before"))
-    print(f"model:  {folder / 'model'}\nreport: {folder / 'report' / 'report.html'}")
-
-
-def _print_check(found: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    rows = {
-        "net": f"{found['net']}, {found['parameters']:,} parameters",
-        "stored weights": "fit" if found["compared_weights"] else "not there, so not compared",
-        "a rank's latents": found["latents"],
-        "a rank's tokens": found["tokens"],
-        "image": found["image"],
-    }
-    if "trainable" in found:  # not of a closed form
-        rows |= {
-            "trainable": f"{found['trainable']:,} in {found['matrices']} matrices",
-            "a rank's optimizer shard": f"{found['shard']:,} elements",
-            "micro-batch of a rank": found["micro_batch"],
-            "steps per concept": found["steps"],
-        }
-    for label, value in rows.items():
-        table.add_row(label, str(value))
-    Console().print(table)

@@ -12,12 +12,13 @@ from typing import Any, Iterator, Mapping, Sequence
 
 from omegaconf import OmegaConf
 
-from sculpt_dist.build import build_method, config_fingerprint
+from sculpt_dist.build import build_method
 from sculpt_dist.config import load_config, merge_section, read_yaml
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.evaluate import check_evaluation
 from sculpt_dist.files import write_atomically
 from sculpt_dist.jobs import Failure, Job, run_jobs
+from sculpt_dist.runfolder import config_fingerprint
 from sculpt_dist.settings import Comparison, Row, RunConfig, Table
 from sculpt_dist.tables import write_tables
 

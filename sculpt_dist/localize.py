@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from sculpt_dist import build
+from sculpt_dist import build, runfolder
 from sculpt_dist.check import NOWHERE
 from sculpt_dist.compare import finished_report
 from sculpt_dist.config import load_config
@@ -36,7 +36,7 @@ class BlockRun:
     @property
     def scores(self) -> dict[str, Any] | None:
         """UA, IRA, CRA and their score; None while the run has not ended."""
-        report = finished_report(self.folder, build.config_fingerprint(self.config))
+        report = finished_report(self.folder, runfolder.config_fingerprint(self.config))
         if report is None:
             return None
         found = {name: report["after"][name] for name in ("UA", "IRA", "CRA")}

@@ -7,7 +7,7 @@ from typing import Any, Iterator
 
 from torch import Tensor
 
-from sculpt_dist import build
+from sculpt_dist import build, runfolder
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.shared.adapter import FORMS as ADAPTERS
 from sculpt_dist.backbones.shared.adapter import WEIGHT_NAME, check_adapter, write_adapter, write_adapter_of
@@ -27,13 +27,13 @@ def prepare_only(config: RunConfig) -> Path:
     """Draw and store the samples of every concept; returns the folder of the shards."""
     method = build.build_method(config)
     group = build.join_ranks(config)
-    folder = build.claim_folder(config, group)
+    folder = runfolder.claim_folder(config, group)
     with watched(group, folder, config.engine.grace) as stop:
         backbone = build.build_backbone(config, group)
         base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
         if not isinstance(method, Editor):
             prepared(config, method, backbone, base, folder, group, stop)
-    build.release_folder(folder)
+    runfolder.release_folder(folder)
     return folder / "data"
 
 
@@ -72,10 +72,10 @@ def export_only(config: RunConfig, form: str = "folder", output: Path | None = N
     found = checkpoint.newest(Path(config.run.folder) / "checkpoints", group)
     if found is None:
         raise RunFolderError(f"{config.run.folder}: has no checkpoint yet; run unlearn first")
-    folder = build.claim_folder(config, group)
+    folder = runfolder.claim_folder(config, group)
     backbone = build.build_backbone(config, group)
     base = group.on_first(lambda: build.base_fingerprint(backbone.folder))
-    build.check_checkpoint(*found, {"base": base, "config": build.config_fingerprint(config)}, config)
+    runfolder.check_checkpoint(*found, {"base": base, "config": runfolder.config_fingerprint(config)}, config)
     if form == "single":
         group.on_first(lambda: check_single_file(backbone.folder, output))
     if form in ADAPTERS:
@@ -92,7 +92,7 @@ def export_only(config: RunConfig, form: str = "folder", output: Path | None = N
         written = adapter
     else:
         written = group.on_first(lambda: _in_form(form, backbone.folder, model, output))
-    build.release_folder(folder)
+    runfolder.release_folder(folder)
     return written
 
 
@@ -110,7 +110,7 @@ def _export_edited(config: RunConfig, form: str, output: Path | None, rank: int,
     model = Path(config.run.folder) / "model"
     if not (model / "model_index.json").is_file():
         raise RunFolderError(f"{config.run.folder}: has no model yet; run unlearn first")
-    folder = build.claim_folder(config, group)
+    folder = runfolder.claim_folder(config, group)
     base = build.build_backbone(config, group).folder
     file = output or folder / DEFAULTS.get(form, model.name)
 
@@ -121,7 +121,7 @@ def _export_edited(config: RunConfig, form: str, output: Path | None, rank: int,
             _in_form(form, base, model, output)
 
     group.on_first(write)
-    build.release_folder(folder)
+    runfolder.release_folder(folder)
     return file
 
 

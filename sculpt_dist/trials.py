@@ -12,7 +12,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 import yaml
 
-from sculpt_dist.build import config_fingerprint
+from sculpt_dist.runfolder import config_fingerprint
 from sculpt_dist.compare import checked_config
 from sculpt_dist.config import merge_section
 from sculpt_dist.errors import ConfigError

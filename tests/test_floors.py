@@ -17,9 +17,9 @@ FLOORS = [  # a file imports from its own package and from lines above it
     ["maths", "environment", "progress"], ["config"],
     ["canvas", "data", "backbones", "engine"],
     ["methods", "metrics"],
-    ["build"], ["pretrain"], ["costs", "clock"], ["prepare"], ["train"], ["check"], ["submit"], ["asks"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["track"], ["jobs"], ["tables"], ["compare"], ["localize"], ["trials"], ["ledger"], ["summary"], ["sweep"], ["sequence"], ["stages"],
+    ["runfolder"], ["build"], ["pretrain"], ["costs", "clock"], ["prepare"], ["train"], ["check"], ["submit"], ["asks"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["track"], ["jobs"], ["tables"], ["compare"], ["localize"], ["trials"], ["ledger"], ["summary"], ["sweep"], ["sitting"], ["sequence"], ["stages"],
     ["__init__"],
-    ["cli"], ["__main__"],
+    ["tell"], ["cli"], ["__main__"],
 ]  # fmt: skip
 HOMES = {  # library -> where it may be imported
     "deepspeed": ["engine"],

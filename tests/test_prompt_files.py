@@ -16,7 +16,7 @@ from conftest import PROJECT, TINY_RUN, rank_command, rank_environment
 
 from sculpt_dist.asks import as_batches, asks, evaluated_world
 from sculpt_dist.backbones.sd15 import Backbone
-from sculpt_dist.build import config_fingerprint
+from sculpt_dist.runfolder import config_fingerprint
 from sculpt_dist.config import load_config
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
 from sculpt_dist.data.prompts import concept_prompts

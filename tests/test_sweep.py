@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, rank_environment, sculpt
 
-from sculpt_dist.build import config_fingerprint
+from sculpt_dist.runfolder import config_fingerprint
 from sculpt_dist.config import load_config
 from sculpt_dist.errors import ConfigError, RunFolderError
 from sculpt_dist.ledger import _new_shares, claim_sweep, claim_trial, known_trials, outcome, tell, trial_of, write_failure
