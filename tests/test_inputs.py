@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
 import torch
 from conftest import PROJECT, SMALL, rank_environment, sculpt
 from PIL import Image

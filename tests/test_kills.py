@@ -39,6 +39,16 @@ def straight(tmp_path_factory, canvas_config):
     return folder / "drawn" / "data", done
 
 
+def wait_for_step(folder: Path, pids: list[int], concept: int, step: int) -> None:
+    """Until it is logged, or the ranks have ended."""
+    file = folder / "metrics.jsonl"
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        lines = file.read_text().splitlines()[:-1] if file.exists() else []  # the last one may not be whole
+        if any((entry["concept"], entry["step"]) >= (concept, step) for entry in map(json.loads, lines)):
+            return
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_20_of_20_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config, tmp_path):
     drawn, done = straight
@@ -50,7 +60,11 @@ def test_20_of_20_runs_killed_at_random_moments_end_bit_identical(straight, canv
         shutil.copytree(drawn, folder / "data")
         call = [*arguments(canvas_config, folder, stage), f"train.checkpoint_every={rng.choice([0, 0.01, 0.5])}"]
         pids = forking().begin(*call, ranks=ranks, output=tmp_path / f"{number}.txt")
-        time.sleep(rng.uniform(0.1, 0.95) * seconds)  # a moment of the run
+        if number % 4 == 0:  # a moment of the whole run, with its start, its drawing and its export
+            time.sleep(rng.uniform(0.1, 0.95) * seconds)
+        else:  # a moment of the training
+            wait_for_step(folder, pids, rng.randrange(2), rng.randrange(12))
+            time.sleep(rng.uniform(0, 0.05))
         for pid in [rng.choice(pids)] if way == "KILL one" else pids:
             if way == "STOP file":
                 (folder / "STOP").touch()

@@ -92,7 +92,6 @@ def write_run(folder: Path, targets: Sequence[str] = ("cat", "car"), side: int =
         "seconds": {"prepare": 21.5, "train": 48.25, "evaluate": 30.0, "total": 104.5},
         "cpu_seconds": {"prepare": 40.0, "train": 95.5},
         "passes": {"prepare": 4608, "train": 25200, "evaluate": 11520},
-        "passes": {"prepare": 4608, "train": 25200},
         "peak_memory_bytes": [1288490188, 1181116006],
         "weights": {"total": 1780000, "trained": 122880, "open": 61440},
         "bytes_communicated": 123456789,

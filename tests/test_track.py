@@ -17,9 +17,9 @@ import pytest
 from conftest import PROJECT, SMALL, launch, rank_environment, sculpt
 from test_run import LONGER, lines, wait_for_step
 
-from sculpt_dist.maths.comparison import HARMONIC, harmonic
 from sculpt_dist.config import load_config, to_yaml
 from sculpt_dist.errors import ConfigError
+from sculpt_dist.maths.comparison import HARMONIC, harmonic
 from sculpt_dist.sequence import run_sequence
 
 WANDB = shutil.which("wandb", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
