@@ -244,7 +244,7 @@ def main() -> NoReturn:
     """The entry point; exit codes: 0 done, 75 stopped for requeue, 2 the user's error, 1 crash."""
     sys.excepthook = _crash
     try:
-        typer.main.get_command(app)()  # app() would put typer's own hook in the place of ours
+        run_command()
     except SculptError as error:
         if _is_first() or isinstance(error, (LaunchError, NonFiniteError)):  # other errors are the same on every rank
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -258,6 +258,11 @@ def main() -> NoReturn:
     except SystemExit as ended:  # typer's own way to end
         _end(int(ended.code or DONE))
     _end(DONE)
+
+
+def run_command() -> None:
+    """The command that the arguments name; not by `app()`, which puts typer's own hook for exceptions in the place of ours."""
+    typer.main.get_command(app)()
 
 
 def _crash(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:

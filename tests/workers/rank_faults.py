@@ -47,5 +47,5 @@ def main(fault: str, folder: Path, timeout: str = "60") -> None:
 
 if __name__ == "__main__":
     sys.argv, arguments = sys.argv[:1], sys.argv[1:]
-    cli.app = lambda: main(arguments[0], Path(arguments[1]), *arguments[2:])
+    cli.run_command = lambda: main(arguments[0], Path(arguments[1]), *arguments[2:])
     cli.main()
