@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Callable, Union
 
@@ -20,6 +21,7 @@ from conftest import PROJECT, free_port, rank_environment
 
 NODES = 2
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "setpriv")
+LOOK = 30.0  # seconds
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 CONF = """
 ClusterName=sculpttest
@@ -55,6 +57,8 @@ SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldDebug=debug2
+SlurmctldLogFile={folder}/slurmctld.log
+LogTimeFormat=iso8601_ms
 SlurmdDebug=info
 {nodes}
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
@@ -111,6 +115,12 @@ class Cluster:
         done = subprocess.run(command, env=self.env | environment, cwd=PROJECT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
+
+    def wait_for_look_at_limits(self, ahead: float) -> None:
+        """Until it is `ahead` seconds before Slurm looks for jobs at their time limit, which it does every 30 s and says in its log."""
+        looked = re.findall(r"\[(\S+)\] debug2: Testing job time limits", (self.folder / "slurmctld.log").read_text())
+        since = (datetime.now() - datetime.fromisoformat(looked[-1])).total_seconds() if looked else 0.0
+        time.sleep((LOOK - ahead - since) % LOOK)
 
     def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> int:
         """sbatch of a shipped script; its log is `log(job)`."""

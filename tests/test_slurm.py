@@ -102,7 +102,8 @@ def test_two_nodes_train_the_same_under_torchrun(cluster, uninterrupted, tmp_pat
 
 def test_a_job_at_its_time_limit_and_preempted_later_is_requeued_twice_and_loses_no_step(cluster, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    options = (*TWO_NODES, "--time=1", "--signal=B:USR1@50")  # Slurm looks every 30 s, and signals up to 60 s early
+    options = (*TWO_NODES, "--time=1", "--signal=B:USR1@50")  # up to 60 s earlier, so at once when Slurm looks
+    cluster.wait_for_look_at_limits(ahead=9)
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, "run.fresh=true", f"run.folder={folder}", options=options)
     cluster.wait(job, lambda told: told["Restarts"] == "1", "its first requeue", 120)
     cluster.tell("scontrol", "update", f"JobId={job}", "TimeLimit=20")
