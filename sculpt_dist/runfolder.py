@@ -79,6 +79,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
             )
         if changes:
             print(f"going on with another configuration: {'; '.join(changes)}", flush=True)
+            return None  # it is written when the checkpoint was found to fit it
     write_atomically(file, text.encode())
     return None
 
@@ -168,7 +169,8 @@ def code_versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: dict[str, str]) -> None:
-    """manifest.json: what this run was made from."""
+    """manifest.json, and config.yaml once more: what this run is made from."""
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())
     content = {"base": base, "config": config_fingerprint(config), "shards": shards, "prompts": _list_checksums(config), "code": code_versions()}
     write_atomically(folder / "manifest.json", json.dumps(content, indent=1).encode())
 

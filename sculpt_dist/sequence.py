@@ -12,6 +12,7 @@ from sculpt_dist.check import check_model
 from sculpt_dist.config import check_batch
 from sculpt_dist.costs import Costs
 from sculpt_dist.data.prompts import concept_prompts
+from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.watch import watched
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.evaluate import check_evaluation, check_prompts
@@ -62,8 +63,12 @@ def run_sequence(config: RunConfig) -> Run:
         costs.read()
         group.together(lambda: check_prompts(config, backbone))
         shards: dict[str, str] = {}
-        engine = None
+        fingerprints = {"base": base, "config": runfolder.config_fingerprint(config)}
+        engine = found = None
         if plan is not None:
+            found = checkpoint.newest(folder / "checkpoints", group)
+            if found is not None:  # what does not fit is refused before anything is drawn or built
+                runfolder.check_checkpoint(*found, fingerprints, config)
             with costs.counting("prepare"):
                 engine, shards = prepared(config, method, backbone, base, folder, group, stop)
         if group.is_first:
@@ -72,9 +77,9 @@ def run_sequence(config: RunConfig) -> Run:
         if plan is None:
             weights = sitting.edit(method, prompts)
         else:
-            fingerprints = {"base": base, "config": runfolder.config_fingerprint(config), "data": text_sha256(json.dumps(shards))}
+            fingerprints["data"] = text_sha256(json.dumps(shards))
             engine = engine or build.build_engine(config, method, backbone, group)
-            weights = Training(sitting, engine, method, plan, fingerprints).unlearn_all()
+            weights = Training(sitting, engine, method, plan, fingerprints).unlearn_all(found)
         export(config, backbone, weights, folder / "model", group)
         costs.write()
         if group.is_first:

@@ -84,13 +84,16 @@ class Training:
         self.backbone, self.costs = self.sitting.backbone, self.sitting.costs
         self.saver = Saver(self.folder / "checkpoints", self.group, self.config.train.background_save)
 
-    def unlearn_all(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Concept after concept, with scores before the first and after each; returns the changed weights, whole on rank 0."""
+    def unlearn_all(self, found: tuple[Path, dict[str, Any]] | None) -> Iterator[tuple[str, Tensor | None]]:
+        """Concept after concept, with scores before the first and after each; returns the changed weights, whole on rank 0.
+
+        `found`: the newest checkpoint and its state, if there is one.
+        """
         total = sum(int(getattr(p, "ds_numel", p.numel())) for p in self.engine.net.parameters())
         trained = self.engine.num_trained
         self.costs.weights = {"total": total, "trained": trained, "open": self.engine.mask.planned_open if self.plan.masked else trained}
         original = self.engine.snapshot() if self.method.needs_original else None
-        first, resumed = self._resume()
+        first, resumed = self._resume(found)
         self.sitting.tracker.start(first, resumed["step"] if resumed else 0, self.plan.steps)
         if first and resumed is None:
             self._score_after(first - 1)
@@ -218,9 +221,8 @@ class Training:
         self.saver.save(place, held, extra, about | state | self.fingerprints, walked)
         self.costs.write()
 
-    def _resume(self) -> tuple[int, dict[str, Any] | None]:
+    def _resume(self, found: tuple[Path, dict[str, Any]] | None) -> tuple[int, dict[str, Any] | None]:
         """(first concept, its saved state or None): with the engine's weights as they were before that concept."""
-        found = checkpoint.newest(self.folder / "checkpoints", self.group)
         if found is None:
             return 0, None
         path, state = found

@@ -19,7 +19,7 @@ from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.mask import MAX_GENERATIONS
 from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.engine.zero import Engine
-from sculpt_dist.errors import ConfigError, StopRequested
+from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.schedules import one_cycle, turnover_share
 from sculpt_dist.methods.base import Method, Predictor, Step
 from sculpt_dist.progress import progress
@@ -160,7 +160,7 @@ def run_concept(
             save()
             saved_at = time.monotonic()
         if stopping:
-            raise StopRequested(f"stopped at {run.target!r}, step {run.step} of {plan.steps}; the same command goes on from here")
+            raise stop.stopped(f"{run.target!r}, step {run.step} of {plan.steps}")
     if run.candidate is not None:
         engine.set_masters(run.candidate)
 

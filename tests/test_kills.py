@@ -88,3 +88,47 @@ def test_20_of_20_runs_killed_at_random_moments_end_bit_identical(straight, canv
         shutil.rmtree(folder)
     print(*reached, sep="\n")
     assert sum(any(codes) for _, codes, _ in reached) >= KILLS * 2 // 3, f"too few were still at work: {reached}"
+
+
+def stopped_in_the_middle(canvas_config: str, folder: Path, output: Path, *more: str, ranks: int = 1) -> list[str]:
+    """A run stopped by a signal within its second concept; returns the command that goes on with it."""
+    call = ["unlearn", canvas_config, *RUN, "train.steps=40", "train.checkpoint_every=0", f"run.folder={folder}", *more]
+    pids = forking().begin(*call, ranks=ranks, output=output)
+    wait_for_step(folder, pids, 1, 10)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    assert set(forking().end(pids, 120)) == {75}, output.read_text()
+    return call
+
+
+@pytest.mark.slow
+def test_on_another_number_of_ranks_and_another_stage_a_run_goes_on_with_the_same_samples(canvas_config, tmp_path):
+    call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt", "engine.stage=2")
+    shutil.copytree(tmp_path / "run" / "data", tmp_path / "straight" / "data")
+    printed = sculpt(*call[:-1], "engine.stage=3", ranks=2, code=2)
+    assert "engine.stage: 2 there, 3 here" in printed and "--override" in printed
+    sculpt(*call[:-1], "engine.stage=3", "--override", ranks=2)
+    sculpt(*call[:-2], f"run.folder={tmp_path / 'straight'}")
+    entries = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("run", "straight")]
+    assert [(e["concept"], e["step"]) for e in entries[0]] == [(e["concept"], e["step"]) for e in entries[1]]
+    worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(*entries))
+    assert worst < 1e-4, worst
+    mine, theirs = weights(tmp_path / "run"), weights(tmp_path / "straight")
+    flips = sum(int((~torch.isclose(mine[name], theirs[name], rtol=1e-3, atol=1e-4)).sum()) for name in mine)
+    assert flips <= 1e-4 * sum(tensor.numel() for tensor in mine.values()), flips
+
+
+@pytest.mark.slow
+def test_a_changed_configuration_is_refused_before_the_model_is_built_and_taken_with_override(canvas_config, tmp_path):
+    call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt")
+    printed = sculpt(*call, "train.lr=2e-3", code=2)
+    assert "train.lr: 0.001 there, 0.002 here" in printed and "--override" in printed
+    swapped = "concepts=[{target: boat, superclass: vehicle},{target: bird, superclass: animal}]"
+    printed = sculpt(*call, swapped, "--override", code=2)
+    assert "has finished bird, and the configuration begins with boat, bird" in printed
+    printed = sculpt(*call, "train.lr=2e-3", "--override")
+    assert "going on with another configuration: train.lr: 0.001 there, 0.002 here" in printed
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(entry["lr"] for entry in told if entry["concept"] == 0 and "lr" in entry) == pytest.approx(1e-3, rel=0.01)
+    assert max(entry["lr"] for entry in told if entry["concept"] == 1 and "lr" in entry) == pytest.approx(2e-3, rel=0.01)
+    assert [(e["concept"], e["step"]) for e in told] == [(c, s) for c in range(2) for s in range(42)]

@@ -36,7 +36,7 @@ class StopRequest:
 
     def __init__(self, group: Group, folder: Path, grace: float = 60.0) -> None:
         self.group, self.folder, self.grace = group, folder, grace
-        self.came, self.agreed_on = bool(early), False
+        self.came, self.by_file, self.agreed_on = bool(early), False, False
         self.beats = Beats(group)
         self._since = time.monotonic()
         self._closing = threading.Event()
@@ -74,7 +74,12 @@ class StopRequest:
     def check(self, where: str) -> None:
         """Raise StopRequested on all ranks when any was asked to stop; all ranks enter."""
         if self.agreed()[0]:
-            raise StopRequested(f"stopped at {where}; the same command goes on from here")
+            raise self.stopped(where)
+
+    def stopped(self, where: str) -> StopRequested:
+        """What to raise when the ranks have agreed to stop."""
+        first = f"remove {self.folder / STOP_FILE}, and " if self.by_file else ""
+        return StopRequested(f"stopped at {where}; {first}the same command goes on from here")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """What Python runs when it comes to it; the thread knows already."""
@@ -96,6 +101,7 @@ class StopRequest:
                     self._note()
             self.beats.beat()
             if self.group.is_first and not self.came and (self.folder / STOP_FILE).exists():
+                self.by_file = True
                 self._note()
             if self.came and not self.agreed_on:
                 self._leave_when_hopeless()
