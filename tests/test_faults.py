@@ -63,6 +63,14 @@ def test_a_dead_rank_ends_the_other_within_five_seconds_and_the_log_ends_with_th
     assert not (tmp_path / "REQUEUE").exists()
 
 
+def test_the_death_of_the_first_rank_which_holds_the_meeting_point_is_named_too(tmp_path):
+    first, second = start_ranks(WORKER, "killed", str(tmp_path), "60", "0")
+    died = wait_for(tmp_path / "step-0", [first, second])
+    printed, _ = second.communicate(timeout=60)
+    assert time.monotonic() - died < 5 and second.returncode == 1, printed
+    assert "failed: rank 0 died or was stopped" in last_line(tmp_path), (tmp_path / "log.txt").read_text()
+
+
 @pytest.mark.parametrize(("fault", "cause"), [("hangs", "rank 1 hangs or is slow"), ("stopped", "rank 1 died or was stopped")])
 def test_a_hung_rank_is_named_at_the_timeout(tmp_path, fault, cause):
     first, second = start_ranks(WORKER, fault, str(tmp_path), "4")

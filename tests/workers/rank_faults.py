@@ -1,4 +1,4 @@
-"""A job of the smallest kind, whose last rank does something wrong at its third step: FAULT FOLDER [TIMEOUT]."""
+"""A job of the smallest kind, one rank of which does something wrong at its third step: FAULT FOLDER [TIMEOUT [RANK]]; 1 unless RANK."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def misbehave(fault: str) -> None:
         os._exit(0)
 
 
-def main(fault: str, folder: Path, timeout: str = "60") -> None:
+def main(fault: str, folder: Path, timeout: str = "60", wrong: str = "1") -> None:
     group = Group(float(timeout), f"fault {fault}")
     with watched(group, folder, 30.0) as stop:
         for step in range(1200 if fault == "none" else 4):
             if step == 2:
                 (folder / f"step-{group.rank}").touch()
-                if group.rank == group.size - 1:
+                if group.rank == int(wrong):
                     misbehave(fault)
             before = time.monotonic()
             group.sum(torch.ones(1))
-            if fault == "waits" and step == 2 and group.rank == group.size - 1:
+            if fault == "waits" and step == 2 and group.rank == int(wrong):
                 time.sleep(4)  # the others wait in the next collective meanwhile
             if fault == "none":
                 time.sleep(0.1)
