@@ -47,7 +47,7 @@ class Masked:
         self.optimizer.param_groups[0]["lr"] = self.plan.learning_rate(number)
         self.shard.master.grad = torch.tensor(gradient)
         self.optimizer.step()
-        return _tend_mask(SimpleNamespace(mask=self.mask, optimizer=self.optimizer), self.plan, number)
+        return _tend_mask(SimpleNamespace(mask=self.mask, optimizer=self.optimizer), self.plan, number).get("swapped", 0)
 
 
 def planned(preset: str, *overrides: str) -> Plan:
