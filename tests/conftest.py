@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks on one machine, with or without a GPU
+BEFORE = set(os.environ)
+SET_BY_LIBRARIES = (  # in the tests' own process, when they are imported there
+    "PYTEST_CURRENT_TEST LOCAL_RANK DS_ACCELERATOR DEEPSPEED_LOG_LEVEL TORCH_EXTENSIONS_DIR PYTORCH_NVML_BASED_CUDA_CHECK "
+    "DIFFUSERS_VERBOSITY TRANSFORMERS_VERBOSITY TORCHINDUCTOR_CACHE_DIR WANDB_ERROR_REPORTING"
+).split()
 PROJECT = Path(__file__).parent.parent
 TINY_RUN = [  # of any method
     "prepare.samples=6",
@@ -59,7 +65,7 @@ def rank_command(ranks: int, *arguments: str) -> list[str]:
 
 
 def rank_environment() -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_LIBRARIES or name in BEFORE}
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
 
 
@@ -112,7 +118,9 @@ def forking() -> Forking:
 
 def sculpt(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300) -> str:
     """The command line on so many ranks; returns what it printed, and checks the exit code of the first rank that failed."""
-    if forking().environment != rank_environment():  # libraries read their settings when they are imported
+    changed = sorted(dict(forking().environment.items() ^ rank_environment().items()))
+    if changed:  # libraries read their settings when they are imported
+        warnings.warn(f"ranks are started anew, slowly: the environment differs in {changed}", stacklevel=2)
         return _sculpt_anew(*arguments, ranks=ranks, code=code, timeout=timeout)
     with tempfile.NamedTemporaryFile("r", suffix=".txt") as output:
         codes = forking().end(forking().begin(*arguments, ranks=ranks, output=Path(output.name)), timeout)
