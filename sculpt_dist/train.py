@@ -185,14 +185,12 @@ def _tend_mask(engine: Engine, plan: Plan, step: int) -> dict[str, Any]:
     """Build the mask after the last collect step, turn it over when due; returns what there is to tell of it then."""
     mask = engine.mask
     if plan.masked and step + 1 == plan.collect:
-        saliency = mask.saliency_quantiles()
         mask.build()
-        return {"open": mask.open_count, "saliency": saliency}
+        return {"open": mask.open_count, "saliency": mask.spread}
     if step >= plan.collect and plan.refreshes_after(step):
-        saliency = mask.saliency_quantiles()
         mask.turn_over(turnover_share(plan.turnover, plan.progress(step + 1)), engine.optimizer.updates)
         if mask.swapped:
-            return {"saliency": saliency, "swapped": mask.swapped, "turnover": mask.swapped / mask.open_count, "overlap": mask.overlap}
+            return {"saliency": mask.spread, "swapped": mask.swapped, "turnover": mask.swapped / mask.open_count, "overlap": mask.overlap}
     return {}
 
 

@@ -5,45 +5,74 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sculpt_dist.engine import select
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
-from sculpt_dist.engine.select import Candidates, choose_largest
+from sculpt_dist.engine.select import Part, choose, chosen, quantiles
 from sculpt_dist.engine.shards import Fragment, Shard
 from sculpt_dist.errors import NonFiniteError
 from sculpt_dist.maths.saliency import accumulate, sort_keys
 
 
-def by_sort(keys: torch.Tensor, count: int) -> torch.Tensor:
-    order = torch.sort(keys, descending=True, stable=True).indices[:count]
-    chosen = torch.zeros(len(keys), dtype=torch.bool)
-    chosen[order] = True
-    return chosen
+def by_sort(keys: torch.Tensor, among: torch.Tensor, count: int, largest: bool) -> torch.Tensor:
+    """The `count` largest or smallest of those in `among`, ties by position."""
+    order = torch.sort(keys, descending=largest, stable=True).indices
+    picked = torch.zeros(len(keys), dtype=torch.bool)
+    picked[order[among[order]][:count]] = True
+    return picked
 
 
-@pytest.mark.parametrize("spread", [1, 5, 1000, 2**31 - 1])
-@pytest.mark.parametrize("count", [0, 1, 37, 199, 200])
-def test_choice_equals_a_stable_sort(spread, count):
-    keys = torch.randint(0, spread, (200,), generator=torch.Generator().manual_seed(spread), dtype=torch.int64).int()
-    (chosen,) = choose_largest([Candidates(keys, 0)], torch.tensor([0]), torch.tensor([count]), None)
-    assert torch.equal(chosen, by_sort(keys, count))
+def part_of(keys: torch.Tensor, opened: torch.Tensor, slot: int) -> Part:
+    return Part(lambda here: keys[here].int(), opened.to(torch.uint8), slot)
 
 
-def test_segments_are_independent_and_negative_keys_are_no_candidates():
-    a, b = torch.tensor([5, -1, 5, 5, 9]).int(), torch.tensor([0, 0, -1, 0]).int()
-    parts = [Candidates(a, 0), Candidates(b, 1)]
-    chosen = choose_largest(parts, torch.tensor([0, 1]), torch.tensor([2, 2]), None)
-    assert chosen[0].tolist() == [True, False, False, False, True]
-    assert chosen[1].tolist() == [True, True, False, False]
+def swapped(parts: list[Part], segments: list[int], closing: list[int], opening: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    choice = choose(parts, *(torch.tensor(numbers) for numbers in (segments, closing, opening)), None)
+    found = []
+    for part, cut in zip(parts, choice.cuts):
+        pieces = [(closes.bool(), opens.bool()) for _, closes, opens in chosen(part, cut)]
+        found.append(tuple(torch.cat(side) for side in zip(*pieces)))
+    return found
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1000])
+@pytest.mark.parametrize("spread", [1, 5, 1000, 2**31 - 2**23 - 1])
+@pytest.mark.parametrize("count", [0, 1, 37, 80])
+def test_choice_equals_a_stable_sort(monkeypatch, spread, count, chunk):
+    monkeypatch.setattr(select, "CHUNK", chunk)
+    rng = torch.Generator().manual_seed(spread)
+    keys, opened = torch.randint(0, spread, (200,), generator=rng), torch.rand(200, generator=rng) < 0.5
+    ((close, opens),) = swapped([part_of(keys, opened, 0)], [0], [count], [count // 2])
+    assert torch.equal(close, by_sort(keys, opened, count, largest=False))
+    assert torch.equal(opens, by_sort(keys, ~opened, count // 2, largest=True))
+
+
+def test_segments_are_independent():
+    opened = torch.tensor([False] * 4)
+    parts = [part_of(torch.tensor([5, 5, 5, 9]), opened, 0), part_of(torch.tensor([0, 0, 7, 0]), opened, 1)]
+    (_, first), (_, second) = swapped(parts, [0, 1], [0, 0], [2, 3])
+    assert first.tolist() == [True, False, False, True]
+    assert second.tolist() == [True, True, True, False]
 
 
 def test_ties_in_a_global_segment_go_to_the_first_parameter():
-    parts = [Candidates(torch.tensor([3, 3]).int(), 1), Candidates(torch.tensor([3, 3]).int(), 0)]
-    chosen = choose_largest(parts, torch.tensor([0, 0]), torch.tensor([3]), None)
-    assert chosen[0].tolist() == [True, False] and chosen[1].tolist() == [True, True]
+    closed = torch.tensor([False, False])
+    parts = [part_of(torch.tensor([3, 3]), closed, 1), part_of(torch.tensor([3, 3]), closed, 0)]
+    (_, last), (_, first) = swapped(parts, [0, 0], [0], [3])
+    assert last.tolist() == [True, False] and first.tolist() == [True, True]
 
 
 def test_more_than_there_are_candidates_is_our_own_error():
     with pytest.raises(AssertionError, match="more weights"):
-        choose_largest([Candidates(torch.tensor([1, -1]).int(), 0)], torch.tensor([0]), torch.tensor([2]), None)
+        swapped([part_of(torch.tensor([1, 4]), torch.tensor([True, False]), 0)], [0], [0], [2])
+
+
+def test_quantiles_are_an_eighth_below_the_true_ones_at_most():
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(1)) ** 5
+    part = Part(lambda here: sort_keys(values[here]), torch.zeros(len(values), dtype=torch.uint8), 0)
+    choice = choose([part], *(torch.tensor([number]) for number in (0, 0, 1)), None)
+    for share, found in quantiles(choice.histogram, (0.0, 0.1, 0.5, 0.99, 1.0)).items():
+        true = float(values.abs().double().quantile(share, interpolation="lower"))
+        assert 0 <= true - found <= true / 8, share
 
 
 def test_keys_sort_like_magnitudes():

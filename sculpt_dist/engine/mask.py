@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Mapping
+from typing import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.select import LARGEST_KEY, Candidates, choose_largest, kth_largest
+from sculpt_dist.engine.select import Part, choose, chosen, quantiles
 from sculpt_dist.engine.shards import Fragment, Shard
-from sculpt_dist.errors import NonFiniteError
 from sculpt_dist.files import derived_seed
 from sculpt_dist.maths.saliency import sort_keys
 from sculpt_dist.maths.schedules import turnover_count
@@ -43,6 +42,7 @@ class DynamicMask:
         self.births: list[int] = [0, 0]  # of generation 0 (closed, unused) and 1
         self.swapped = 0
         self.overlap = 1.0
+        self.spread: dict[float, float] = {}  # share -> |saliency| at the last build or turnover; empty where the mask is random
         self.open_count = sum(self.sizes.values())
         self.concept, self.selections = 0, 0  # what the random statistic is keyed by
 
@@ -64,17 +64,9 @@ class DynamicMask:
         """Open the int(keep n) most salient weights of each matrix (or of all); saliency starts anew."""
         self.births, self.swapped, self.overlap = [0, 0], 0, 1.0
         self.open_count = int(self._keep_counts().sum())
-        self.selections += 1
-        self._check_finite()
-        fragments = self._fragments()
-        parts = [Candidates(self._keys(shard, f), f.index) for shard, f in fragments]
-        segments = torch.arange(len(self.sizes)) if self.settings.scope == "matrix" else torch.zeros(len(self.sizes), dtype=torch.long)
         for shard in self.shards:
             shard.opened.zero_()
-        for (shard, f), chosen in zip(fragments, choose_largest(parts, segments, self._keep_counts(), self.group)):
-            shard.opened[f.here] = chosen.to(torch.uint8)
-        if self.settings.clears_saliency:
-            self._forget_saliency()
+        self._swap(torch.zeros_like(self._keep_counts()), self._keep_counts(), 1, self.settings.clears_saliency)
 
     def turn_over(self, share: float, updates_done: int) -> None:
         """Close the n least salient open weights, open the n most salient closed ones, n = max(1, int(share open)) per segment.
@@ -83,62 +75,51 @@ class DynamicMask:
         """
         generation = len(self.births) if self.settings.resets_moments else 1
         assert generation <= MAX_GENERATIONS, "more turnovers than a byte can number"
-        self.selections += 1
-        self._check_finite()
-        fragments = self._fragments()
         counts = torch.tensor([turnover_count(int(k), share) for k in self._keep_counts()])
-        sizes = self._segment_sizes()
-        counts = torch.minimum(counts, sizes - self._keep_counts())  # no more than are closed
-        num = len(counts)
-        per_slot = torch.arange(num) if self.settings.scope == "matrix" else torch.zeros(len(self.sizes), dtype=torch.long)
-        parts = []
-        for shard, f in fragments:
-            keys, is_open = self._keys(shard, f), shard.opened[f.here] > 0
-            parts.append(Candidates(torch.where(is_open, LARGEST_KEY - keys, -1), f.index))
-            parts.append(Candidates(torch.where(is_open, -1, keys), len(self.sizes) + f.index))
-        chosen = choose_largest(parts, torch.cat([per_slot, per_slot + num]), counts.repeat(2), self.group)
-        for (shard, f), closing, opening in zip(fragments, chosen[0::2], chosen[1::2]):
-            shard.opened[f.here].masked_fill_(closing, 0).masked_fill_(opening, generation)
-            for moments in (shard.momentum, shard.variance) if self.settings.resets_moments else ():
-                moments[f.here].masked_fill_(closing | opening, 0.0)
+        counts = torch.minimum(counts, self._segment_sizes() - self._keep_counts())  # no more than are closed
+        self._swap(counts, counts, generation, True)
         if self.settings.resets_moments:
             self.births.append(updates_done)
         self.swapped = int(counts.sum())
         self.overlap = 1 - self.swapped / self.open_count if self.open_count else 1.0
-        self._forget_saliency()
 
-    def saliency_quantiles(self) -> dict[str, float]:
-        """|saliency| at the shares QUANTILES of all trained weights: exact elements, torch.quantile's `lower` over all ranks' shards.
-
-        By counts of the numbers' bits: no sort, no rank sees another's values, and 2.4 MB are summed. Before `build` or `turn_over`, which clear the
-        saliency; all ranks enter, and all get the same. Empty where the mask is random.
-        """
-        if self.settings.saliency == "random":
-            return {}
-        n = sum(self.sizes.values())
-        mine = [self._keys(shard, f) for shard, f in self._fragments()]
-        keys = kth_largest(mine, torch.tensor([n - int(share * (n - 1)) for share in QUANTILES]), self.group)
-        return dict(zip(map(str, QUANTILES), keys.to(torch.int32).view(torch.float32).tolist()))
+    def _swap(self, closing: Tensor, opening: Tensor, generation: int, clears: bool) -> None:
+        """Close and open so many weights of each segment, by what was collected; forget that when `clears`."""
+        self.selections += 1
+        fragments = self._fragments()
+        parts = [Part(self._keys(shard, f), shard.opened[f.here], f.index) for shard, f in fragments]
+        segments = torch.arange(len(self.sizes)) if self.settings.scope == "matrix" else torch.zeros(len(self.sizes), dtype=torch.long)
+        choice = choose(parts, segments, closing, opening, self.group)
+        self.spread = {} if self.settings.saliency == "random" else quantiles(choice.histogram, QUANTILES)
+        for (shard, f), part, cut in zip(fragments, parts, choice.cuts):
+            moments = [state[f.here] for state in (shard.momentum, shard.variance)] if self.settings.resets_moments else []
+            for here, closes, opens in chosen(part, cut):
+                part.opened[here].mul_(1 - closes).add_(opens, alpha=generation)
+                if moments:
+                    stays = (opens | closes).to(torch.int32) - 1  # all bits, or none
+                    for moment in moments:
+                        moment[here].view(torch.int32).bitwise_and_(stays)
+        if clears:
+            for shard in self.shards:
+                shard.saliency.zero_()
 
     @property
     def planned_open(self) -> int:
         """How many weights a built mask opens."""
         return int(self._keep_counts().sum())
 
-    def _check_finite(self) -> None:
-        bad = torch.tensor([float(any(not bool(shard.saliency.isfinite().all()) for shard in self.shards))])
-        if (bad if self.group is None else self.group.max(bad.to(self.group.device))).any():
-            raise NonFiniteError("the collected gradients are not finite, so no mask can be made; look at the data of this concept")
-
     def _fragments(self) -> list[tuple[Shard, Fragment]]:
         return [(shard, fragment) for shard in self.shards for fragment in shard.fragments]
 
-    def _keys(self, shard: Shard, f: Fragment) -> Tensor:  # int32 [f.numel]
+    def _keys(self, shard: Shard, f: Fragment) -> Callable[[slice], Tensor]:
+        """What gives the sort keys of a slice of the fragment."""
         if self.settings.saliency == "random":
             rng = torch.Generator().manual_seed(derived_seed(self.settings.seed, self.concept, self.selections, f.name))
             whole = torch.rand(self.sizes[f.name], generator=rng)  # of the whole matrix, so that every rank count agrees
-            return sort_keys(whole[f.start : f.start + f.numel].to(shard.saliency.device))
-        return sort_keys(shard.saliency[f.here])
+            collected = whole[f.start : f.start + f.numel].to(shard.saliency.device)
+        else:
+            collected = shard.saliency[f.here]
+        return lambda here: sort_keys(collected[here])
 
     def _segment_sizes(self) -> Tensor:  # int64 [S]
         sizes = torch.tensor(list(self.sizes.values()))
@@ -146,7 +127,3 @@ class DynamicMask:
 
     def _keep_counts(self) -> Tensor:  # int64 [S]
         return torch.tensor([int(self.settings.keep * int(n)) for n in self._segment_sizes()])
-
-    def _forget_saliency(self) -> None:
-        for shard in self.shards:
-            shard.saliency.zero_()

@@ -16,7 +16,7 @@ from sculpt_dist.maths.saliency import accumulate
 
 Combine = Callable[[Sequence["ShardedVector"]], "ShardedVector"]
 EPSILON = 1e-8
-CHUNK = 1 << 20  # weights worked on together
+CHUNK = 1 << 18  # weights worked on together: they stay in the cache
 
 
 class ShardedVector:
@@ -101,7 +101,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _train(self, gradient: ShardedVector) -> None:
         for shard, piece in zip(self.shards, gradient.pieces):
-            piece.mul_(shard.opened > 0)
+            for g, opened in zip(piece.split(CHUNK), shard.opened.split(CHUNK)):
+                _close(g, opened)
         self.grad_norm = math.sqrt(gradient.dot(gradient))
         if not math.isfinite(self.grad_norm):
             raise NonFiniteError(f"the gradient is not finite at update {self.updates}; weights are unchanged by this update")
@@ -132,6 +133,12 @@ class MaskedAdamW(torch.optim.Optimizer):
                 move = (m / first.index_select(0, generation)) / ((v / second.index_select(0, generation)).sqrt_().add_(EPSILON))
             weights = shard.flat[here]
             if self.weight_decay:
-                move.add_(weights * (opened > 0), alpha=self.weight_decay)
+                move.add_(_close(weights.clone(), opened), alpha=self.weight_decay)
             weights.sub_(move, alpha=lr)
             self._moved += move @ move
+
+
+def _close(values: Tensor, opened: Tensor) -> Tensor:
+    """Zero where closed, in place; by bits, which a CPU does several times as fast as by a comparison."""
+    values.view(torch.int32).bitwise_and_(opened.clamp(max=1).to(torch.int32).neg_())  # all bits, or none
+    return values

@@ -1,116 +1,179 @@
-"""Exact selection of the k largest keys per segment over sharded tensors, by all-reduced digit counts.
+"""Exact choice of which weights a mask closes and opens, over sharded saliency, by all-reduced digit counts.
 
-A radix descent: for each of four 8-bit digits, every rank counts its candidates by digit, the counts [segments, 256] are summed
-over ranks, and the digit in which the k-th largest lies is fixed. No sort, no full-size copy on any rank, and a payload that
-does not depend on the number of weights. Ties at the last value go to the smallest positions, so that the choice does not
-depend on the number of ranks.
+In every segment (a matrix, or all of them) two things are sought: the n least salient open weights, to close, and the m most salient
+closed ones, to open. One number orders all weights: the bits of |saliency|, which sort like it, and 2^31 less where the weight is open;
+then the n smallest close, and the m largest open. Where these ends lie is found digit by digit: the first digit is counted over all
+weights, the further ones only over the weights that share the digits found so far, a few per cent. Counts are summed over ranks: a
+payload that does not depend on the number of weights. The weights are gone through chunk by chunk: no sort, no index tensors, no copy
+of the saliency. Ties at an end go to the smallest positions, so that the choice does not depend on the number of ranks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sculpt_dist.engine.group import Group
+from sculpt_dist.errors import NonFiniteError
 
-DIGIT_BITS = 8
-BINS = 1 << DIGIT_BITS
-LARGEST_KEY = 0x7FFFFFFF
+BITS = (11, 7, 7, 6)  # of the 31 of a number's size: the exponent and three bits of the mantissa first
+FIRST = 31 - BITS[0]  # bits below the first digit
+BINS = 1 << BITS[0]
+NON_FINITE = 0x7F800000 >> FIRST  # first digit of infinity and of what is not a number
+CLOSING, OPENING = 0, 1  # from below, from above
+SIDES = (CLOSING, OPENING)
+CHUNK = 1 << 18  # weights worked on together: they stay in the cache
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """Keys of one fragment: int32 [n], larger is better, -1 is no candidate.
+class Part:
+    """A fragment's weights. `keys` gives a slice of their int32 sort keys, not negative; `opened` uint8 [n] is 0 where closed.
 
     `slot` numbers the parameters by position, so that the slots of a segment are consecutive; the fragments of one parameter lie
-    on the ranks in order.
+    on the ranks in order, one on each.
     """
 
-    keys: Tensor
+    keys: Callable[[slice], Tensor]
+    opened: Tensor
     slot: int
 
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(where, the number that orders them, int32) of all weights."""
+        size = CHUNK if self.opened.device.type == "cpu" else max(1, len(self.opened))
+        for at in range(0, len(self.opened), size):
+            here = slice(at, at + size)
+            yield here, self.keys(here).sub_(self.opened[here].clamp(max=1), alpha=1 << 31)
 
-def choose_largest(parts: Sequence[Candidates], segments: Tensor, counts: Tensor, group: Group | None) -> list[Tensor]:
-    """For each part a bool mask [n] of what is chosen: exactly counts[s] in segment s over all ranks.
 
-    `segments` int64 [slots] is the segment of each slot; `counts` int64 [S] is at most the number of candidates of each. `group` is
-    None where every rank holds everything.
+@dataclass(frozen=True)
+class Cut:
+    """What is chosen of one part: numbers below the first end close, above the second open, and so many ties at each, the first ones."""
+
+    ends: list[int]
+    ties: list[int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    cuts: list[Cut]  # for each part
+    histogram: Tensor  # int64 [BINS], weights of all ranks by the first digit of their key
+
+
+def choose(parts: Sequence[Part], segments: Tensor, closing: Tensor, opening: Tensor, group: Group | None) -> Choice:
+    """Find exactly closing[s] of the open and opening[s] of the closed weights of segment s, over all ranks.
+
+    `segments` int64 [slots] is the segment of each slot, ascending; `closing`, `opening` int64 [S] are at most what there is. `group`
+    is None where every rank holds everything. Raises NonFiniteError, on all ranks, when a key is that of no finite number.
     """
     of = [int(segments[part.slot]) for part in parts]
-    threshold, needed = _descend(parts, of, counts, group)
-    before = _ties_before(parts, of, segments, threshold, group)
-    masks = []
-    for part, s, earlier in zip(parts, of, before):
-        if counts[s] == 0:
-            masks.append(torch.zeros_like(part.keys, dtype=torch.bool))
-            continue
-        tied = part.keys == threshold[s]
-        masks.append((part.keys > threshold[s]) | (tied & (tied.cumsum(0) <= int(needed[s]) - earlier)))
-    return masks
+    counts = _summed(_count_first(parts, of, len(closing)), group)  # [S, 2 BINS], open ones first
+    halves = counts.view(-1, 2, BINS)
+    if bool(halves[:, :, NON_FINITE:].any()):
+        raise NonFiniteError("the collected gradients are not finite, so no mask can be made; look at the data of this concept")
+    wanted = torch.stack([closing, opening])  # [2, S]
+    assert bool((wanted <= halves.sum(2).T).all()), "more weights asked for than there are candidates"
+    places, needed = zip(*(_end(counts, wanted[side], side) for side in SIDES))
+    ends = [place - BINS for place in places]  # the numbers' first digits; open weights have negative ones
+    inside = [_within(part, [int(ends[side][s]) for side in SIDES]) for part, s in zip(parts, of)]
+    left = FIRST
+    for bits in BITS[1:]:
+        left -= bits
+        for side in SIDES:
+            mine = torch.zeros(len(closing), 1 << bits, dtype=torch.int64)
+            for numbers, s in zip(inside, of):
+                fits = numbers[side][(numbers[side] >> left >> bits) == ends[side][s]]
+                mine[s] += torch.bincount((fits >> left) & ((1 << bits) - 1), minlength=1 << bits).cpu()
+            digit, rest = _end(_summed(mine, group), needed[side], side)
+            ends[side] = (ends[side] << bits) | digit
+            needed = (rest, needed[1]) if side == CLOSING else (needed[0], rest)
+    nothing = (-(1 << 31), 0x7FFFFFFF)  # below and above which there is none
+    ends = [torch.where(wanted[side] > 0, ends[side], nothing[side]) for side in SIDES]
+    ties = []
+    for side in SIDES:
+        held = [int((numbers[side] == ends[side][s]).sum()) for numbers, s in zip(inside, of)]
+        before = _before(held, parts, segments, group)
+        ties.append([min(have, max(0, int(needed[side][s]) - earlier)) for have, earlier, s in zip(held, before, of)])
+    cuts = [Cut([int(ends[side][s]) for side in SIDES], [ties[side][i] for side in SIDES]) for i, s in enumerate(of)]
+    return Choice(cuts, halves.sum((0, 1)))
 
 
-def kth_largest(keys: Sequence[Tensor], counts: Tensor, group: Group | None) -> Tensor:
-    """For each k of `counts` int64 [Q] the k-th largest key [Q] of all ranks, 1 being the largest; `keys` int32 [n] each.
+def chosen(part: Part, cut: Cut) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(where, which close, which open), uint8 of 0 and 1, chunk by chunk. A chunk's `opened` may be changed when it was given."""
+    left = list(cut.ties)
+    for here, numbers in part.chunks():
+        picked = [compared(torch.lt, numbers, cut.ends[CLOSING]), compared(torch.gt, numbers, cut.ends[OPENING])]
+        for side in SIDES:
+            if left[side]:
+                tied = compared(torch.eq, numbers, cut.ends[side])
+                count = int(tied.sum())
+                if count > left[side]:
+                    tied *= tied.cumsum(0) <= left[side]
+                picked[side] |= tied
+                left[side] -= min(count, left[side])
+        yield here, picked[CLOSING], picked[OPENING]
 
-    Two counts, of the upper half of the bits and then of the lower half where the upper one fits: one pass over all keys and a short
-    one for each k.
+
+def compared(relation: Callable[..., Tensor], numbers: Tensor, value: int) -> Tensor:
+    """uint8 of 0 and 1. By way of int32, which torch vectorises on a CPU: three times as fast as a comparison that gives bool."""
+    return relation(numbers, value, out=torch.empty_like(numbers)).to(torch.uint8)
+
+
+def quantiles(histogram: Tensor, shares: Sequence[float]) -> dict[float, float]:
+    """The |saliency| at each share of all weights, to the width of a first digit: at most an eighth below the true one.
+
+    `histogram`: that of a choice.
     """
-    upper = torch.zeros(1, 1 << 15, dtype=torch.int64)
-    for part in keys:
-        upper[0] += torch.bincount(part >> 16, minlength=1 << 15).cpu()
-    high, needed = _find(_summed(upper, group), counts)
-    lower = torch.zeros(len(counts), 1 << 16, dtype=torch.int64)
-    for part in keys:
-        halves = part >> 16
-        for q, half in enumerate(high.tolist()):
-            lower[q] += torch.bincount(part[halves == half] & 0xFFFF, minlength=1 << 16).cpu()
-    low, _ = _find(_summed(lower, group), needed)
-    return (high << 16) | low
+    upto = histogram.cumsum(0)
+    ranks = [int(share * (int(upto[-1]) - 1)) for share in shares]
+    digits = torch.tensor([int(torch.searchsorted(upto, rank, right=True)) for rank in ranks])
+    return dict(zip(shares, (digits << FIRST).to(torch.int32).view(torch.float32).tolist()))
 
 
-def _find(histogram: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The bin [Q] that holds the k-th largest of each row [Q or 1, bins], and which one within its bin that is [Q]."""
-    above = histogram.flip(1).cumsum(1).flip(1) - histogram  # in larger bins
-    found = ((above < counts[:, None]) & (above + histogram >= counts[:, None])).long().argmax(1)
-    return found, counts - above.expand(len(counts), -1).gather(1, found[:, None])[:, 0]
-
-
-def _summed(histogram: Tensor, group: Group | None) -> Tensor:
-    return histogram if group is None else group.sum(histogram.to(group.device)).cpu()
-
-
-def _descend(parts: Sequence[Candidates], of: Sequence[int], counts: Tensor, group: Group | None) -> tuple[Tensor, Tensor]:
-    """The k-th largest key of each segment [S], and how many of the keys equal to it are needed [S]."""
-    prefix = torch.zeros_like(counts)
-    needed = counts.clone()
-    for shift in range(32 - DIGIT_BITS, -1, -DIGIT_BITS):
-        histogram = torch.zeros(len(counts), BINS, dtype=torch.int64)
-        for part, s in zip(parts, of):
-            inside = part.keys[(part.keys >= 0) & ((part.keys >> shift >> DIGIT_BITS) == prefix[s])]
-            histogram[s] += torch.bincount((inside >> shift) & (BINS - 1), minlength=BINS).cpu()
-        if group is not None:
-            histogram = group.sum(histogram.to(group.device)).cpu()
-        above = histogram.flip(1).cumsum(1).flip(1) - histogram  # candidates in larger digits
-        holds = (above < needed[:, None]) & (above + histogram >= needed[:, None])
-        assert bool((holds.any(1) | (needed == 0)).all()), "more weights asked for than there are candidates"
-        digit = holds.long().argmax(1)
-        needed = needed - above.gather(1, digit[:, None])[:, 0] * (counts > 0)
-        prefix = (prefix << DIGIT_BITS) | digit
-    return prefix, needed
-
-
-def _ties_before(parts: Sequence[Candidates], of: Sequence[int], segments: Tensor, threshold: Tensor, group: Group | None) -> list[int]:
-    """For each part, how many keys equal to the threshold lie at smaller positions of its segment, over all ranks."""
-    rank, size = (group.rank, group.size) if group is not None else (0, 1)
-    ties = torch.zeros(len(segments), size, dtype=torch.int64)
+def _count_first(parts: Sequence[Part], of: Sequence[int], segments: int) -> Tensor:  # int64 [S, 2 BINS]
+    counts = torch.zeros(segments, 2 * BINS, dtype=torch.int64)
     for part, s in zip(parts, of):
-        ties[part.slot, rank] += int((part.keys == threshold[s]).sum())
+        for _, numbers in part.chunks():
+            counts[s] += torch.bincount((numbers >> FIRST).add_(BINS), minlength=2 * BINS).cpu()
+    return counts
+
+
+def _within(part: Part, digits: Sequence[int]) -> list[Tensor]:
+    """The numbers [n] that have these first digits, for each side."""
+    found: list[Tensor] = []
+    for _, numbers in part.chunks():
+        first = numbers >> FIRST
+        fits = compared(torch.eq, first, digits[CLOSING]) | compared(torch.eq, first, digits[OPENING])
+        found.append(numbers.masked_select(fits.view(torch.bool)))
+    both = torch.cat(found)
+    return [both[(both >> FIRST) == digit] for digit in digits]
+
+
+def _end(counts: Tensor, needed: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The bin [S] in which the n-th weight of each row [S, bins] lies, from below to close and from above to open, and its number in it."""
+    past = counts.cumsum(1) - counts if side == CLOSING else counts.flip(1).cumsum(1).flip(1) - counts  # in bins that come before
+    place = ((past < needed[:, None]) & (past + counts >= needed[:, None])).long().argmax(1)
+    return place, (needed - past.gather(1, place[:, None])[:, 0]) * (needed > 0)
+
+
+def _summed(counts: Tensor, group: Group | None) -> Tensor:
+    """Over ranks. As int32 where there are many segments: each has less than 2^31 weights then."""
+    if group is None:
+        return counts
+    return group.sum(counts.to(group.device, torch.int32 if len(counts) > 1 else torch.int64)).cpu().long()
+
+
+def _before(ties: Sequence[int], parts: Sequence[Part], segments: Tensor, group: Group | None) -> list[int]:
+    """For each part, how many ties lie at smaller positions of its segment, over all ranks."""
+    rank, size = (group.rank, group.size) if group is not None else (0, 1)
+    table = torch.zeros(len(segments), size, dtype=torch.int64)
+    for part, count in zip(parts, ties):
+        table[part.slot, rank] += count
     if group is not None:
-        ties = group.sum(ties.to(group.device)).cpu()
-    earlier = (ties.view(-1).cumsum(0) - ties.view(-1)).view_as(ties)  # over all slots and ranks
+        table = group.sum(table.to(group.device)).cpu()
+    earlier = (table.view(-1).cumsum(0) - table.view(-1)).view_as(table)  # over all slots and ranks
     first_slot = torch.searchsorted(segments, segments)  # the segments ascend, so this is where each begins
     before = earlier - earlier[first_slot, 0][:, None]
     return [int(before[part.slot, rank]) for part in parts]
