@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,4 +53,15 @@ def print_check(found: dict[str, Any]) -> None:
         }
     for label, value in rows.items():
         table.add_row(label, str(value))
+    Console().print(table)
+
+
+def print_figures(found: dict[str, Any], as_json: bool) -> None:
+    """Figures of a benchmark, as a table or as one line of JSON."""
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table(show_header=False)
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)

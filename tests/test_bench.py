@@ -1,0 +1,36 @@
+"""Benchmarks run, and compare what they say that they compare; the figures themselves are taken by hand (docs/BENCHMARKS.md)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import sculpt
+
+from sculpt_dist.bench import PRESETS
+
+
+def test_sizes_are_those_of_the_public_models():
+    assert {name: (round(sum(sizes) / 1e6, 1), len(sizes)) for name, sizes in PRESETS.items()} == {
+        "sd15": (44.0, 64),
+        "sdxl": (545.6, 280),
+        "sana": (401.4, 80),
+    }
+
+
+@pytest.mark.parametrize(("scope", "name"), [("matrix", "speedup_vs_per_matrix_topk"), ("global", "speedup_vs_argsort")])
+def test_the_mask_agrees_with_the_published_way_and_takes_next_to_no_memory(scope, name):
+    printed = sculpt("bench", "mask", "--weights", "3000000", "--scope", scope, "--json")
+    found = json.loads(printed.splitlines()[-1])
+    assert found["masks_equal"] is True and found["weights"] > 2_000_000
+    assert found["extra_bytes_per_weight"] <= 1.3 and found[name] > 1 and found["masked_step_over_adamw"] > 0
+
+
+def test_on_two_ranks_it_counts_what_is_sent():
+    found = json.loads(sculpt("bench", "mask", "--weights", "3000000", "--json", ranks=2).splitlines()[-1])
+    sums_of_counts = found["matrices"] * (2 * 2048 + 2 * (128 + 128 + 64) * 2) * 4
+    assert found["ranks"] == 2 and sums_of_counts / 2 < found["bytes_communicated"] < 2 * sums_of_counts
+
+
+def test_an_unknown_preset_is_refused():
+    assert "--preset flux" in sculpt("bench", "mask", "--preset", "flux", code=2)
