@@ -101,8 +101,9 @@ def test_export_loads_in_plain_diffusers_and_predicts_the_same(happened, arch, c
 
 def test_selection_communicates_counts_alone(happened):
     _, notes = happened("sd15", 2, 2, "fp32", 1)
-    digits = 4 * 256 * 8 * (16 + 2 * 16) + 4 * 256 * 8 * (1 + 2)  # build and turnover, in matrix and in global scope
-    ties = 2 * 2 * 8 * (16 + 2 * 16)
+    counts = 2 * 2048 + 2 * (128 + 128 + 64)  # of the first digit for open and closed weights, of the further ones at both ends
+    digits = 2 * 16 * counts * 4 + 2 * 1 * counts * 8  # build and turnover, of 16 matrices in 32 bits and of all at once in 64
+    ties = 2 * 2 * 2 * 16 * 2 * 8  # twice in each scope, at both ends, of 16 matrices on 2 ranks
     gathered_by_this_test = 4 * 4 * notes["trained"]
     payload = notes["mask_bytes"] - gathered_by_this_test
     assert digits + ties <= payload <= digits + ties + 200
