@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, launch
+from conftest import PROJECT, launch_anew
 
 SDXL_UNET = {
     "sample_size": 128,
@@ -57,7 +57,7 @@ def test_a_net_of_sdxls_size_is_streamed_into_two_ranks_and_out_again(tmp_path):
 
     write_checkpoint(tmp_path / "model")
     total = sum(entry.size for entry in stored_entries(tmp_path / "model" / "unet")) // 2  # weights, bf16
-    printed = launch(2, str(PROJECT / "tests" / "workers" / "full_size.py"), str(tmp_path / "model"), str(tmp_path / "out"), timeout=1800)
+    printed = launch_anew(2, str(PROJECT / "tests" / "workers" / "full_size.py"), str(tmp_path / "model"), str(tmp_path / "out"), timeout=1800)
     ranks = json.loads(printed.strip().splitlines()[-1])
     print(json.dumps(ranks, indent=1))
     for rank in ranks:

@@ -59,7 +59,7 @@ def test_20_of_20_runs_killed_at_random_moments_end_bit_identical(straight, canv
         folder = tmp_path / str(number)
         shutil.copytree(drawn, folder / "data")
         call = [*arguments(canvas_config, folder, stage), f"train.checkpoint_every={rng.choice([0, 0.01, 0.5])}"]
-        pids = forking().begin(*call, ranks=ranks, output=tmp_path / f"{number}.txt")
+        pids = forking().begin("-m", "sculpt_dist", *call, ranks=ranks, output=tmp_path / f"{number}.txt")
         if number % 4 == 0:  # a moment of the whole run, with its start, its drawing and its export
             time.sleep(rng.uniform(0.1, 0.95) * seconds)
         else:  # a moment of the training
@@ -93,7 +93,7 @@ def test_20_of_20_runs_killed_at_random_moments_end_bit_identical(straight, canv
 def stopped_in_the_middle(canvas_config: str, folder: Path, output: Path, *more: str, ranks: int = 1) -> list[str]:
     """A run stopped by a signal within its second concept; returns the command that goes on with it."""
     call = ["unlearn", canvas_config, *RUN, "train.steps=40", "train.checkpoint_every=0", f"run.folder={folder}", *more]
-    pids = forking().begin(*call, ranks=ranks, output=output)
+    pids = forking().begin("-m", "sculpt_dist", *call, ranks=ranks, output=output)
     wait_for_step(folder, pids, 1, 10)
     for pid in pids:
         os.kill(pid, signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""Runs the command line in forked children of a process that has imported everything: one request a line of stdin, two answers a line of stdout.
+"""Runs scripts and the command line in forked children of a process that has imported everything: requests on stdin, answers on stdout.
 
-Request: {"arguments", "environment", "ranks", "port", "output"}. Answers: the ranks' process ids, and when all have ended their exit codes
+A line is a request: {"arguments" (`SCRIPT ...` or `-m sculpt_dist ...`), "environment", "ranks", "port", "output"}. Two lines of answer: the ranks' process ids, and when all have ended their exit codes
 (minus the signal that ended one). As a launcher does, it ends the others when one fails.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -44,9 +45,15 @@ def become_rank(request: dict, rank: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.argv = ["sculpt-dist", *request["arguments"]]
+    script, *arguments = request["arguments"]
     try:
-        cli.main()
+        if script == "-m":
+            sys.argv = ["sculpt-dist", *arguments[1:]]
+            cli.main()
+        sys.argv = [script, *arguments]
+        sys.path.insert(0, os.path.dirname(script))
+        runpy.run_path(script, run_name="__main__")
+        code = 0
     except SystemExit as ended:
         code = int(ended.code or 0)
     except BaseException:
