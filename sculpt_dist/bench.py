@@ -20,6 +20,7 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.masked import MaskedAdamW
 from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.engine.zero import return_free_memory
 from sculpt_dist.errors import ConfigError
 
 
@@ -169,6 +170,7 @@ def _growth() -> Iterator[list[int]]:
         yield grown
         grown[0] = torch.cuda.max_memory_allocated() - before
         return
+    return_free_memory()  # or what is needed would hide in what is free already
     before, done = _own_memory(), Event()
 
     def watch() -> None:

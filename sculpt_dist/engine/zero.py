@@ -211,7 +211,7 @@ def sharded_net(
         del tensor
         since_trim += whole.nbytes
         if since_trim > TRIM_EVERY:
-            _return_free_memory()
+            return_free_memory()
             since_trim = 0
     broken = group.from_first(broken)
     if broken:
@@ -219,7 +219,7 @@ def sharded_net(
     return net.eval()
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Give the holes that passing tensors left in the heap back to the system, where the C library can."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
