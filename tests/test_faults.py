@@ -83,7 +83,7 @@ def test_a_hung_rank_is_named_at_the_timeout(tmp_path, fault, cause):
         second.kill()
 
 
-def test_a_signal_is_noticed_in_a_collective_whose_other_rank_is_gone_and_the_job_can_be_requeued(tmp_path):
+def test_a_signal_is_noticed_in_a_collective_whose_other_rank_is_gone(tmp_path):
     first, second = start_ranks(WORKER, "stopped", str(tmp_path))
     try:
         wait_for(tmp_path / "step-1", [first, second])
@@ -91,8 +91,9 @@ def test_a_signal_is_noticed_in_a_collective_whose_other_rank_is_gone_and_the_jo
         first.send_signal(signal.SIGTERM)
         asked = time.monotonic()
         first.communicate(timeout=60)
-        assert time.monotonic() - asked < 5 and first.returncode == 75
-        assert "asked to stop, and left without saving: rank 1 died or was stopped" in last_line(tmp_path) and (tmp_path / "REQUEUE").exists()
+        assert time.monotonic() - asked < 5 and first.returncode == 1
+        assert "asked to stop, and left without saving: rank 1 died or was stopped" in last_line(tmp_path)
+        assert not (tmp_path / "REQUEUE").exists()
     finally:
         second.kill()
 
@@ -148,3 +149,12 @@ def test_a_lock_that_a_killed_build_left_does_not_hang_the_start(tmp_path):
     processes = start_ranks(WORKER, "ends", str(tmp_path), environment={"HOME": str(tmp_path)})
     for process in processes:
         assert process.wait(60) == 0
+
+
+def test_a_launchers_signal_after_a_death_does_not_hide_it(tmp_path):
+    first, second = start_ranks(WORKER, "killed", str(tmp_path))
+    second.wait(100)
+    first.send_signal(signal.SIGTERM)  # as srun --kill-on-bad-exit=1 does
+    printed, _ = first.communicate(timeout=60)
+    assert first.returncode == 1 and not (tmp_path / "REQUEUE").exists(), printed
+    assert "failed: rank 1 died or was stopped" in last_line(tmp_path)

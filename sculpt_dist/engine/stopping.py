@@ -22,21 +22,23 @@ from sculpt_dist.signals import STOPPING, early
 
 STOP_FILE, REQUEUE_FILE, LOG_FILE = "STOP", "REQUEUE", "log.txt"
 TICK = 1.0  # seconds between looks at the stop file
-STOPPED = 75
+CAUSE = "failed: "  # how the log's line begins that says why
+CRASHED, STOPPED = 1, 75
 
 
 class StopRequest:
     """While open (`with`), SIGINT, SIGTERM, SIGUSR1 and a file `STOP` in the run folder ask all ranks to stop at the end of their step.
 
     Python runs signal handlers between two lines of Python only, not while a rank waits in a collective; so a thread reads the signals
-    from the wake-up descriptor, within a moment. When the ranks have not come to agree `grace` seconds later, or as soon as one of
-    them gives no sign of life, there will be no end of the step: this rank then leaves, asks for a requeue, and the last checkpoint
-    stays. A second SIGINT ends the process. Leaving with StopRequested writes `REQUEUE` into the run folder.
+    from the wake-up descriptor, within a moment. When the ranks have not come to agree `grace` seconds later, this rank leaves and asks
+    for a requeue; as soon as one of them gives no sign of life it leaves as after a crash. The last checkpoint stays. A second SIGINT
+    ends the process. Leaving with StopRequested writes `REQUEUE` into the run folder.
     """
 
     def __init__(self, group: Group, folder: Path, grace: float = 60.0) -> None:
         self.group, self.folder, self.grace = group, folder, grace
         self.came, self.by_file, self.agreed_on = bool(early), False, False
+        self.failing = False  # an error has ended the work: it will say why, and the process end
         self.beats = Beats(group)
         self._since = time.monotonic()
         self._closing = threading.Event()
@@ -103,15 +105,18 @@ class StopRequest:
             if self.group.is_first and not self.came and (self.folder / STOP_FILE).exists():
                 self.by_file = True
                 self._note()
-            if self.came and not self.agreed_on:
+            if self.came and not (self.agreed_on or self.failing):
                 self._leave_when_hopeless()
 
     def _leave_when_hopeless(self) -> None:
         waited = time.monotonic() - self._since
         silent = self.beats.silent()
-        if self._closing.is_set() or self.agreed_on or not (silent or waited > self.grace):
+        if self._closing.is_set() or self.agreed_on or self.failing or not (silent or waited > self.grace):
             return
         why = say_silent(silent) if silent else f"no step has ended for {waited:.0f} s"
-        append_line(self.folder / LOG_FILE, f"rank {self.group.rank}: asked to stop, and left without saving: {why}; the last checkpoint stays")
+        told = f"rank {self.group.rank}: asked to stop, and left without saving: {why}; the last checkpoint stays"
+        append_line(self.folder / LOG_FILE, f"{CAUSE}{told}" if silent else told)
+        if silent:
+            os._exit(CRASHED)
         (self.folder / REQUEUE_FILE).touch()
         os._exit(STOPPED)

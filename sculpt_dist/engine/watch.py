@@ -9,11 +9,9 @@ from typing import Iterator
 
 from sculpt_dist.engine.beats import is_lost_connection
 from sculpt_dist.engine.group import Group, job_name
-from sculpt_dist.engine.stopping import LOG_FILE, REQUEUE_FILE, StopRequest
+from sculpt_dist.engine.stopping import CAUSE, LOG_FILE, REQUEUE_FILE, StopRequest
 from sculpt_dist.errors import SculptError, StopRequested
 from sculpt_dist.files import append_line
-
-CAUSE = "failed: "
 
 
 @contextmanager
@@ -38,6 +36,7 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
                 _say_cause(log, began, f"{type(error).__name__}: {error}")
                 raise
             except Exception as error:
+                stop.failing = True  # or a launcher's SIGTERM would be taken for a wish to go on later
                 if is_lost_connection(error):
                     culprit = stop.beats.culprit()
                     _say_cause(log, began, f"{culprit}; seen by rank {group.rank}: {_first_line(error)}")
