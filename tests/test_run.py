@@ -146,7 +146,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("arch", "stage"), [("sd15", 2), pytest.param("sd15", 3, marks=SLOW), pytest.param("sdxl", 2, marks=SLOW), pytest.param("sana", 3, marks=SLOW)]
+    ("arch", "stage"), [("sd15", 2), pytest.param("sd15", 3, marks=pytest.mark.exhaustive), pytest.param("sdxl", 2, marks=pytest.mark.exhaustive), pytest.param("sana", 3, marks=SLOW)]
 )
 def test_killed_in_the_middle_and_called_again_it_ends_with_the_same_weights(canvas_config, tmp_path, arch, stage):
     arguments = ["unlearn", canvas_config, *SMALL, *LONGER, f"model.arch={arch}", f"engine.stage={stage}"]
