@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from conftest import sculpt
 
 from sculpt_dist.bench import PRESETS
@@ -18,12 +17,15 @@ def test_sizes_are_those_of_the_public_models():
     }
 
 
-@pytest.mark.parametrize(("scope", "name"), [("matrix", "speedup_vs_per_matrix_topk"), ("global", "speedup_vs_argsort")])
-def test_the_mask_agrees_with_the_published_way_and_takes_next_to_no_memory(scope, name):
-    printed = sculpt("bench", "mask", "--weights", "3000000", "--scope", scope, "--json")
-    found = json.loads(printed.splitlines()[-1])
-    assert found["masks_equal"] is True and found["weights"] > 2_000_000
-    assert found["extra_bytes_per_weight"] <= 1.3 and found[name] > 1 and found["masked_step_over_adamw"] > 0
+def test_a_turnover_agrees_with_the_published_way_and_takes_little_memory():
+    found = json.loads(sculpt("bench", "mask", "--json").splitlines()[-1])
+    assert found["masks_equal"] is True and found["weights"] > 40_000_000
+    assert found["extra_bytes_per_weight"] <= 1.3 and found["speedup_vs_per_matrix_topk"] > 1 and found["masked_step_over_adamw"] > 0
+
+
+def test_a_global_turnover_agrees_with_a_sort():
+    found = json.loads(sculpt("bench", "mask", "--weights", "3000000", "--scope", "global", "--json").splitlines()[-1])
+    assert found["masks_equal"] is True and found["speedup_vs_argsort"] > 1
 
 
 def test_on_two_ranks_it_counts_what_is_sent():
