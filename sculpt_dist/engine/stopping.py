@@ -37,7 +37,7 @@ class StopRequest:
 
     def __init__(self, group: Group, folder: Path, grace: float = 60.0) -> None:
         self.group, self.folder, self.grace = group, folder, grace
-        self.came, self.by_file, self.agreed_on = bool(early), False, False
+        self.came, self.by_file, self.agreed_on = False, False, False
         self.failing = False  # an error has ended the work: it will say why, and the process end
         self.beats = Beats(group)
         self._since = time.monotonic()
@@ -49,6 +49,7 @@ class StopRequest:
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
+        self.came = self.came or bool(early)  # asked before: what comes from here on is handled above
         self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
         self._thread.start()
         return self
