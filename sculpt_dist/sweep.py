@@ -30,11 +30,7 @@ def sweep(
     may work in one folder: each takes trials that no other one has. Raises ConfigError, before anything runs, for what cannot work, and
     at the end when a trial failed; RunFolderError when another process has the trial `index`; StopRequested after a signal.
     """
-    plan = read_sweep(file, overrides, folder, seed)
-    plan.check()
-    if index is not None and not 0 <= index < plan.count:
-        raise ConfigError(f"index={index}: the sweep has {plan.count} trials, 0 to {plan.count - 1}")
-    claim_sweep(plan)
+    plan = _claimed(file, overrides, folder, seed, index)
     sitting = Sitting(plan)
     failed: dict[str, Failure] = {}
     if run:
@@ -55,12 +51,18 @@ def sweep(
 
 def trial_arguments(file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int) -> tuple[str, ...]:
     """The command line of one trial, for a launcher of one's own."""
+    plan = _claimed(file, overrides, folder, seed, index)
+    return _arguments(plan, trial_of(plan, index))
+
+
+def _claimed(file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int | None) -> Sweep:
+    """The sweep, checked, with its folder. Raises ConfigError and RunFolderError."""
     plan = read_sweep(file, overrides, folder, seed)
     plan.check()
-    if not 0 <= index < plan.count:
+    if index is not None and not 0 <= index < plan.count:
         raise ConfigError(f"index={index}: the sweep has {plan.count} trials, 0 to {plan.count - 1}")
     claim_sweep(plan)
-    return _arguments(plan, trial_of(plan, index))
+    return plan
 
 
 def _arguments(plan: Sweep, trial: Trial) -> tuple[str, ...]:
