@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, List, NoReturn, Optional, Tuple
 
 import typer
 
+from sculpt_dist.cli_bench import bench_app
 from sculpt_dist.errors import ConfigError, LaunchError, NonFiniteError, SculptError, StopRequested
 from sculpt_dist.signals import note_early
 
@@ -23,7 +24,6 @@ DONE, CRASHED, USER_ERROR, STOPPED = 0, 1, 2, 75
 app = typer.Typer(help="Make a text-to-image diffusion model forget concepts.", no_args_is_help=True, pretty_exceptions_enable=False)
 canvas_app = typer.Typer(help="The embedded benchmark: a drawn world and tiny models trained on it.", no_args_is_help=True)
 app.add_typer(canvas_app, name="canvas")
-bench_app = typer.Typer(help="What things cost on this machine, at real sizes.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 CONFIG = typer.Argument(help="A yaml file, for example configs/canvas/dm_cal.yaml.")
@@ -240,24 +240,6 @@ def canvas_build(
     from sculpt_dist.pretrain import build_canvas
 
     build_canvas(arch, output, seed)
-
-
-@bench_app.command("mask")
-def bench_mask(
-    preset: str = typer.Option("sd15", help="Whose matrices: sd15, sdxl or sana."),
-    scope: str = typer.Option("matrix", help="matrix or global, as mask.scope."),
-    weights: Optional[int] = typer.Option(None, help="At most so many weights: only the first matrices."),
-    as_json: bool = typer.Option(False, "--json", help="The last line of stdout is one JSON object."),
-) -> None:
-    """Refresh and masked step on random data, against the ways of published code. On several ranks only its own figures."""
-    from sculpt_dist.bench import bench_mask as run
-    from sculpt_dist.engine.group import Group
-    from sculpt_dist.tell import print_figures
-
-    group = Group()
-    found = run(preset, scope, group, weights)
-    if group.is_first:
-        print_figures(found, as_json)
 
 
 def main() -> NoReturn:

@@ -6,7 +6,7 @@ import json
 
 from conftest import sculpt
 
-from sculpt_dist.bench import PRESETS
+from sculpt_dist.bench.mask import PRESETS
 
 
 def test_sizes_are_those_of_the_public_models():

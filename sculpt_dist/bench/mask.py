@@ -6,21 +6,17 @@ SANA 1.6B 401.4 M in 80 (counted from their configurations).
 
 from __future__ import annotations
 
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from threading import Event, Thread
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sculpt_dist.bench.measure import growth, timed
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.masked import MaskedAdamW
 from sculpt_dist.engine.shards import Fragment, Shard
-from sculpt_dist.engine.zero import return_free_memory
 from sculpt_dist.errors import ConfigError
 
 
@@ -84,17 +80,17 @@ def bench_mask(preset: str, scope: str, group: Group, weights: int | None = None
     stage.collect(0)
     found: dict[str, Any] = {"preset": preset, "scope": scope, "weights": total, "matrices": len(sizes), "ranks": group.size}
     found |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(group.device)}
-    found["build_seconds"] = _timed(group, stage.mask.build)
+    found["build_seconds"] = timed(group, stage.mask.build)
     ours, theirs, equal = [], [], True
     other = _per_matrix_topk if scope == "matrix" else _argsort
     for repeat in range(1, repeats + 1):
         stage.collect(repeat)
         if alone:
             before, saliency = stage.shard.opened > 0, stage.shard.saliency.clone()
-            theirs.append(_timed(group, lambda: other(stage, before)))
+            theirs.append(timed(group, lambda: other(stage, before)))
         sent = group.bytes_communicated()
-        with _growth() as grown:
-            ours.append(_timed(group, lambda: stage.mask.turn_over(TURNOVER, repeat)))
+        with growth() as grown:
+            ours.append(timed(group, lambda: stage.mask.turn_over(TURNOVER, repeat)))
         if alone:
             equal = equal and _differ_by_ties_alone(before, stage.shard.opened > 0, saliency, stage)
             del saliency
@@ -143,50 +139,7 @@ def _bench_step(stage: Stage, repeats: int) -> dict[str, float]:
     optimizer = MaskedAdamW([parameter], (0.9, 0.999), 0.0, 1.0)
     optimizer.attach([stage.shard], stage.mask, stage.group)
     optimizer.param_groups[0]["lr"], optimizer.phase = 1e-5, "train"
-    masked = min(_timed(stage.group, optimizer.step) for _ in range(repeats + 1))
+    masked = min(timed(stage.group, optimizer.step) for _ in range(repeats + 1))
     plain = torch.optim.AdamW([parameter], lr=1e-5, weight_decay=0.0, fused=True)
-    fused = min(_timed(stage.group, plain.step) for _ in range(repeats + 1))
+    fused = min(timed(stage.group, plain.step) for _ in range(repeats + 1))
     return {"masked_step_seconds": masked, "masked_step_ns_per_weight": masked / n * 1e9, "masked_step_over_adamw": masked / fused}
-
-
-def _timed(group: Group, work: Any) -> float:
-    group.barrier()
-    if group.device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if group.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-@contextmanager
-def _growth() -> Iterator[list[int]]:
-    """Bytes by which this process's own memory grew at most meanwhile: of the GPU where there is one, else as Linux tells it."""
-    grown = [0]
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield grown
-        grown[0] = torch.cuda.max_memory_allocated() - before
-        return
-    return_free_memory()  # or what is needed would hide in what is free already
-    before, done = _own_memory(), Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            grown[0] = max(grown[0], _own_memory() - before)
-
-    thread = Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield grown
-    finally:
-        done.set()
-        thread.join()
-
-
-def _own_memory() -> int:
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
