@@ -104,7 +104,11 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
         betas=train.betas,
         weight_decay=train.weight_decay,
         clip=train.clip,
+        packed=config.engine.moments == "open",
+        kernel=config.engine.kernel,
     )
+    if settings.packed and method.reference_mask:
+        raise ConfigError("engine.moments=open: as published, closed weights move on (method.reference_compat); use engine.moments=all")
     masking = MaskSettings(
         mask.keep,
         mask.scope,

@@ -24,6 +24,8 @@ CHOICES = {
     "mask.saliency": ("abs_sum", "sum_abs", "sum_sq", "random"),
     "engine.stage": (0, 1, 2, 3),
     "engine.precision": ("fp32", "bf16"),
+    "engine.moments": ("all", "open"),
+    "engine.kernel": ("auto", "plain", "fused"),
     "track.artifact": ("none", "reference", "files"),
 }
 POSITIVE = (

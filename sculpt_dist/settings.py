@@ -83,6 +83,8 @@ class MaskConfig:
 class EngineConfig:
     stage: int = 2  # ZeRO stage 0-3
     precision: str = "fp32"  # fp32 or bf16
+    moments: str = "all"  # of which weights Adam's moments are held: all, or open (less memory, the same result)
+    kernel: str = "auto"  # who computes the masked step: plain (torch), fused (C on a CPU, Triton on a GPU), auto = fused where it can
     timeout: float = 600.0  # seconds that a collective may wait
     grace: float = 60.0  # seconds from a request to stop to the end of the step; a rank that still waits then leaves without saving
 

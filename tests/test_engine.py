@@ -39,7 +39,9 @@ def happened(tmp_path_factory):
     @lru_cache(maxsize=None)
     def run(arch: str, ranks: int, stage: int, precision: str, accumulate: int):
         out = folder / f"{arch}-{ranks}-{stage}-{precision}-{accumulate}.safetensors"
-        launch(ranks, str(PROJECT / "tests" / "workers" / "engine_laws.py"), str(out), arch, str(stage), precision, str(accumulate))
+        moments = "open" if accumulate > 1 else "all"
+        options = [arch, str(stage), precision, str(accumulate), moments]
+        launch(ranks, str(PROJECT / "tests" / "workers" / "engine_laws.py"), str(out), *options)
         return load_file(out), json.loads(Path(out).with_suffix(".json").read_text())
 
     return run

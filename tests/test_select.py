@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sculpt_dist.engine import select
+from sculpt_dist.engine import shards
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.select import Part, choose, chosen, quantiles
 from sculpt_dist.engine.shards import Fragment, Shard
@@ -38,7 +38,7 @@ def swapped(parts: list[Part], segments: list[int], closing: list[int], opening:
 @pytest.mark.parametrize("spread", [1, 5, 1000, 2**31 - 2**23 - 1])
 @pytest.mark.parametrize("count", [0, 1, 37, 80])
 def test_choice_equals_a_stable_sort(monkeypatch, spread, count, chunk):
-    monkeypatch.setattr(select, "CHUNK", chunk)
+    monkeypatch.setattr(shards, "CHUNK", chunk)
     rng = torch.Generator().manual_seed(spread)
     keys, opened = torch.randint(0, spread, (200,), generator=rng), torch.rand(200, generator=rng) < 0.5
     ((close, opens),) = swapped([part_of(keys, opened, 0)], [0], [count], [count // 2])
@@ -113,13 +113,13 @@ def test_global_scope_ranks_all_matrices_together():
 def test_turnover_closes_the_least_and_opens_the_most_salient_and_clears_their_moments():
     mask, shard = small_mask()
     mask.build()
-    shard.momentum.fill_(1.0)
-    shard.variance.fill_(1.0)
+    shard.moments.momentum.fill_(1.0)
+    shard.moments.variance.fill_(1.0)
     shard.saliency.copy_(torch.arange(20).float())
     mask.turn_over(0.34, updates_done=5)  # 2 of 6 open, 1 of 4 open
     assert shard.opened[:12].tolist() == [0, 0, 0, 0, 0, 1, 0, 1, 1, 1, 2, 2]  # 1 and 3 closed, 10 and 11 opened
     assert shard.opened[12:].tolist() == [0, 0, 0, 2, 0, 1, 1, 1]  # 16 closed, 15 opened
-    assert (shard.momentum == 0).nonzero().flatten().tolist() == [1, 3, 10, 11, 15, 16]
+    assert (shard.moments.momentum == 0).nonzero().flatten().tolist() == [1, 3, 10, 11, 15, 16]
     assert mask.births == [0, 0, 5] and mask.swapped == 3 and mask.num_open() == mask.open_count == 10
     assert mask.overlap == pytest.approx(0.7)
 
@@ -133,10 +133,10 @@ def test_keep_one_opens_everything():
 def test_published_turnover_keeps_moments_and_the_first_generation():
     mask, shard = small_mask(resets_moments=False)
     mask.build()
-    shard.momentum.fill_(1.0)
+    shard.moments.momentum.fill_(1.0)
     shard.saliency.copy_(torch.arange(20).float())
     mask.turn_over(0.34, updates_done=5)
-    assert shard.momentum.all() and mask.births == [0, 0] and shard.opened[10] == 1
+    assert shard.moments.momentum.all() and mask.births == [0, 0] and shard.opened[10] == 1
 
 
 def test_random_turnover_draws_anew_and_every_concept_has_its_own_mask():

@@ -85,12 +85,13 @@ def load(path: Path, shards: Sequence[Shard], extra: Sequence[str]) -> dict[str,
     Weights are put into the fp32 shards; the caller publishes them.
     """
     filled = {kind: [torch.zeros_like(shard.flat) for shard in shards] for kind in extra}
+    moments = [shard.moments.flat(shard.opened) for shard in shards]
     into = {
         "weight": [shard.flat for shard in shards],
         "saliency": [shard.saliency for shard in shards],
         "opened": [shard.opened for shard in shards],
-        "momentum": [shard.momentum for shard in shards],
-        "variance": [shard.variance for shard in shards],
+        "momentum": [both[0] for both in moments],
+        "variance": [both[1] for both in moments],
     } | filled
     wanted: dict[str, list[tuple[int, Any]]] = {}
     missing = 0
@@ -107,6 +108,8 @@ def load(path: Path, shards: Sequence[Shard], extra: Sequence[str]) -> dict[str,
                 missing -= high - low
     if missing > 0:
         raise RunFolderError(f"{path}: lacks {missing} elements that this run needs; it is of another model or method")
+    for shard, both in zip(shards, moments):
+        shard.moments.fill(*both, shard.opened)
     return filled
 
 

@@ -66,6 +66,8 @@ class DynamicMask:
         self.open_count = int(self._keep_counts().sum())
         for shard in self.shards:
             shard.opened.zero_()
+            if self.settings.resets_moments:
+                shard.moments.reset()
         self._swap(torch.zeros_like(self._keep_counts()), self._keep_counts(), 1, self.settings.clears_saliency)
 
     def turn_over(self, share: float, updates_done: int) -> None:
@@ -92,13 +94,11 @@ class DynamicMask:
         choice = choose(parts, segments, closing, opening, self.group)
         self.spread = {} if self.settings.saliency == "random" else quantiles(choice.histogram, QUANTILES)
         for (shard, f), part, cut in zip(fragments, parts, choice.cuts):
-            moments = [state[f.here] for state in (shard.momentum, shard.variance)] if self.settings.resets_moments else []
             for here, closes, opens in chosen(part, cut):
-                part.opened[here].mul_(1 - closes).add_(opens, alpha=generation)
-                if moments:
-                    stays = (opens | closes).to(torch.int32) - 1  # all bits, or none
-                    for moment in moments:
-                        moment[here].view(torch.int32).bitwise_and_(stays)
+                opened = part.opened[here]
+                opened.mul_(1 - closes).add_(opens, alpha=generation)
+                if self.settings.resets_moments:
+                    shard.moments.reopen(f.offset + here.start, opens | closes, opened)
         if clears:
             for shard in self.shards:
                 shard.saliency.zero_()

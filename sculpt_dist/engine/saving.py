@@ -127,14 +127,11 @@ def _shard_tensors(shards: Sequence[Shard], extra: Mapping[str, Sequence[Tensor]
     """This rank's state as `kind|name|start` -> slice of a parameter, on the CPU; `copied`: what the training changes is."""
     tensors = {}
     for i, shard in enumerate(shards):
-        changing = {
-            "weight": shard.flat,
-            "saliency": shard.saliency,
-            "opened": shard.opened,
-            "momentum": shard.momentum,
-            "variance": shard.variance,
-        }
-        kinds = {kind: flat.to("cpu", copy=copied) for kind, flat in changing.items()} | {kind: flats[i].cpu() for kind, flats in extra.items()}
+        momentum, variance = shard.moments.flat(shard.opened)
+        changing = {"weight": shard.flat, "saliency": shard.saliency, "opened": shard.opened}
+        fixed = {kind: flats[i] for kind, flats in extra.items()}
+        (fixed if shard.moments.packed else changing).update(momentum=momentum, variance=variance)
+        kinds = {kind: flat.to("cpu", copy=copied) for kind, flat in changing.items()} | {kind: flat.cpu() for kind, flat in fixed.items()}
         for f in shard.fragments:
             tensors |= {f"{kind}|{f.name}|{f.start}": flat[f.here] for kind, flat in kinds.items()}
     return tensors

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.shards import spans
 from sculpt_dist.errors import NonFiniteError
 
 BITS = (11, 7, 7, 6)  # of the 31 of a number's size: the exponent and three bits of the mantissa first
@@ -25,7 +26,6 @@ BINS = 1 << BITS[0]
 NON_FINITE = 0x7F800000 >> FIRST  # first digit of infinity and of what is not a number
 CLOSING, OPENING = 0, 1  # from below, from above
 SIDES = (CLOSING, OPENING)
-CHUNK = 1 << 18  # weights worked on together: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,7 @@ class Part:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(where, the number that orders them, int32) of all weights."""
-        size = CHUNK if self.opened.device.type == "cpu" else max(1, len(self.opened))
-        for at in range(0, len(self.opened), size):
-            here = slice(at, at + size)
+        for here in spans(0, len(self.opened), self.opened.device):
             yield here, self.keys(here).sub_(self.opened[here].clamp(max=1), alpha=1 << 31)
 
 

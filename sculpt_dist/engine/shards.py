@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sculpt_dist.engine.moments import Moments
+
+CHUNK = 1 << 18  # weights that a CPU works on together: they stay in its cache
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -24,17 +28,24 @@ class Fragment:
         return slice(self.offset, self.offset + self.numel)
 
 
+def spans(first: int, last: int, device: torch.device) -> list[slice]:
+    """What is worked on together of the weights first .. last - 1: chunks on a CPU, all on a GPU."""
+    size = CHUNK if device.type == "cpu" else max(1, last - first)
+    return [slice(at, min(at + size, last)) for at in range(first, last, size)]
+
+
 class Shard:
     """One flat fp32 tensor [n] that this rank steps, with all that is kept per weight beside it."""
 
-    def __init__(self, master: Tensor, fragments: list[Fragment]) -> None:
+    def __init__(self, master: Tensor, fragments: list[Fragment], packed: bool = False) -> None:
+        """`packed`: moments are held for open weights only."""
         self.master = master  # what the base optimizer sees; its .grad is the reduced gradient
         self.fragments = sorted(fragments, key=lambda f: f.offset)
         n, device = master.numel(), master.device
         self.saliency = torch.zeros(n, dtype=torch.float32, device=device)  # signed for abs_sum
         self.opened = torch.ones(n, dtype=torch.uint8, device=device)  # 0 closed, g > 0 open since generation g
-        self.momentum = torch.zeros(n, dtype=torch.float32, device=device)
-        self.variance = torch.zeros(n, dtype=torch.float32, device=device)
+        self.spans = [span for f in self.fragments for span in spans(f.offset, f.offset + f.numel, device)]
+        self.moments = Moments(self.spans, n, device, packed)
         covered = torch.zeros(n, dtype=torch.bool, device=device)
         for fragment in self.fragments:
             assert not covered[fragment.here].any(), f"{fragment.name}: two fragments overlap"
@@ -51,7 +62,7 @@ class Shard:
         return self.master.grad.view(-1)
 
 
-def find_shards(engine: Any, stage: int) -> list[Shard]:
+def find_shards(engine: Any, stage: int, packed: bool = False) -> list[Shard]:
     """Map what DeepSpeed's base optimizer steps back to (name, slice), for every stage (deepspeed 0.19.8).
 
     Stages 1 and 2 say it in `_hp_mapping` of each parameter, stage 3 in `grad_position` and the partition number, and stage 0
@@ -60,7 +71,7 @@ def find_shards(engine: Any, stage: int) -> list[Shard]:
     """
     named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     if stage == 0:
-        return [Shard(p, [Fragment(name, i, 0, 0, p.numel())]) for i, (name, p) in enumerate(named)]
+        return [Shard(p, [Fragment(name, i, 0, 0, p.numel())], packed) for i, (name, p) in enumerate(named)]
     zero = engine.optimizer
     masters = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     assert len(masters) == 1, f"expected one flat shard per rank, found {len(masters)}: sub_group_size is too small"
@@ -77,7 +88,7 @@ def find_shards(engine: Any, stage: int) -> list[Shard]:
             offset, start, numel = master.start, whole.start, master.numel
         if numel:
             fragments.append(Fragment(name, i, int(start), int(offset), int(numel)))
-    return [Shard(masters[0], fragments)]
+    return [Shard(masters[0], fragments, packed)]
 
 
 def parameter_sizes(engine: Any) -> dict[str, int]:

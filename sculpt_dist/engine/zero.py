@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.kernels import choose_kernel
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.masked import Combine, MaskedAdamW
 from sculpt_dist.engine.shards import Fragment, Shard, check_coverage, find_shards, parameter_sizes
 from sculpt_dist.errors import ModelError, NonFiniteError
 
-ADVICE = "the weights are as before it and the last checkpoint stays; lower train.lr or look at the data of this concept"
+ADVICE = "the last checkpoint stays; lower train.lr or look at the data of this concept"
 Stored = Callable[[Container[str]], Iterable[tuple[str, Tensor]]]
 TRIM_EVERY = 1 << 28  # bytes of loaded weights
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,6 +34,8 @@ class EngineSettings:
     betas: tuple[float, float]
     weight_decay: float
     clip: float
+    packed: bool = False  # moments are held for open weights only
+    kernel: str = "auto"  # who computes the masked step (kernels/)
 
 
 class Engine:
@@ -56,10 +59,11 @@ class Engine:
         net.eval()  # no dropout: the pseudo label and the student see the same net
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in net.named_parameters() if p.requires_grad}
         moving = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self.optimizer = MaskedAdamW(moving, settings.betas, settings.weight_decay, settings.clip)
+        kernel = choose_kernel(settings.kernel, group.device)
+        self.optimizer = MaskedAdamW(moving, settings.betas, settings.weight_decay, settings.clip, kernel)
         self._engine: Any = deepspeed.initialize(model=net, optimizer=self.optimizer, config=_deepspeed_config(settings, group.size))[0]
         self.sizes = parameter_sizes(self._engine)
-        self.shards = find_shards(self._engine, settings.stage)
+        self.shards = find_shards(self._engine, settings.stage, settings.packed)
         self.replicated = settings.stage == 0
         self.num_trained = sum(self.sizes.values())
         held = torch.tensor([sum(f.numel for shard in self.shards for f in shard.fragments)], device=group.device)
@@ -92,7 +96,7 @@ class Engine:
     def step(self, phase: str, lr: float = 0.0, combine: Combine | None = None) -> None:
         """End a micro-batch; at the last one of a step the optimizer acts as `phase` says (see MaskedAdamW).
 
-        Raises NonFiniteError, on all ranks alike, when the gradient is not finite; the weights have not moved then.
+        Raises NonFiniteError, on all ranks alike, when the gradient is not finite.
         """
         self.optimizer.phase = phase
         self.optimizer.param_groups[0]["lr"] = lr
@@ -103,6 +107,8 @@ class Engine:
         self.optimizer.phase = "hold"
         if boundary and self.optimizer.steps_seen == before:  # DeepSpeed found an infinite gradient and skipped its optimizer
             raise NonFiniteError(f"the gradient is not finite at update {self.optimizer.updates}; {ADVICE}")
+        if boundary and phase == "train" and not math.isfinite(self.optimizer.grad_norm):
+            raise NonFiniteError(f"the gradient is not finite at update {self.optimizer.updates - 1}; {ADVICE}")
 
     def agree_finite(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
         """The mean of each loss term [] over ranks. Raises NonFiniteError on all ranks when any rank's term is not finite."""
@@ -121,8 +127,8 @@ class Engine:
         self.optimizer.updates = 0
         self.mask.concept, self.mask.selections = number, 0
         for shard in self.shards:
-            for state in (shard.saliency, shard.momentum, shard.variance):
-                state.zero_()
+            shard.saliency.zero_()
+            shard.moments.reset()
         self.mask.open_all()
 
     def publish(self) -> None:

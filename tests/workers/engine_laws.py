@@ -38,9 +38,16 @@ def give_saliency(engine, round_: int) -> None:
             shard.saliency[f.here] = ((position * (7919 + round_) + f.index * 31) % 97 - 48).float()
 
 
-def main(out: Path, arch: str, stage: str, precision: str, accumulate: str) -> None:
+def state_of(shard) -> dict[str, torch.Tensor]:
+    momentum, variance = shard.moments.flat(shard.opened)
+    kept = {"flat": shard.flat, "momentum": momentum, "variance": variance, "opened": shard.opened, "saliency": shard.saliency}
+    return {kind: tensor.clone() for kind, tensor in kept.items()}
+
+
+def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, moments: str) -> None:
     torch.set_num_threads(1)
     overrides = [f"model.arch={arch}", f"engine.stage={stage}", f"engine.precision={precision}", "train.batch=4", f"train.accumulate={accumulate}"]
+    overrides.append(f"engine.moments={moments}")
     config = load_config(None, [*overrides, "train.weight_decay=0.1", "train.clip=0.5", "mask.keep=0.3"])
     group = Group(60)
     backbone, method = build_backbone(config, group), build_method(config)
@@ -130,7 +137,7 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str) -> N
     assert float(loss(0)) == now
 
     # A checkpoint brings back weights, moments and mask; publish lets the net compute with them.
-    state = [{k: getattr(s, k).clone() for k in ("flat", "momentum", "variance", "opened", "saliency")} for s in engine.shards]
+    state = [state_of(shard) for shard in engine.shards]
     with Saver(out.parent / f"{out.stem}-checkpoints", group) as saver:
         saver.save((0, 7), engine.shards, {"teacher": start}, {"note": 1})
         engine.mask.turn_over(0.5, engine.optimizer.updates)  # while it is being written
@@ -142,7 +149,7 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str) -> N
     assert note == {"note": 1} and float(loss(0)) == now
     for shard, kinds, teacher_shard, was in zip(engine.shards, state, filled["teacher"], start):
         padding = shard.padding if shard.padding is not None else torch.zeros_like(shard.opened, dtype=torch.bool)
-        assert all(torch.equal(getattr(shard, kind)[~padding], kept[~padding]) for kind, kept in kinds.items())
+        assert all(torch.equal(tensor[~padding], kinds[kind][~padding]) for kind, tensor in state_of(shard).items())
         assert torch.equal(teacher_shard[~padding], was[~padding])
 
     # A global inner product over shards.
@@ -163,4 +170,4 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str) -> N
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:6])
+    main(Path(sys.argv[1]), *sys.argv[2:7])

@@ -1,0 +1,126 @@
+"""The masked step on a CPU: masked.c, compiled on the machine that runs it, and called span by span from as many threads as torch has."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Callable, Iterable, Sequence, TypeVar
+
+import torch
+from torch import Tensor
+
+from sculpt_dist.engine.kernels import Rule
+from sculpt_dist.engine.shards import Shard
+
+SOURCE = Path(__file__).with_name("masked.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-lm")
+STATISTICS = {None: 0, "abs_sum": 1, "sum_abs": 2, "sum_sq": 3}
+Work = TypeVar("Work")
+
+
+class _Rule(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in ("scale", "lr", "beta1", "beta2", "epsilon", "decay")]
+    _fields_ += [(name, ctypes.c_int32) for name in ("statistic", "packed", "generations")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("first", "second")]
+
+
+class _Sums(ctypes.Structure):
+    _fields_ = [("squares", ctypes.c_double), ("moves", ctypes.c_double)]
+
+
+class Compiled:
+    """See masked.c."""
+
+    def __init__(self, library: Path) -> None:
+        code, pointer, number = ctypes.CDLL(str(library)), ctypes.c_void_p, ctypes.c_int64
+        self._collect, self._update = code.collect, code.update
+        self._collect.restype, self._collect.argtypes = ctypes.c_double, [number, pointer, pointer, pointer, ctypes.c_int32]
+        self._update.restype, self._update.argtypes = None, [number] + 6 * [pointer] + 2 * [pointer]
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads)
+
+    def collect(self, shard: Shard, gradient: Tensor, statistic: str | None) -> Tensor:
+        kind = STATISTICS[statistic]
+
+        def collect(where: slice) -> float:
+            g, opened, saliency = gradient[where], shard.opened[where], shard.saliency[where]
+            return self._collect(len(g), g.data_ptr(), opened.data_ptr(), saliency.data_ptr(), kind)
+
+        return torch.tensor(sum(self._each(collect, shard.spans)), dtype=torch.float64)
+
+    def update(self, shard: Shard, gradient: Tensor, statistic: str | None, rule: Rule) -> Tensor:
+        scale = float(rule.scale)
+        if scale != scale:
+            return torch.zeros(2, dtype=torch.float64)
+        first, second = rule.first.contiguous(), rule.second.contiguous()
+        told = _Rule(scale, rule.lr, rule.beta1, rule.beta2, rule.epsilon, rule.decay, STATISTICS[statistic])
+        told.packed, told.generations, told.first, told.second = shard.moments.packed, len(first), first.data_ptr(), second.data_ptr()
+
+        def update(piece: tuple[slice, Tensor, Tensor]) -> tuple[float, float]:
+            where, momentum, variance = piece
+            flats = [flat[where] for flat in (gradient, shard.opened, shard.saliency)]
+            places = [flat.data_ptr() for flat in (*flats, momentum, variance, shard.flat[where])]
+            sums = _Sums()
+            self._update(len(flats[0]), *places, ctypes.byref(told), ctypes.byref(sums))
+            return sums.squares, sums.moves
+
+        return torch.tensor(list(self._each(update, shard.moments.pieces(shard.opened))), dtype=torch.float64).sum(0)
+
+    def _each(self, work: Callable[[Work], object], pieces: Iterable[Work]) -> Iterable:
+        """In their order, so that the sums do not depend on the threads. The C routine lets other threads run."""
+        return self._pool.map(work, pieces) if self._threads > 1 else map(work, pieces)
+
+
+@lru_cache(maxsize=1)
+def found() -> tuple[Compiled | None, str]:
+    """(the kernel, "") or (None, why there is none)."""
+    try:
+        return Compiled(build_library(FLAGS)), ""
+    except BuildError as error:
+        return None, str(error)
+
+
+class BuildError(Exception):
+    """Why the routine could not be compiled."""
+
+
+def build_library(flags: Sequence[str]) -> Path:
+    """Compile masked.c, or find what was compiled before. Raises BuildError."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise BuildError("there is no C compiler (cc, gcc or clang)")
+    library = _folder() / f"masked-{_fingerprint(compiler, flags)}.so"
+    if not library.is_file():
+        written = library.with_name(f"{library.name}.{os.getpid()}.tmp")
+        made = subprocess.run([compiler, str(SOURCE), "-o", str(written), *flags], capture_output=True, text=True)
+        if made.returncode:
+            raise BuildError(f"{compiler} could not compile {SOURCE.name}: {' '.join(made.stderr.split())[:300]}")
+        os.replace(written, library)
+    return library
+
+
+def _folder() -> Path:
+    """Where compiled routines are kept: of this user alone, as they are run."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sculpt-dist"
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="sculpt-dist-"))
+    return home if os.access(home, os.W_OK) else Path(tempfile.mkdtemp(prefix="sculpt-dist-"))
+
+
+def _fingerprint(compiler: str, flags: Sequence[str]) -> str:
+    """Of the source, the compiler and the processor: a home folder may be shared by unlike machines."""
+    about = Path("/proc/cpuinfo")
+    features = [line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))][:1] if about.is_file() else []
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    told = [SOURCE.read_text(), *flags, version, platform.machine(), platform.processor(), *features]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
