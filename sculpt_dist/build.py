@@ -127,6 +127,10 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
     groups = backbone.groups()
     adapter = method.adapter(groups)
     names = list(method.trainable(groups)) if adapter is None else backbone.add_adapter(adapter, train.seed)
+    if config.engine.checkpointing:
+        backbone.net.enable_gradient_checkpointing()
+    if config.engine.compile:
+        backbone.net.forward = torch.compile(backbone.net.forward)  # below the hooks, which count passes
     return Engine(backbone.net, names, group, settings, masking, backbone.stored_weights)
 
 

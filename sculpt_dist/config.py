@@ -99,6 +99,8 @@ def check(config: RunConfig) -> None:
             f"engine.precision=bf16 with engine.stage={config.engine.stage}: DeepSpeed trains bf16 correctly on stages 2 and 3 "
             "only; use engine.stage=2, or engine.precision=fp32"
         )
+    if config.engine.compile and config.engine.stage == 3:
+        raise ConfigError("engine.compile=true with engine.stage=3: the hooks that gather weights cannot be compiled; use stage 2 or less")
     _check_concepts(config)
 
 

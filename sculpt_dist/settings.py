@@ -85,6 +85,8 @@ class EngineConfig:
     precision: str = "fp32"  # fp32 or bf16
     moments: str = "all"  # of which weights Adam's moments are held: all, or open (less memory, the same result)
     kernel: str = "auto"  # who computes the masked step: plain (torch), fused (C on a CPU, Triton on a GPU), auto = fused where it can
+    checkpointing: bool = False  # activations are computed again in the backward: less memory, about a third more time
+    compile: bool = False  # torch.compile of the net for the training; its first steps then take minutes; not on stage 3
     timeout: float = 600.0  # seconds that a collective may wait
     grace: float = 60.0  # seconds from a request to stop to the end of the step; a rank that still waits then leaves without saving
 

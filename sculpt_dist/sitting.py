@@ -49,7 +49,7 @@ class Sitting:
         where = self.folder / "evaluation" / stage
         done = self.group.from_first((where / "scores.json").is_file())
         if self.config.evaluate.enabled and not done:
-            with self.costs.counting("evaluate"):
+            with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):  # other batches: it would compile anew
                 evaluate(self.config, self.backbone, net, self.group, where, concepts, stage, self.stop)
             self.costs.write()
         self.tracker.stage(stage)
@@ -177,7 +177,8 @@ class Training:
         )
         where, concepts = self.folder / "evaluation" / "calibrate", self.config.concepts[: number + 1]
         config = replace(self.config, evaluate=few)
-        scores = evaluate(config, self.backbone, self.engine.net, self.group, where, concepts, "calibrate", self.sitting.stop)
+        with torch.compiler.set_stance("force_eager"):
+            scores = evaluate(config, self.backbone, self.engine.net, self.group, where, concepts, "calibrate", self.sitting.stop)
         return {name: scores["plain"][name] or 0.0 for name in ("UA", "IRA", "CRA")}
 
     def _score_after(self, number: int) -> None:

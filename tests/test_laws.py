@@ -58,6 +58,24 @@ def test_ranks_accumulation_stage_and_workers_do_not_change_the_run(alone, canva
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [("sd15", ["engine.checkpointing=true"]), ("sana", ["engine.checkpointing=true", "engine.stage=3", "engine.moments=open"])],
+    ids=str,
+)
+def test_computing_activations_again_does_not_change_the_run(alone_of, canvas_config, tmp_path, arch, overrides):
+    sculpt("unlearn", canvas_config, *QUICK, *overrides, f"model.arch={arch}", f"run.folder={tmp_path / 'run'}")
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone_of(arch)), rel=1e-4)
+
+
+@pytest.mark.exhaustive  # minutes of compiling
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_compiled_net_trains_alike(alone_of, canvas_config, tmp_path, arch):
+    sculpt("unlearn", canvas_config, *QUICK, "engine.compile=true", f"model.arch={arch}", f"run.folder={tmp_path / 'run'}", timeout=1200)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone_of(arch)), rel=1e-3)
+
+
+@pytest.mark.slow
 def test_on_stage_3_no_rank_loads_the_net_whole_not_even_to_draw(canvas_config, tmp_path):
     arguments = [*SMALL, "model.arch=sana", "engine.stage=3", f"run.folder={tmp_path / 'run'}"]
     launch(2, str(WORKERS / "never_whole.py"), canvas_config, *arguments)

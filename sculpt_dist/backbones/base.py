@@ -61,7 +61,7 @@ class Backbone(ABC):
         self._loaded: dict[str, nn.Module] = {}
         self._embedded: dict[tuple[str, bool], TextCond] = {}
         self.passes = 0  # samples through the denoiser so far; a forward with gradient counts three times, as its backward costs two
-        config = component_config(folder, self.net_name)
+        config = self.net_settings = component_config(folder, self.net_name)
         try:
             pixels = 2 ** (self.vae_levels() - 1)  # of one latent, along a side
             channels, made_for = int(config["in_channels"]), int(config["sample_size"]) * pixels
@@ -175,7 +175,7 @@ class Backbone(ABC):
 
     def empty_net(self) -> nn.Module:
         """The denoiser built from its settings alone, without the stored weights."""
-        return self.net_class.from_config(component_config(self.folder, self.net_name))
+        return self.net_class.from_config(self.net_settings)
 
     def stored_weights(self, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The denoiser's tensors (or those named) as the folder stores them, one at a time."""

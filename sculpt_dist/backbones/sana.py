@@ -90,7 +90,7 @@ class Backbone(Base):
             noisy.to(dtype),
             encoder_hidden_states=cond.tokens.to(dtype),
             encoder_attention_mask=cond.token_mask,
-            timestep=time * component_config(self.folder, self.net_name).get("timestep_scale", 1.0),
+            timestep=time * self.net_settings.get("timestep_scale", 1.0),
             return_dict=False,
         )[0]
         return velocity.float()[:, : noisy.shape[1]]  # some nets predict a variance beside it

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from sculpt_dist.bench.measure import growth, timed
 from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.kernels import choose_kernel
+from sculpt_dist.engine.kernels.plain import Plain
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.masked import MaskedAdamW
+from sculpt_dist.engine.moments import Moments
 from sculpt_dist.engine.shards import Fragment, Shard
 from sculpt_dist.errors import ConfigError
 
@@ -133,13 +136,26 @@ def _differ_by_ties_alone(theirs: Tensor, ours: Tensor, saliency: Tensor, stage:
 
 
 def _bench_step(stage: Stage, repeats: int) -> dict[str, float]:
-    """The masked step, saliency included, and torch's fused AdamW on the same number of weights."""
-    parameter, n = stage.shard.master, stage.shard.flat.numel()
-    parameter.grad = torch.full_like(parameter, 1e-3)
-    optimizer = MaskedAdamW([parameter], (0.9, 0.999), 0.0, 1.0)
-    optimizer.attach([stage.shard], stage.mask, stage.group)
-    optimizer.param_groups[0]["lr"], optimizer.phase = 1e-5, "train"
-    masked = min(timed(stage.group, optimizer.step) for _ in range(repeats + 1))
-    plain = torch.optim.AdamW([parameter], lr=1e-5, weight_decay=0.0, fused=True)
-    fused = min(timed(stage.group, plain.step) for _ in range(repeats + 1))
-    return {"masked_step_seconds": masked, "masked_step_ns_per_weight": masked / n * 1e9, "masked_step_over_adamw": masked / fused}
+    """The masked step, saliency included, beside torch's fused AdamW on the same number of weights, turn by turn.
+
+    `masked_step` as a run does it by default; `open_moments_step` with moments of open weights alone, `clipped_step` with clipping, which
+    needs another pass, `plain_step` in plain torch.
+    """
+    shard, n, group = stage.shard, stage.shard.flat.numel(), stage.group
+    shard.master.grad = torch.full_like(shard.master, 1e-3)
+    kernel = choose_kernel("auto", group.device)
+    adamw = torch.optim.AdamW([shard.master], lr=1e-5, weight_decay=0.0, fused=True)
+    adamw.step()  # takes its memory
+    found: dict[str, Any] = {"kernel": type(kernel).__name__.lower()}
+    for name, computes, clip in (("masked", kernel, 0.0), ("clipped", kernel, 1.0), ("plain", Plain(), 0.0), ("open_moments", kernel, 0.0)):
+        if name == "open_moments":
+            shard.moments = Moments(shard.spans, n, group.device, packed=True)
+        optimizer = MaskedAdamW([shard.master], (0.9, 0.999), 0.0, clip, computes)
+        optimizer.attach([shard], stage.mask, group)
+        optimizer.param_groups[0]["lr"], optimizer.phase = 1e-5, "train"
+        pairs = [(timed(group, optimizer.step), timed(group, adamw.step)) for _ in range(repeats + 1)]
+        masked, fused = (min(times) for times in zip(*pairs[1:]))  # the first takes memory
+        found |= {f"{name}_step_ns_per_weight": masked / n * 1e9, f"{name}_step_over_adamw": masked / fused}
+    stage.collect(repeats + 1)
+    seconds = timed(group, lambda: stage.mask.turn_over(TURNOVER, repeats + 1))
+    return found | {"adamw_ns_per_weight": fused / n * 1e9, "open_moments_turnover_ns_per_weight": seconds / n * 1e9}

@@ -74,6 +74,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def attach(self, shards: list[Shard], mask: DynamicMask, group: Group | None) -> None:
         """Say what the flat tensors hold; `group` is None where every rank holds all weights."""
         self.shards, self.mask, self.group = shards, mask, group
+        for shard in shards:
+            shard.moments.repack = self.kernel.repack
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

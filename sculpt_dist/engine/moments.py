@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
 PADDING = 16  # numbers beyond the last one, which a kernel may read
 ROUNDING = 1 << 12  # a piece has room for a multiple of so many, so that it seldom needs another place when its count changes
+
+Repack = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 class Piece(NamedTuple):
@@ -26,6 +28,8 @@ class Moments:
         """`spans`: where the pieces lie; what is outside of them never moves."""
         self.spans, self.packed = list(spans), packed
         self._n, self._device = n, device
+        self.repack: Repack = repack  # or a faster one
+        self._spare = torch.zeros(0, device=device)  # the place of the piece that was renewed last
         self._numbers = {span.start: number for number, span in enumerate(self.spans)}
         self._pieces: list[Piece] = []
         if not packed:
@@ -35,7 +39,7 @@ class Moments:
     def pieces(self, opened: Tensor) -> list[Piece]:
         """All of them; `opened` [n] says how many weights of each are open."""
         if not self._pieces:
-            self._pieces = [Piece(span, *self._room(int((opened[span] > 0).sum()))) for span in self.spans]
+            self._pieces = [Piece(span, *self._room(int(torch.count_nonzero(opened[span])))) for span in self.spans]
         return self._pieces
 
     def reset(self) -> None:
@@ -57,13 +61,13 @@ class Moments:
             for moment in moments:
                 moment.view(torch.int32).bitwise_and_(stays)
             return
-        now = opened > 0
-        was, count, renewed = now ^ swapped.bool(), int(now.sum()), []
+        count, renewed = int(torch.count_nonzero(opened)), []
         for moment in moments:
-            kept = unpacked(moment, was)[now]
-            room = moment if len(moment) >= count + PADDING else self._room(count)[0]
-            room[:count] = kept
+            fits = 0 <= len(self._spare) - count - PADDING < 2 * ROUNDING
+            room = self._spare if fits else self._room(count)[0]
+            self.repack(swapped, opened, moment, room)
             renewed.append(room)
+            self._spare = moment
         self._pieces[number] = Piece(where, *renewed)
 
     def flat(self, opened: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,9 +75,10 @@ class Moments:
         if not self.packed:
             return self.momentum, self.variance
         both = torch.zeros(self._n, device=self._device), torch.zeros(self._n, device=self._device)
-        for piece in self._pieces:
-            for whole, moment in zip(both, piece[1:]):
-                whole[piece.where] = unpacked(moment, opened[piece.where] > 0)
+        for where, *moments in self._pieces:
+            ranks = ranks_among_open(opened[where])
+            for whole, moment in zip(both, moments):
+                whole[where] = unpacked(moment, ranks, opened[where])
         return both
 
     def fill(self, momentum: Tensor, variance: Tensor, opened: Tensor) -> None:
@@ -84,16 +89,42 @@ class Moments:
             return
         self._pieces = []
         if momentum.any() or variance.any():
-            for piece in self.pieces(opened):
-                for whole, moment in zip((momentum, variance), piece[1:]):
-                    kept = whole[piece.where][opened[piece.where] > 0]
-                    moment[: len(kept)] = kept
+            for where, *moments in self.pieces(opened):
+                ranks = ranks_among_open(opened[where])
+                for whole, moment in zip((momentum, variance), moments):
+                    pack(whole[where], ranks, opened[where], moment)
 
     def _room(self, count: int) -> tuple[Tensor, Tensor]:
         size = (count + ROUNDING - 1) // ROUNDING * ROUNDING + PADDING
         return torch.zeros(size, device=self._device), torch.zeros(size, device=self._device)
 
 
-def unpacked(moment: Tensor, is_open: Tensor) -> Tensor:
-    """[n] from those of the open weights; 0 where closed."""
-    return torch.zeros(len(is_open), device=moment.device).masked_scatter_(is_open, moment)
+def repack(swapped: Tensor, opened: Tensor, moment: Tensor, room: Tensor) -> None:
+    """A packed moment into `room`, after the weights `swapped` were opened and closed; `opened` is how they are now."""
+    was = opened.clamp(max=1) ^ swapped
+    pack(unpacked(moment, ranks_among_open(was), was), ranks_among_open(opened), opened, room)
+
+
+def zero_where_closed(values: Tensor, opened: Tensor) -> Tensor:
+    """Of four bytes a weight, in place; by bits, which a CPU does several times as fast as by a comparison."""
+    values.view(torch.int32).bitwise_and_(opened.clamp(max=1).to(torch.int32).neg_())  # all bits, or none
+    return values
+
+
+def ranks_among_open(opened: Tensor) -> Tensor:
+    """int32 [n]: how many open weights there are up to each, itself included. The packed number of an open one is at its rank - 1."""
+    return opened.clamp(max=1).cumsum(0, dtype=torch.int32)
+
+
+def unpacked(moment: Tensor, ranks: Tensor, opened: Tensor) -> Tensor:
+    """[n] from those of the open weights; 0 where closed. By ranks, as torch's masked_scatter takes three times as long."""
+    return zero_where_closed(moment.index_select(0, (ranks - 1).clamp_(min=0)), opened)
+
+
+def pack(values: Tensor, ranks: Tensor, opened: Tensor, room: Tensor) -> None:
+    """The inverse: the values of the open weights into `room`. The closed ones go behind them in a scratch of [n], each to a place of its
+    own: to one place all would wait for each other."""
+    count = int(ranks[-1]) if len(ranks) else 0
+    numbers = torch.arange(1, len(ranks) + 1, dtype=torch.int32, device=ranks.device)
+    places = zero_where_closed(ranks * 2 - numbers - count, opened).add_(numbers - ranks + count - 1)  # open: rank - 1
+    room[:count] = torch.empty_like(values).index_copy_(0, places.long(), values)[:count]

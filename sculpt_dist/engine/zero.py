@@ -242,7 +242,11 @@ def check_fit(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tupl
 
 def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
     """What DeepSpeed is told. Its clipping is off: it would scale the saliency, and see the norm of unmasked gradients."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
     zero: dict[str, Any] = {"stage": settings.stage}
+    if settings.stage in (1, 2) and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields:  # not in its earlier versions
+        zero["compute_grad_norm"] = False  # ours is of the masked gradient
     if settings.stage == 3:
         zero["sub_group_size"] = int(1e15)  # one flat shard per rank, so that one step sees the whole gradient
     config: dict[str, Any] = {

@@ -35,6 +35,9 @@ class Kernel(Protocol):
     def update(self, shard: Shard, gradient: Tensor, statistic: str | None, rule: Rule) -> Tensor:
         """`collect`, and one update. Two sums of squares, fp64 [2]: what `collect` gives, and of the moves without lr."""
 
+    def repack(self, swapped: Tensor, opened: Tensor, moment: Tensor, room: Tensor) -> None:
+        """See `moments.repack`."""
+
 
 def choose_kernel(name: str, device: torch.device) -> Kernel:
     """`auto`: fused where it can be had. Raises ConfigError when `fused` cannot."""

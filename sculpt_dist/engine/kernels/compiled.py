@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.engine.kernels import Rule
+from sculpt_dist.engine.moments import Piece
 from sculpt_dist.engine.shards import Shard
 
 SOURCE = Path(__file__).with_name("masked.c")
@@ -41,18 +42,18 @@ class Compiled:
 
     def __init__(self, library: Path) -> None:
         code, pointer, number = ctypes.CDLL(str(library)), ctypes.c_void_p, ctypes.c_int64
-        self._collect, self._update = code.collect, code.update
+        self._collect, self._update, self._repack = code.collect, code.update, code.repack
         self._collect.restype, self._collect.argtypes = ctypes.c_double, [number, pointer, pointer, pointer, ctypes.c_int32]
-        self._update.restype, self._update.argtypes = None, [number] + 6 * [pointer] + 2 * [pointer]
+        self._update.restype, self._update.argtypes = None, [number] + 8 * [pointer]
+        self._repack.restype, self._repack.argtypes = None, [number] + 4 * [pointer]
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._threads)
 
     def collect(self, shard: Shard, gradient: Tensor, statistic: str | None) -> Tensor:
-        kind = STATISTICS[statistic]
+        kind, flats = STATISTICS[statistic], _Flats(gradient, shard.opened, shard.saliency)
 
         def collect(where: slice) -> float:
-            g, opened, saliency = gradient[where], shard.opened[where], shard.saliency[where]
-            return self._collect(len(g), g.data_ptr(), opened.data_ptr(), saliency.data_ptr(), kind)
+            return self._collect(where.stop - where.start, *flats.at(where.start), kind)
 
         return torch.tensor(sum(self._each(collect, shard.spans)), dtype=torch.float64)
 
@@ -60,23 +61,37 @@ class Compiled:
         scale = float(rule.scale)
         if scale != scale:
             return torch.zeros(2, dtype=torch.float64)
-        first, second = rule.first.contiguous(), rule.second.contiguous()
         told = _Rule(scale, rule.lr, rule.beta1, rule.beta2, rule.epsilon, rule.decay, STATISTICS[statistic])
-        told.packed, told.generations, told.first, told.second = shard.moments.packed, len(first), first.data_ptr(), second.data_ptr()
+        told.packed, told.generations, told.first, told.second = (
+            shard.moments.packed, len(rule.first), rule.first.data_ptr(), rule.second.data_ptr()
+        )  # fmt: skip
+        flats, weights, rules = _Flats(gradient, shard.opened, shard.saliency), _Flats(shard.flat), ctypes.byref(told)
 
-        def update(piece: tuple[slice, Tensor, Tensor]) -> tuple[float, float]:
+        def update(piece: Piece) -> tuple[float, float]:
             where, momentum, variance = piece
-            flats = [flat[where] for flat in (gradient, shard.opened, shard.saliency)]
-            places = [flat.data_ptr() for flat in (*flats, momentum, variance, shard.flat[where])]
-            sums = _Sums()
-            self._update(len(flats[0]), *places, ctypes.byref(told), ctypes.byref(sums))
+            sums, places = _Sums(), (*flats.at(where.start), momentum.data_ptr(), variance.data_ptr(), *weights.at(where.start))
+            self._update(where.stop - where.start, *places, rules, ctypes.byref(sums))
             return sums.squares, sums.moves
 
         return torch.tensor(list(self._each(update, shard.moments.pieces(shard.opened))), dtype=torch.float64).sum(0)
 
+    def repack(self, swapped: Tensor, opened: Tensor, moment: Tensor, room: Tensor) -> None:
+        self._repack(len(opened), *(flat.data_ptr() for flat in (swapped, opened, moment, room)))
+
     def _each(self, work: Callable[[Work], object], pieces: Iterable[Work]) -> Iterable:
         """In their order, so that the sums do not depend on the threads. The C routine lets other threads run."""
         return self._pool.map(work, pieces) if self._threads > 1 else map(work, pieces)
+
+
+class _Flats:
+    """Where the numbers of flat tensors lie in memory: slicing a tensor takes longer than asking for this."""
+
+    def __init__(self, *flats: Tensor) -> None:
+        assert all(flat.is_contiguous() for flat in flats)
+        self._places = [(flat.data_ptr(), flat.element_size()) for flat in flats]
+
+    def at(self, start: int) -> list[int]:
+        return [place + start * size for place, size in self._places]
 
 
 @lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.engine.kernels import Rule
+from sculpt_dist.engine.moments import repack
 from sculpt_dist.engine.shards import Shard
 
 STATISTICS = {None: 0, "abs_sum": 1, "sum_abs": 2, "sum_sq": 3}
@@ -28,6 +29,8 @@ def found() -> tuple[Gpu | None, str]:
 
 class Gpu:
     """See `_update`. Sums are of blocks first: the order does not depend on the GPU's timing."""
+
+    repack = staticmethod(repack)
 
     def collect(self, shard: Shard, gradient: Tensor, statistic: str | None) -> Tensor:
         sums = []

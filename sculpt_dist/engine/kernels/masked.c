@@ -98,7 +98,7 @@ INLINE __m512 moved(const Rule *rule, float *weights, __m512 move, __mmask16 ope
     return _mm512_mul_ps(move, move);
 }
 
-/* n: a multiple of LANES. Up to 15 moments past the end are read where they are packed. */
+/* n: a multiple of LANES. Of packed moments up to 15 past the end are read: their owner has room for them. */
 INLINE Sums update_lanes(int64_t n, const float *gradient, const uint8_t *opened, float *saliency, float *momentum, float *variance,
                          float *weights, const Rule *rule, int statistic, int packed) {
     const Constants c = constants(rule);
@@ -222,7 +222,32 @@ void update(int64_t n, const float *gradient, const uint8_t *opened, float *sali
     }
 }
 
+/* A packed moment after some weights were opened and closed: 0 for those that were opened. `to` has room for 15 more than are open. */
+void repack(int64_t n, const uint8_t *swapped, const uint8_t *opened, const float *from, float *to) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        uint8_t few[2][LANES] = {{0}};
+        const uint8_t *o = opened + i, *s = swapped + i;
+        if (n - i < LANES) { /* the rest, in arrays of full length */
+            o = memcpy(few[0], o, (size_t)(n - i));
+            s = memcpy(few[1], s, (size_t)(n - i));
+        }
+        __mmask16 open = are_open(o), was = open ^ are_open(s);
+        __m512 kept = _mm512_maskz_expand_ps(was, _mm512_loadu_ps(from));
+        _mm512_storeu_ps(to, _mm512_maskz_compress_ps(open, _mm512_maskz_mov_ps(open & was, kept)));
+        from += __builtin_popcount(was);
+        to += __builtin_popcount(open);
+    }
+}
+
 #else
+
+void repack(int64_t n, const uint8_t *swapped, const uint8_t *opened, const float *from, float *to) {
+    for (int64_t i = 0; i < n; i++) {
+        const int open = opened[i] > 0, was = open ^ swapped[i];
+        if (open) *to++ = was ? *from : 0;
+        from += was;
+    }
+}
 
 INLINE void add(float *saliency, float g, int statistic) {
     if (statistic == ABS_SUM) *saliency += g;

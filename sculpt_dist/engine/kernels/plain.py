@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.engine.kernels import Rule
-from sculpt_dist.engine.moments import unpacked
+from sculpt_dist.engine.moments import pack, ranks_among_open, repack, unpacked, zero_where_closed
 from sculpt_dist.engine.shards import Shard
 from sculpt_dist.maths.saliency import accumulate
 
@@ -14,41 +14,43 @@ from sculpt_dist.maths.saliency import accumulate
 class Plain:
     """Works span by span, so that intermediate values stay in a CPU's cache."""
 
+    repack = staticmethod(repack)
+
     def collect(self, shard: Shard, gradient: Tensor, statistic: str | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=gradient.device)
         for where in shard.spans:
-            total += _collected(shard, gradient, statistic, where).double().square().sum()
+            g = _collected(shard, gradient, statistic, where)
+            total += g @ g
         return total
 
     def update(self, shard: Shard, gradient: Tensor, statistic: str | None, rule: Rule) -> Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=gradient.device)
-        moves = torch.isfinite(rule.scale)
+        if not bool(torch.isfinite(rule.scale)):  # here this form does wait for a GPU
+            return sums
+        packed, one_generation = shard.moments.packed, len(rule.first) == 2
         for where, momentum, variance in shard.moments.pieces(shard.opened):
             g, opened, weights = _collected(shard, gradient, statistic, where), shard.opened[where], shard.flat[where]
-            sums[0] += g.double().square().sum()
-            is_open = opened > 0
-            m, v = (unpacked(moment, is_open) if shard.moments.packed else moment for moment in (momentum, variance))
-            g = g * rule.scale
-            new_m = (m * rule.beta1).add_(g, alpha=1 - rule.beta1)
-            new_v = (v * rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
+            sums[0] += g @ g
+            g.mul_(rule.scale)
+            ranks = ranks_among_open(opened) if packed else None
+            m, v = (momentum, variance) if ranks is None else (unpacked(moment, ranks, opened) for moment in (momentum, variance))
+            m.mul_(rule.beta1).add_(g, alpha=1 - rule.beta1)
+            v.mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
             generation = opened.int()
-            below = new_v.sqrt().mul_(rule.second.index_select(0, generation)).add_(rule.epsilon)
-            move = (new_m * rule.first.index_select(0, generation)).div_(below)
+            first, second = (t[1] if one_generation else t.index_select(0, generation) for t in (rule.first, rule.second))
+            move = (m * first).div_(v.sqrt().mul_(second).add_(rule.epsilon))
             if rule.decay:
-                move.add_(weights * is_open, alpha=rule.decay)
-            weights.copy_(torch.where(moves, weights - rule.lr * move, weights))
-            for moment, new, old in ((momentum, new_m, m), (variance, new_v, v)):
-                new = torch.where(moves, new, old)
-                if shard.moments.packed:
-                    new = new[is_open]
-                moment[: len(new)] = new
-            sums[1] += torch.where(moves, move, 0).double().square().sum()
+                move.add_(zero_where_closed(weights.clone(), opened), alpha=rule.decay)
+            weights.sub_(move, alpha=rule.lr)
+            sums[1] += move @ move
+            if ranks is not None:
+                pack(m, ranks, opened, momentum)
+                pack(v, ranks, opened, variance)
         return sums
 
 
 def _collected(shard: Shard, gradient: Tensor, statistic: str | None, where: slice) -> Tensor:
-    """The gradient of the open weights, 0 where closed; it is added to the saliency as it was."""
-    g = gradient[where]
+    """A copy of the gradient, 0 where closed; it is added to the saliency as it was."""
     if statistic is not None:
-        accumulate(shard.saliency[where], g, statistic)
-    return torch.where(shard.opened[where] > 0, g, 0.0)
+        accumulate(shard.saliency[where], gradient[where], statistic)
+    return zero_where_closed(gradient[where].clone(), shard.opened[where])
