@@ -106,6 +106,7 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
         clip=train.clip,
         packed=config.engine.moments == "open",
         kernel=config.engine.kernel,
+        gathered=config.engine.gathered,
     )
     if settings.packed and method.reference_mask:
         raise ConfigError("engine.moments=open: as published, closed weights move on (method.reference_compat); use engine.moments=all")

@@ -30,7 +30,7 @@ CHOICES = {
 }
 POSITIVE = (
     "prepare.samples prepare.steps prepare.batch train.steps train.batch train.accumulate train.lr mask.keep engine.timeout engine.grace "
-    "evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap"
+    "engine.gathered evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap"
 ).split()
 SHARES = "train.warmup mask.keep mask.turnover mask.until".split()
 

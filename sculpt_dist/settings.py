@@ -85,6 +85,7 @@ class EngineConfig:
     precision: str = "fp32"  # fp32 or bf16
     moments: str = "all"  # of which weights Adam's moments are held: all, or open (less memory, the same result)
     kernel: str = "auto"  # who computes the masked step: plain (torch), fused (C on a CPU, Triton on a GPU), auto = fused where it can
+    gathered: float = 1e9  # parameters that stage 3 holds whole at a time, at most; fewer take less memory and more time
     checkpointing: bool = False  # activations are computed again in the backward: less memory, about a third more time
     compile: bool = False  # torch.compile of the net for the training; its first steps then take minutes; not on stage 3
     timeout: float = 600.0  # seconds that a collective may wait

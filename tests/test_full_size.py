@@ -1,4 +1,4 @@
-"""A net of SDXL's real size with random weights: loaded into two stage 3 ranks and exported as streams. Needs 12 GB of disk and 20 GiB."""
+"""A net of SDXL's real size with random weights, through the whole training on two stage 3 ranks. Needs 12 GB of disk and 24 GiB."""
 
 from __future__ import annotations
 
@@ -52,27 +52,28 @@ def write_checkpoint(folder: Path) -> None:
 
 
 @pytest.mark.huge
-def test_a_net_of_sdxls_size_is_streamed_into_two_ranks_and_out_again(tmp_path):
+def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path):
+    """Streamed in, saliency collected, masked, two updates, streamed out: within 24 GiB, and closed weights are those of the file."""
     from sculpt_dist.backbones.shared.folders import stored_entries, stored_weights
 
     write_checkpoint(tmp_path / "model")
     total = sum(entry.size for entry in stored_entries(tmp_path / "model" / "unet")) // 2  # weights, bf16
-    printed = launch_anew(2, str(PROJECT / "tests" / "workers" / "full_size.py"), str(tmp_path / "model"), str(tmp_path / "out"), timeout=1800)
+    printed = launch_anew(2, str(PROJECT / "tests" / "workers" / "full_size.py"), str(tmp_path / "model"), str(tmp_path / "out"), timeout=3000)
     ranks = json.loads(printed.strip().splitlines()[-1])
     print(json.dumps(ranks, indent=1))
     for rank in ranks:
-        own = total + rank["trained"] // 2 * (4 + 4 + 4 + 1 + 4 + 4)  # half of: bf16 weights; fp32 master, gradient, saliency, mask, moments
         assert rank["net_peak"] - rank["before"] < total + 0.5e9  # half of the weights, 2 bytes each, and one tensor in passing
-        assert rank["engine_peak"] - rank["before"] < own + 1.5e9
-        assert rank["export_peak"] - rank["engine"] < 0.5e9
-    changed = 0
+        assert rank["export_peak"] - rank["check"] < 0.5e9
+        assert rank["open"] == pytest.approx(rank["trained"] / 2, rel=1e-6)
+        assert rank["closed"] > 0.2 * rank["trained"] and 0 < rank["moved"] <= rank["open"]
+    changed = elements = 0
     base = stored_weights(tmp_path / "model", "unet")
     for (name, before), (other, after) in zip(sorted_stream(base), sorted_stream(stored_weights(tmp_path / "out", "unet")), strict=True):
         assert name == other and before.dtype == after.dtype == torch.bfloat16
-        expected = (before.float() + 0.5).bfloat16() if ".attn2.to_" in name and name.endswith("weight") else before
-        assert torch.equal(after, expected), name
-        changed += not torch.equal(before, after)
-    assert changed == 280
+        differ = int((before != after).sum())
+        assert not differ or (".attn2.to_" in name and name.endswith("weight")), name
+        changed, elements = changed + bool(differ), elements + differ
+    assert changed == 280 and 0 < elements <= sum(rank["moved"] for rank in ranks)
 
 
 def sorted_stream(tensors):

@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from test_data import make_stream
 
 from sculpt_dist.backbones.shared.groups import parameter_groups
-from sculpt_dist.build import build_engine, build_method
+from sculpt_dist.build import build_backbone, build_engine, build_method, plugins
 from sculpt_dist.config import load_config, to_yaml
+from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.masked import MaskedAdamW
 from sculpt_dist.engine.shards import Fragment, Shard
@@ -303,3 +304,24 @@ def test_the_published_result_is_the_candidate_that_forgets_best():
         _consider_candidate(run, SimpleNamespace(masters=lambda: update), terms)  # noqa: B023
     assert run.candidate == 8 * 50 - 1 and run.recent.best == pytest.approx(1.0)
     assert Method(Config()).candidate_every(450) == 0
+
+
+@pytest.mark.parametrize("arch", plugins("sculpt_dist.backbones"))
+def test_activations_computed_again_are_not_kept(arch):
+    kept = []
+    for overrides in ([], ["engine.checkpointing=true"]):
+        config = load_config(None, [f"model.arch={arch}", "engine.stage=0", *overrides])
+        backbone = build_backbone(config, Group())
+        engine = build_engine(config, build_method(config), backbone, Group())
+        noisy, time = torch.randn(2, *backbone.latent_shape), backbone.sample_time(torch.tensor([0.3, 0.6]))
+        saved = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            backbone.denoise(engine.net, noisy, time, backbone.embed(["a photo of a cat"] * 2))
+        kept.append(saved)
+    assert kept[1] < 0.5 * kept[0]

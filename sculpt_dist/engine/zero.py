@@ -36,6 +36,7 @@ class EngineSettings:
     clip: float
     packed: bool = False  # moments are held for open weights only
     kernel: str = "auto"  # who computes the masked step (kernels/)
+    gathered: float = 1e9  # parameters that stage 3 holds whole at a time
 
 
 class Engine:
@@ -249,6 +250,8 @@ def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
         zero["compute_grad_norm"] = False  # ours is of the masked gradient
     if settings.stage == 3:
         zero["sub_group_size"] = int(1e15)  # one flat shard per rank, so that one step sees the whole gradient
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = int(settings.gathered)
+        zero["stage3_prefetch_bucket_size"] = int(min(5e7, settings.gathered / 2))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.accumulate,

@@ -1,4 +1,4 @@
-"""Run by test_full_size.py on 2 ranks: a stage 3 engine on a net of SDXL's size, loaded and exported as streams; prints the memory."""
+"""Run by test_full_size.py on 2 ranks: a net of SDXL's size is loaded as a stream, trained and exported; prints seconds and memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from pathlib import Path
 
 import torch
 
+from sculpt_dist.backbones.shared.trajectory import Trajectory
+from sculpt_dist.bench.step import RandomReader
 from sculpt_dist.build import build_backbone, build_engine, build_method
 from sculpt_dist.config import load_config
+from sculpt_dist.data.prompts import concept_prompts
+from sculpt_dist.data.streams import ConceptStreams, Layout
 from sculpt_dist.engine import zero
 from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.export import export
+from sculpt_dist.files import derived_seed
+from sculpt_dist.settings import Concept
+from sculpt_dist.train import ConceptRun, Recent, make_plan, run_concept
+from sculpt_dist.types import TextCond
 
 
 def memory(kind: str) -> int:
@@ -41,31 +50,76 @@ class OwnPeak:
         return peak
 
 
+class Told(dict):
+    """What happened until now: seconds and peak memory of each part."""
+
+    def __init__(self) -> None:
+        self.watch, self.began = OwnPeak(), time.monotonic()
+
+    def add(self, part: str) -> None:
+        self |= {f"{part}_seconds": time.monotonic() - self.began, f"{part}_peak": self.watch.take(), part: memory("RssAnon")}
+        self.began = time.monotonic()
+
+
+def conditions(prompts: list[str], negative: bool = False) -> TextCond:
+    """Embeddings of SDXL's widths, from the prompt alone: the tiny text encoders have others."""
+    rngs = [torch.Generator().manual_seed(derived_seed(prompt)) for prompt in prompts]
+    tokens = torch.stack([torch.randn(77, 2048, generator=rng) for rng in rngs])
+    pooled = torch.stack([torch.randn(1280, generator=rng) for rng in rngs])
+    return TextCond(tokens, pooled=pooled, size_ids=torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * len(prompts)))
+
+
 def main(model: Path, out: Path) -> None:
     torch.set_num_threads(1)
     overrides = ["model.arch=sdxl", f"model.path={model}", "model.dtype=bfloat16", "engine.stage=3", "engine.precision=bf16", "train.batch=2"]
+    overrides += ["engine.moments=open", "engine.gathered=1e8", "mask.keep=0.5", "mask.collect=1", "mask.refresh=0", "train.steps=2", "train.lr=1e-2"]
     config = load_config(None, overrides)
-    group, watch = Group(1200), OwnPeak()
+    group, told = Group(1200), Told()
     method, backbone = build_method(config), build_backbone(config, group)
-    before, began = memory("RssAnon"), time.monotonic()
-    watch.take()
-    told: dict[str, float] = {"before": before}
+    told.add("before")
     shard = zero.sharded_net
 
     def told_shard(*arguments):
         net = shard(*arguments)
-        told.update(net_seconds=time.monotonic() - began, net_peak=watch.take(), net=memory("RssAnon"))
+        told.add("net")
         return net
 
     zero.sharded_net = told_shard
     engine = build_engine(config, method, backbone, group)
-    told |= {"engine_peak": watch.take(), "engine": memory("RssAnon"), "mapped_too": memory("VmHWM")}
-    for shard in engine.shards:  # something to export that is not the base
-        shard.flat.add_(0.5)
-    began = time.monotonic()
+    told.add("engine")
+    backbone.embed = conditions
+    prompts = concept_prompts(Concept(target="cat", superclass="animal"), config.prepare)
+    readers = {
+        role: [RandomReader(texts, (4, 16, 16), (1024, 1024, 0, 0, 1024, 1024))]
+        for role, texts in (("target", prompts.target), ("superclass", prompts.superclass), ("anchor", prompts.superclass))
+    }
+    streams = ConceptStreams(readers, Layout(2, group.size, group.rank, 1), 0, 0)
+    engine.begin_concept(0)
+    plan = make_plan(config, method)
+    run = ConceptRun(0, "cat", method, plan, streams, prompts, dict, engine.snapshot(), None, Recent(), [], [Trajectory(backbone.schedule)])
+    told.add("teacher")
+
+    def log(entry: dict) -> None:
+        told.add(f"step {entry['step']}")
+        told[f"step {entry['step']}"] = {key: entry.get(key) for key in ("loss", "time_shares", "grad_norm", "open", "bytes")}
+
+    sent = group.bytes_communicated()
+    with StopRequest(group, out.parent) as stop:
+        run_concept(run, engine, backbone, config, log, lambda: None, stop)
+    told |= {"trained": engine.num_trained, "open": engine.mask.num_open(), "sent": group.bytes_communicated() - sent}
+    moved = kept = 0
+    stored = dict(backbone.stored_weights({f.name for shard in engine.shards for f in shard.fragments}))
+    for shard in engine.shards:
+        for f in shard.fragments:
+            before = stored[f.name].view(-1)[f.start : f.start + f.numel].float()
+            same, opened = shard.flat[f.here] == before, shard.opened[f.here] > 0
+            assert bool(same[~opened].all()), f"{f.name}: a closed weight moved"
+            moved, kept = moved + int((~same).sum()), kept + int((~opened).sum())
+    told |= {"moved": moved, "closed": kept}
+    told.add("check")
     export(config, backbone, engine.full_weights(), out, group)
-    told |= {"export_seconds": time.monotonic() - began, "export_peak": watch.take(), "trained": engine.num_trained}
-    ranks = group.to_all(told)
+    told.add("export")
+    ranks = group.to_all(dict(told))
     if group.is_first:
         print(json.dumps(ranks))
 
