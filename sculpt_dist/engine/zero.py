@@ -22,6 +22,7 @@ from sculpt_dist.errors import ModelError, NonFiniteError
 ADVICE = "the last checkpoint stays; lower train.lr or look at the data of this concept"
 Stored = Callable[[Container[str]], Iterable[tuple[str, Tensor]]]
 TRIM_EVERY = 1 << 28  # bytes of loaded weights
+REDUCE_BUCKET = 1 << 25  # elements of gradients that are reduced together
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -245,7 +246,7 @@ def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
     """What DeepSpeed is told. Its clipping is off: it would scale the saliency, and see the norm of unmasked gradients."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    zero: dict[str, Any] = {"stage": settings.stage}
+    zero: dict[str, Any] = {"stage": settings.stage, "reduce_bucket_size": REDUCE_BUCKET}
     if settings.stage in (1, 2) and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields:  # not in its earlier versions
         zero["compute_grad_norm"] = False  # ours is of the masked gradient
     if settings.stage == 3:

@@ -58,6 +58,7 @@ class Told(dict):
 
     def add(self, part: str) -> None:
         self |= {f"{part}_seconds": time.monotonic() - self.began, f"{part}_peak": self.watch.take(), part: memory("RssAnon")}
+        print(part, f"{self[f'{part}_seconds']:.0f} s, {self[f'{part}_peak'] / 1e9:.2f} GB", file=sys.stderr, flush=True)
         self.began = time.monotonic()
 
 
