@@ -1,0 +1,262 @@
+"""What a run would need: memory of a rank, traffic and time of a step, and the cheapest change that makes it fit. No weights, no GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import torch
+
+from sculpt_dist.check import check_settings, first_step, loss_functions, open_backbone, open_trainable, shard_elements
+from sculpt_dist.engine.select import payload_bytes
+from sculpt_dist.engine.zero import GATHER_AHEAD, GATHERED, PERSISTENT, REDUCE_BUCKET
+from sculpt_dist.errors import ConfigError
+from sculpt_dist.maths.planning import Buckets, Kept, Layout, Rates, Rehearsed, peak, resting, step_seconds, traffic
+from sculpt_dist.methods.base import Method
+from sculpt_dist.rehearsal import living_bytes, rehearse
+from sculpt_dist.settings import RunConfig
+
+WIDTHS = {"fp32": 4, "bf16": 2}
+TABLE = tuple(2**i for i in range(11))  # ranks, 1 to 1,024
+GIGA = 1e9
+RATE_KEYS = ("flops_per_second", "bandwidth_gb_per_second", "latency_us", "masked_step_ns_per_weight")
+
+
+class Subject:
+    """A run's model and method on the meta device, and one micro-batch of them rehearsed."""
+
+    def __init__(self, config: RunConfig, ranks: int) -> None:
+        """Raises ConfigError and ModelError, as `check.check_run`."""
+        prompts, method, plan, self.micro_batch = check_settings(config, ranks)
+        if plan is None or not isinstance(method, Method):
+            raise ConfigError(f"method.name={config.method.get('name')}: is a closed form, which trains nothing: there is no step to plan")
+        self.backbone = backbone = open_backbone(config, prompts)
+        self.trained = open_trainable(config, method, backbone)
+        self.sizes = [parameter.numel() for parameter in backbone.net.parameters()]
+        self.method, step = first_step(method, plan, backbone, prompts, self.micro_batch)
+        rehearsed = [rehearse(lambda: function(step), backbone.net) for function in loss_functions(self.method, plan).values()]  # noqa: B023
+        self.training = rehearsed[1:] if plan.collect else rehearsed
+        self.steps = [rehearsed[:1], self.training] if plan.collect else [self.training]
+        self.walks = step.trajectory.latents is not None
+        self.refresh = plan.refresh if plan.masked else 0
+        self.encoders = sum(p.numel() * p.element_size() for name in backbone.parts for p in backbone.part(name).parameters())
+        self.embeddings = sum(t.nbytes for cond in backbone._embedded.values() for t in vars(cond).values() if t is not None)
+
+    def drawing(self, batch: int) -> int:
+        """Bytes while so many images are drawn: the autoencoder, the text encoders, and what lives in a guided forward or in decoding."""
+        backbone, device = self.backbone, torch.device("meta")
+        cond = backbone.with_size_ids(backbone.embed([""] * 2 * batch, negative=True))
+        noisy = torch.empty(2 * batch, *backbone.latent_shape, device=device)
+        time = backbone.sample_time(torch.zeros(2 * batch, device=device))
+        forward = living_bytes(lambda: backbone.denoise(backbone.net, noisy, time, cond), backbone.net)
+        return self.encoders + max(forward, living_bytes(lambda: backbone.decode(noisy[:batch]), backbone.vae))
+
+    def layout(self, stage: int, precision: str, ranks: int) -> Layout:
+        sizes, large = self.sizes, [size for size in self.sizes if size > PERSISTENT]
+        return Layout(
+            parameters=sum(sizes),
+            trained=tuple(self.trained),
+            stage=stage,
+            ranks=ranks,
+            width=WIDTHS[precision],
+            shard=shard_elements(self.trained, stage, ranks),
+            sharded=sum(-(-size // ranks) for size in sizes) if stage == 3 else sum(sizes),
+            large=sum(large),
+            large_tensors=len(large),
+        )
+
+
+class Planner:
+    """Plans of one configuration and of what it could be changed to; each model and micro-batch is rehearsed once."""
+
+    def __init__(self, device: str) -> None:
+        if device not in ("cpu", "cuda"):
+            raise ConfigError(f"--device {device}: choose cpu or cuda")
+        self.buckets = Buckets(REDUCE_BUCKET, GATHER_AHEAD, GATHERED, whole=device == "cuda")
+        self._subjects: dict[tuple[str, int], Subject] = {}
+        self._drawn: dict[tuple[str, int], int] = {}
+
+    def subject(self, config: RunConfig, ranks: int) -> Subject:
+        micro = check_settings(config, ranks)[3]
+        key = (config.engine.precision, micro)
+        if key not in self._subjects:
+            self._subjects[key] = Subject(config, ranks)
+        return self._subjects[key]
+
+    def memory(self, config: RunConfig, ranks: int, subject: Subject) -> dict[str, float]:
+        """Bytes of a rank by part: those of the fullest moment of a step, and `drawing`, which is another moment."""
+        layout, kept = subject.layout(config.engine.stage, config.engine.precision, ranks), self._kept(config, subject)
+        parts = peak(layout, kept, self.buckets, subject.steps, config.train.accumulate)
+        still = resting(layout, kept)
+        beside = sum(still.values()) if config.evaluate.enabled or config.engine.stage == 3 else still["weights"]
+        batch = max(config.prepare.batch if subject.method.samples else 0, config.evaluate.batch if config.evaluate.enabled else 0)
+        return parts | {"drawing": beside + self._drawing(config, subject, batch) if batch else 0.0}
+
+    def _drawing(self, config: RunConfig, subject: Subject, batch: int) -> int:
+        key = (config.engine.precision, batch)
+        if key not in self._drawn:
+            self._drawn[key] = subject.drawing(batch)
+        return self._drawn[key]
+
+    def _kept(self, config: RunConfig, subject: Subject) -> Kept:
+        method = subject.method
+        return Kept(
+            moments=8.0,
+            teachers=2 if method.needs_original else 1,
+            loss_groups=len(subject.training),
+            candidate=bool(method.candidate_every(config.train.steps)),
+            copies=config.train.background_save and config.train.checkpoint_every > 0,
+            embeddings=subject.embeddings,
+        )
+
+
+def plan_run(config: RunConfig, ranks: int, memory: float, rates: Rates | None = None, device: str = "cuda") -> dict[str, Any]:
+    """What each of `ranks` ranks with `memory` bytes would hold, send and take; `rates` None: no times.
+
+    Counted are tensors: not what kernels use inside, nor the CUDA context, nor what an allocator loses between tensors. Raises
+    ConfigError and ModelError, as `check.check_run`, and ConfigError where nothing trains.
+    """
+    if not memory > 0:
+        raise ConfigError(f"--memory {memory / GIGA:g}: must be more than 0 GB")
+    planner = Planner(device)
+    subject = planner.subject(config, ranks)
+    stage, precision, accumulate = config.engine.stage, config.engine.precision, config.train.accumulate
+    parts = planner.memory(config, ranks, subject)
+    layout = subject.layout(stage, precision, ranks)
+    flops = float(accumulate * sum(group.forward_flops + group.backward_flops for group in subject.training))
+    found: dict[str, Any] = {
+        "net": type(subject.backbone.net).__name__,
+        "parameters": layout.parameters,
+        "trainable": layout.elements,
+        "device": device,
+        "ranks": ranks,
+        "stage": stage,
+        "precision": precision,
+        "micro_batch": subject.micro_batch,
+        "accumulate": accumulate,
+        "memory": memory,
+        "bytes": {name: round(size) for name, size in parts.items() if name != "drawing"},
+        "flops_per_step": flops,
+        "refresh_payload": _refresh(config, subject, ranks),
+    }
+    if subject.walks:
+        found["assumed"] = "of the latents that the method draws itself, one sampler step per update"
+    found |= _row(planner, config, subject, ranks, memory, flops, rates)
+    found["change"] = None if found["fits"] else cheapest_change(planner, config, ranks, memory)
+    found["table"] = [_row(planner, config, subject, k, memory, flops, rates) for k in TABLE]
+    return found
+
+
+def _row(planner: Planner, config: RunConfig, subject: Subject, ranks: int, memory: float, flops: float, rates: Rates | None) -> dict[str, Any]:
+    """The same micro-batch on so many ranks."""
+    parts = planner.memory(config, ranks, subject)
+    layout = subject.layout(config.engine.stage, config.engine.precision, ranks)
+    forwards = sum(len(group.forwards) for group in subject.training)
+    sent = traffic(layout, planner.buckets, forwards, config.train.accumulate, len(subject.training))
+    drawing = parts.pop("drawing")
+    row: dict[str, Any] = {
+        "ranks": ranks,
+        "peak": round(sum(parts.values())),
+        "drawing": round(drawing),
+        "fits": max(sum(parts.values()), drawing) <= memory,
+        "payload": {name: round(size) for name, size in sent.payload.items()},
+        "collectives": sent.collectives,
+    }
+    if rates is not None:
+        seconds = step_seconds(flops, layout, sent, rates)
+        total = sum(seconds.values())
+        row |= {"seconds": seconds, "step_seconds": total}
+        row["samples_per_second"] = subject.micro_batch * config.train.accumulate * ranks / total
+    return row
+
+
+def _refresh(config: RunConfig, subject: Subject, ranks: int) -> int:
+    """Bytes of a refresh of the mask."""
+    slots = len(subject.trained)
+    sharded = ranks > 1 and config.engine.stage > 0 and config.mask.keep < 1
+    return payload_bytes(slots if config.mask.scope == "matrix" else 1, slots, ranks) if sharded else 0
+
+
+def cheapest_change(planner: Planner, config: RunConfig, ranks: int, memory: float) -> dict[str, Any] | None:
+    """The first of the changes, from what costs nothing to what costs most, that fits; else the fewest of them together.
+
+    None where all together do not fit on 1,024 ranks.
+    """
+
+    def tried(changed: RunConfig, ranks: int) -> float:
+        parts = planner.memory(changed, ranks, planner.subject(changed, ranks))
+        drawing = parts.pop("drawing")
+        return max(sum(parts.values()), drawing)
+
+    steps = list(_changes(config, ranks))
+    for overrides, changed, count in steps:
+        size = tried(changed, count)
+        if size <= memory:
+            return {"overrides": overrides, "ranks": count, "peak": round(size)}
+    taken: list[str] = []
+    together, count = config, ranks
+    while True:
+        further = [change for change in _changes(together, count)]
+        if not further:
+            return None
+        overrides, together, count = further[0]
+        taken = [old for old in taken if old.split("=")[0] not in {new.split("=")[0] for new in overrides}] + overrides
+        size = tried(together, count)
+        if size <= memory:
+            return {"overrides": taken, "ranks": count, "peak": round(size)}
+
+
+def _changes(config: RunConfig, ranks: int) -> Iterator[tuple[list[str], RunConfig, int]]:
+    """(overrides, what they make of the configuration, ranks) of what can still be changed, cheapest first."""
+    drawn = max(config.prepare.batch, config.evaluate.batch)
+    if drawn > 1:
+        half = drawn // 2
+        smaller = {"prepare": min(config.prepare.batch, half), "evaluate": min(config.evaluate.batch, half)}
+        changed = replace(config, prepare=replace(config.prepare, batch=smaller["prepare"]), evaluate=replace(config.evaluate, batch=smaller["evaluate"]))
+        yield [f"{name}.batch={batch}" for name, batch in smaller.items()], changed, ranks
+    if config.train.background_save:
+        yield ["train.background_save=false"], replace(config, train=replace(config.train, background_save=False)), ranks
+    accumulate = config.train.accumulate * 2
+    if config.train.batch % (accumulate * ranks) == 0:
+        yield [f"train.accumulate={accumulate}"], replace(config, train=replace(config.train, accumulate=accumulate)), ranks
+    stage, precision = config.engine.stage, config.engine.precision
+    if precision == "fp32":
+        lifted = max(2, stage)
+        overrides = ["engine.precision=bf16"] + ([f"engine.stage={lifted}"] if lifted != stage else [])
+        yield overrides, replace(config, engine=replace(config.engine, precision="bf16", stage=lifted)), ranks
+    if stage < 3 and ranks > 1:
+        higher = 2 if stage < 2 else 3
+        yield [f"engine.stage={higher}"], replace(config, engine=replace(config.engine, stage=higher)), ranks
+    if ranks * 2 <= TABLE[-1]:
+        batch = config.train.batch if config.train.batch % (ranks * 2 * config.train.accumulate) == 0 else config.train.batch * 2
+        overrides = [f"train.batch={batch}"] if batch != config.train.batch else []
+        yield overrides, replace(config, train=replace(config.train, batch=batch)), ranks * 2
+
+
+def read_rates(files: Sequence[Path], flops: float | None, bandwidth: float | None, latency: float | None) -> Rates | None:
+    """Rates as given (operations per second of a rank, GB/s, microseconds), else from the JSON of `bench comm`, `bench step`, `bench mask`.
+
+    None where nobody says how fast a rank computes. Raises ConfigError for what is no such file, and for rates that are not positive.
+    """
+    known: dict[str, float] = {}
+    for file in files:
+        try:
+            content = json.loads(file.read_text().strip().splitlines()[-1])
+            known |= {key: float(content[key]) for key in RATE_KEYS if content.get(key) is not None}
+        except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
+            raise ConfigError(f"--rates {file}: is no JSON of a bench ({type(error).__name__}: {error}); write `bench comm --json` into it") from error
+    given = dict(zip(RATE_KEYS, (flops, bandwidth, latency)))
+    known |= {key: value for key, value in given.items() if value is not None}
+    for key, value in known.items():
+        if not value > 0:
+            raise ConfigError(f"{key}={value:g}: a rate must be more than 0")
+    if "flops_per_second" not in known:
+        return None
+    return Rates(
+        flops=known["flops_per_second"],
+        bandwidth=known.get("bandwidth_gb_per_second", 10.0) * GIGA,
+        latency=known.get("latency_us", 50.0) * 1e-6,
+        update=known.get("masked_step_ns_per_weight", 0.0) * 1e-9,
+    )
