@@ -22,7 +22,7 @@ from sculpt_dist.errors import ModelError, NonFiniteError
 ADVICE = "the last checkpoint stays; lower train.lr or look at the data of this concept"
 Stored = Callable[[Container[str]], Iterable[tuple[str, Tensor]]]
 TRIM_EVERY = 1 << 28  # bytes of loaded weights
-REDUCE_BUCKET = 500_000_000  # elements of gradients that are reduced together
+REDUCE_BUCKET = 1 << 25  # elements of gradients that are reduced together
 PERSISTENT = 100_000  # elements of a tensor up to which stage 3 has it whole always
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
