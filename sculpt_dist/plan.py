@@ -101,14 +101,15 @@ class Planner:
         return self._drawn[key]
 
     def _kept(self, config: RunConfig, subject: Subject) -> Kept:
-        method = subject.method
+        method, packed = subject.method, config.engine.moments == "open"
         return Kept(
-            moments=8.0,
+            moments=8 * config.mask.keep if packed else 8.0,
             teachers=2 if method.needs_original else 1,
             loss_groups=len(subject.training),
             candidate=bool(method.candidate_every(config.train.steps)),
             copies=config.train.background_save and config.train.checkpoint_every > 0,
             embeddings=subject.embeddings,
+            packed=packed,
         )
 
 
@@ -190,7 +191,8 @@ def cheapest_change(planner: Planner, config: RunConfig, ranks: int, memory: flo
         drawing = parts.pop("drawing")
         return max(sum(parts.values()), drawing)
 
-    steps = list(_changes(config, ranks))
+    method = planner.subject(config, ranks).method
+    steps = list(_changes(config, ranks, method))
     for overrides, changed, count in steps:
         size = tried(changed, count)
         if size <= memory:
@@ -198,7 +200,7 @@ def cheapest_change(planner: Planner, config: RunConfig, ranks: int, memory: flo
     taken: list[str] = []
     together, count = config, ranks
     while True:
-        further = [change for change in _changes(together, count)]
+        further = [change for change in _changes(together, count, method)]
         if not further:
             return None
         overrides, together, count = further[0]
@@ -208,8 +210,10 @@ def cheapest_change(planner: Planner, config: RunConfig, ranks: int, memory: flo
             return {"overrides": taken, "ranks": count, "peak": round(size)}
 
 
-def _changes(config: RunConfig, ranks: int) -> Iterator[tuple[list[str], RunConfig, int]]:
+def _changes(config: RunConfig, ranks: int, method: Method) -> Iterator[tuple[list[str], RunConfig, int]]:
     """(overrides, what they make of the configuration, ranks) of what can still be changed, cheapest first."""
+    if config.engine.moments == "all" and config.mask.keep < 1 and not method.reference_mask:
+        yield ["engine.moments=open"], replace(config, engine=replace(config.engine, moments="open")), ranks
     drawn = max(config.prepare.batch, config.evaluate.batch)
     if drawn > 1:
         half = drawn // 2

@@ -70,26 +70,29 @@ class Buckets:
 class Kept:
     """What is held beside the net."""
 
-    moments: float  # bytes per element of the shard: 8, or 8 keep for open weights only
+    moments: float  # bytes per element of the shard: 8, or 8 keep where they are packed: for open weights only
     teachers: int  # frozen earlier states: 1, or 2 with the original
     loss_groups: int
     candidate: bool
     copies: bool  # a checkpoint's copy is in memory while it is written
     embeddings: int  # bytes
+    packed: bool = False
 
 
 def resting(layout: Layout, kept: Kept) -> dict[str, float]:
     """Bytes of a rank between two steps, by part."""
     s, width = layout.shard, layout.width
-    state = {"saliency": FP32 * s, "mask": s, "moments": kept.moments * s}
+    copied = (FP32 + FP32 + 1 + 2 * FP32) * s  # weights, saliency, mask, moments unpacked
     teacher = width * (s if layout.stage == 3 else layout.elements)
     return {
         "weights": width * layout.sharded,
         "master": FP32 * s if layout.stage else 0,  # DeepSpeed keeps one apart even where the net itself is fp32
-        **state,
+        "moments": kept.moments * s,
+        "saliency": FP32 * s,
+        "mask": s,
         "teacher": teacher * kept.teachers,
         "start": FP32 * s * (1 + kept.candidate),  # the shard as it was before the concept, and the best one so far
-        "checkpoint copy": (FP32 * s + sum(state.values())) if kept.copies else 0,
+        "checkpoint copy": copied if kept.copies else 0,
         "embeddings": kept.embeddings,
     }
 
@@ -97,7 +100,7 @@ def resting(layout: Layout, kept: Kept) -> dict[str, float]:
 def peak(layout: Layout, kept: Kept, buckets: Buckets, steps: Sequence[Sequence[Rehearsed]], accumulate: int) -> dict[str, float]:
     """Bytes of a rank at the fullest moment, by part. `steps`: for each kind of step (collecting, training) its loss groups."""
     still = resting(layout, kept)
-    fullest = _moment(0, 0, 0)
+    fullest = _moment(0, 0, 2 * FP32 * layout.shard if kept.packed and not kept.copies else 0)  # moments unpacked, to be saved
     for groups in steps:
         for number, rehearsed in enumerate(groups):
             for moment in _moments(layout, buckets, rehearsed, accumulate, combined=number and number == len(groups) - 1):

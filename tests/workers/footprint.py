@@ -1,6 +1,6 @@
 """Run by test_plan.py on 1 or 2 ranks: the real loop of a few steps on a real engine; prints the peak of each rank's own memory as JSON.
 
-Arguments: the model folder, then overrides. The samples are random latents in memory; everything else is what `unlearn` does.
+Arguments: overrides of the configuration. The samples are random latents in memory; everything else is what `unlearn` does.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Peak:
             time.sleep(0.005)
 
 
-def main(folder: str, overrides: list[str]) -> None:
+def main(overrides: list[str]) -> None:
     torch.set_num_threads(1)
-    config = load_config(None, [f"model.path={folder}", *overrides])
+    config = load_config(None, overrides)
     group = Group(600)
     for late in ("zero.stage_1_and_2", "zero.stage3", "zero.muon.muon_optimizer"):  # what DeepSpeed imports when it is first needed
         importlib.import_module(f"deepspeed.runtime.{late}")
@@ -112,4 +112,4 @@ def main(folder: str, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1:])
