@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import List, Optional
 from typing import List, Optional
 
 import typer
@@ -28,18 +30,7 @@ def bench_mask(
         print_figures(found, as_json)
 
 
-@bench_app.command("step")
-def bench_step(
-    overrides: Optional[List[str]] = typer.Argument(None, help="key=value, for example train.batch=4 model.path=FOLDER engine.stage=3."),
-    arch: str = typer.Option("sd15", help="The kind of model; without model.path the shipped one of this kind."),
-    as_json: bool = AS_JSON,
-) -> None:
-    """A step of the training loop by part; on one rank beside its bare passes and beside the work of published code."""
-    from sculpt_dist.bench.step import bench_step as run
-    from sculpt_dist.engine.group import Group
-    from sculpt_dist.tell import print_figures
-
-    group = Group()
-    found = run(arch, overrides or [], group)
+from pathlib import Path
+from typing import List, Optional
     if group.is_first:
         print_figures(found, as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 
@@ -21,7 +21,8 @@ from sculpt_dist.settings import RunConfig
 WIDTHS = {"fp32": 4, "bf16": 2}
 TABLE = tuple(2**i for i in range(11))  # ranks, 1 to 1,024
 GIGA = 1e9
-RATE_KEYS = ("flops_per_second", "bandwidth_gb_per_second", "latency_us", "masked_step_ns_per_weight")
+KINDS = ("sum", "gather", "scatter")
+RATE_KEYS = ("flops_per_second", "latency_us", "masked_step_ns_per_weight", *(f"{kind}_gb_per_second" for kind in KINDS))
 
 
 class Subject:
@@ -180,63 +181,72 @@ def _refresh(config: RunConfig, subject: Subject, ranks: int) -> int:
     return payload_bytes(slots if config.mask.scope == "matrix" else 1, slots, ranks) if sharded else 0
 
 
+Change = Mapping[str, Any]  # key of the configuration (or "ranks") -> value
+
+
 def cheapest_change(planner: Planner, config: RunConfig, ranks: int, memory: float) -> dict[str, Any] | None:
-    """The first of the changes, from what costs nothing to what costs most, that fits; else the fewest of them together.
+    """What makes a run fit: the first change that does alone, from what costs nothing to what costs most; else the first ones together.
 
-    None where all together do not fit on 1,024 ranks.
+    Of those together, what turns out not to be needed is left out again. None where nothing fits on 1,024 ranks.
     """
-
-    def tried(changed: RunConfig, ranks: int) -> float:
-        parts = planner.memory(changed, ranks, planner.subject(changed, ranks))
-        drawing = parts.pop("drawing")
-        return max(sum(parts.values()), drawing)
-
     method = planner.subject(config, ranks).method
-    steps = list(_changes(config, ranks, method))
-    for overrides, changed, count in steps:
-        size = tried(changed, count)
-        if size <= memory:
-            return {"overrides": overrides, "ranks": count, "peak": round(size)}
-    taken: list[str] = []
-    together, count = config, ranks
-    while True:
-        further = [change for change in _changes(together, count, method)]
-        if not further:
+
+    def size(changes: Sequence[Change]) -> int:
+        changed, count = _changed(config, ranks, changes)
+        parts = planner.memory(changed, count, planner.subject(changed, count))
+        drawing = parts.pop("drawing")
+        return round(max(sum(parts.values()), drawing))
+
+    together: list[Change] = []
+    found = next(([change] for change in _changes(config, ranks, method) if size([change]) <= memory), None)
+    while found is None:
+        further = next(_changes(*_changed(config, ranks, together), method), None)
+        if further is None:
             return None
-        overrides, together, count = further[0]
-        taken = [old for old in taken if old.split("=")[0] not in {new.split("=")[0] for new in overrides}] + overrides
-        size = tried(together, count)
-        if size <= memory:
-            return {"overrides": taken, "ranks": count, "peak": round(size)}
+        together.append(further)
+        found = together if size(together) <= memory else None
+    for change in found[::-1] if len(found) > 1 else []:
+        without = [other for other in found if other is not change]
+        if _is_valid(*_changed(config, ranks, without)) and size(without) <= memory:
+            found = without
+    merged = {key: value for change in found for key, value in change.items()}
+    overrides = [f"{key}={str(value).lower()}" for key, value in merged.items() if key != "ranks"]
+    return {"overrides": overrides, "ranks": merged.get("ranks", ranks), "peak": size(found)}
 
 
-def _changes(config: RunConfig, ranks: int, method: Method) -> Iterator[tuple[list[str], RunConfig, int]]:
-    """(overrides, what they make of the configuration, ranks) of what can still be changed, cheapest first."""
-    if config.engine.moments == "all" and config.mask.keep < 1 and not method.reference_mask:
-        yield ["engine.moments=open"], replace(config, engine=replace(config.engine, moments="open")), ranks
+def _changed(config: RunConfig, ranks: int, changes: Sequence[Change]) -> tuple[RunConfig, int]:
+    for key, value in ((key, value) for change in changes for key, value in change.items()):
+        if key == "ranks":
+            ranks = value
+            continue
+        section, _, name = key.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config, ranks
+
+
+def _is_valid(config: RunConfig, ranks: int) -> bool:
+    narrow = config.engine.precision == "bf16" and config.engine.stage < 2
+    return not narrow and config.train.batch % (ranks * config.train.accumulate) == 0
+
+
+def _changes(config: RunConfig, ranks: int, method: Method) -> Iterator[Change]:
+    """What can still be changed, cheapest first: memory alone, waiting for files, more passes, rounding, traffic, machines."""
     drawn = max(config.prepare.batch, config.evaluate.batch)
+    if config.engine.moments == "all" and config.mask.keep < 1 and not method.reference_mask:
+        yield {"engine.moments": "open"}
     if drawn > 1:
-        half = drawn // 2
-        smaller = {"prepare": min(config.prepare.batch, half), "evaluate": min(config.evaluate.batch, half)}
-        changed = replace(config, prepare=replace(config.prepare, batch=smaller["prepare"]), evaluate=replace(config.evaluate, batch=smaller["evaluate"]))
-        yield [f"{name}.batch={batch}" for name, batch in smaller.items()], changed, ranks
+        yield {f"{part}.batch": min(getattr(config, part).batch, drawn // 2) for part in ("prepare", "evaluate")}
     if config.train.background_save:
-        yield ["train.background_save=false"], replace(config, train=replace(config.train, background_save=False)), ranks
-    accumulate = config.train.accumulate * 2
-    if config.train.batch % (accumulate * ranks) == 0:
-        yield [f"train.accumulate={accumulate}"], replace(config, train=replace(config.train, accumulate=accumulate)), ranks
-    stage, precision = config.engine.stage, config.engine.precision
-    if precision == "fp32":
-        lifted = max(2, stage)
-        overrides = ["engine.precision=bf16"] + ([f"engine.stage={lifted}"] if lifted != stage else [])
-        yield overrides, replace(config, engine=replace(config.engine, precision="bf16", stage=lifted)), ranks
-    if stage < 3 and ranks > 1:
-        higher = 2 if stage < 2 else 3
-        yield [f"engine.stage={higher}"], replace(config, engine=replace(config.engine, stage=higher)), ranks
+        yield {"train.background_save": False}
+    if config.train.batch % (config.train.accumulate * 2 * ranks) == 0:
+        yield {"train.accumulate": config.train.accumulate * 2}
+    if config.engine.precision == "fp32":
+        yield {"engine.precision": "bf16", "engine.stage": max(2, config.engine.stage)}
+    if config.engine.stage < 3 and ranks > 1:
+        yield {"engine.stage": max(2, config.engine.stage + 1)}
     if ranks * 2 <= TABLE[-1]:
-        batch = config.train.batch if config.train.batch % (ranks * 2 * config.train.accumulate) == 0 else config.train.batch * 2
-        overrides = [f"train.batch={batch}"] if batch != config.train.batch else []
-        yield overrides, replace(config, train=replace(config.train, batch=batch)), ranks * 2
+        divides = config.train.batch % (ranks * 2 * config.train.accumulate) == 0
+        yield {"ranks": ranks * 2} if divides else {"ranks": ranks * 2, "train.batch": config.train.batch * 2}
 
 
 def read_rates(files: Sequence[Path], flops: float | None, bandwidth: float | None, latency: float | None) -> Rates | None:
@@ -251,7 +261,7 @@ def read_rates(files: Sequence[Path], flops: float | None, bandwidth: float | No
             known |= {key: float(content[key]) for key in RATE_KEYS if content.get(key) is not None}
         except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
             raise ConfigError(f"--rates {file}: is no JSON of a bench ({type(error).__name__}: {error}); write `bench comm --json` into it") from error
-    given = dict(zip(RATE_KEYS, (flops, bandwidth, latency)))
+    given = {"flops_per_second": flops, "latency_us": latency} | {f"{kind}_gb_per_second": bandwidth for kind in KINDS}
     known |= {key: value for key, value in given.items() if value is not None}
     for key, value in known.items():
         if not value > 0:
@@ -260,7 +270,7 @@ def read_rates(files: Sequence[Path], flops: float | None, bandwidth: float | No
         return None
     return Rates(
         flops=known["flops_per_second"],
-        bandwidth=known.get("bandwidth_gb_per_second", 10.0) * GIGA,
+        bandwidth={kind: known.get(f"{kind}_gb_per_second", 10.0) * GIGA for kind in KINDS},
         latency=known.get("latency_us", 50.0) * 1e-6,
         update=known.get("masked_step_ns_per_weight", 0.0) * 1e-9,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Mapping, Sequence
 
 FP32 = 4
 
@@ -202,8 +202,8 @@ def _gathered(layout: Layout, buckets: Buckets) -> float:
 class Traffic:
     """Payload of a step, whole tensors counted once, and what of it crosses each rank's link."""
 
-    payload: dict[str, float]
-    wire: float
+    payload: dict[str, float]  # of gradients and of weights
+    wire: dict[str, float]  # by kind of collective: sum, gather, scatter
     collectives: int
 
 
@@ -214,7 +214,7 @@ def traffic(layout: Layout, buckets: Buckets, forwards: int, accumulate: int, gr
     """
     k, width, elements = layout.ranks, layout.width, layout.elements
     if k == 1:
-        return Traffic({}, 0.0, 0)
+        return Traffic({}, {}, 0)
     backwards = groups * (accumulate if layout.stage >= 2 else 1)
     part = (k - 1) / k
     gradients = float(backwards * elements * (FP32 if layout.stage else width))
@@ -224,11 +224,13 @@ def traffic(layout: Layout, buckets: Buckets, forwards: int, accumulate: int, gr
         gathers = accumulate * forwards
         gathered = layout.large + (gathers - 1) * elements if fits else (gathers + accumulate * groups) * layout.large
         passes = layout.large_tensors + (gathers - 1) * len(layout.trained) if fits else (gathers + accumulate * groups) * layout.large_tensors
-        payload = {"gradients": gradients, "weights": float(width * gathered)}
-        return Traffic(payload, part * sum(payload.values()), passes + backwards * -(-elements // buckets.reduce) + small)
+        weights = float(width * gathered)
+        wire = {"scatter": part * gradients, "gather": part * weights}
+        return Traffic({"gradients": gradients, "weights": weights}, wire, passes + backwards * -(-elements // buckets.reduce) + small)
     weights = float(width * elements) if layout.stage else 0.0
     sums = backwards * -(-elements // buckets.reduce)
-    return Traffic({"gradients": gradients, "weights": weights}, part * (2 * gradients + weights), sums + (layout.stage > 0) + small)
+    wire = {"sum": 2 * part * gradients, "gather": part * weights}
+    return Traffic({"gradients": gradients, "weights": weights}, wire, sums + (layout.stage > 0) + small)
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ class Rates:
     """What a machine does: operations per second of a rank, bytes per second of its link, seconds of a collective, of a weight's update."""
 
     flops: float
-    bandwidth: float
+    bandwidth: Mapping[str, float]  # by kind of collective
     latency: float
     update: float = 0.0
 
@@ -247,5 +249,5 @@ def step_seconds(flops: float, layout: Layout, sent: Traffic, rates: Rates) -> d
     return {
         "arithmetic": flops / rates.flops,
         "update": layout.shard * rates.update,
-        "communication": (sent.wire / rates.bandwidth if sent.wire else 0.0) + waits,
+        "communication": sum(size / rates.bandwidth[kind] for kind, size in sent.wire.items()) + waits,
     }
