@@ -11,7 +11,7 @@ import torch
 
 from sculpt_dist.check import check_settings, first_step, loss_functions, open_backbone, open_trainable, shard_elements
 from sculpt_dist.engine.select import payload_bytes
-from sculpt_dist.engine.zero import GATHER_AHEAD, GATHERED, PERSISTENT, REDUCE_BUCKET
+from sculpt_dist.engine.zero import PERSISTENT, REDUCE_BUCKET, fetched_ahead
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.planning import Buckets, Kept, Layout, Rates, Rehearsed, peak, resting, step_seconds, traffic
 from sculpt_dist.methods.base import Method
@@ -21,6 +21,7 @@ from sculpt_dist.settings import RunConfig
 WIDTHS = {"fp32": 4, "bf16": 2}
 TABLE = tuple(2**i for i in range(11))  # ranks, 1 to 1,024
 GIGA = 1e9
+FEW = 1e8  # elements that stage 3 may hold whole where memory is short
 KINDS = ("sum", "gather", "scatter")
 RATE_KEYS = ("flops_per_second", "latency_us", "masked_step_ns_per_weight", *(f"{kind}_gb_per_second" for kind in KINDS))
 
@@ -35,6 +36,8 @@ class Subject:
             raise ConfigError(f"method.name={config.method.get('name')}: is a closed form, which trains nothing: there is no step to plan")
         self.backbone = backbone = open_backbone(config, prompts)
         self.trained = open_trainable(config, method, backbone)
+        if config.engine.checkpointing:
+            backbone.net.enable_gradient_checkpointing()
         self.sizes = [parameter.numel() for parameter in backbone.net.parameters()]
         self.method, step = first_step(method, plan, backbone, prompts, self.micro_batch)
         rehearsed = [rehearse(lambda: function(step), backbone.net) for function in loss_functions(self.method, plan).values()]  # noqa: B023
@@ -44,6 +47,11 @@ class Subject:
         self.refresh = plan.refresh if plan.masked else 0
         self.encoders = sum(p.numel() * p.element_size() for name in backbone.parts for p in backbone.part(name).parameters())
         self.embeddings = sum(t.nbytes for cond in backbone._embedded.values() for t in vars(cond).values() if t is not None)
+
+    @property
+    def flops(self) -> float:
+        """Operations of a training micro-batch."""
+        return float(sum(group.forward_flops + group.backward_flops for group in self.training))
 
     def drawing(self, batch: int) -> int:
         """Bytes while so many images are drawn: the autoencoder, the text encoders, and what lives in a guided forward or in decoding."""
@@ -75,21 +83,25 @@ class Planner:
     def __init__(self, device: str) -> None:
         if device not in ("cpu", "cuda"):
             raise ConfigError(f"--device {device}: choose cpu or cuda")
-        self.buckets = Buckets(REDUCE_BUCKET, GATHER_AHEAD, GATHERED, whole=device == "cuda")
-        self._subjects: dict[tuple[str, int], Subject] = {}
+        self.whole = device == "cuda"
+        self._subjects: dict[tuple[str, int, bool], Subject] = {}
         self._drawn: dict[tuple[str, int], int] = {}
 
     def subject(self, config: RunConfig, ranks: int) -> Subject:
         micro = check_settings(config, ranks)[3]
-        key = (config.engine.precision, micro)
+        key = (config.engine.precision, micro, config.engine.checkpointing)
         if key not in self._subjects:
             self._subjects[key] = Subject(config, ranks)
         return self._subjects[key]
 
+    def buckets(self, config: RunConfig) -> Buckets:
+        gathered = config.engine.gathered
+        return Buckets(REDUCE_BUCKET, fetched_ahead(gathered), int(gathered), self.whole)
+
     def memory(self, config: RunConfig, ranks: int, subject: Subject) -> dict[str, float]:
         """Bytes of a rank by part: those of the fullest moment of a step, and `drawing`, which is another moment."""
         layout, kept = subject.layout(config.engine.stage, config.engine.precision, ranks), self._kept(config, subject)
-        parts = peak(layout, kept, self.buckets, subject.steps, config.train.accumulate)
+        parts = peak(layout, kept, self.buckets(config), subject.steps, config.train.accumulate)
         still = resting(layout, kept)
         beside = sum(still.values()) if config.evaluate.enabled or config.engine.stage == 3 else still["weights"]
         batch = max(config.prepare.batch if subject.method.samples else 0, config.evaluate.batch if config.evaluate.enabled else 0)
@@ -127,7 +139,7 @@ def plan_run(config: RunConfig, ranks: int, memory: float, rates: Rates | None =
     stage, precision, accumulate = config.engine.stage, config.engine.precision, config.train.accumulate
     parts = planner.memory(config, ranks, subject)
     layout = subject.layout(stage, precision, ranks)
-    flops = float(accumulate * sum(group.forward_flops + group.backward_flops for group in subject.training))
+    flops = subject.flops * accumulate
     found: dict[str, Any] = {
         "net": type(subject.backbone.net).__name__,
         "parameters": layout.parameters,
@@ -151,12 +163,17 @@ def plan_run(config: RunConfig, ranks: int, memory: float, rates: Rates | None =
     return found
 
 
+def step_flops(config: RunConfig, ranks: int) -> float:
+    """Operations of a rank's training step, counted."""
+    return Subject(config, ranks).flops * config.train.accumulate
+
+
 def _row(planner: Planner, config: RunConfig, subject: Subject, ranks: int, memory: float, flops: float, rates: Rates | None) -> dict[str, Any]:
     """The same micro-batch on so many ranks."""
     parts = planner.memory(config, ranks, subject)
     layout = subject.layout(config.engine.stage, config.engine.precision, ranks)
     forwards = sum(len(group.forwards) for group in subject.training)
-    sent = traffic(layout, planner.buckets, forwards, config.train.accumulate, len(subject.training))
+    sent = traffic(layout, planner.buckets(config), forwards, config.train.accumulate, len(subject.training))
     drawing = parts.pop("drawing")
     row: dict[str, Any] = {
         "ranks": ranks,
@@ -230,7 +247,7 @@ def _is_valid(config: RunConfig, ranks: int) -> bool:
 
 
 def _changes(config: RunConfig, ranks: int, method: Method) -> Iterator[Change]:
-    """What can still be changed, cheapest first: memory alone, waiting for files, more passes, rounding, traffic, machines."""
+    """What can still be changed, cheapest first: it costs nothing, waiting, smaller passes, more passes, rounding, traffic, machines."""
     drawn = max(config.prepare.batch, config.evaluate.batch)
     if config.engine.moments == "all" and config.mask.keep < 1 and not method.reference_mask:
         yield {"engine.moments": "open"}
@@ -240,10 +257,14 @@ def _changes(config: RunConfig, ranks: int, method: Method) -> Iterator[Change]:
         yield {"train.background_save": False}
     if config.train.batch % (config.train.accumulate * 2 * ranks) == 0:
         yield {"train.accumulate": config.train.accumulate * 2}
+    if not config.engine.checkpointing:
+        yield {"engine.checkpointing": True}
     if config.engine.precision == "fp32":
         yield {"engine.precision": "bf16", "engine.stage": max(2, config.engine.stage)}
     if config.engine.stage < 3 and ranks > 1:
         yield {"engine.stage": max(2, config.engine.stage + 1)}
+    if config.engine.stage == 3 and ranks > 1 and config.engine.gathered > FEW:
+        yield {"engine.gathered": FEW}
     if ranks * 2 <= TABLE[-1]:
         divides = config.train.batch % (ranks * 2 * config.train.accumulate) == 0
         yield {"ranks": ranks * 2} if divides else {"ranks": ranks * 2, "train.batch": config.train.batch * 2}

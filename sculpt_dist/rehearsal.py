@@ -88,7 +88,7 @@ def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
         hooks.append(net.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled())))
         total = function().total
         forward, of_forward = living.most(), flops.get_total_flops()
-        total.backward()
+        torch.autograd.backward(total)  # not `total.backward()`, inside of which the attention would be another: activations are made again there
         del total
         moments.append(Moment(living.most(), 0))
     for hook in hooks:
