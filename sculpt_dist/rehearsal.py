@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Callable, Sequence
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from sculpt_dist.maths.planning import Moment, Rehearsed
 from sculpt_dist.types import Losses
 
+DEVICES_OWN = functional.scaled_dot_product_attention
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FLOPS = {
@@ -56,16 +57,22 @@ class Living(TorchDispatchMode):
         self.bytes -= self._sizes.pop(key)
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention as devices run it, which keeps the result and a row of sums: the meta device would write all scores out."""
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention as devices run it, which keeps the result and a row of sums: the meta device would write all scores out.
 
-    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if function is not scaled_dot_product_attention:
-            return function(*arguments, **(options or {}))
-        return _fused(*arguments, **(options or {}))
+    The function is exchanged, because torch leaves out its own modes for functions while a backward makes activations again.
+    """
+    functional.scaled_dot_product_attention = _fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = DEVICES_OWN
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False) -> Tensor:
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **_: Any
+) -> Tensor:
     mask = attn_mask.to(query.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
     return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask)[0]
 
@@ -78,7 +85,8 @@ def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
     moments: list[Moment] = []
     forwards: list[bool] = []
     training = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    with FusedAttention(), FlopCounterMode(display=False, custom_mapping=FLOPS) as flops, Living([*net.parameters(), *net.buffers()]) as living:
+    counting, living = FlopCounterMode(display=False, custom_mapping=FLOPS), Living([*net.parameters(), *net.buffers()])
+    with fused_attention(), counting as flops, living:
 
         def arrive(parameter: Tensor) -> None:
             parameter.grad = None
@@ -88,7 +96,7 @@ def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
         hooks.append(net.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled())))
         total = function().total
         forward, of_forward = living.most(), flops.get_total_flops()
-        torch.autograd.backward(total)  # not `total.backward()`, inside of which the attention would be another: activations are made again there
+        total.backward()
         del total
         moments.append(Moment(living.most(), 0))
     for hook in hooks:
@@ -98,6 +106,6 @@ def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
 
 def living_bytes(function: Callable[[], object], net: nn.Module) -> int:
     """The most bytes that lived while `function` ran without gradient; `net`, on the meta device, does not count."""
-    with torch.no_grad(), FusedAttention(), Living([*net.parameters(), *net.buffers()]) as living:
+    with torch.no_grad(), fused_attention(), Living([*net.parameters(), *net.buffers()]) as living:
         function()
         return living.most()
