@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, List, NoReturn, Optional, Tuple
 import typer
 
 from sculpt_dist.cli_bench import bench_app
-from sculpt_dist.cli_plan import check, plan
+from sculpt_dist.cli_plan import check, folder, plan
 from sculpt_dist.errors import ConfigError, LaunchError, NonFiniteError, SculptError, StopRequested
 from sculpt_dist.signals import note_early
 
@@ -28,6 +28,7 @@ app.add_typer(canvas_app, name="canvas")
 app.add_typer(bench_app, name="bench")
 app.command()(check)
 app.command()(plan)
+app.command()(folder)
 
 CONFIG = typer.Argument(help="A yaml file, for example configs/canvas/dm_cal.yaml.")
 OVERRIDES = typer.Argument(None, help="key=value, for example train.lr=1e-5.")
@@ -69,12 +70,6 @@ def submit(
     request = Request(config, tuple(overrides or ()), nodes, gpus_per_node, time, partition, tuple(option), launch)
     script = compose(request)
     print(script if show else f"job: {send(script)}", end="" if show else "\n")
-
-
-@app.command()
-def folder(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
-    """Print the run folder of CONFIG, for scripts."""
-    print(_load(config, overrides).run.folder)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands that look ahead: what a configuration would train, and what it would need."""
+"""The commands that look ahead: what a configuration would train, what it would need, where it would lie."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def plan(
 ) -> None:
     """Memory, traffic and time that CONFIG needs, and the cheapest change that makes it fit; needs no weights and no GPU."""
     from sculpt_dist.config import load_config
-    from sculpt_dist.plan import GIGA, plan_run, read_rates
+    from sculpt_dist.plan import GIGA, plan_run
+    from sculpt_dist.rates import read_rates
     from sculpt_dist.tell import print_plan
 
     known = read_rates(rates, flops, bandwidth, latency)
@@ -48,3 +49,10 @@ def plan(
         print(json.dumps(found))
     else:
         print_plan(found)
+
+
+def folder(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
+    """Print the run folder of CONFIG, for scripts."""
+    from sculpt_dist.config import load_config
+
+    print(load_config(config, overrides or []).run.folder)

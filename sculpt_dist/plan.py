@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
@@ -22,8 +20,6 @@ WIDTHS = {"fp32": 4, "bf16": 2}
 TABLE = tuple(2**i for i in range(11))  # ranks, 1 to 1,024
 GIGA = 1e9
 FEW = 1e8  # elements that stage 3 may hold whole where memory is short
-KINDS = ("sum", "gather", "scatter")
-RATE_KEYS = ("flops_per_second", "latency_us", "masked_step_ns_per_weight", *(f"{kind}_gb_per_second" for kind in KINDS))
 
 
 class Subject:
@@ -40,7 +36,8 @@ class Subject:
             backbone.net.enable_gradient_checkpointing()
         self.sizes = [parameter.numel() for parameter in backbone.net.parameters()]
         self.method, step = first_step(method, plan, backbone, prompts, self.micro_batch)
-        rehearsed = [rehearse(lambda: function(step), backbone.net) for function in loss_functions(self.method, plan).values()]  # noqa: B023
+        functions = loss_functions(self.method, plan).values()
+        rehearsed = [rehearse(lambda: function(step), backbone.net) for function in functions]  # noqa: B023  (called at once)
         self.training = rehearsed[1:] if plan.collect else rehearsed
         self.steps = [rehearsed[:1], self.training] if plan.collect else [self.training]
         self.walks = step.trajectory.latents is not None
@@ -168,7 +165,9 @@ def step_flops(config: RunConfig, ranks: int) -> float:
     return Subject(config, ranks).flops * config.train.accumulate
 
 
-def _row(planner: Planner, config: RunConfig, subject: Subject, ranks: int, memory: float, flops: float, rates: Rates | None) -> dict[str, Any]:
+def _row(
+    planner: Planner, config: RunConfig, subject: Subject, ranks: int, memory: float, flops: float, rates: Rates | None
+) -> dict[str, Any]:
     """The same micro-batch on so many ranks."""
     parts = planner.memory(config, ranks, subject)
     layout = subject.layout(config.engine.stage, config.engine.precision, ranks)
@@ -268,30 +267,3 @@ def _changes(config: RunConfig, ranks: int, method: Method) -> Iterator[Change]:
     if ranks * 2 <= TABLE[-1]:
         divides = config.train.batch % (ranks * 2 * config.train.accumulate) == 0
         yield {"ranks": ranks * 2} if divides else {"ranks": ranks * 2, "train.batch": config.train.batch * 2}
-
-
-def read_rates(files: Sequence[Path], flops: float | None, bandwidth: float | None, latency: float | None) -> Rates | None:
-    """Rates as given (operations per second of a rank, GB/s, microseconds), else from the JSON of `bench comm`, `bench step`, `bench mask`.
-
-    None where nobody says how fast a rank computes. Raises ConfigError for what is no such file, and for rates that are not positive.
-    """
-    known: dict[str, float] = {}
-    for file in files:
-        try:
-            content = json.loads(file.read_text().strip().splitlines()[-1])
-            known |= {key: float(content[key]) for key in RATE_KEYS if content.get(key) is not None}
-        except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
-            raise ConfigError(f"--rates {file}: is no JSON of a bench ({type(error).__name__}: {error}); write `bench comm --json` into it") from error
-    given = {"flops_per_second": flops, "latency_us": latency} | {f"{kind}_gb_per_second": bandwidth for kind in KINDS}
-    known |= {key: value for key, value in given.items() if value is not None}
-    for key, value in known.items():
-        if not value > 0:
-            raise ConfigError(f"{key}={value:g}: a rate must be more than 0")
-    if "flops_per_second" not in known:
-        return None
-    return Rates(
-        flops=known["flops_per_second"],
-        bandwidth={kind: known.get(f"{kind}_gb_per_second", 10.0) * GIGA for kind in KINDS},
-        latency=known.get("latency_us", 50.0) * 1e-6,
-        update=known.get("masked_step_ns_per_weight", 0.0) * 1e-9,
-    )

@@ -17,7 +17,7 @@ FLOORS = [  # a file imports from its own package and from lines above it
     ["maths", "environment", "progress"], ["config"],
     ["canvas", "data", "backbones", "engine"],
     ["methods", "metrics"],
-    ["runfolder"], ["build"], ["pretrain"], ["costs", "clock"], ["prepare"], ["train"], ["check"], ["rehearsal"], ["plan"], ["submit"], ["asks"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["track"], ["jobs"], ["tables"], ["compare"], ["localize"], ["trials"], ["ledger"], ["summary"], ["sweep"], ["sitting"], ["sequence"], ["stages"], ["bench"],
+    ["runfolder"], ["build"], ["pretrain"], ["costs", "clock"], ["prepare"], ["train"], ["check"], ["rehearsal"], ["rates"], ["plan"], ["submit"], ["asks"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["track"], ["jobs"], ["tables"], ["compare"], ["localize"], ["trials"], ["ledger"], ["summary"], ["sweep"], ["sitting"], ["sequence"], ["stages"], ["bench"],
     ["__init__"],
     ["tell"], ["cli_bench"], ["cli_plan"], ["cli"], ["__main__"],
 ]  # fmt: skip

@@ -20,7 +20,8 @@ from sculpt_dist.data.streams import Draws
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.planning import Rates
 from sculpt_dist.methods.base import Predictor, Step
-from sculpt_dist.plan import Subject, plan_run, read_rates
+from sculpt_dist.plan import Subject, plan_run
+from sculpt_dist.rates import read_rates
 from sculpt_dist.rehearsal import rehearse
 from sculpt_dist.types import ConceptBatch, Stream
 
@@ -36,6 +37,8 @@ MEASURED = {  # what is measured: ranks, kind, stored as, overrides
     "stage 3, bf16": (2, "sana", torch.float32, ["engine.stage=3", "engine.precision=bf16", "train.batch=4"]),
     "stage 2, accumulation": (1, "sd15", torch.bfloat16, ["engine.stage=2", "train.batch=4", "train.accumulate=2"]),
     "stage 2, open moments": (1, "sana", torch.bfloat16, ["engine.stage=2", "train.batch=2", "engine.moments=open", "mask.keep=0.1"]),
+    "stage 2, activations again": (1, "sana", torch.bfloat16, ["engine.stage=2", "train.batch=2", "engine.checkpointing=true"]),
+    "stage 3, few gathered": (2, "sana", torch.bfloat16, ["engine.stage=3", "train.batch=4", "engine.gathered=2e7"]),
     "stage 2, all trains": (2, "sd15", torch.bfloat16, ["engine.stage=2", "train.batch=2", "method.name=salun"]),
     "stage 3, all trains, two loss groups": (2, "sana", torch.bfloat16, ["engine.stage=3", "train.batch=2", "method={name: rgd, trains: all}"]),
 }

@@ -121,7 +121,8 @@ def _moments(layout: Layout, buckets: Buckets, rehearsed: Rehearsed, accumulate:
     filling = reduced = 0  # elements in the bucket, and of this rank's part that left it
     for moment in rehearsed.backward:
         if layout.stage >= 2 and filling + moment.arrived > buckets.reduce:
-            found.append(_moment(moment.bytes, held + _own(layout, reduced), ahead + _filled(layout, buckets, filling) + _reducing(layout, filling)))
+            reducing = _filled(layout, buckets, filling) + _reducing(layout, filling)
+            found.append(_moment(moment.bytes, held + _own(layout, reduced), ahead + reducing))
             reduced, filling = min(reduced + filling, layout.part), 0
         lying = filling * layout.width if layout.stage < 2 and accumulate == 1 else 0  # earlier micro-batches left room for them else
         arriving = moment.arrived * layout.width
@@ -137,10 +138,10 @@ def _held_before(layout: Layout, accumulate: int) -> float:
     """Bytes of gradients when a micro-batch begins."""
     if layout.stage == 3:
         return FP32 * layout.shard  # there from the start
-    if accumulate == 1:
+    if accumulate == 1 or (layout.stage == 2 and layout.width < FP32):  # there one shard takes all of them, see `_own`
         return 0
     if layout.stage == 2:
-        return FP32 * (layout.part if layout.width == FP32 else layout.shard)
+        return FP32 * layout.part
     return layout.width * layout.elements
 
 
@@ -172,7 +173,8 @@ def _at_the_end(layout: Layout, buckets: Buckets, filling: int, held: float) -> 
         return [_moment(0, held, bucket + _reducing(layout, filling) + _gathered(layout, buckets)), _moment(0, held + step, bucket)]
     if stage == 1:
         unused = width * max(0, buckets.reduce - elements) if buckets.whole else 0
-        found = [_moment(0, lying, unused + _reducing(layout, min(elements, buckets.reduce))), _moment(0, lying + width * layout.part, unused)]
+        reducing = _reducing(layout, min(elements, buckets.reduce))
+        found = [_moment(0, lying, unused + reducing), _moment(0, lying + width * layout.part, unused)]
     else:
         filled, own = _filled(layout, buckets, filling), _own(layout, min(elements - filling, layout.part))
         found = [_moment(0, held + own, filled + _reducing(layout, filling))]
@@ -222,8 +224,9 @@ def traffic(layout: Layout, buckets: Buckets, forwards: int, accumulate: int, gr
     if layout.stage == 3:
         fits = layout.parameters <= buckets.live
         gathers = accumulate * forwards
-        gathered = layout.large + (gathers - 1) * elements if fits else (gathers + accumulate * groups) * layout.large
-        passes = layout.large_tensors + (gathers - 1) * len(layout.trained) if fits else (gathers + accumulate * groups) * layout.large_tensors
+        again = gathers + accumulate * groups  # where nothing stays: in every forward and every backward
+        gathered = layout.large + (gathers - 1) * elements if fits else again * layout.large
+        passes = layout.large_tensors + (gathers - 1) * len(layout.trained) if fits else again * layout.large_tensors
         weights = float(width * gathered)
         wire = {"scatter": part * gradients, "gather": part * weights}
         return Traffic({"gradients": gradients, "weights": weights}, wire, passes + backwards * -(-elements // buckets.reduce) + small)
