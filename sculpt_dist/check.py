@@ -20,7 +20,7 @@ from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.data.streams import Draws
 from sculpt_dist.engine.zero import DTYPES, check_fit
 from sculpt_dist.errors import ConfigError, ModelError
-from sculpt_dist.methods.base import Editor, Method, Predictor, Setup, Step
+from sculpt_dist.methods.base import Editor, LossFunction, Method, Predictor, Setup, Step
 from sculpt_dist.settings import RunConfig
 from sculpt_dist.train import Plan, make_plan
 from sculpt_dist.types import ConceptBatch, Denoiser, Stream, TextCond
@@ -37,9 +37,8 @@ def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
     not made. Raises ConfigError and ModelError for what a run would stumble over.
     """
     prompts, method, plan, micro_batch = check_settings(config, ranks)
-    backbone = build.build_backbone(config, NOWHERE)
-    _check_prompts(backbone, prompts)
-    net = backbone.net.to(DTYPES[config.engine.precision])
+    backbone = open_backbone(config, prompts)
+    net = backbone.net
     found = {
         "net": type(net).__name__,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
@@ -51,8 +50,8 @@ def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
     }
     if plan is None:
         return found
-    sizes = _open_trainable(config, method, backbone)
-    _try_losses(method, plan, backbone, prompts[-1], _batch(method, backbone, prompts, micro_batch))
+    sizes = open_trainable(config, method, backbone)
+    _try_losses(method, plan, backbone, prompts, micro_batch)
     return found | {
         "trainable": sum(sizes),
         "matrices": len(sizes),
@@ -74,6 +73,14 @@ def check_settings(config: RunConfig, ranks: int) -> tuple[list[ConceptPrompts],
     method = build.build_method(config)
     plan = None if isinstance(method, Editor) else make_plan(config, method)
     return prompts, method, plan, check_batch(config, ranks)
+
+
+def open_backbone(config: RunConfig, prompts: Sequence[ConceptPrompts]) -> Backbone:
+    """The run's pipeline on the meta device, its net as wide as the engine's, all prompts embedded. Raises ConfigError and ModelError."""
+    backbone = build.build_backbone(config, NOWHERE)
+    _check_prompts(backbone, prompts)
+    backbone.net.to(DTYPES[config.engine.precision])
+    return backbone
 
 
 def check_model(config: RunConfig, folder: Path) -> None:
@@ -136,7 +143,7 @@ def _compare_stored(backbone: Backbone, net: nn.Module) -> bool:
     return True
 
 
-def _open_trainable(config: RunConfig, method: Method, backbone: Backbone) -> list[int]:
+def open_trainable(config: RunConfig, method: Method, backbone: Backbone) -> list[int]:
     """Open the method's part of the net to training; returns the elements of each tensor of it."""
     net, told = backbone.net, f"method.name={config.method.get('name', 'dm_cal')}"
     groups = backbone.groups()
@@ -184,19 +191,29 @@ class Standing(Trajectory):
         return super().walk_to(min(index, 1), steps, denoiser, noise, cond, negative, guidance)
 
 
-def _try_losses(method: Method, plan: Plan, backbone: Backbone, prompts: ConceptPrompts, batch: ConceptBatch) -> None:
-    """The method's losses of one step, as shapes. Raises ModelError where shapes do not fit, ConfigError where a loss cannot train."""
+def loss_functions(method: Method, plan: Plan) -> dict[str, LossFunction]:
+    """What a run asks of a method, by name: the saliency where it is collected, then every loss group."""
+    collected = {"the saliency": method.saliency} if plan.collect else {}
+    return collected | {f"loss group {i}": function for i, function in enumerate(method.loss_groups())}
+
+
+def first_step(method: Method, plan: Plan, backbone: Backbone, prompts: Sequence[ConceptPrompts], size: int) -> tuple[Method, Step]:
+    """(the method, prepared for the last concept; a micro-batch of it), as shapes."""
     frozen: Any = torch.no_grad  # of a teacher only the missing gradient can be seen without values
     student, teacher = Predictor(backbone, backbone.net), Predictor(backbone, backbone.net, frozen)
-    draws = Draws(0, 0, 0, range(len(batch.target)), META)
-    where = f"{backbone.folder / backbone.net_name}"
-    with _naming(f"{where}, the method's preparation"):
-        method = method.prepare(Setup(0, backbone, plan.updates, prompts))
-    step = Step(student, teacher, teacher if method.needs_original else None, batch, backbone, draws, Standing(backbone.schedule), 0, 0.0)
-    functions = {"the saliency": method.saliency} if plan.collect else {}
-    functions |= {f"loss group {i}": function for i, function in enumerate(method.loss_groups())}
-    for what, function in functions.items():
-        with _naming(f"{where}, {what} on latents {list(batch.target.latents.shape)} and tokens {list(batch.target.cond.tokens.shape)}"):
+    batch = _batch(method, backbone, prompts, size)
+    with _naming(f"{backbone.folder / backbone.net_name}, the method's preparation"):
+        method = method.prepare(Setup(0, backbone, plan.updates, prompts[-1]))
+    draws, path = Draws(0, 0, 0, range(size), META), Standing(backbone.schedule)
+    return method, Step(student, teacher, teacher if method.needs_original else None, batch, backbone, draws, path, 0, 0.0)
+
+
+def _try_losses(method: Method, plan: Plan, backbone: Backbone, prompts: Sequence[ConceptPrompts], size: int) -> None:
+    """The method's losses of one step, as shapes. Raises ModelError where shapes do not fit, ConfigError where a loss cannot train."""
+    method, step = first_step(method, plan, backbone, prompts, size)
+    latents, tokens = list(step.batch.target.latents.shape), list(step.batch.target.cond.tokens.shape)
+    for what, function in loss_functions(method, plan).items():
+        with _naming(f"{backbone.folder / backbone.net_name}, {what} on latents {latents} and tokens {tokens}"):
             losses = function(step)
         for name, term in losses.terms.items():
             if term.numel() != 1:

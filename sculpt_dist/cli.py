@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, List, NoReturn, Optional, Tuple
 import typer
 
 from sculpt_dist.cli_bench import bench_app
+from sculpt_dist.cli_plan import check, folder, plan
 from sculpt_dist.errors import ConfigError, LaunchError, NonFiniteError, SculptError, StopRequested
 from sculpt_dist.signals import note_early
 
@@ -25,6 +26,9 @@ app = typer.Typer(help="Make a text-to-image diffusion model forget concepts.", 
 canvas_app = typer.Typer(help="The embedded benchmark: a drawn world and tiny models trained on it.", no_args_is_help=True)
 app.add_typer(canvas_app, name="canvas")
 app.add_typer(bench_app, name="bench")
+app.command()(check)
+app.command()(plan)
+app.command()(folder)
 
 CONFIG = typer.Argument(help="A yaml file, for example configs/canvas/dm_cal.yaml.")
 OVERRIDES = typer.Argument(None, help="key=value, for example train.lr=1e-5.")
@@ -49,19 +53,6 @@ def unlearn(
 
 
 @app.command()
-def check(
-    config: Path = CONFIG,
-    overrides: Optional[List[str]] = OVERRIDES,
-    ranks: int = typer.Option(1, help="The ranks that the run will have."),
-) -> None:
-    """Check CONFIG against its model's settings and count what would train; needs no weights and no GPU. Evaluation is left out."""
-    from sculpt_dist.check import check_run
-    from sculpt_dist.tell import print_check
-
-    print_check(check_run(_load(config, overrides), ranks))
-
-
-@app.command()
 def submit(
     config: Path = CONFIG,
     overrides: Optional[List[str]] = OVERRIDES,
@@ -79,12 +70,6 @@ def submit(
     request = Request(config, tuple(overrides or ()), nodes, gpus_per_node, time, partition, tuple(option), launch)
     script = compose(request)
     print(script if show else f"job: {send(script)}", end="" if show else "\n")
-
-
-@app.command()
-def folder(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
-    """Print the run folder of CONFIG, for scripts."""
-    print(_load(config, overrides).run.folder)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import List, Optional
 
 import typer
@@ -41,5 +42,43 @@ def bench_step(
 
     group = Group()
     found = run(arch, overrides or [], group)
+    if group.is_first:
+        print_figures(found, as_json)
+
+
+@bench_app.command("comm")
+def bench_comm(
+    megabytes: List[float] = typer.Option([0.1, 1.0, 10.0, 100.0], help="A size; may be given again."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Sums, gatherings and scatterings over the ranks of this job: start it as you start a run. `plan --rates` reads the JSON."""
+    from sculpt_dist.bench.comm import bench_comm as run
+    from sculpt_dist.engine.group import Group
+    from sculpt_dist.tell import print_figures
+
+    group = Group(identity="bench comm")
+    found = run(group, megabytes)
+    if group.is_first:
+        rows = [] if as_json else found.pop("collectives")
+        named = {f"{row['collective']} of {row['megabytes']:g} MB, GB/s": row["gb_per_second"] for row in rows}
+        print_figures(found | named, as_json)
+
+
+@bench_app.command("data")
+def bench_data(
+    config: Path = typer.Argument(help="A yaml file whose run has prepared its samples."),
+    overrides: Optional[List[str]] = typer.Argument(None, help="key=value, for example train.workers=2."),
+    seconds: float = typer.Option(3.0, help="How long to read, of each role and of all together."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Samples per second that the loader reads from CONFIG's shards, without the net, beside the seconds of the run's own steps."""
+    from sculpt_dist.bench.data import bench_data as run
+    from sculpt_dist.build import join_ranks
+    from sculpt_dist.config import load_config
+    from sculpt_dist.tell import print_figures
+
+    loaded = load_config(config, overrides or [])
+    group = join_ranks(loaded)
+    found = run(loaded, group, seconds)
     if group.is_first:
         print_figures(found, as_json)

@@ -121,7 +121,7 @@ class Training:
             target=concept.target,
             method=self.method.prepare(Setup(number, self.backbone, self.plan.updates, prompts, self.config.concepts)),
             plan=self.plan,
-            streams=self._streams(number),
+            streams=concept_streams(self.config, self.method, self.backbone, self.group, number),
             prompts=prompts,
             measure=lambda: self._calibrate(number),
             teacher=self.engine.snapshot(),
@@ -137,29 +137,6 @@ class Training:
         if resumed is not None:
             self._restore(run, resumed)
         return run
-
-    def _streams(self, number: int) -> ConceptStreams:
-        concept = self.config.concepts[number]
-
-        def reader(of: Concept, role: str) -> Reader:
-            if role in self.method.samples or role == "keep":
-                return ShardReader(data_folder(self.folder, of, role))
-            prompts = concept_prompts(of, self.config.prepare)
-            texts = prompts.target if role == "target" else prompts.superclass
-            return PromptReader(texts, self.config.prepare.samples, self.backbone.size_ids)
-
-        anchors = []
-        if "targets" in self.method.anchors:
-            anchors += [reader(earlier, "target") for earlier in self.config.concepts[:number]]
-        if "superclass" in self.method.anchors:
-            anchors.append(reader(concept, "superclass"))
-        if "keep" in self.method.anchors and concept.keep:
-            anchors.append(reader(concept, "keep"))
-        layout = Layout(self.config.train.batch, self.group.size, self.group.rank, self.config.train.accumulate)
-        readers = {"target": [reader(concept, "target")], "superclass": [reader(concept, "superclass")], "anchor": anchors}
-        if drawn_prompts(self.folder, concept, "distractor"):
-            readers["distractor"] = [ShardReader(data_folder(self.folder, concept, "distractor"))]
-        return ConceptStreams(readers, layout, self.config.train.seed, number)
 
     def _calibrate(self, number: int) -> dict[str, float]:
         """UA, IRA and CRA of the present weights on few images by seeds of their own, which no reported score uses."""
@@ -259,3 +236,28 @@ class Training:
         self.engine.optimizer.updates = state["updates"]
         mask = self.engine.mask
         mask.births, mask.selections, mask.open_count = state["births"], state["selections"], state["open_count"]
+
+
+def concept_streams(config: RunConfig, method: Method, backbone: Backbone, group: Group, number: int) -> ConceptStreams:
+    """The samples of concept `number`, from the run's shards. Raises ShardError where they are missing or damaged."""
+    concept, folder = config.concepts[number], Path(config.run.folder)
+
+    def reader(of: Concept, role: str) -> Reader:
+        if role in method.samples or role == "keep":
+            return ShardReader(data_folder(folder, of, role))
+        prompts = concept_prompts(of, config.prepare)
+        texts = prompts.target if role == "target" else prompts.superclass
+        return PromptReader(texts, config.prepare.samples, backbone.size_ids)
+
+    anchors = []
+    if "targets" in method.anchors:
+        anchors += [reader(earlier, "target") for earlier in config.concepts[:number]]
+    if "superclass" in method.anchors:
+        anchors.append(reader(concept, "superclass"))
+    if "keep" in method.anchors and concept.keep:
+        anchors.append(reader(concept, "keep"))
+    layout = Layout(config.train.batch, group.size, group.rank, config.train.accumulate)
+    readers = {"target": [reader(concept, "target")], "superclass": [reader(concept, "superclass")], "anchor": anchors}
+    if drawn_prompts(folder, concept, "distractor"):
+        readers["distractor"] = [ShardReader(data_folder(folder, concept, "distractor"))]
+    return ConceptStreams(readers, layout, config.train.seed, number)

@@ -56,6 +56,38 @@ def print_check(found: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def print_plan(found: dict[str, Any]) -> None:
+    """What `plan.plan_run` found."""
+    micro = f"micro-batch {found['micro_batch']} x {found['accumulate']}"
+    Console().print(f"{found['net']}: {found['trainable']:,} of {found['parameters']:,} parameters train; stage {found['stage']}, {micro}")
+    parts = Table(title=f"GB of each of {found['ranks']} ranks at the fullest moment of a step")
+    for name, size in [*found["bytes"].items(), ("all", found["peak"]), ("while drawing and scoring", found["drawing"])]:
+        parts.add_row(name, f"{size / 1e9:.2f}")
+    Console().print(parts)
+    timed = "step_seconds" in found
+    table = Table(title="the same micro-batch on more ranks")
+    for heading in ("ranks", "GB", "fits", "GB sent per step", *(("s per step", "samples/s") if timed else ())):
+        table.add_column(heading, justify="right")
+    for row in found["table"]:
+        cells = [f"{row['ranks']:,}", f"{max(row['peak'], row['drawing']) / 1e9:.2f}", "yes" if row["fits"] else "no"]
+        cells.append(f"{sum(row['payload'].values()) / 1e9:.3f}")
+        table.add_row(*cells, *((f"{row['step_seconds']:.3g}", f"{row['samples_per_second']:.3g}") if timed else ()))
+    Console().print(table)
+    if not timed:
+        print("no times: say how fast a rank computes, with --flops or --rates")
+    if "assumed" in found:
+        print(f"assumed: {found['assumed']}")
+    limit = f"{found['memory'] / 1e9:g} GB"
+    if found["fits"]:
+        print(f"fits into {limit}")
+    elif found["change"] is None:
+        print(f"does not fit into {limit}, whatever is changed")
+    else:
+        change = found["change"]
+        told = " ".join([*change["overrides"], *([f"--ranks {change['ranks']}"] if change["ranks"] != found["ranks"] else [])])
+        print(f"does not fit into {limit}; with {told} it does, at {change['peak'] / 1e9:.2f} GB")
+
+
 def print_figures(found: dict[str, Any], as_json: bool) -> None:
     """Figures of a benchmark, as a table or as one line of JSON."""
     if as_json:

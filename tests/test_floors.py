@@ -17,9 +17,9 @@ FLOORS = [  # a file imports from its own package and from lines above it
     ["maths", "environment", "progress"], ["config"],
     ["canvas", "data", "backbones", "engine"],
     ["methods", "metrics"],
-    ["runfolder"], ["build"], ["pretrain"], ["costs", "clock"], ["prepare"], ["train"], ["check"], ["submit"], ["asks"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["track"], ["jobs"], ["tables"], ["compare"], ["localize"], ["trials"], ["ledger"], ["summary"], ["sweep"], ["sitting"], ["sequence"], ["stages"], ["bench"],
+    ["runfolder"], ["build"], ["pretrain"], ["costs", "clock"], ["prepare"], ["train"], ["check"], ["rehearsal"], ["rates"], ["plan"], ["submit"], ["asks"], ["evaluate"], ["card"], ["export"], ["figures"], ["grid"], ["report"], ["track"], ["jobs"], ["tables"], ["compare"], ["localize"], ["trials"], ["ledger"], ["summary"], ["sweep"], ["sitting"], ["sequence"], ["stages"], ["bench"],
     ["__init__"],
-    ["tell"], ["cli_bench"], ["cli"], ["__main__"],
+    ["tell"], ["cli_bench"], ["cli_plan"], ["cli"], ["__main__"],
 ]  # fmt: skip
 HOMES = {  # library -> where it may be imported
     "deepspeed": ["engine"],
@@ -31,7 +31,7 @@ HOMES = {  # library -> where it may be imported
     "wandb": ["track"],
     "optuna": ["ledger"],
     "torch.utils.tensorboard": ["track"],
-    "typer": ["cli", "cli_bench"],
+    "typer": ["cli", "cli_bench", "cli_plan"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Callable, Sequence
@@ -27,6 +28,7 @@ from sculpt_dist.data.streams import ConceptStreams, Layout
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.maths.losses import mse
+from sculpt_dist.plan import step_flops
 from sculpt_dist.settings import Concept, RunConfig
 from sculpt_dist.train import ConceptRun, Recent, make_plan, run_concept
 from sculpt_dist.types import TextCond
@@ -75,6 +77,8 @@ def bench_step(arch: str, overrides: Sequence[str], group: Group, rounds: int = 
     found: dict[str, Any] = {"arch": arch, "batch": config.train.batch, "stage": config.engine.stage, "ranks": group.size}
     found |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(group.device), "seconds": seconds}
     found |= {f"{name}_seconds": value for name, value in parts.items()}
+    computing = seconds - parts["reduce"] - parts["data"]
+    found["flops_per_second"] = step_flops(replace(config, concepts=[CONCEPT]), group.size) / computing  # what `plan --rates` reads
     if floors:
         found |= {"floor_seconds": median(floors), "floor_over_step": median(floors) / seconds}
         found |= {"published_seconds": median(published), "speedup_vs_published": median(published) / seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Mapping, Sequence, Union
 
@@ -78,6 +79,12 @@ class ConceptStreams(Dataset[list[list[Sample]]]):
         places = [step * self.layout.batch + position for position in self.layout.positions(micro)]
         return [self._samples(role, places) for role in range(len(ROLES))]
 
+    def alone(self, role: str) -> ConceptStreams:
+        """These streams with no other role than this one."""
+        only = copy(self)
+        only.sources = [of if name == role else [] for name, of in zip(ROLES, self.sources)]
+        return only
+
     def _samples(self, role: int, places: Sequence[int]) -> list[Sample]:
         sources, orders = self.sources[role], self.orders[role]
         chosen = []
@@ -85,6 +92,11 @@ class ConceptStreams(Dataset[list[list[Sample]]]):
             turn, source = divmod(place, len(sources))
             chosen.append(sources[source][orders[source][turn]])
         return chosen
+
+
+def load(streams: ConceptStreams, items: range, workers: int) -> DataLoader[list[list[Sample]]]:
+    """The items of the streams, in order, read by so many processes beside this one."""
+    return DataLoader(streams, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_is, timeout=300 if workers else 0)
 
 
 def micro_batches(
@@ -102,8 +114,6 @@ def micro_batches(
     superclass, is the one at that place.
     """
     items = range(first_step * streams.layout.accumulate, steps * streams.layout.accumulate)
-    loader = DataLoader(streams, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_is, timeout=300 if workers else 0)
-
     def conditions(samples: Sequence[Sample], texts: Sequence[str]) -> TextCond:
         cond = embed(texts)
         if cond.size_ids is None:
@@ -118,7 +128,7 @@ def micro_batches(
         latents = torch.stack([sample.latent for sample in samples]).to(device)  # [B, C, H, W]
         return Stream(latents, conditions(samples, texts), texts, tuple(sample.key for sample in samples))
 
-    for target, superclass, anchor, distractor in loader:
+    for target, superclass, anchor, distractor in load(streams, items, workers):
         yield ConceptBatch(
             stream(target),
             stream(superclass),

@@ -77,6 +77,18 @@ class Group:
             self._comm.all_reduce(values, op=self._comm.ReduceOp.MAX)
         return values
 
+    def gather(self, mine: Tensor, whole: Tensor) -> Tensor:
+        """Every rank's `mine` [n] into `whole` [ranks n], in rank order."""
+        if self.size > 1:
+            self._comm.all_gather_into_tensor(whole, mine)
+        return whole
+
+    def scatter_sum(self, whole: Tensor, mine: Tensor) -> Tensor:
+        """This rank's part of the sum of every rank's `whole` [ranks n] into `mine` [n]; `whole` may be lost."""
+        if self.size > 1:
+            self._comm.reduce_scatter_tensor(mine, whole)
+        return mine
+
     def from_first(self, value: Value) -> Value:
         """Rank 0's value, on every rank."""
         box = [value]

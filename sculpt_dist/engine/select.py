@@ -130,6 +130,12 @@ def quantiles(histogram: Tensor, shares: Sequence[float]) -> dict[float, float]:
     return dict(zip(shares, (digits << FIRST).to(torch.int32).view(torch.float32).tolist()))
 
 
+def payload_bytes(segments: int, slots: int, ranks: int) -> int:
+    """Bytes that a choice sums over so many ranks: what `choose` counts of so many segments with `slots` parameters in all."""
+    counts = segments * (2 * BINS + len(SIDES) * sum(1 << bits for bits in BITS[1:]))
+    return counts * (4 if segments > 1 else 8) + len(SIDES) * slots * ranks * 8
+
+
 def _count_first(parts: Sequence[Part], of: Sequence[int], segments: int) -> Tensor:  # int64 [S, 2 BINS]
     counts = torch.zeros(segments, 2 * BINS, dtype=torch.int64)
     for part, s in zip(parts, of):

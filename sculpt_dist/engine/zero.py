@@ -23,6 +23,7 @@ ADVICE = "the last checkpoint stays; lower train.lr or look at the data of this 
 Stored = Callable[[Container[str]], Iterable[tuple[str, Tensor]]]
 TRIM_EVERY = 1 << 28  # bytes of loaded weights
 REDUCE_BUCKET = 1 << 25  # elements of gradients that are reduced together
+PERSISTENT = 100_000  # elements of a tensor up to which stage 3 has it whole always
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -242,6 +243,11 @@ def check_fit(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tupl
         raise ModelError(f"{where}: {len(wrong)} weights do not fit config.json, first {first}; take both from one model")
 
 
+def fetched_ahead(gathered: float) -> int:
+    """How many of the elements that stage 3 may hold whole are fetched before they are needed."""
+    return int(min(5e7, gathered / 2))
+
+
 def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
     """What DeepSpeed is told. Its clipping is off: it would scale the saliency, and see the norm of unmasked gradients."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -252,7 +258,8 @@ def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
     if settings.stage == 3:
         zero["sub_group_size"] = int(1e15)  # one flat shard per rank, so that one step sees the whole gradient
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = int(settings.gathered)
-        zero["stage3_prefetch_bucket_size"] = int(min(5e7, settings.gathered / 2))
+        zero["stage3_prefetch_bucket_size"] = fetched_ahead(settings.gathered)
+        zero["stage3_param_persistence_threshold"] = PERSISTENT
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.accumulate,

@@ -1,0 +1,111 @@
+"""A step without values: on the meta device a function runs as it would, and every tensor that it makes is counted while it lives."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from sculpt_dist.maths.planning import Moment, Rehearsed
+from sculpt_dist.types import Losses
+
+DEVICES_OWN = functional.scaled_dot_product_attention
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FLOPS = {
+    ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+    ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
+}
+
+
+class Living(TorchDispatchMode):
+    """Bytes of the storages that operations make, for as long as something refers to them; those of `there` do not count."""
+
+    def __init__(self, there: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.bytes, self._most = 0, 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        made = operation(*arguments, **(options or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return made
+
+    def most(self) -> int:
+        """The most bytes that lived since this was last asked."""
+        most, self._most = self._most, self.bytes
+        return most
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.bytes += storage.nbytes()
+            self._most = max(self._most, self.bytes)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.bytes -= self._sizes.pop(key)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention as devices run it, which keeps the result and a row of sums: the meta device would write all scores out.
+
+    The function is exchanged, because torch leaves out its own modes for functions while a backward makes activations again.
+    """
+    functional.scaled_dot_product_attention = _fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = DEVICES_OWN
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **_: Any
+) -> Tensor:
+    mask = attn_mask.to(query.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
+    return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask)[0]
+
+
+def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
+    """The losses of one micro-batch and their backward; gradients are taken away as they arrive.
+
+    `net` and what `function` works on lie on the meta device. What kernels take for themselves is not seen.
+    """
+    moments: list[Moment] = []
+    forwards: list[bool] = []
+    training = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    counting, living = FlopCounterMode(display=False, custom_mapping=FLOPS), Living([*net.parameters(), *net.buffers()])
+    with fused_attention(), counting as flops, living:
+
+        def arrive(parameter: Tensor) -> None:
+            parameter.grad = None
+            moments.append(Moment(living.most() - parameter.numel() * parameter.element_size(), parameter.numel()))
+
+        hooks = [parameter.register_post_accumulate_grad_hook(arrive) for parameter in training]
+        hooks.append(net.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled())))
+        total = function().total
+        forward, of_forward = living.most(), flops.get_total_flops()
+        total.backward()
+        del total
+        moments.append(Moment(living.most(), 0))
+    for hook in hooks:
+        hook.remove()
+    return Rehearsed(forward, tuple(moments), of_forward, flops.get_total_flops() - of_forward, tuple(forwards))
+
+
+def living_bytes(function: Callable[[], object], net: nn.Module) -> int:
+    """The most bytes that lived while `function` ran without gradient; `net`, on the meta device, does not count."""
+    with torch.no_grad(), fused_attention(), Living([*net.parameters(), *net.buffers()]) as living:
+        function()
+        return living.most()

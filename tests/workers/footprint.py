@@ -1,0 +1,115 @@
+"""Run by test_plan.py on 1 or 2 ranks: the real loop of a few steps on a real engine; prints the peak of each rank's own memory as JSON.
+
+Arguments: overrides of the configuration. The samples are random latents in memory; everything else is what `unlearn` does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from sculpt_dist.backbones.shared.trajectory import Trajectory
+from sculpt_dist.bench.measure import own_memory
+from sculpt_dist.build import build_backbone, build_engine, build_method
+from sculpt_dist.config import load_config
+from sculpt_dist.data.prompts import concept_prompts
+from sculpt_dist.data.shards import Sample
+from sculpt_dist.data.streams import ConceptStreams, Layout
+from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.saving import Saver
+from sculpt_dist.engine.stopping import StopRequest
+from sculpt_dist.methods.base import Setup
+from sculpt_dist.train import ConceptRun, Recent, make_plan, run_concept
+
+
+class RandomSamples:
+    """Latents that nothing drew, and the prompts of a role."""
+
+    def __init__(self, prompts, latent_shape, size_ids) -> None:
+        self.prompts, self.latent_shape, self.size_ids = prompts, latent_shape, size_ids
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, position: int) -> Sample:
+        rng = torch.Generator().manual_seed(position)
+        return Sample(torch.randn(self.latent_shape, generator=rng), self.prompts[position % len(self.prompts)], position, self.size_ids)
+
+
+class Peak:
+    """The largest own memory seen, looked at 200 times a second."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, own_memory())
+            time.sleep(0.005)
+
+
+def main(overrides: list[str]) -> None:
+    torch.set_num_threads(1)
+    config = load_config(None, overrides)
+    group = Group(600)
+    for late in ("zero.stage_1_and_2", "zero.stage3", "zero.muon.muon_optimizer"):  # what DeepSpeed imports when it is first needed
+        importlib.import_module(f"deepspeed.runtime.{late}")
+    method, backbone = build_method(config), build_backbone(config, group)
+    plan, concept = make_plan(config, method), config.concepts[0]
+    prompts = concept_prompts(concept, config.prepare)
+    backbone.embed([*prompts.target, *prompts.superclass])
+    backbone.embed([""], negative=True)
+    backbone.release()
+    before, watch = own_memory(), Peak()
+    engine = build_engine(config, method, backbone, group)
+    built = watch.peak
+    layout = Layout(config.train.batch, group.size, group.rank, config.train.accumulate)
+    roles = {"target": prompts.target, "superclass": prompts.superclass, "anchor": prompts.superclass, "distractor": prompts.target}
+    readers = {role: [RandomSamples(texts, backbone.latent_shape, backbone.size_ids)] for role, texts in roles.items()}
+    start = engine.masters()
+    run = ConceptRun(
+        number=0,
+        target=concept.target,
+        method=method.prepare(Setup(0, backbone, plan.updates, prompts, config.concepts)),
+        plan=plan,
+        streams=ConceptStreams(readers, layout, 0, 0),
+        prompts=prompts,
+        measure=dict,
+        teacher=engine.snapshot(),
+        original=engine.snapshot() if method.needs_original else None,
+        recent=Recent(),
+        start=start,
+        trajectories=[Trajectory(backbone.schedule) for _ in range(config.train.accumulate)],
+    )
+    engine.begin_concept(0)
+    entries = []
+
+    def log(entry) -> None:
+        sent = {"bytes": group.bytes_communicated(), "collectives": group.collectives}
+        entries.append({"seconds": entry["seconds"], "peak": watch.peak - before} | sent | entry["time_shares"])
+
+
+    folder_of_run = Path(config.run.folder)
+    folder_of_run.mkdir(parents=True, exist_ok=True)
+    saver = Saver(folder_of_run / "checkpoints", group, config.train.background_save)
+
+    def save() -> None:
+        saver.save((0, run.step), engine.shards, {"teacher": run.start}, {})
+
+    with StopRequest(group, folder_of_run) as stop, saver:
+        run_concept(run, engine, backbone, config, log, save, stop)
+    told = {"before": before, "built": built - before, "peak": watch.peak - before, "steps": entries, "trained": engine.num_trained}
+    ranks = group.to_all(told)
+    if group.is_first:
+        print(json.dumps(ranks))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
