@@ -11,7 +11,7 @@ from sculpt_dist.check import check_settings, first_step, loss_functions, open_b
 from sculpt_dist.engine.select import payload_bytes
 from sculpt_dist.engine.zero import PERSISTENT, REDUCE_BUCKET, fetched_ahead
 from sculpt_dist.errors import ConfigError
-from sculpt_dist.maths.planning import Buckets, Kept, Layout, Rates, Rehearsed, peak, resting, step_seconds, traffic
+from sculpt_dist.maths.planning import Buckets, Kept, Layout, Rates, peak, resting, step_seconds, traffic
 from sculpt_dist.methods.base import Method
 from sculpt_dist.rehearsal import living_bytes, rehearse
 from sculpt_dist.settings import RunConfig

@@ -8,7 +8,6 @@ target and superclass. Latents are random; nothing is drawn.
 from __future__ import annotations
 
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
