@@ -8,6 +8,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,6 +92,8 @@ def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
     """
     moments: list[Moment] = []
     forwards: list[bool] = []
+    whole = {parameter.untyped_storage()._cdata: parameter.numel() for parameter in net.parameters()}
+    viewed: dict[int, int] = {}
     training = [parameter for parameter in net.parameters() if parameter.requires_grad]
     with fused_attention(), Living([*net.parameters(), *net.buffers()]) as living:
 
@@ -98,16 +101,23 @@ def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
             parameter.grad = None
             moments.append(Moment(living.most() - parameter.numel() * parameter.element_size(), parameter.numel()))
 
+        def pack(tensor: Tensor) -> Tensor:
+            size = whole.get(tensor.untyped_storage()._cdata)
+            if size is not None and tensor._base is not None:
+                viewed[tensor.untyped_storage()._cdata] = size
+            return tensor.detach()  # as an output it would refer to itself
+
         hooks = [parameter.register_post_accumulate_grad_hook(arrive) for parameter in training]
         hooks.append(net.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled())))
-        total = function().total
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = function().total
         forward, of_forward = living.most(), living.flops
         total.backward()
         del total
         moments.append(Moment(living.most(), 0))
     for hook in hooks:
         hook.remove()
-    return Rehearsed(forward, tuple(moments), of_forward, living.flops - of_forward, tuple(forwards))
+    return Rehearsed(forward, tuple(moments), of_forward, living.flops - of_forward, tuple(forwards), sum(viewed.values()))
 
 
 def living_bytes(function: Callable[[], object], net: nn.Module) -> int:
