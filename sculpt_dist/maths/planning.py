@@ -227,8 +227,8 @@ def traffic(layout: Layout, buckets: Buckets, forwards: int, accumulate: int, gr
     if layout.stage == 3:
         fits = layout.parameters <= buckets.live
         gathers = accumulate * forwards
-        again = gathers + accumulate * groups  # where nothing stays: in every forward and every backward
-        gathered = layout.large + (gathers - 1) * elements if fits else again * layout.large
+        again = gathers + accumulate * groups  # else in every forward and every backward, but for what is still there
+        gathered = layout.large + (gathers - 1) * elements if fits else again * layout.large - (again - 1) * min(buckets.live, layout.large)
         passes = layout.large_tensors + (gathers - 1) * len(layout.trained) if fits else again * layout.large_tensors
         weights = float(width * gathered)
         wire = {"scatter": part * gradients, "gather": part * weights}
