@@ -8,10 +8,11 @@ from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from sculpt_dist.maths.planning import Moment, Rehearsed
 from sculpt_dist.types import Losses
@@ -19,22 +20,29 @@ from sculpt_dist.types import Losses
 DEVICES_OWN = functional.scaled_dot_product_attention
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-FLOPS = {
-    ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
-    ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
+FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
+    ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query.shape, key.shape, value.shape),
+    ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape),
 }
 
 
 class Living(TorchDispatchMode):
-    """Bytes of the storages that operations make, for as long as something refers to them; those of `there` do not count."""
+    """Bytes of the storages that operations make, for as long as something refers to them, and the operations' arithmetic.
+
+    Storages of `there` do not count. Torch's own FlopCounterMode is not taken: it keeps alive what a backward makes again.
+    """
 
     def __init__(self, there: Sequence[Tensor]) -> None:
         super().__init__()
-        self.bytes, self._most = 0, 0
+        self.bytes, self.flops, self._most = 0, 0, 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        made = operation(*arguments, **(options or {}))
+        options = options or {}
+        made = operation(*arguments, **options)
+        counts = FLOPS.get(operation.overloadpacket)
+        if counts is not None:
+            self.flops += counts(*arguments, **options, out_val=made)
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self._note(leaf.untyped_storage())
@@ -84,24 +92,32 @@ def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
     """
     moments: list[Moment] = []
     forwards: list[bool] = []
+    whole = {parameter.untyped_storage()._cdata: parameter.numel() for parameter in net.parameters()}
+    viewed: dict[int, int] = {}
     training = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    counting, living = FlopCounterMode(display=False, custom_mapping=FLOPS), Living([*net.parameters(), *net.buffers()])
-    with fused_attention(), counting as flops, living:
+    with fused_attention(), Living([*net.parameters(), *net.buffers()]) as living:
 
         def arrive(parameter: Tensor) -> None:
             parameter.grad = None
             moments.append(Moment(living.most() - parameter.numel() * parameter.element_size(), parameter.numel()))
 
+        def pack(tensor: Tensor) -> Tensor:
+            size = whole.get(tensor.untyped_storage()._cdata)
+            if size is not None and tensor._base is not None:
+                viewed[tensor.untyped_storage()._cdata] = size
+            return tensor.detach()  # as an output it would refer to itself
+
         hooks = [parameter.register_post_accumulate_grad_hook(arrive) for parameter in training]
         hooks.append(net.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled())))
-        total = function().total
-        forward, of_forward = living.most(), flops.get_total_flops()
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = function().total
+        forward, of_forward = living.most(), living.flops
         total.backward()
         del total
         moments.append(Moment(living.most(), 0))
     for hook in hooks:
         hook.remove()
-    return Rehearsed(forward, tuple(moments), of_forward, flops.get_total_flops() - of_forward, tuple(forwards))
+    return Rehearsed(forward, tuple(moments), of_forward, living.flops - of_forward, tuple(forwards), sum(viewed.values()))
 
 
 def living_bytes(function: Callable[[], object], net: nn.Module) -> int:

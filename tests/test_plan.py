@@ -125,7 +125,7 @@ def test_the_step_on_two_ranks_is_predicted_from_one_rank_and_the_collectives(tm
                       "against two unrelated": at_once / measured, "predicted": predicted["step_seconds"], "parts": predicted["seconds"], "rates": rates}, indent=1))  # fmt: skip
     assert predicted["parameters"] > 40e6
     assert predicted["step_seconds"] == pytest.approx(measured, rel=0.1)
-    assert one / measured >= 0.85
+    assert at_once / measured >= 0.85  # what the ranks' exchange leaves; `efficiency` has in it what the cores take from each other
 
 
 def planned(*overrides: str, ranks: int = 1, memory: float = 1e12, device: str = "cuda", config=CANVAS):

@@ -30,6 +30,7 @@ class Rehearsed:
     forward_flops: int
     backward_flops: int
     forwards: tuple[bool, ...]  # of the net, in order: whether it took gradients
+    viewed: int  # elements of weights of which the backward keeps a view, as a linear layer does of its transpose
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def _moment(activations: float, gradients: float, buffers: float) -> dict[str, f
 def _moments(layout: Layout, buckets: Buckets, rehearsed: Rehearsed, accumulate: int, combined: bool) -> list[dict[str, float]]:
     """What lives beside the resting part at each moment of the last micro-batch of a step."""
     held = _held_before(layout, accumulate)
-    ahead = _bucket_kept(layout, buckets) + _gathered(layout, buckets)
+    gathered = _gathered(layout, buckets, rehearsed.viewed)
+    ahead = _bucket_kept(layout, buckets) + gathered
     found = [_moment(rehearsed.forward, held, ahead)]
     filling = reduced = 0  # elements in the bucket, and of this rank's part that left it
     for moment in rehearsed.backward:
@@ -128,7 +130,7 @@ def _moments(layout: Layout, buckets: Buckets, rehearsed: Rehearsed, accumulate:
         arriving = moment.arrived * layout.width
         found.append(_moment(moment.bytes, held + lying + arriving + _own(layout, reduced), ahead + _filled(layout, buckets, filling)))
         filling += moment.arrived
-    found += _at_the_end(layout, buckets, filling, held)
+    found += _at_the_end(layout, buckets, filling, held, gathered)
     if combined:  # the rule makes two more
         found.append(_moment(0, held + 3 * FP32 * layout.shard, _bucket_kept(layout, buckets)))
     return found
@@ -162,7 +164,7 @@ def _bucket_kept(layout: Layout, buckets: Buckets) -> float:
     return FP32 * (buckets.reduce if buckets.whole else min(layout.elements, buckets.reduce)) if layout.stage == 3 else 0
 
 
-def _at_the_end(layout: Layout, buckets: Buckets, filling: int, held: float) -> list[dict[str, float]]:
+def _at_the_end(layout: Layout, buckets: Buckets, filling: int, held: float, gathered: float) -> list[dict[str, float]]:
     """The last reduction, and the optimizer's step with the gradient of its shard in one piece."""
     stage, width, elements, step = layout.stage, layout.width, layout.elements, FP32 * layout.shard
     lying, narrow = width * elements, width < FP32
@@ -170,7 +172,7 @@ def _at_the_end(layout: Layout, buckets: Buckets, filling: int, held: float) -> 
         return [_moment(0, lying, lying)]  # all of them in one flat copy
     if stage == 3:
         bucket = _bucket_kept(layout, buckets)
-        return [_moment(0, held, bucket + _reducing(layout, filling) + _gathered(layout, buckets)), _moment(0, held + step, bucket)]
+        return [_moment(0, held, bucket + _reducing(layout, filling) + gathered), _moment(0, held + step, bucket)]
     if stage == 1:
         unused = width * max(0, buckets.reduce - elements) if buckets.whole else 0
         reducing = _reducing(layout, min(elements, buckets.reduce))
@@ -193,11 +195,12 @@ def _reducing(layout: Layout, elements: int) -> float:
     return elements * ((layout.width if layout.ranks > 1 or narrow else 0) + (FP32 if narrow else 0))
 
 
-def _gathered(layout: Layout, buckets: Buckets) -> float:
-    """Bytes of gathered weights in stage 3: they stay up to the limit, and what is fetched ahead is there twice."""
+def _gathered(layout: Layout, buckets: Buckets, viewed: int) -> float:
+    """Bytes of gathered weights in stage 3: they stay up to the limit, beyond it where a backward keeps a view of them, and what is
+    fetched ahead is there twice."""
     if layout.stage < 3 or layout.ranks == 1:
         return 0
-    return layout.width * (min(layout.parameters, buckets.live) + min(layout.parameters, buckets.prefetch))
+    return layout.width * (min(layout.parameters, buckets.live + viewed) + min(layout.parameters, buckets.prefetch))
 
 
 @dataclass(frozen=True)
@@ -224,8 +227,8 @@ def traffic(layout: Layout, buckets: Buckets, forwards: int, accumulate: int, gr
     if layout.stage == 3:
         fits = layout.parameters <= buckets.live
         gathers = accumulate * forwards
-        again = gathers + accumulate * groups  # where nothing stays: in every forward and every backward
-        gathered = layout.large + (gathers - 1) * elements if fits else again * layout.large
+        again = gathers + accumulate * groups  # else in every forward and every backward, but for what is still there
+        gathered = layout.large + (gathers - 1) * elements if fits else again * layout.large - (again - 1) * min(buckets.live, layout.large)
         passes = layout.large_tensors + (gathers - 1) * len(layout.trained) if fits else again * layout.large_tensors
         weights = float(width * gathered)
         wire = {"scatter": part * gradients, "gather": part * weights}
