@@ -52,10 +52,12 @@ def write_checkpoint(folder: Path) -> None:
 
 
 @pytest.mark.huge
-def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path):
+def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path, monkeypatch):
     """Streamed in, saliency collected, masked, two updates, streamed out: within 24 GiB, and closed weights are those of the file."""
     from sculpt_dist.backbones.shared.folders import stored_entries, stored_weights
 
+    for name, value in {"MMAP_THRESHOLD_": 1 << 20, "TRIM_THRESHOLD_": 1 << 20, "ARENA_MAX": 1}.items():
+        monkeypatch.setenv(f"MALLOC_{name}", str(value))  # glibc gives back what is freed: its heap would keep 2 GB a rank
     write_checkpoint(tmp_path / "model")
     total = sum(entry.size for entry in stored_entries(tmp_path / "model" / "unet")) // 2  # weights, bf16
     printed = launch_anew(2, str(PROJECT / "tests" / "workers" / "full_size.py"), str(tmp_path / "model"), str(tmp_path / "out"), timeout=3000)
@@ -64,8 +66,8 @@ def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path):
     for rank in ranks:
         assert rank["net_peak"] - rank["before"] < total + 0.5e9  # half of the weights, 2 bytes each, and one tensor in passing
         assert rank["export_peak"] - rank["check"] < 0.5e9
-        assert rank["open"] == pytest.approx(rank["trained"] / 2, rel=1e-6)
-        assert rank["closed"] > 0.2 * rank["trained"] and 0 < rank["moved"] <= rank["open"]
+        assert rank["open"] == pytest.approx(0.1 * rank["trained"], rel=1e-5)
+        assert rank["closed"] > 0.4 * rank["trained"] and 0 < rank["moved"] <= rank["open"]
     changed = elements = 0
     base = stored_weights(tmp_path / "model", "unet")
     for (name, before), (other, after) in zip(sorted_stream(base), sorted_stream(stored_weights(tmp_path / "out", "unet")), strict=True):

@@ -78,6 +78,7 @@ class Engine:
         self.optimizer.attach(self.shards, self.mask, owners)
         if settings.precision == "bf16":
             self._fill_masters(stored)
+        return_free_memory()  # what building it left
 
     @property
     def net(self) -> nn.Module:

@@ -73,7 +73,7 @@ def conditions(prompts: list[str], negative: bool = False) -> TextCond:
 def main(model: Path, out: Path) -> None:
     torch.set_num_threads(1)
     overrides = ["model.arch=sdxl", f"model.path={model}", "model.dtype=bfloat16", "engine.stage=3", "engine.precision=bf16", "train.batch=2"]
-    overrides += ["engine.moments=open", "engine.gathered=1e8", "engine.checkpointing=true", "mask.keep=0.5", "mask.collect=1", "mask.refresh=0", "train.steps=2", "train.lr=1e-2"]
+    overrides += ["engine.moments=open", "engine.gathered=1e8", "engine.checkpointing=true", "mask.keep=0.1", "mask.collect=1", "mask.refresh=0", "train.steps=2", "train.lr=1e-2"]
     config = load_config(None, overrides)
     group, told = Group(1200), Told()
     method, backbone = build_method(config), build_backbone(config, group)
