@@ -16,30 +16,16 @@ import torch
 
 from sculpt_dist.backbones.shared.trajectory import Trajectory
 from sculpt_dist.bench.measure import own_memory
+from sculpt_dist.bench.step import RandomReader
 from sculpt_dist.build import build_backbone, build_engine, build_method
 from sculpt_dist.config import load_config
 from sculpt_dist.data.prompts import concept_prompts
-from sculpt_dist.data.shards import Sample
 from sculpt_dist.data.streams import ConceptStreams, Layout
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.saving import Saver
 from sculpt_dist.engine.stopping import StopRequest
 from sculpt_dist.methods.base import Setup
 from sculpt_dist.train import ConceptRun, Recent, make_plan, run_concept
-
-
-class RandomSamples:
-    """Latents that nothing drew, and the prompts of a role."""
-
-    def __init__(self, prompts, latent_shape, size_ids) -> None:
-        self.prompts, self.latent_shape, self.size_ids = prompts, latent_shape, size_ids
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, position: int) -> Sample:
-        rng = torch.Generator().manual_seed(position)
-        return Sample(torch.randn(self.latent_shape, generator=rng), self.prompts[position % len(self.prompts)], position, self.size_ids)
 
 
 class Peak:
@@ -72,7 +58,7 @@ def main(overrides: list[str]) -> None:
     built = watch.peak
     layout = Layout(config.train.batch, group.size, group.rank, config.train.accumulate)
     roles = {"target": prompts.target, "superclass": prompts.superclass, "anchor": prompts.superclass, "distractor": prompts.target}
-    readers = {role: [RandomSamples(texts, backbone.latent_shape, backbone.size_ids)] for role, texts in roles.items()}
+    readers = {role: [RandomReader(texts, backbone.latent_shape, backbone.size_ids)] for role, texts in roles.items()}
     start = engine.masters()
     run = ConceptRun(
         number=0,
