@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from sculpt_dist.engine.kernels import choose_kernel
+from sculpt_dist.engine.kernels import Rule, choose_kernel
 from sculpt_dist.engine.kernels.plain import Plain
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.masked import MaskedAdamW
@@ -123,6 +123,15 @@ def test_packed_moments_are_saved_and_filled_as_those_of_all_weights_are():
     assert all(torch.equal(a, b) for a, b in zip(other.moments.flat(other.opened), (momentum, variance)))
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_rank_on_which_no_trained_weight_lives_takes_part(name):
+    kernel, weights = KERNELS[name](), torch.nn.Parameter(torch.ones(16))
+    shard = Shard(weights, [])
+    rule = Rule(0.1, 0.9, 0.999, 1e-8, 0.0, torch.ones(()), torch.ones(2), torch.ones(2))
+    assert kernel.update(shard, torch.ones(16), "abs_sum", rule).tolist() == [0, 0]
+    assert float(kernel.collect(shard, torch.ones(16), "abs_sum")) == 0 and bool((weights == 1).all())
+
+
 def test_packed_moments_take_no_memory_before_the_first_update():
     shard = Shard(torch.nn.Parameter(torch.zeros(100_000)), [Fragment("w", 0, 0, 0, 100_000)], packed=True)
     assert shard.moments._pieces == []
@@ -147,4 +156,4 @@ def test_the_gpu_kernel_computes_the_same_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported, which others may have done here
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "triton"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0 and "9 passed" in ran.stdout, ran.stdout[-3000:]
+    assert ran.returncode == 0 and "10 passed" in ran.stdout, ran.stdout[-3000:]

@@ -39,7 +39,7 @@ class Moments:
     def pieces(self, opened: Tensor) -> list[Piece]:
         """All of them; `opened` [n] says how many weights of each are open."""
         if not self._pieces:
-            self._pieces = [Piece(span, *self._room(int(torch.count_nonzero(opened[span])))) for span in self.spans]
+            self._pieces = [Piece(span, self._room(opened[span]), self._room(opened[span])) for span in self.spans]
         return self._pieces
 
     def reset(self) -> None:
@@ -64,7 +64,7 @@ class Moments:
         count, renewed = int(torch.count_nonzero(opened)), []
         for moment in moments:
             fits = 0 <= len(self._spare) - count - PADDING < 2 * ROUNDING
-            room = self._spare if fits else self._room(count)[0]
+            room = self._spare if fits else self._room(opened)
             self.repack(swapped, opened, moment, room)
             renewed.append(room)
             self._spare = moment
@@ -94,9 +94,9 @@ class Moments:
                 for whole, moment in zip((momentum, variance), moments):
                     pack(whole[where], ranks, opened[where], moment)
 
-    def _room(self, count: int) -> tuple[Tensor, Tensor]:
-        size = (count + ROUNDING - 1) // ROUNDING * ROUNDING + PADDING
-        return torch.zeros(size, device=self._device), torch.zeros(size, device=self._device)
+    def _room(self, opened: Tensor) -> Tensor:
+        count = int(torch.count_nonzero(opened))
+        return torch.zeros((count + ROUNDING - 1) // ROUNDING * ROUNDING + PADDING, device=self._device)
 
 
 def repack(swapped: Tensor, opened: Tensor, moment: Tensor, room: Tensor) -> None:

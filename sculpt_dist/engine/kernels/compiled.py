@@ -73,7 +73,8 @@ class Compiled:
             self._update(where.stop - where.start, *places, rules, ctypes.byref(sums))
             return sums.squares, sums.moves
 
-        return torch.tensor(list(self._each(update, shard.moments.pieces(shard.opened))), dtype=torch.float64).sum(0)
+        sums = list(self._each(update, shard.moments.pieces(shard.opened)))  # none where no trained weight lives on this rank
+        return torch.tensor(sums, dtype=torch.float64).view(-1, 2).sum(0)
 
     def repack(self, swapped: Tensor, opened: Tensor, moment: Tensor, room: Tensor) -> None:
         self._repack(len(opened), *(flat.data_ptr() for flat in (swapped, opened, moment, room)))
@@ -87,7 +88,7 @@ class _Flats:
     """Where the numbers of flat tensors lie in memory: slicing a tensor takes longer than asking for this."""
 
     def __init__(self, *flats: Tensor) -> None:
-        assert all(flat.is_contiguous() for flat in flats)
+        assert all(flat.is_contiguous() and flat.dtype in (torch.float32, torch.uint8) for flat in flats)
         self._places = [(flat.data_ptr(), flat.element_size()) for flat in flats]
 
     def at(self, start: int) -> list[int]:

@@ -42,7 +42,7 @@ class Gpu:
                 gradient[where], shard.opened[where], shard.saliency[where], squares, n, statistic=STATISTICS[statistic], block=BLOCK
             )
             sums.append(squares.double().sum())
-        return torch.stack(sums).sum()
+        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device=gradient.device)
 
     def update(self, shard: Shard, gradient: Tensor, statistic: str | None, rule: Rule) -> Tensor:
         sums = []
@@ -60,7 +60,7 @@ class Gpu:
                 statistic=STATISTICS[statistic], packed=shard.moments.packed, block=BLOCK,
             )  # fmt: skip
             sums.append(both.double().sum(1))
-        return torch.stack(sums).sum(0)
+        return torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64, device=gradient.device)
 
 
 if triton is not None:
