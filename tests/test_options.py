@@ -23,7 +23,7 @@ from sculpt_dist.engine.shards import Fragment, Shard
 from sculpt_dist.methods.base import Predictor
 from sculpt_dist.methods.dm_cal import Config, Method
 from sculpt_dist.prepare import data_folder
-from sculpt_dist.sequence import Training
+from sculpt_dist.sitting import concept_streams
 from sculpt_dist.train import Plan, Recent, _consider_candidate, make_plan
 
 CANVAS = PROJECT / "configs" / "canvas"
@@ -270,13 +270,13 @@ SOURCES = {"bird target": 100, "boat target": 200, "boat superclass": 300, "boat
 )
 def test_anchors_name_the_sources_of_the_stream(tmp_path, anchors, concept, expected):
     names = "concepts=[{target: bird, superclass: animal},{target: boat, superclass: vehicle, keep: [rocket]}]"
-    config = load_config(None, [names, "train.batch=6", f"method.anchors=[{','.join(anchors)}]"])
+    config = load_config(None, [names, "train.batch=6", f"run.folder={tmp_path}", f"method.anchors=[{','.join(anchors)}]"])
     for source, value in (SOURCES | {"bird superclass": 500}).items():
         name, role = source.split()
         of = next(one for one in config.concepts if one.target == name)
         make_stream(data_folder(tmp_path, of, role), 6, offset=value)
-    run = SimpleNamespace(config=config, folder=tmp_path, method=build_method(config), backbone=None, group=SimpleNamespace(size=1, rank=0))
-    _, _, anchored, _ = Training._streams(run, concept)[0]
+    streams = concept_streams(config, build_method(config), None, SimpleNamespace(size=1, rank=0), concept)
+    _, _, anchored, _ = streams[0]
     found = [next(source for source, value in SOURCES.items() if value <= float(sample.latent.mean()) < value + 6) for sample in anchored]
     assert set(found) == expected and len(found) == (6 if expected else 0)
     assert all(found.count(source) == 6 / len(expected) for source in expected)
