@@ -103,19 +103,19 @@ def stopped_in_the_middle(canvas_config: str, folder: Path, output: Path, *more:
 
 @pytest.mark.slow
 def test_on_another_number_of_ranks_and_another_stage_a_run_goes_on_with_the_same_samples(canvas_config, tmp_path):
-    call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt", "engine.stage=2")
+    early = "mask.until=0.2"  # all turnovers before the stop: after it rounding would decide a near tie, and one such weight breeds others
+    call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt", early, "engine.stage=2")
     shutil.copytree(tmp_path / "run" / "data", tmp_path / "straight" / "data")
     printed = sculpt(*call[:-1], "engine.stage=3", ranks=2, code=2)
     assert "engine.stage: 2 there, 3 here" in printed and "--override" in printed
     sculpt(*call[:-1], "engine.stage=3", "--override", ranks=2)
-    sculpt(*call[:-2], f"run.folder={tmp_path / 'straight'}")
+    sculpt(*call, f"run.folder={tmp_path / 'straight'}")
     entries = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("run", "straight")]
     assert [(e["concept"], e["step"]) for e in entries[0]] == [(e["concept"], e["step"]) for e in entries[1]]
     worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(*entries))
-    assert worst < 1e-4, worst
+    assert worst < 1e-6, worst
     mine, theirs = weights(tmp_path / "run"), weights(tmp_path / "straight")
-    flips = sum(int((~torch.isclose(mine[name], theirs[name], rtol=1e-3, atol=1e-4)).sum()) for name in mine)
-    assert flips <= 1e-4 * sum(tensor.numel() for tensor in mine.values()), flips
+    assert all(torch.allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-4) for name in mine)
 
 
 @pytest.mark.slow
