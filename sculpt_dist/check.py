@@ -186,9 +186,9 @@ class Standing(Trajectory):
     """A trajectory on the meta device: one step tells what all of them would."""
 
     def walk_to(
-        self, index: int, steps: int, denoiser: Denoiser, noise: Callable[[], Tensor], cond: TextCond, negative: TextCond, guidance: float
+        self, index: int, steps: int, denoiser: Denoiser, cond: TextCond, negative: TextCond, guidance: float
     ) -> tuple[Tensor, Tensor]:
-        return super().walk_to(min(index, 1), steps, denoiser, noise, cond, negative, guidance)
+        return super().walk_to(min(index, 1), steps, denoiser, cond, negative, guidance)
 
 
 def loss_functions(method: Method, plan: Plan) -> dict[str, LossFunction]:

@@ -181,8 +181,10 @@ class Training:
         """This rank's trajectories, a flat tensor for each position of the global batch."""
         kept = {}
         for micro, trajectory in enumerate(run.trajectories):
-            for position, latent in zip(run.streams.layout.positions(micro), [] if trajectory.latents is None else trajectory.latents):
+            latents = [] if trajectory.latents is None else trajectory.latents
+            for position, latent, prompt in zip(run.streams.layout.positions(micro), latents, trajectory.prompts):
                 kept[f"trajectory|{position}|0"] = latent.flatten()
+                kept[f"trajectory_prompt|{position}|0"] = torch.tensor(list(prompt.encode()), dtype=torch.uint8)
         return kept
 
     def _save_end(self, number: int) -> None:
@@ -229,10 +231,12 @@ class Training:
         self.engine.publish()
         run.step, run.recent = state["step"], Recent(**state["recent"])
         run.candidate = filled.get("candidate")
-        walked = checkpoint.load_named(Path(state["path"]), "trajectory")
-        for micro, trajectory in enumerate(run.trajectories if walked else []):
-            latents = [walked[str(position)].view(self.backbone.latent_shape) for position in run.streams.layout.positions(micro)]
-            trajectory.latents, trajectory.index = torch.stack(latents).to(self.group.device), state["trajectories"][micro]
+        walked, prompts = (checkpoint.load_named(Path(state["path"]), kind) for kind in ("trajectory", "trajectory_prompt"))
+        for micro, trajectory in enumerate(run.trajectories if prompts else []):
+            places = [str(position) for position in run.streams.layout.positions(micro)]
+            latents = torch.stack([walked[place].view(self.backbone.latent_shape) for place in places])
+            trajectory.latents, trajectory.index = latents.to(self.group.device), state["trajectories"][micro]
+            trajectory.prompts = tuple(bytes(prompts[place].tolist()).decode() for place in places)
         self.engine.optimizer.updates = state["updates"]
         mask = self.engine.mask
         mask.births, mask.selections, mask.open_count = state["births"], state["selections"], state["open_count"]

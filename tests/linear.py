@@ -61,7 +61,7 @@ class Still:
 
 
 def stream(value: float, number: float, count: int = 2) -> Stream:
-    return Stream(torch.full((count, 1, 2, 2), value), cond(number, count), ("p",) * count, tuple(range(count)))
+    return Stream(torch.full((count, 1, 2, 2), value), cond(number, count), ("p" * int(number),) * count, tuple(range(count)))
 
 
 def cond(number: float, count: int = 2) -> TextCond:

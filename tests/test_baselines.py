@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import PROJECT
-from linear import EMPTY, LinearBackbone, cond, net, noise, offer
+from linear import EMPTY, LinearBackbone, cond, net, noise, offer, stream
 
 from sculpt_dist.backbones.shared.trajectory import Trajectory
 from sculpt_dist.build import plugin
@@ -154,17 +155,18 @@ def test_the_key_steps_run_to_the_end_eight_times_from_each_start():
     table = [kscu.key_step(update, 14, 50) for update in range(750)]
     assert table[:36] == list(range(14, 50)) and table[: 8 * 36] == list(range(14, 50)) * 8
     assert table[8 * 36 : 8 * 36 + 35] == list(range(15, 50))
-    late = [kscu.key_step(update, 44, 50) for update in range(8 * 6 + 20)]
-    assert late[48:] == [45, 46, 47, 48, 49] * 4  # from 45 of 50 on the start stays
-    flow = [kscu.key_step(update, 25, 28) for update in range(30)]
-    assert flow[:3] == [25, 26, 27] and flow[24:] == [26, 27] * 3
+    late = [kscu.key_step(update, 43, 50) for update in range(8 * 7 + 60)]
+    assert late[56:] == [44, 45, 46, 47, 48, 49] * 10  # the start stays below 45 of 50
+    flow = [kscu.key_step(update, 24, 28) for update in range(62)]
+    assert flow[:4] == [24, 25, 26, 27] and flow[32:] == [25, 26, 27] * 10
+    assert [kscu.key_step(update, 47, 50) for update in range(60)] == [47, 48, 49] * 20  # unless it was given so
 
 
 @pytest.mark.parametrize("progress", [0.5, 0.96])
 def test_kscu_terms_on_the_students_own_latents(progress):
     step = offer(net(0.5), net(0.25), progress=progress)
     config = kscu.Config(sampler_steps=10, start=4, disturbance=0.5)
-    method = kscu.Method(config, {"p": ["a", "bb", "ccc", "dddd"]})
+    method = kscu.Method(config, {"ppppp": ["a", "bb", "ccc", "dddd"]})
     x = drawn(step, 4, 10, 3.0)
     time = LinearBackbone.schedule.first_order(10).timesteps[4]
     away, leak = 5 - EMPTY, 0.02 * (1 - float(time) / 1000)
@@ -194,14 +196,26 @@ def test_a_trajectory_goes_on_by_one_step_or_starts_afresh():
         return 0.5 * noisy + both.tokens.view(-1, 1, 1, 1)
 
     trajectory, start = Trajectory(LinearBackbone.schedule), torch.randn(2, 1, 2, 2)
-    arguments = (10, denoiser, lambda: start.clone(), cond(5.0), cond(EMPTY), 3.0)
+    arguments = (10, denoiser, cond(5.0), cond(EMPTY), 3.0)
     times = LinearBackbone.schedule.first_order(10).timesteps.tolist()
+    assert not trajectory.goes_on_to(0) and not trajectory.goes_on_to(1)
+    trajectory.begin(start, ["p", "q"], 10)
     third, time = trajectory.walk_to(3, *arguments)
     assert calls == times[:3] and time.tolist() == [times[3]] * 2
+    assert [index for index in range(10) if trajectory.goes_on_to(index)] == [4]
     fourth, _ = trajectory.walk_to(4, *arguments)
     assert calls == times[:4]
-    again, _ = Trajectory(LinearBackbone.schedule).walk_to(4, *arguments)
-    assert torch.equal(fourth, again) and not torch.equal(third, fourth)
-    calls.clear()
-    trajectory.walk_to(4, *arguments)  # not the next one: from noise again
-    assert calls == times[:4]
+    again = Trajectory(LinearBackbone.schedule)
+    again.begin(start, ["p", "q"], 10)
+    assert torch.equal(fourth, again.walk_to(4, *arguments)[0]) and not torch.equal(third, fourth)
+
+
+def test_a_walk_keeps_the_prompts_that_it_began_with(monkeypatch):
+    first, method = offer(net(0.5), net(0.25), update=0), kscu.Method(kscu.Config(sampler_steps=10, start=4))
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(kscu, "key_step", lambda update, start, steps: [4, 5, 4][update])
+    monkeypatch.setattr(LinearBackbone, "embed", lambda self, prompts, negative=False, embed=LinearBackbone.embed: asked.extend([] if negative else [prompts]) or embed(self, prompts, negative))
+    for update, number in enumerate([5.0, 9.0, 7.0]):
+        batch = replace(first.batch, target=stream(1.0, number))
+        method.losses(replace(first, batch=batch, update=update))
+    assert {prompts[0] for prompts in asked} == {"p" * 5, "p" * 7} and [len(prompts[0]) for prompts in asked] == [5, 5, 5, 5, 7, 7]

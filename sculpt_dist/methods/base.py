@@ -74,11 +74,16 @@ class Step:
         noise = self.rng.normal(what, stream.latents.shape[1:])
         return self.backbone.corrupt(stream.latents, noise, time), self.backbone.goal(stream.latents, noise, time)
 
-    def own_latents(self, index: int, steps: int, guidance: float) -> tuple[Tensor, Tensor]:
-        """Latents [B, C, H, W] that the student draws of the target's prompts, before step `index` of `steps`, and their time [B]."""
-        size = len(self.batch.target)
-        noise = lambda: self.rng.normal("trajectory", self.backbone.latent_shape)  # noqa: E731
-        return self.trajectory.walk_to(index, steps, self.student, noise, self.batch.target.cond, self.empty(size), guidance)
+    def own_latents(self, index: int, steps: int, guidance: float) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Latents [B, C, H, W] that the student draws of the target's prompts, before step `index` of `steps`, their time [B], and those
+        prompts: the batch's where a walk begins, and the same to its end.
+        """
+        walk = self.trajectory
+        if not walk.goes_on_to(index):
+            walk.begin(self.rng.normal("trajectory", self.backbone.latent_shape), self.batch.target.prompts, steps)
+        cond, empty = self.backbone.embed(walk.prompts), self.empty(len(walk.prompts))
+        latents, time = walk.walk_to(index, steps, self.student, cond, empty, guidance)
+        return latents, time, walk.prompts
 
     def empty(self, size: int) -> TextCond:
         """The condition that guidance leads away from where there is no negative prompt, [B, ...]."""

@@ -6,14 +6,15 @@ With e the student, e0 the model before this concept, x_i latents that the stude
     uncond = e0(x_i, "") - l(t) (e0(x_i, c) - e0(x_i, "")),   l = (1000 - t) 2e-5, or 0.02 (1 - sigma) for flow
     L = MSE(e(x_i, c~), erase) + 1e-4 MSE(e(x_i, ""), uncond)
 
-i runs through S, S + 1, ..., the last step, again and again; after 8 traversals S grows by one, while it is below 0.9 of the steps. c~ is
-c, and in the last 5 % of the updates a disturbed prompt: its words shuffled, one that does not name the target dropped, a prefix or suffix
+i runs through S, S + 1, ..., the last step, again and again, with one c from S to the end; after 8 traversals S grows by one, but stays
+below 0.9 of the steps. c~ is c, and in the last 5 % of the updates a disturbed prompt: its words shuffled, one that does not name the target dropped, a prefix or suffix
 added, and noise on the embedding. A batch is several latents at the same i. UNVERIFIED: two releases differ by a factor of 4 to 5 in l; the
 prefixes and suffixes are ours, and that each sample of a batch has a disturbance of its own.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
 from typing import Mapping, Sequence
@@ -25,7 +26,7 @@ from sculpt_dist.methods.base import Setup, Step, matrices
 from sculpt_dist.types import Losses, TextCond
 
 TRAVERSALS = 8
-LAST_START = 0.9  # of the steps; 45 of 50
+LAST_START = 0.9  # of the steps, which the start stays below: 44 of 50, 25 of 28
 DISTURBED = 0.95  # of the updates, from where c~ is disturbed
 PREFIXES, SUFFIXES = ("a picture of", "an image with"), ("in detail", "in the background")
 
@@ -68,13 +69,13 @@ class Method(Base):
         return self.losses(step)
 
     def losses(self, step: Step) -> Losses:
-        config, cond = self.config, step.batch.target.cond
+        config = self.config
         index = key_step(step.update, config.start, config.sampler_steps)
-        latents, time = step.own_latents(index, config.sampler_steps, config.guidance)
-        empty_cond = step.empty(len(latents))
+        latents, time, prompts = step.own_latents(index, config.sampler_steps, config.guidance)
+        cond, empty_cond = step.backbone.embed(prompts), step.empty(len(prompts))
         empty, with_prompt = step.teacher.all([(latents, time, empty_cond), (latents, time, cond)])
         leak = (config.leakage * (1 - step.backbone.noise_level(time))).view(-1, 1, 1, 1)  # [B, 1, 1, 1]
-        disturbed = self._disturbed(step) if step.progress >= DISTURBED else cond
+        disturbed = self._disturbed(step, prompts) if step.progress >= DISTURBED else cond
         forgets, leaks = step.student.all([(latents, time, disturbed), (latents, time, empty_cond)])
         return Losses(
             {
@@ -83,10 +84,10 @@ class Method(Base):
             }
         )
 
-    def _disturbed(self, step: Step) -> TextCond:
-        """The prompts of the batch, each in one of its disturbed forms, with noise on the embeddings."""
+    def _disturbed(self, step: Step, prompts: Sequence[str]) -> TextCond:
+        """The prompts, each in one of its disturbed forms, with noise on the embeddings."""
         chosen = []
-        for prompt, uniform in zip(step.batch.target.prompts, step.rng.uniform("disturbed form").tolist()):
+        for prompt, uniform in zip(prompts, step.rng.uniform("disturbed form").tolist()):
             forms = self.variants[prompt]
             chosen.append(forms[int(uniform * len(forms))])
         cond = step.backbone.embed(chosen)
@@ -106,9 +107,10 @@ def disturbed_prompts(target: str, superclass: str) -> list[str]:
 
 def key_step(update: int, start: int, steps: int) -> int:
     """The sampler index that this update trains: entry `update` of S, S + 1, ..., steps - 1, repeated; S grows after 8 traversals."""
+    last_start = math.ceil(LAST_START * steps) - 1
     while True:
         length = steps - start
-        in_this_round = TRAVERSALS * length if start < LAST_START * steps else update + 1
+        in_this_round = TRAVERSALS * length if start < last_start else update + 1
         if update < in_this_round:
             return start + update % length
         update, start = update - in_this_round, start + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -28,17 +28,23 @@ class Trajectory:
         self.schedule = schedule
         self.index = 0
         self.latents: Tensor | None = None  # [B, C, H, W]
+        self.prompts: tuple[str, ...] = ()  # B, which the latents are drawn of
+
+    def goes_on_to(self, index: int) -> bool:
+        """Whether `index` is the next step; else a walk begins anew."""
+        return self.latents is not None and index == self.index + 1
+
+    def begin(self, noise: Tensor, prompts: Sequence[str], steps: int) -> None:
+        """A walk of `steps` from unit normal noise [B, C, H, W]; its prompts stay the same to its end."""
+        self.latents, self.index = self.schedule.first_latents(self.schedule.first_order(steps), noise), 0
+        self.prompts = tuple(prompts)
 
     def walk_to(
-        self, index: int, steps: int, denoiser: Denoiser, noise: Callable[[], Tensor], cond: TextCond, negative: TextCond, guidance: float
+        self, index: int, steps: int, denoiser: Denoiser, cond: TextCond, negative: TextCond, guidance: float
     ) -> tuple[Tensor, Tensor]:
-        """(latents [B, C, H, W], their time [B]) before step `index` of `steps`, drawn without gradient.
-
-        From where the trajectory is when that is the step before, else from fresh noise. All ranks walk the same steps together.
-        """
+        """(latents [B, C, H, W], their time [B]) before step `index` of `steps`, drawn without gradient. All ranks walk the same steps."""
+        assert self.latents is not None and index >= self.index, "a walk begins before it goes on"
         sampler = self.schedule.first_order(steps)
-        if self.latents is None or index != self.index + 1:
-            self.latents, self.index = self.schedule.first_latents(sampler, noise()), 0
         both = TextCond.cat([negative, cond])
         with torch.no_grad():
             for time in sampler.timesteps[self.index : index]:
