@@ -116,7 +116,6 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
         mask.saliency,
         train.seed,
         resets_moments=not method.reference_mask,
-        clears_saliency=not method.reference_mask,
     )
     if settings.stage < 3 and DTYPES[config.model.dtype] != PRECISIONS[config.engine.precision]:
         backbone.load_net(PRECISIONS[config.engine.precision])

@@ -55,7 +55,7 @@ def compare(
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, overrides))
     configs = checked_configs(cells)
-    record = _read_record(file.parent / comparison.record if comparison.record else None)
+    record = read_record(file.parent / comparison.record if comparison.record else None)
     results = {cell.key: finished(cell, configs[cell.key], record) for cell in cells}
     todo = [cell for cell in cells if results[cell.key] is None]
     if shard is not None:
@@ -169,7 +169,7 @@ def finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     return content if content and content.get("config") == fingerprint else None
 
 
-def _read_record(file: Path | None) -> dict[str, dict[str, Any]]:
+def read_record(file: Path | None) -> dict[str, dict[str, Any]]:
     if file is None or not file.is_file():
         return {}
     entries = [json.loads(line) for line in file.read_text().splitlines() if line]

@@ -31,7 +31,16 @@ KEPT_BY_FRESH = ("data", "STOP")  # the recipes of the data say what can be used
 UNDECIDING = (  # keys that do not change the result
     "run track engine.timeout engine.grace train.checkpoint_every train.background_save train.workers"
 ).split()
-LATER = ("prepare.prompts.files", "evaluate.prompts", "evaluate.retain_prompts")  # unset they are left out: earlier runs had them not
+LATER: dict[str, Any] = {  # with these values they are left out: earlier runs, which had them not, did the same
+    "prepare.prompts.files": {},
+    "evaluate.prompts": {},
+    "evaluate.retain_prompts": None,
+    "engine.moments": "all",
+    "engine.kernel": "auto",
+    "engine.gathered": 1e9,
+    "engine.checkpointing": False,
+    "engine.compile": False,
+}
 
 
 def claim_folder(config: RunConfig, group: Group) -> Path:
@@ -128,7 +137,7 @@ def _deciding(content: DictConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
-        if key in UNDECIDING or (key in LATER and not value):
+        if key in UNDECIDING or (key in LATER and value == LATER[key]):
             return
         if isinstance(value, dict) and value:
             for name, member in value.items():

@@ -16,6 +16,7 @@ from sculpt_dist.backbones.shared.folders import load_tokenizer, stored_weights
 from sculpt_dist.backbones.shared.options import Options
 from sculpt_dist.backbones.shared.stable import tiny_unet
 from sculpt_dist.backbones.shared.text import clip_text_encoder
+from sculpt_dist.backbones.shared.trajectory import Trajectory
 from sculpt_dist.backbones.shared.writing import write_pipeline
 from sculpt_dist.build import plugin, plugins
 from sculpt_dist.canvas.world import WORDS
@@ -164,6 +165,21 @@ def test_corruption_and_goal_are_those_of_the_scheduler_and_one_step_undoes_them
         predicted = ours.goal(clean, noise, time)[i : i + 1]
         undone = one.step(predicted, t, noisy[i : i + 1]).pred_original_sample
         torch.testing.assert_close(undone, clean[i : i + 1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("arch", "settings"), SCHEDULERS, ids=str)
+@pytest.mark.parametrize("steps", [12, 50])
+def test_a_walk_has_at_each_step_the_noise_of_the_time_that_it_tells(folder_with, arch, settings, steps):
+    """A net that always says which noise is in it walks along that noise's path."""
+    ours = kind(arch)(folder_with(arch, settings), torch.float32, CPU)
+    clean, noise = torch.randn(2, 1, *ours.latent_shape, generator=torch.Generator().manual_seed(2))
+    empty, walk = ours.embed([""], negative=True), Trajectory(ours.schedule)
+    walk.begin(noise, ["a cat"], steps)
+    told = ours.schedule.first_order(steps).timesteps
+    walk.latents = ours.corrupt(clean, noise, told[:1])
+    for index in range(1, steps):
+        latents, time = walk.walk_to(index, steps, lambda noisy, time, both: ours.goal(*(x.expand(2, -1, -1, -1) for x in (clean, noise)), time.to(told.dtype)), empty, empty, 1.0)
+        torch.testing.assert_close(latents, ours.corrupt(clean, noise, time), rtol=0, atol=0.025)  # one time in 1,000
 
 
 def test_flow_times_follow_the_shift_of_the_scheduler(folder_with):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import PROJECT, rank_environment, sculpt
 
-from sculpt_dist.compare import checked_configs, compare, comparison_cells, finished, read_comparison
+from sculpt_dist.compare import checked_configs, compare, comparison_cells, finished, read_comparison, read_record
 from sculpt_dist.config import load_config
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.jobs import Job, run_jobs
@@ -126,6 +126,14 @@ def test_every_cell_of_a_shipped_comparison_can_run(file):
     assert (used <= tuning and min(seeds) >= 100) if file.name == "tuning.yaml" else (not used & tuning and max(seeds) < 100)
     trials = [row.name.rpartition("-")[0] for row in comparison.rows]
     assert file.name != "tuning.yaml" or len({trials.count(name) for name in trials}) == 1  # as many for every method
+
+
+def test_the_shipped_record_is_of_cells_as_they_are_defined_now():
+    file = PROJECT / "configs" / "compare" / "canvas.yaml"
+    comparison = read_comparison(file)
+    cells = list(comparison_cells(comparison, file, []))
+    configs, record = checked_configs(cells), read_record(file.parent / comparison.record)
+    assert record and {cell.key for cell in cells if finished(cell, configs[cell.key], record)} == set(record)
 
 
 @pytest.mark.parametrize(

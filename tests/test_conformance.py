@@ -91,7 +91,7 @@ def test_after_collect_half_of_each_matrix_is_open_and_it_is_the_half_of_the_lar
 def test_every_turnover_swaps_as_many_and_the_same_weights_as_the_reference(scope, published):
     """Over a whole concept of the Imagenette run: refreshes at 100, 200, 300 updates, or with the published clock at 50, 150, 250."""
     plan = planned("dm_cal-imagenette-reference" if published else "dm_cal-imagenette")
-    masked = Masked(plan, keep=0.5, scope=scope, resets_moments=not published, clears_saliency=not published)
+    masked = Masked(plan, keep=0.5, scope=scope, resets_moments=not published)
     total, opened, turned = np.zeros(int(WHERE[-1]), np.float32), np.zeros(int(WHERE[-1]), bool), []
     for number, gradient in enumerate(gradients(500, 2)):
         total += gradient
@@ -99,7 +99,7 @@ def test_every_turnover_swaps_as_many_and_the_same_weights_as_the_reference(scop
         if number == 49:
             for segment in segments(scope):
                 opened[segment][largest(np.abs(total[segment]), int(0.5 * len(total[segment])))] = True
-            total *= published  # the published code keeps the sum of the collect steps until the first refresh
+            total[:] = 0
         if update in ((50, 150, 250) if published else (100, 200, 300)):
             progress = (update + 50) / 500 if published else update / 450
             share, before, counts = 0.2 * (1 + math.cos(math.pi * progress)) / 2, opened.copy(), []
@@ -123,7 +123,7 @@ def test_every_turnover_swaps_as_many_and_the_same_weights_as_the_reference(scop
 def test_the_optimizer_moves_open_weights_alone_in_our_form_and_closed_ones_too_in_the_published():
     for published in (False, True):
         plan = planned("dm_cal-imagenette-reference" if published else "dm_cal-imagenette")
-        masked = Masked(plan, keep=0.5, scope="matrix", resets_moments=not published, clears_saliency=not published)
+        masked = Masked(plan, keep=0.5, scope="matrix", resets_moments=not published)
         moved_while_closed = 0
         for number, gradient in enumerate(gradients(400, 3)):
             before, closed = masked.shard.flat.clone().numpy(), ~masked.opened

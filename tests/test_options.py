@@ -195,8 +195,8 @@ SHAPES = {
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], MaskSettings(0.5, "matrix", "abs_sum", 0, resets_moments=True, clears_saliency=True)),
-        (["method.reference_compat=true"], MaskSettings(0.5, "matrix", "abs_sum", 0, resets_moments=False, clears_saliency=False)),
+        ([], MaskSettings(0.5, "matrix", "abs_sum", 0, resets_moments=True)),
+        (["method.reference_compat=true"], MaskSettings(0.5, "matrix", "abs_sum", 0, resets_moments=False)),
         (["mask.scope=global", "mask.keep=0.3", "mask.saliency=sum_sq", "train.seed=7"], MaskSettings(0.3, "global", "sum_sq", 7)),
     ],
     ids=str,
@@ -282,16 +282,14 @@ def test_anchors_name_the_sources_of_the_stream(tmp_path, anchors, concept, expe
     assert all(found.count(source) == 6 / len(expected) for source in expected)
 
 
-def test_published_saliency_stays_from_the_collect_steps_to_the_first_refresh():
-    gradients, later = [[5.0, 4.0, 3.0, 0.0]], [0.0, -4.0, 1.0, 3.5]
-    for published in (True, False):
-        optimizer, shard, mask = collected(gradients, keep=0.5, clears_saliency=not published, resets_moments=not published)
-        assert shard.opened.tolist() == [1, 1, 0, 0]
-        step(optimizer, shard, later, "train")
-        assert shard.saliency.tolist() == ([5.0, 0.0, 4.0, 3.5] if published else later)
-        mask.turn_over(0.5, optimizer.updates)
-        opened = [1, 0, 1, 0] if published else [0, 1, 0, 1]
-        assert (shard.opened > 0).int().tolist() == opened and not shard.saliency.any()
+def test_saliency_starts_anew_when_the_mask_is_built():
+    optimizer, shard, mask = collected([[5.0, 4.0, 3.0, 0.0]], keep=0.5)
+    assert shard.opened.tolist() == [1, 1, 0, 0]
+    later = [0.0, -4.0, 1.0, 3.5]
+    step(optimizer, shard, later, "train")
+    assert shard.saliency.tolist() == later
+    mask.turn_over(0.5, optimizer.updates)
+    assert (shard.opened > 0).int().tolist() == [0, 1, 0, 1] and not shard.saliency.any()
 
 
 def test_the_published_result_is_the_candidate_that_forgets_best():

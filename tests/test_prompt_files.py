@@ -19,7 +19,7 @@ from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.runfolder import config_fingerprint
 from sculpt_dist.config import load_config
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
-from sculpt_dist.data.prompts import concept_prompts
+from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.scores import Answers, Target, unlearning_scores
 from sculpt_dist.settings import Concept, PrepareConfig, PromptsConfig, RunConfig
@@ -215,6 +215,17 @@ def test_two_ranks_draw_the_same_images_of_a_list(tmp_path):
         found[ranks] = (out / "answers.json").read_text(), (out / "images" / "nudity--none.png").read_bytes(), scores.pop("extra"), scores
     assert found[1][:2] == found[2][:2] and found[1][3] == found[2][3] and found[1][3]["images"] == {"target": 5, "other": 0}
     assert found[1][2] == pytest.approx(found[2][2], rel=1e-9) and found[1][2]["fid"] > 0
+
+
+@pytest.mark.parametrize(("templates", "names"), [(3, 4), (4, 4), (6, 4), (13, 4), (2, 3), (1, 5)])
+def test_names_and_templates_take_turns_so_that_few_samples_hold_all_of_them(templates, names):
+    forms, things = [f"{{concept}} form {i}" for i in range(templates)], [f"thing {i}" for i in range(names)]
+    prompts = ConceptPrompts((), (), "", (), tuple(forms)).of(things)
+    assert len(set(prompts)) == len(prompts) == templates * names
+    assert all(prompt.endswith(f"form {i % templates}") for i, prompt in enumerate(prompts))  # as those of the target at this place
+    for drawn in range(names, len(prompts) + 1):
+        held = [sum(prompt.startswith(thing + " ") for prompt in prompts[:drawn]) for thing in things]
+        assert min(held) >= 1 and max(held) - min(held) <= 2
 
 
 def test_the_prompts_of_a_list_are_embedded_for_their_own_batch_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -24,8 +25,9 @@ class ConceptPrompts:
     templates: tuple[str, ...] = ()
 
     def of(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The prompts of other concepts of this kind, concept by concept, each by every template."""
-        return tuple(fill(template, concept=name) for name in names for template in self.templates)
+        """The prompts of other concepts of this kind, each by every template; names and templates both take turns from one to the next."""
+        number, turn = len(self.templates), math.lcm(len(self.templates), max(1, len(names)))
+        return tuple(fill(self.templates[i % number], concept=names[(i + i // turn) % len(names)]) for i in range(number * len(names)))
 
 
 def fill(template: str, **names: str | None) -> str:

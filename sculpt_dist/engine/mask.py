@@ -26,7 +26,6 @@ class MaskSettings:
     saliency: str
     seed: int  # of the random statistic
     resets_moments: bool = True  # False: closed weights go on moving on old momentum, as published code lets them
-    clears_saliency: bool = True  # at build; a turnover always does
 
 
 class DynamicMask:
@@ -68,7 +67,7 @@ class DynamicMask:
             shard.opened.zero_()
             if self.settings.resets_moments:
                 shard.moments.reset()
-        self._swap(torch.zeros_like(self._keep_counts()), self._keep_counts(), 1, self.settings.clears_saliency)
+        self._swap(torch.zeros_like(self._keep_counts()), self._keep_counts(), 1)
 
     def turn_over(self, share: float, updates_done: int) -> None:
         """Close the n least salient open weights, open the n most salient closed ones, n = max(1, int(share open)) per segment.
@@ -79,14 +78,14 @@ class DynamicMask:
         assert generation <= MAX_GENERATIONS, "more turnovers than a byte can number"
         counts = torch.tensor([turnover_count(int(k), share) for k in self._keep_counts()])
         counts = torch.minimum(counts, self._segment_sizes() - self._keep_counts())  # no more than are closed
-        self._swap(counts, counts, generation, True)
+        self._swap(counts, counts, generation)
         if self.settings.resets_moments:
             self.births.append(updates_done)
         self.swapped = int(counts.sum())
         self.overlap = 1 - self.swapped / self.open_count if self.open_count else 1.0
 
-    def _swap(self, closing: Tensor, opening: Tensor, generation: int, clears: bool) -> None:
-        """Close and open so many weights of each segment, by what was collected; forget that when `clears`."""
+    def _swap(self, closing: Tensor, opening: Tensor, generation: int) -> None:
+        """Close and open so many weights of each segment, by what was collected, and forget that."""
         self.selections += 1
         fragments = self._fragments()
         parts = [Part(self._keys(shard, f), shard.opened[f.here], f.index) for shard, f in fragments]
@@ -99,9 +98,8 @@ class DynamicMask:
                 opened.mul_(1 - closes).add_(opens, alpha=generation)
                 if self.settings.resets_moments:
                     shard.moments.reopen(f.offset + here.start, opens | closes, opened)
-        if clears:
-            for shard in self.shards:
-                shard.saliency.zero_()
+        for shard in self.shards:
+            shard.saliency.zero_()
 
     @property
     def planned_open(self) -> int:

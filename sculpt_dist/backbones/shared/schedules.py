@@ -106,7 +106,9 @@ class DiscreteSchedule(Schedule):
     def first_order(self, steps: int) -> Any:
         from diffusers import DDIMScheduler
 
-        sampler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False)
+        spacing = self.scheduler.config.get("timestep_spacing", "leading")
+        spacing = "trailing" if spacing == "linspace" else spacing  # DDIM's steps are T // steps long, which those of linspace are not
+        sampler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False, timestep_spacing=spacing)
         sampler.set_timesteps(steps)
         return sampler
 
