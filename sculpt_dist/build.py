@@ -108,8 +108,6 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
         kernel=config.engine.kernel,
         gathered=config.engine.gathered,
     )
-    if settings.packed and method.reference_mask:
-        raise ConfigError("engine.moments=open: as published, closed weights move on (method.reference_compat); use engine.moments=all")
     masking = MaskSettings(
         mask.keep,
         mask.scope,

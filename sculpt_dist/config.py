@@ -116,8 +116,8 @@ def check_batch(config: RunConfig, ranks: int) -> int:
 
 
 def as_steps(value: float, total: int) -> int:
-    """A count of steps given as such, or (below 1) as a share of `total`."""
-    return round(value * total) if value < 1 else round(value)
+    """A count of steps given as such, or (below 1) as a share of `total`; of a share above 0 at least one."""
+    return max(int(value > 0), round(value * total)) if value < 1 else round(value)
 
 
 def normal(name: str) -> str:

@@ -61,7 +61,7 @@ def evaluate(
     folder: Path,
     concepts: Sequence[Concept],
     label: str,
-    stop: StopRequest,
+    stop: StopRequest | None,
 ) -> dict[str, Any]:
     """Draw, recognise and score; writes `folder`/{scores,answers}.json and the first image of each pair; returns the scores.
 
@@ -80,7 +80,8 @@ def evaluate(
     capacity = len(rounds) * size
     metrics = image_metrics(config.evaluate, capacity * group.size, capacity * group.rank)
     for turn in progress(rounds, f"evaluate {label}", group.is_first):
-        stop.check(f"the evaluation {label}")
+        if stop is not None:
+            stop.check(f"the evaluation {label}")
         number = turn * group.size + group.rank
         batch = batches[min(number, len(batches) - 1)]
         with backbone.forgetting() if batch[0].listed else nullcontext():

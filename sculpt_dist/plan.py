@@ -242,7 +242,8 @@ def _changed(config: RunConfig, ranks: int, changes: Sequence[Change]) -> tuple[
 
 def _is_valid(config: RunConfig, ranks: int) -> bool:
     narrow = config.engine.precision == "bf16" and config.engine.stage < 2
-    return not narrow and config.train.batch % (ranks * config.train.accumulate) == 0
+    compiled = config.engine.compile and config.engine.stage == 3
+    return not narrow and not compiled and config.train.batch % (ranks * config.train.accumulate) == 0
 
 
 def _changes(config: RunConfig, ranks: int, method: Method) -> Iterator[Change]:

@@ -155,8 +155,8 @@ class Training:
         where, concepts = self.folder / "evaluation" / "calibrate", self.config.concepts[: number + 1]
         config = replace(self.config, evaluate=few)
         with torch.compiler.set_stance("force_eager"):
-            scores = evaluate(config, self.backbone, self.engine.net, self.group, where, concepts, "calibrate", self.sitting.stop)
-        return {name: scores["plain"][name] or 0.0 for name in ("UA", "IRA", "CRA")}
+            scores = evaluate(config, self.backbone, self.engine.net, self.group, where, concepts, "calibrate", None)  # a stop waits for the step to end
+        return {name: scores["plain"][name] for name in ("UA", "IRA", "CRA") if scores["plain"][name] is not None}
 
     def _score_after(self, number: int) -> None:
         self.sitting.score(self.engine.net, stage_after(number), self.config.concepts[: number + 1])
@@ -234,6 +234,8 @@ class Training:
         walked, prompts = (checkpoint.load_named(Path(state["path"]), kind) for kind in ("trajectory", "trajectory_prompt"))
         for micro, trajectory in enumerate(run.trajectories if prompts else []):
             places = [str(position) for position in run.streams.layout.positions(micro)]
+            if micro >= len(state["trajectories"]) or not walked.keys() >= set(places):
+                continue  # another batch or accumulation, accepted with run.override: the walk begins anew
             latents = torch.stack([walked[place].view(self.backbone.latent_shape) for place in places])
             trajectory.latents, trajectory.index = latents.to(self.group.device), state["trajectories"][micro]
             trajectory.prompts = tuple(bytes(prompts[place].tolist()).decode() for place in places)

@@ -69,6 +69,8 @@ def make_plan(config: RunConfig, method: Method) -> Plan:
         )
     if masked and not collect and mask.saliency != "random":
         raise ConfigError("mask.collect=0: a mask needs collected gradients; use at least 1 step, mask.saliency=random or mask.keep=1")
+    if config.engine.moments == "open" and method.reference_mask:
+        raise ConfigError("engine.moments=open: as published, closed weights move on (method.reference_compat); use engine.moments=all")
     needed = collect if masked else 0
     offset = needed if method.reference_mask else 0
     return Plan(needed, train.steps, refresh, mask.turnover, mask.until, train.lr, train.warmup, masked, offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Mapping, Sequence, Union
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import Sample, ShardReader
 from sculpt_dist.files import derived_seed
+from sculpt_dist.signals import STOPPING
 from sculpt_dist.types import ConceptBatch, Stream, TextCond
 
 ROLES = ("target", "superclass", "anchor", "distractor")
@@ -96,7 +98,15 @@ class ConceptStreams(Dataset[list[list[Sample]]]):
 
 def load(streams: ConceptStreams, items: range, workers: int) -> DataLoader[list[list[Sample]]]:
     """The items of the streams, in order, read by so many processes beside this one."""
-    return DataLoader(streams, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_is, timeout=300 if workers else 0)
+    return DataLoader(
+        streams,
+        batch_size=None,
+        sampler=items,
+        num_workers=workers,
+        collate_fn=_as_is,
+        timeout=300 if workers else 0,
+        worker_init_fn=_outlive_a_stop if workers else None,
+    )
 
 
 def micro_batches(
@@ -160,6 +170,12 @@ class Draws:
 
     def _generator(self, what: str, position: int) -> torch.Generator:
         return torch.Generator().manual_seed(derived_seed(*self.key, what, position))
+
+
+def _outlive_a_stop(worker: int) -> None:
+    """Launchers send a signal to the whole group of a rank's processes; the rank ends its workers itself, after the step and the save."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(item: list[list[Sample]]) -> list[list[Sample]]:

@@ -114,7 +114,7 @@ class DynamicMask:
         if self.settings.saliency == "random":
             rng = torch.Generator().manual_seed(derived_seed(self.settings.seed, self.concept, self.selections, f.name))
             whole = torch.rand(self.sizes[f.name], generator=rng)  # of the whole matrix, so that every rank count agrees
-            collected = whole[f.start : f.start + f.numel].to(shard.saliency.device)
+            collected = whole[f.start : f.start + f.numel].to(shard.saliency.device, copy=True)  # the whole one is let go
         else:
             collected = shard.saliency[f.here]
         return lambda here: sort_keys(collected[here])

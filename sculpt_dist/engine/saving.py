@@ -99,7 +99,7 @@ class Saver:
                 self._commit(aside, entries, state)
             else:
                 shutil.rmtree(aside)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the store's own, when a rank's word does not come, is a RuntimeError
             self._failed = f"{aside.parent}: a checkpoint could not be written: {error} ({_free(aside.parent)} free)"
 
     def _receive(self, key: str) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
             try:
                 stop.check("the start")
                 yield stop
+            except StopRequested:  # no failure
+                raise
             except SculptError as error:  # most are the same on all ranks
                 _say_cause(log, began, f"{type(error).__name__}: {error}")
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import numpy as np
 
@@ -52,6 +52,12 @@ def harmonic_mean(values: Sequence[np.ndarray]) -> np.ndarray:
 def harmonic(values: Sequence[float | None]) -> float | None:
     """Of plain numbers in [0, 1]; None where one is missing."""
     return None if None in values else float(harmonic_mean([np.array([value], dtype=float) for value in values])[0])
+
+
+def harmonic_of_measured(scores: Mapping[str, float | None], names: Sequence[str] = HARMONIC) -> float | None:
+    """Of those that there are: a classifier that knows no styles gives no CRA. None where there are none."""
+    found = [scores[name] for name in names if scores.get(name) is not None]
+    return harmonic(found) if found else None
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float] | None:

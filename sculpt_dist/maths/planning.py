@@ -233,10 +233,10 @@ def traffic(layout: Layout, buckets: Buckets, forwards: int, accumulate: int, gr
         weights = float(width * gathered)
         wire = {"scatter": part * gradients, "gather": part * weights}
         return Traffic({"gradients": gradients, "weights": weights}, wire, passes + backwards * -(-elements // buckets.reduce) + small)
-    weights = float(width * elements) if layout.stage else 0.0
+    weights = float(groups * width * elements) if layout.stage else 0.0  # DeepSpeed gathers after every step, those that only capture too
     sums = backwards * -(-elements // buckets.reduce)
     wire = {"sum": 2 * part * gradients, "gather": part * weights}
-    return Traffic({"gradients": gradients, "weights": weights}, wire, sums + (layout.stage > 0) + small)
+    return Traffic({"gradients": gradients, "weights": weights}, wire, sums + groups * (layout.stage > 0) + small)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ class Method(Base):
             raise ConfigError(f"method.distractors={config.distractors}: must be at least 1")
         if not config.attention or set(config.attention) - {"cross_attention", "self_attention"}:
             raise ConfigError(f"method.attention={list(config.attention)}: choose from cross_attention, self_attention")
+        if config.calibrations and config.calibration_images < 1:
+            raise ConfigError(f"method.calibration_images={config.calibration_images}: checkpoints are judged by images; use at least 1")
         self.config = config
         self.calibration_images = config.calibration_images if config.calibrations else 0
 
@@ -115,7 +117,8 @@ class Method(Base):
         return max(1, updates // self.config.calibrations) if self.config.calibrations else 0
 
     def judge(self, recent: Mapping[str, float]) -> float:
-        return -(recent["UA"] + (recent["IRA"] + recent["CRA"]) / 2)
+        retained = [recent[name] for name in ("IRA", "CRA") if name in recent]  # a classifier may know no styles
+        return -(recent.get("UA", 0.0) + (sum(retained) / len(retained) if retained else 0.0))
 
 
 def text_points(cond: TextCond) -> Tensor:

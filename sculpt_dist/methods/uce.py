@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.data.prompts import ConceptPrompts
+from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.closed_form import edit_transform
 from sculpt_dist.methods.base import Editor as Base
 from sculpt_dist.methods.base import matrices
@@ -35,6 +36,8 @@ class Config:
 
 class Editor(Base):
     def __init__(self, config: Config) -> None:
+        if config.ridge <= 0:
+            raise ConfigError(f"method.ridge={config.ridge}: must be greater than 0, or the system has no single solution")
         self.config = config
 
     def edit(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> Mapping[str, Tensor]:

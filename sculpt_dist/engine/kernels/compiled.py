@@ -100,7 +100,7 @@ def found() -> tuple[Compiled | None, str]:
     """(the kernel, "") or (None, why there is none)."""
     try:
         return Compiled(build_library(FLAGS)), ""
-    except BuildError as error:
+    except (BuildError, OSError, RuntimeError) as error:  # no compiler, a folder from which nothing may be run, no home
         return None, str(error)
 
 
@@ -115,7 +115,7 @@ def build_library(flags: Sequence[str]) -> Path:
         raise BuildError("there is no C compiler (cc, gcc or clang)")
     library = _folder() / f"masked-{_fingerprint(compiler, flags)}.so"
     if not library.is_file():
-        written = library.with_name(f"{library.name}.{os.getpid()}.tmp")
+        written = library.with_name(f"{library.name}.{platform.node()}.{os.getpid()}.tmp")
         made = subprocess.run([compiler, str(SOURCE), "-o", str(written), *flags], capture_output=True, text=True)
         if made.returncode:
             raise BuildError(f"{compiler} could not compile {SOURCE.name}: {' '.join(made.stderr.split())[:300]}")
