@@ -178,6 +178,11 @@ def test_kscu_terms_on_the_students_own_latents(progress):
     torch.testing.assert_close(terms["leakage"], 1e-4 * (0.5 * x + EMPTY - kept).pow(2).mean())
 
 
+def test_uce_without_a_ridge_is_refused():
+    with pytest.raises(ConfigError, match="method.ridge=0.0: must be greater than 0"):
+        uce.Editor(uce.Config(ridge=0.0))
+
+
 def test_disturbed_prompts_keep_the_target():
     forms = kscu.disturbed_prompts("a photo of a cat", "a photo of a animal")
     assert forms[0] == "a photo of a cat" and all("cat" in form.split() for form in forms) and len(set(forms)) == len(forms)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
+import signal
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ import torch
 
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts, fill
 from sculpt_dist.data.shards import Sample, ShardReader, read_index, scan_shard, write_index, write_shard
-from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, micro_batches
+from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, load, micro_batches
 from sculpt_dist.errors import ShardError
 from sculpt_dist.files import derived_seed
 from sculpt_dist.settings import Concept, PrepareConfig
@@ -193,6 +197,21 @@ def test_same_samples_for_any_ranks_accumulation_and_workers_and_from_any_step(t
         assert keys(tmp_path, ranks, accumulate, workers) == reference
     later = keys(tmp_path, 2, 1, 0, first_step=4)
     assert later == {step: reference[step] for step in (4, 5)}
+
+
+def test_workers_outlive_the_signal_that_a_launcher_sends_to_a_ranks_whole_group(tmp_path):
+    make_stream(tmp_path / "t", 10)
+    streams = ConceptStreams({"target": [ShardReader(tmp_path / "t")]}, Layout(2, 1, 0, 1), 0, 0)
+    items = iter(load(streams, range(20), 1))
+    found = [[sample.key for sample in next(items)[0]]]
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker.pid, number)
+    time.sleep(0.2)
+    found += [[sample.key for sample in item[0]] for item in items]
+    assert found == [[sample.key for sample in streams[i][0]] for i in range(20)]
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_anchor_stream_is_split_evenly_between_its_sources(tmp_path):

@@ -177,6 +177,16 @@ def test_collect_is_left_out_where_no_gradient_is_asked_for():
     assert (plan("mask.keep=1").collect, plan("mask.saliency=random", "mask.collect=0").collect, plan("mask.collect=0.1").collect) == (0, 0, 45)
 
 
+def test_a_share_above_0_is_at_least_one_step():
+    few = plan("mask.collect=0.001", "mask.refresh=0.001", "train.steps=100")
+    assert (few.collect, few.refresh) == (1, 1)
+
+
+def test_moments_of_open_weights_alone_do_not_go_with_the_published_form_which_is_told_before_anything_runs():
+    with pytest.raises(ConfigError, match="engine.moments=open: as published, closed weights move on"):
+        plan("method.reference_compat=true", "engine.moments=open")
+
+
 def test_the_published_clock_counts_the_collect_steps_and_its_schedule_never_ends():
     ours, theirs = plan("train.lr=1.0", "train.warmup=0"), plan("train.lr=1.0", "train.warmup=0", "method.reference_compat=true")
     assert (ours.progress(50), theirs.progress(50)) == (0.0, 0.1)

@@ -128,6 +128,7 @@ def test_blocks_and_attention_choose_what_trains():
         ({"contrast": "exp"}, "contrast=exp: choose one of log, ratio, margin"),
         ({"distractors": 0}, "distractors=0: must be at least 1"),
         ({"attention": ["mlp"]}, "attention=.*choose from cross_attention, self_attention"),
+        ({"calibrations": 3, "calibration_images": 0}, "calibration_images=0: checkpoints are judged by images"),
     ],
 )
 def test_unknown_choices_are_named(options, message):
@@ -137,6 +138,8 @@ def test_unknown_choices_are_named(options, message):
 
 def test_calibration_prefers_what_erases_and_retains():
     method = Method(Config(calibrations=4, calibration_images=2))
+    without_styles = [{"UA": 0.9, "IRA": 0.8}, {"UA": 1.0, "IRA": 0.65}]  # as `sculpt-dist localize` scores them
+    assert min(without_styles, key=method.judge) == without_styles[0]
     assert method.calibration_images == 2 and method.candidate_every(10) == 2 and Method(Config()).calibration_images == 0
     assert method.judge({"UA": 0.9, "IRA": 0.8, "CRA": 1.0}) < method.judge({"UA": 1.0, "IRA": 0.5, "CRA": 1.0})
 
