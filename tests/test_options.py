@@ -20,6 +20,7 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.masked import MaskedAdamW
 from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.errors import ConfigError
 from sculpt_dist.methods.base import Predictor
 from sculpt_dist.methods.dm_cal import Config, Method
 from sculpt_dist.prepare import data_folder
