@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from sculpt_dist.compare import finished_report
 from sculpt_dist.errors import ConfigError, RunFolderError
 from sculpt_dist.files import derived_seed, write_atomically
-from sculpt_dist.maths.comparison import harmonic_of_measured
+from sculpt_dist.maths.comparison import harmonic
 from sculpt_dist.trials import Sweep, Trial
 
 DONE, FAILED, OPEN = "done", "failed", "open"
@@ -64,14 +64,14 @@ def outcome(trial: Trial) -> Outcome:
     if report is not None:
         after = report["after"]
         scores = {name: after.get(name) for name in ("UA", "IRA", "CRA", "SA")}
-        return Outcome(trial, DONE, scores | {"H": harmonic_of_measured(scores)})
+        return Outcome(trial, DONE, scores | {"H": harmonic(scores)})
     note = trial.folder.with_suffix(".failed")
     return Outcome(trial, FAILED, {}, note.read_text().strip()) if note.is_file() else Outcome(trial, OPEN, {})
 
 
 def retention(scores: Mapping[str, float | None]) -> float | None:
     """The harmonic mean of IRA and CRA, or the one that there is."""
-    return harmonic_of_measured(scores, ("IRA", "CRA"))
+    return harmonic(scores, ("IRA", "CRA"))
 
 
 def write_failure(trial: Trial, line: str) -> None:

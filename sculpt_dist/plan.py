@@ -8,6 +8,7 @@ from typing import Any, Iterator, Mapping, Sequence
 import torch
 
 from sculpt_dist.check import check_settings, first_step, loss_functions, open_backbone, open_trainable, shard_elements
+from sculpt_dist.config import check, check_batch
 from sculpt_dist.engine.select import payload_bytes
 from sculpt_dist.engine.zero import PERSISTENT, REDUCE_BUCKET, fetched_ahead
 from sculpt_dist.errors import ConfigError
@@ -241,9 +242,12 @@ def _changed(config: RunConfig, ranks: int, changes: Sequence[Change]) -> tuple[
 
 
 def _is_valid(config: RunConfig, ranks: int) -> bool:
-    narrow = config.engine.precision == "bf16" and config.engine.stage < 2
-    compiled = config.engine.compile and config.engine.stage == 3
-    return not narrow and not compiled and config.train.batch % (ranks * config.train.accumulate) == 0
+    try:
+        check(config)
+        check_batch(config, ranks)
+    except ConfigError:
+        return False
+    return True
 
 
 def _changes(config: RunConfig, ranks: int, method: Method) -> Iterator[Change]:

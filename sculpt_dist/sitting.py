@@ -154,8 +154,8 @@ class Training:
         )
         where, concepts = self.folder / "evaluation" / "calibrate", self.config.concepts[: number + 1]
         config = replace(self.config, evaluate=few)
-        with torch.compiler.set_stance("force_eager"):
-            scores = evaluate(config, self.backbone, self.engine.net, self.group, where, concepts, "calibrate", None)  # a stop waits for the step to end
+        with torch.compiler.set_stance("force_eager"):  # without a stop: that waits for the end of the step
+            scores = evaluate(config, self.backbone, self.engine.net, self.group, where, concepts, "calibrate", None)
         return {name: scores["plain"][name] for name in ("UA", "IRA", "CRA") if scores["plain"][name] is not None}
 
     def _score_after(self, number: int) -> None:

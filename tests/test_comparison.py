@@ -18,7 +18,7 @@ from sculpt_dist.compare import checked_configs, compare, comparison_cells, fini
 from sculpt_dist.config import load_config
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.jobs import Job, run_jobs
-from sculpt_dist.maths.comparison import harmonic_mean, percentiles, resampled_scores, resampling, score_means, stacked
+from sculpt_dist.maths.comparison import harmonic, harmonic_mean, percentiles, resampled_scores, resampling, score_means, stacked
 from sculpt_dist.maths.scores import Answers, Target, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.tables import _relapse, _scores
 
@@ -46,6 +46,13 @@ def test_a_score_over_seeds_is_over_all_their_images():
     means = score_means(counts(FIRST, SECOND))
     assert means["UA"] == 7 / 8 and means["SA"] == 6 / 8 and means["IRA"] == 6 / 8 and means["CRA"] == 7 / 8
     assert means["H"] == pytest.approx(3 / (8 / 7 + 8 / 6 + 8 / 7))
+
+
+def test_h_is_of_the_scores_that_are_measured():
+    told = dict(counts(FIRST, SECOND))
+    told["CRA"] = tuple(np.zeros_like(part) for part in told["CRA"])  # a classifier that knows no styles
+    assert score_means(told)["H"] == pytest.approx(2 / (8 / 7 + 8 / 6)) == harmonic({"UA": 7 / 8, "IRA": 6 / 8, "CRA": None})
+    assert harmonic({"CRA": None}) is None and harmonic({"UA": 0, "IRA": 1}) == 0
 
 
 def test_counts_per_prompt_add_up_to_the_scores():

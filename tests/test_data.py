@@ -207,7 +207,7 @@ def test_workers_outlive_the_signal_that_a_launcher_sends_to_a_ranks_whole_group
     (worker,) = multiprocessing.active_children()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(worker.pid, number)
-    time.sleep(0.2)
+    time.sleep(0.2)  # a worker that the signals end is dead by then
     found += [[sample.key for sample in item[0]] for item in items]
     assert found == [[sample.key for sample in streams[i][0]] for i in range(20)]
     worker.join(10)

@@ -19,7 +19,7 @@ from test_run import LONGER, lines, wait_for_step
 
 from sculpt_dist.config import load_config, to_yaml
 from sculpt_dist.errors import ConfigError
-from sculpt_dist.maths.comparison import HARMONIC, harmonic
+from sculpt_dist.maths.comparison import harmonic
 from sculpt_dist.sequence import run_sequence
 
 WANDB = shutil.which("wandb", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -100,7 +100,7 @@ def test_wandb_ends_with_the_table_the_summary_and_the_model_by_reference(tracke
     table = json.loads(table.read_text())
     assert table["columns"] == ["stage", "UA", "IRA", "CRA", "SA"] and [row[0] for row in table["data"]] == ["before", "after bird", "after boat"]
     summary = {key: value for record in of(found, "summary") for key, value in record["update"].items()}
-    assert summary["H"] == pytest.approx(harmonic([report["after"][name] for name in HARMONIC]))
+    assert summary["H"] == pytest.approx(harmonic(report["after"]))
     assert {name: summary[name] for name in ("UA", "IRA", "CRA", "SA")} == pytest.approx({n: report["after"][n] for n in ("UA", "IRA", "CRA", "SA")})
     (model,) = [artifact for artifact in of(found, "artifact") if artifact["type"] == "model"]
     entries = {entry["path"]: entry for entry in model["manifest"]["contents"]}

@@ -33,12 +33,13 @@ def score_means(counts: Counts) -> dict[str, float]:
 
 
 def resampled_scores(counts: Counts, weights: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every score, and H, in every round, [R]; not a number where nothing counts."""
+    """Every score, and H of those that are measured, in every round, [R]; not a number where nothing counts."""
     found: dict[str, np.ndarray] = {}
     for name, (right, among) in counts.items():
         hits, total = (np.einsum("rs,sp,rp->r", weights[0], part, weights[1], optimize=True) for part in (right, among))
         found[name] = np.divide(hits, total, out=np.full(len(hits), np.nan), where=total > 0)
-    found["H"] = harmonic_mean([found[name] for name in HARMONIC])
+    measured = [found[name] for name in HARMONIC if counts[name][1].any()]
+    found["H"] = harmonic_mean(measured) if measured else np.full(len(weights[0]), np.nan)
     return found
 
 
@@ -49,15 +50,10 @@ def harmonic_mean(values: Sequence[np.ndarray]) -> np.ndarray:
     return np.where(np.isnan(table).any(0), np.nan, np.where((table > 0).all(0), len(table) / (1 / safe).sum(0), 0.0))
 
 
-def harmonic(values: Sequence[float | None]) -> float | None:
-    """Of plain numbers in [0, 1]; None where one is missing."""
-    return None if None in values else float(harmonic_mean([np.array([value], dtype=float) for value in values])[0])
-
-
-def harmonic_of_measured(scores: Mapping[str, float | None], names: Sequence[str] = HARMONIC) -> float | None:
-    """Of those that there are: a classifier that knows no styles gives no CRA. None where there are none."""
-    found = [scores[name] for name in names if scores.get(name) is not None]
-    return harmonic(found) if found else None
+def harmonic(scores: Mapping[str, float | None], names: Sequence[str] = HARMONIC) -> float | None:
+    """Of those that are measured: a classifier that knows no styles gives no CRA. None where none is."""
+    found = [np.array([score]) for name in names if (score := scores.get(name)) is not None]
+    return float(harmonic_mean(found)[0]) if found else None
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float] | None:

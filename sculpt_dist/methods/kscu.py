@@ -7,9 +7,9 @@ With e the student, e0 the model before this concept, x_i latents that the stude
     L = MSE(e(x_i, c~), erase) + 1e-4 MSE(e(x_i, ""), uncond)
 
 i runs through S, S + 1, ..., the last step, again and again, with one c from S to the end; after 8 traversals S grows by one, but stays
-below 0.9 of the steps. c~ is c, and in the last 5 % of the updates a disturbed prompt: its words shuffled, one that does not name the target dropped, a prefix or suffix
-added, and noise on the embedding. A batch is several latents at the same i. UNVERIFIED: two releases differ by a factor of 4 to 5 in l; the
-prefixes and suffixes are ours, and that each sample of a batch has a disturbance of its own.
+below 0.9 of the steps. c~ is c, and in the last 5 % of the updates a disturbed prompt: its words shuffled, one that does not name the
+target dropped, a prefix or suffix added, and noise on the embedding. A batch is several latents at the same i. UNVERIFIED: two releases
+differ by a factor of 4 to 5 in l; the prefixes and suffixes are ours, and that each sample of a batch has a disturbance of its own.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from sculpt_dist.types import Losses
 class Config:
     name: str = "salun"
     retain_weight: float = 0.1  # beta
-    saliency_guidance: float = 7.5  # w; the published code adds 7.5 (e(x_f, c_f) - e(x_f, "")) to the former: w = 8.5
+    saliency_guidance: float = 8.5  # w; the published code takes (1 + 7.5) e(x_f, c_f) - 7.5 e(x_f, "")
 
 
 class Method(Base):

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from sculpt_dist.config import to_yaml
 from sculpt_dist.files import append_line
-from sculpt_dist.maths.comparison import harmonic_of_measured
+from sculpt_dist.maths.comparison import harmonic
 from sculpt_dist.settings import RunConfig
 from sculpt_dist.track import base
 
@@ -55,7 +55,7 @@ class Sink(base.Sink):
         rows = [[stage, *(scores.get(name) for name in base.SCORES)] for stage, scores in stages.items()]
         self._log({"scores": wandb.Table(columns=["stage", *base.SCORES], data=rows)}, step)
         final = {name: report["after"][name] for name in base.SCORES if report["after"][name] is not None}
-        balance = harmonic_of_measured(final)  # what sweeps look at
+        balance = harmonic(final)  # what sweeps look at
         final |= {} if balance is None else {"H": balance}
         self._guarded(lambda run: run.summary.update(final))
         if self._config.track.artifact != "none":
