@@ -21,13 +21,13 @@ RUN = [
     "prepare.steps=2",
     "prepare.batch=3",
     "train.batch=4",
-    "train.steps=60",
+    "train.steps=120",
     "mask.collect=2",
     "mask.refresh=10",
     "evaluate.enabled=false",
     "concepts=[{target: bird, superclass: animal}]",
 ]
-LAST = 61  # the step after two that collect and 59 that train
+LAST = 121  # after two steps that collect and 119 that train: a signal must reach the run before its end
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--partition=low")
 
 
