@@ -122,14 +122,29 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
         backbone.net = sharded_net(
             backbone.empty_net, backbone.stored_weights(), group, settings, {entry.name: entry.shape for entry in backbone.stored_entries()}
         )
-    groups = backbone.groups()
-    adapter = method.adapter(groups)
-    names = list(method.trainable(groups)) if adapter is None else backbone.add_adapter(adapter, train.seed)
+    names = trained_names(config, method, backbone)
     if config.engine.checkpointing:
         backbone.net.enable_gradient_checkpointing()
     if config.engine.compile:
         backbone.net.forward = torch.compile(backbone.net.forward)  # below the hooks, which count passes
     return Engine(backbone.net, names, group, settings, masking, backbone.stored_weights)
+
+
+def trained_names(config: RunConfig, method: Any, backbone: Any) -> list[str]:
+    """The parameters that the method trains; puts its adapter into the net, if it has one.
+
+    Raises ConfigError for a group that the net has not, and when nothing would train.
+    """
+    groups, net = backbone.groups(), type(backbone.net).__name__
+    told = f"method.name={config.method.get('name', 'dm_cal')}"
+    try:
+        adapter = method.adapter(groups)
+        names = list(method.trainable(groups)) if adapter is None else backbone.add_adapter(adapter, config.train.seed)
+    except KeyError as error:
+        raise ConfigError(f"{told} trains the group {error}, which {net} has not; there are: {', '.join(groups)}") from error
+    if not names:
+        raise ConfigError(f"{told} trains nothing of {net}: name groups that it has: {', '.join(groups)}")
+    return names
 
 
 def base_fingerprint(folder: Path) -> str:

@@ -146,16 +146,9 @@ def _compare_stored(backbone: Backbone, net: nn.Module) -> bool:
 def open_trainable(config: RunConfig, method: Method, backbone: Backbone) -> list[int]:
     """Open the method's part of the net to training; returns the elements of each tensor of it."""
     net, told = backbone.net, f"method.name={config.method.get('name', 'dm_cal')}"
-    groups = backbone.groups()
-    try:
-        with META:  # an adapter's own weights need no values either
-            adapter = method.adapter(groups)
-            names = list(method.trainable(groups)) if adapter is None else backbone.add_adapter(adapter, config.train.seed)
-    except KeyError as error:
-        raise ConfigError(f"{told} trains the group {error}, which {type(net).__name__} has not; there are: {', '.join(groups)}") from error
+    with META:  # an adapter's own weights need no values either
+        names = build.trained_names(config, method, backbone)
     shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
-    if not names:
-        raise ConfigError(f"{told} trains nothing of {type(net).__name__}: name groups that it has: {', '.join(groups)}")
     for name in names:
         if name not in shapes:
             raise ConfigError(f"{told} trains {name}, which {type(net).__name__} has not")

@@ -15,7 +15,7 @@ from sculpt_dist.config import normal
 from sculpt_dist.evaluate import score_targets
 from sculpt_dist.files import write_atomically
 from sculpt_dist.maths.comparison import percentiles, resampled_scores, resampling, score_means, stacked
-from sculpt_dist.maths.scores import Answers, Counts, per_prompt, score_counts
+from sculpt_dist.maths.scores import Answers, Counts, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.settings import Comparison, RunConfig, Table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -41,6 +41,7 @@ class Line:
     note: str
     seeds: tuple[int, ...]
     scores: Mapping[str, Score]
+    targets: Mapping[str, float | None]  # UA of each target alone
     relapse: float | None  # accuracy of earlier targets after the last concept, less that right after each
     fid: float | None
     kid: float | None
@@ -101,6 +102,7 @@ def _line(name: str, note: str, cells: Mapping[int, Any], base: Mapping[int, Any
         note=note,
         seeds=seeds,
         scores=_scores(cells, base),
+        targets=_of_targets(list(cells.values())),
         relapse=_mean([_relapse(cell["relapse"]) for cell in found]),
         fid=_mean([(cell["extra"] or {}).get("fid") for cell in found]),
         kid=_mean([(cell["extra"] or {}).get("kid") for cell in found]),
@@ -132,10 +134,22 @@ def _scores(cells: Mapping[int, Any], base: Mapping[int, Any]) -> dict[str, Scor
 
 def _counts(config: RunConfig, result: Mapping[str, Any]) -> Counts:
     """What each prompt of a cell adds to each score, [P]."""
+    answers = _answers(result)
+    return per_prompt(answers, score_counts(answers, score_targets(config.concepts, evaluated_world(config))))[1]
+
+
+def _answers(result: Mapping[str, Any]) -> Answers:
     told = result["answers"]
     columns = ("prompt", "object_asked", "style_asked", "object_seen", "style_seen")
-    answers = Answers(*(None if told[name] is None else np.array(told[name]) for name in columns))
-    return per_prompt(answers, score_counts(answers, score_targets(config.concepts, evaluated_world(config))))[1]
+    return Answers(*(None if told[name] is None else np.array(told[name]) for name in columns))
+
+
+def _of_targets(cells: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> dict[str, float | None]:
+    """UA of each target alone, the mean over the seeds, which have the same number of images of it."""
+    config = cells[0][0]
+    targets = score_targets(config.concepts, evaluated_world(config))
+    alone = [[unlearning_scores(_answers(result), [target])["UA"] for _, result in cells] for target in targets]
+    return {concept.target: _mean(seeds) for concept, seeds in zip(config.concepts, alone)}
 
 
 def _resampled(counts: Counts) -> dict[str, np.ndarray]:
@@ -159,7 +173,7 @@ def as_markdown(comparison: Comparison, blocks: Sequence[Mapping[str, Any]]) -> 
     """The tables as GitHub reads them."""
     parts = []
     for block in blocks:
-        heads = ["", *SCORES, "relapse", "FID", "KID", "passes", "CPU-s", "MB", "trained", "stored MB", "seeds"]
+        heads = ["", *SCORES, "UA of each", "relapse", "FID", "KID", "passes", "CPU-s", "MB", "trained", "stored MB", "seeds"]
         rows = [[*_cells(line, comparison.against)] for line in block["lines"]]
         table = [heads, ["---"] * len(heads), *rows]
         parts.append(f"### {block['title']}, {block['backbone']}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in table))
@@ -178,7 +192,8 @@ def _cells(line: Line, against: str) -> list[str]:
         return text
 
     label = line.name + (f" ({line.note})" if line.note else "")
-    numbers = [_number(line.relapse, "+.3f"), _number(line.fid, ".2f"), _number(line.kid, ".4f"), f"{line.passes:,.0f}"]
+    each = ", ".join(f"{name} {_number(value, '.3f')}" for name, value in line.targets.items())
+    numbers = [each, _number(line.relapse, "+.3f"), _number(line.fid, ".2f"), _number(line.kid, ".4f"), f"{line.passes:,.0f}"]
     numbers += [f"{line.cpu_seconds:.1f}", f"{line.peak_memory:.0f}", f"{line.trained:,}", f"{line.stored:.2f}", str(len(line.seeds))]
     return [f"**{label}**" if line.name == against else label, *map(score, SCORES), *numbers]
 

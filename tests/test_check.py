@@ -207,6 +207,7 @@ MISTAKES = {
     "the batch": (["train.batch=3"], "train.batch=3 is not divisible by ranks 2"),
     "a long prompt": (['prepare.prompts.object=["a photo of {concept}' + " and more" * 80 + '"]'], "the text encoder takes 77"),
     "a part of the attention": (["method.parts=[q, w]"], r"method.parts holds \['w'\]"),
+    "a part that the net has not": (["method.parts=[q, pooled]"], "trains the group 'pooled_text', which UNet2DConditionModel has not"),
     "no concepts": (["concepts=[]"], "concepts is empty"),
     "the plan": (["mask.collect=0"], "mask.collect=0"),
     "the image size": (["model.image_size=100"], "multiple of 8"),

@@ -20,7 +20,7 @@ from sculpt_dist.errors import ConfigError
 from sculpt_dist.jobs import Job, run_jobs
 from sculpt_dist.maths.comparison import harmonic, harmonic_mean, percentiles, resampled_scores, resampling, score_means, stacked
 from sculpt_dist.maths.scores import Answers, Target, per_prompt, score_counts, unlearning_scores
-from sculpt_dist.tables import _relapse, _scores
+from sculpt_dist.tables import _of_targets, _relapse, _scores
 
 CAT, DOG, HOUSE = 0, 1, 2
 CANVAS = PROJECT / "configs" / "canvas"
@@ -196,6 +196,7 @@ def test_a_comparison_runs_in_shards_goes_on_and_writes_its_tables(tmp_path):
     assert closed["trained"] * 4 / 1e6 == pytest.approx(closed["stored"])
     scores = json.loads((tmp_path / "runs/two/sana/faster/seed-0/evaluation/after-01/scores.json").read_text())["plain"]
     assert {name: faster["scores"][name]["mean"] for name in ("UA", "IRA", "CRA")} == pytest.approx({name: scores[name] for name in ("UA", "IRA", "CRA")})
+    assert faster["targets"] == pytest.approx({name: target["UA"] for name, target in scores["targets"].items()})
     page = (tmp_path / "runs" / "compare.html").read_text()
     assert "closed" in page and page.count("data:image/png") >= 5 * 4 and "| **plain** |" in (tmp_path / "runs" / "compare.md").read_text()
     (tmp_path / "runs").rename(tmp_path / "elsewhere")  # the record is enough for the tables
@@ -235,3 +236,4 @@ def test_a_row_is_compared_over_the_seeds_that_both_have(tmp_path):
     assert scores["UA"].mean == pytest.approx(0.9 * 0.5 + 0.8 * 0.5, abs=0.01)
     assert scores["UA"].difference == pytest.approx(0.4, abs=0.01)  # of seed 0 alone
     assert scores["UA"].difference_interval[0] > 0 and "IRA" not in scores
+    assert _of_targets(list(row({0: 0.9, 1: 0.8}).values())) == {"cat": pytest.approx(0.85), "neon": None}  # no image in neon was asked for

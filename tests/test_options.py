@@ -224,6 +224,9 @@ def test_the_engine_is_given_the_masks_options(monkeypatch, overrides, expected)
 def test_parts_choose_matrices_of_the_cross_attention():
     chosen = {part: list(Method(Config(parts=[part])).trainable(parameter_groups(SHAPES))) for part in ("q", "k", "v", "out")}
     assert chosen == {part: [f"b.attn2.to_{'out.0' if part == 'out' else part}.weight"] for part in chosen}
+    names = {"add_embedding.linear_1.weight": (2, 3), "add_embedding.linear_1.bias": (2,), **SHAPES}
+    both = Method(Config(parts=["k", "pooled"])).trainable(parameter_groups(names))
+    assert list(both) == ["b.attn2.to_k.weight", "add_embedding.linear_1.weight"]
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])

@@ -28,9 +28,12 @@ class Config:
     label_source: str = "teacher"  # who gives the label: teacher, student (published), original
     label_guidance: float = 1.0  # w; 0 = published
     anchors: list[str] = field(default_factory=lambda: ["targets", "superclass", "keep"])
-    parts: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])  # of the cross-attention that may move
+    parts: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])  # of the cross-attention that may move; pooled: see PARTS
     reference_compat: bool = False  # the published code's behaviour, with what it gets wrong (see REFERENCE)
 
+
+# The group of parameters that each part is. `pooled`, ours: what takes in the pooled text of SDXL, by which a style may be drawn.
+PARTS = {part: f"cross_attention.{part}" for part in ("q", "k", "v", "out")} | {"pooled": "pooled_text"}
 
 REFERENCE = """With `reference_compat: true`: the distillation term is computed but does not train; the label is the student's own without
 guidance; moments of closed and opened weights are kept, so that closed weights go on moving on them; the schedule and the refreshes
@@ -49,9 +52,9 @@ class Method(Base):
         unknown = set(config.anchors) - {"targets", "superclass", "keep"}
         if unknown:
             raise ConfigError(f"method.anchors holds {sorted(unknown)}: choose from targets, superclass, keep")
-        strange = set(config.parts) - {"q", "k", "v", "out"}
+        strange = set(config.parts) - set(PARTS)
         if strange or not config.parts:
-            raise ConfigError(f"method.parts holds {sorted(strange) or 'nothing'}: choose from q, k, v, out")
+            raise ConfigError(f"method.parts holds {sorted(strange) or 'nothing'}: choose from {', '.join(PARTS)}")
         self.config = config
         self.compat = config.reference_compat
         self.label_source = "student" if self.compat else config.label_source
@@ -61,7 +64,7 @@ class Method(Base):
         self.reference_mask = self.compat
 
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
-        return [name for part in self.config.parts for name in groups[f"cross_attention.{part}"] if name.endswith(".weight")]
+        return [name for part in self.config.parts for name in groups[PARTS[part]] if name.endswith(".weight")]
 
     def saliency(self, step: Step) -> Losses:
         """Plain denoising of the target, MSE(e(x_f, c_f), goal_f)."""

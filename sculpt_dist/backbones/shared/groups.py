@@ -10,7 +10,7 @@ BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")  # in t
 def parameter_groups(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, ...]]:
     """Sort parameter names into groups; `attn2` is cross-attention and `attn1` self-attention in diffusers' nets.
 
-    `matrices` are all but biases and the like. `block.K` is the K-th block in the order of a forward pass: down, middle and up blocks
+    `matrices` are all but biases and the like, `pooled_text` what takes in SDXL's pooled text (and sizes). `block.K` is the K-th block in the order of a forward pass: down, middle and up blocks
     of a UNet, transformer blocks of a DiT.
     """
     groups: dict[str, list[str]] = {"all": [], "not_cross_attention": [], "matrices": []}
@@ -30,6 +30,8 @@ def parameter_groups(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[str
             groups.setdefault(f"{kind}.{part}", []).append(name)
             groups.setdefault(kind, []).append(name)
             groups.setdefault("attention", []).append(name)
+        if words[0] == "add_embedding":
+            groups.setdefault("pooled_text", []).append(name)
         if words[0] in BLOCKS:
             number = int(words[1]) if words[1].isdigit() else 0
             blocks.setdefault((BLOCKS.index(words[0]), number), []).append(name)
