@@ -17,6 +17,7 @@ from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config import normal
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping import StopRequest
+from sculpt_dist.errors import ConfigError
 from sculpt_dist.files import write_atomically
 from sculpt_dist.maths.scores import Answers, Target, accuracy_by, bootstrap_intervals, unlearning_scores
 from sculpt_dist.metrics.base import Classifier
@@ -30,7 +31,13 @@ def check_evaluation(config: RunConfig) -> None:
     """Find out before training what evaluation would stumble over. Raises ConfigError or ModelError."""
     world = evaluated_world(config)
     asks(config, world)
-    load_classifier(config.evaluate.classifier, world.objects, world.styles)
+    judge = load_classifier(config.evaluate.classifier, world.objects, world.styles)
+    style = next((concept.target for concept in config.concepts if concept.kind == "style"), None)
+    if style is not None and not judge.styles:
+        raise ConfigError(
+            f"evaluate.classifier={config.evaluate.classifier}: knows no styles, so it cannot tell whether {style!r} is forgotten; "
+            "choose another, or evaluate.enabled=false"
+        )
     image_metrics(config.evaluate, 1, 0)
 
 

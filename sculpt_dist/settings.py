@@ -74,7 +74,7 @@ class MaskConfig:
     scope: str = "matrix"  # matrix or global
     collect: float = 50  # steps before training; below 1: share of train.steps
     refresh: float = 100  # updates between turnovers; below 1: share of train.steps; 0 = static mask
-    turnover: float = 0.2  # share of open weights swapped at a refresh, decayed by a cosine
+    turnover: float = 0.2  # share of open weights swapped at a refresh, decayed by a cosine; 0 = static mask
     until: float = 0.8  # no turnover after this progress
     saliency: str = "abs_sum"  # abs_sum |sum g|, sum_abs sum |g|, sum_sq sum g^2, random
 

@@ -23,6 +23,7 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.saving import Saver
 from sculpt_dist.engine.stopping import LOG_FILE, StopRequest
 from sculpt_dist.engine.zero import Engine
+from sculpt_dist.errors import ConfigError
 from sculpt_dist.evaluate import evaluate
 from sculpt_dist.files import append_line, derived_seed
 from sculpt_dist.methods.base import Editor, Method, Setup
@@ -91,7 +92,10 @@ class Training:
         """
         total = sum(int(getattr(p, "ds_numel", p.numel())) for p in self.engine.net.parameters())
         trained = self.engine.num_trained
-        self.costs.weights = {"total": total, "trained": trained, "open": self.engine.mask.planned_open if self.plan.masked else trained}
+        opened = self.engine.mask.planned_open if self.plan.masked else trained
+        if not opened:
+            raise ConfigError(f"mask.keep={self.config.mask.keep}: opens none of {trained:,} weights; raise it")
+        self.costs.weights = {"total": total, "trained": trained, "open": opened}
         original = self.engine.snapshot() if self.method.needs_original else None
         first, resumed = self._resume(found)
         self.sitting.tracker.start(first, resumed["step"] if resumed else 0, self.plan.steps)

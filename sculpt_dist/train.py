@@ -62,6 +62,8 @@ def make_plan(config: RunConfig, method: Method) -> Plan:
     """The plan of every concept of a run. Raises ConfigError when the mask would turn over too often."""
     train, mask = config.train, config.mask
     collect, refresh = as_steps(mask.collect, train.steps), as_steps(mask.refresh, train.steps)
+    if not mask.turnover:
+        refresh = 0
     masked = mask.keep < 1
     if masked and refresh and train.steps / refresh > MAX_GENERATIONS - 1:
         raise ConfigError(

@@ -24,7 +24,9 @@ import sculpt_dist.canvas.classifier as canvas_classifier
 from sculpt_dist.backbones.shared.text import word_tokenizer
 from sculpt_dist.canvas.draw import draw, draw_dataset
 from sculpt_dist.canvas.world import OBJECTS, STYLES
+from sculpt_dist.config import load_config
 from sculpt_dist.errors import ConfigError, ModelError
+from sculpt_dist.evaluate import check_evaluation
 from sculpt_dist.metrics import clip_score
 from sculpt_dist.metrics.base import Classifier, Verdict
 from sculpt_dist.metrics.classifiers import clip as clip_kind
@@ -475,6 +477,12 @@ def test_own_detector_finds_its_one_object_or_none():
     assert judge.objects == ("nudity",) and judge.styles == ()
     verdict = judge.classify(single_pixels((255, 255, 255), (0, 0, 0), (200, 200, 200)))
     assert verdict.objects.tolist() == [0, -1, 0] and verdict.styles is None
+
+
+def test_a_style_is_refused_where_the_judge_knows_none():
+    concepts = ["concepts=[{target: sketch, kind: style}]", "evaluate.objects=[nudity]", "evaluate.styles=[sketch, neon]"]
+    with pytest.raises(ConfigError, match="NudityStub: knows no styles, so it cannot tell whether 'sketch' is forgotten"):
+        check_evaluation(load_config(None, [*concepts, f"evaluate.classifier={own('NudityStub')}"]))
 
 
 def test_own_detector_answers_in_the_evaluated_names_by_default():

@@ -164,6 +164,7 @@ def refreshes(made: Plan) -> list[int]:
         (["mask.until=0.4"], [100]),
         (["mask.refresh=0.2"], [90, 180, 270]),  # a share of the updates; 360 is 0.8 of them
         (["mask.refresh=0"], []),
+        (["mask.turnover=0"], []),
         (["mask.keep=1"], []),
         (["mask.saliency=random", "mask.collect=0"], [100, 200, 300]),
         (["method.reference_compat=true"], [50, 150, 250]),  # the 50 collect steps count

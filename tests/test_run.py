@@ -327,6 +327,11 @@ def test_batch_that_does_not_divide_is_refused(canvas_config, tmp_path):
     assert "train.batch=3" in printed and "use a multiple of 2" in printed and not (tmp_path / "run").exists()
 
 
+def test_a_mask_that_opens_nothing_is_refused(canvas_config, tmp_path):
+    printed = sculpt("unlearn", canvas_config, *SMALL, "mask.keep=1e-9", f"run.folder={tmp_path / 'run'}", code=2)
+    assert "mask.keep=1e-09: opens none of 92,160 weights" in printed
+
+
 def test_overrides_may_be_left_out():
     assert "nowhere.yaml: there is no such configuration file" in sculpt("unlearn", "nowhere.yaml", code=2)
 
