@@ -55,12 +55,13 @@ def evaluated_world(config: RunConfig) -> World:
         members = members or {name: list(those) for name, those in world.SUPERCLASSES.items()}
     if not styles and any(concept.kind == "style" for concept in config.concepts):
         raise ConfigError("evaluate.styles is empty: name the styles that a forgotten one is compared with, or evaluate.enabled=false")
-    known = {normal(name) for name in (*objects, *styles)}
     for concept in config.concepts:
-        for name in (concept.target, *concept.keep):
-            if normal(name) not in known:
-                (objects if concept.kind == "object" else styles).append(name)
-                known.add(normal(name))
+        of_kind = objects if concept.kind == "object" else styles
+        if normal(concept.target) not in map(normal, of_kind):
+            of_kind.append(concept.target)
+        for name in concept.keep:
+            if normal(name) not in map(normal, (*objects, *styles)):
+                of_kind.append(name)
     if not objects:
         raise ConfigError("evaluate.objects is empty and no concept is an object: name the objects to draw, or evaluate.enabled=false")
     return World(tuple(objects), tuple(styles), {name: tuple(those) for name, those in members.items()})
@@ -73,7 +74,7 @@ def asks(config: RunConfig, world: World) -> list[Ask]:
     """
     settings, listed = config.evaluate, []
     templates = [(settings.prompt, settings.images)] + [(text, settings.paraphrase_images) for text in settings.paraphrases]
-    from_files = {normal(name) for name in settings.prompts}
+    from_files = {normal(name) for name in settings.prompts or {}}
     prompt_id = 0
     for number, (template, images) in enumerate(templates):
         for o, name in enumerate(world.objects):
@@ -99,7 +100,7 @@ def _listed_asks(config: RunConfig, world: World, first_id: int) -> Iterator[Ask
         guidance = config.evaluate.guidance if line.guidance is None else line.guidance
         return Ask(line.prompt, prompt_ids.setdefault(line.prompt, first_id + len(prompt_ids)), False, place, style, seed, guidance, shown, True)
 
-    for name, file in config.evaluate.prompts.items():
+    for name, file in (config.evaluate.prompts or {}).items():
         if normal(name) not in (*objects, *styles):
             there = ", ".join((*world.objects, *world.styles))
             raise ConfigError(f"evaluate.prompts names {name!r}, which is not evaluated; there are: {there}")

@@ -12,7 +12,8 @@ from typing import Any, Iterator, Mapping, Sequence
 
 from omegaconf import OmegaConf
 
-from sculpt_dist.build import build_method
+from sculpt_dist.asks import asks, evaluated_world
+from sculpt_dist.check import check_settings
 from sculpt_dist.config import load_config, merge_section, read_yaml
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.evaluate import check_evaluation
@@ -21,6 +22,8 @@ from sculpt_dist.jobs import Failure, Job, run_jobs
 from sculpt_dist.runfolder import config_fingerprint
 from sculpt_dist.settings import Comparison, Row, RunConfig, Table
 from sculpt_dist.tables import write_tables
+
+Asked = tuple[str, list[tuple[str, int, int]]]  # a row, and the prompt, object and style of all its images
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def compare(
     """
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, overrides))
-    configs = checked_configs(cells)
+    configs = checked_configs(cells, ranks)
     record = read_record(file.parent / comparison.record if comparison.record else None)
     results = {cell.key: finished(cell, configs[cell.key], record) for cell in cells}
     todo = [cell for cell in cells if results[cell.key] is None]
@@ -115,8 +118,12 @@ def _cell(comparison: Comparison, file: Path, overrides: Sequence[str], table: T
     return Cell(table.sequence, backbone, row.name, seed, file.parent / row.config, (*given, *mine), folder)
 
 
-def checked_configs(cells: Sequence[Cell]) -> dict[str, RunConfig]:
-    """The configuration of every cell, by its key. Raises ConfigError that names the cell which cannot work."""
+def checked_configs(cells: Sequence[Cell], ranks: int = 1) -> dict[str, RunConfig]:
+    """The configuration of every cell, by its key.
+
+    Raises ConfigError that names the cell which cannot work, is not evaluated, or asks for other images than others of its table.
+    """
+    asked: dict[tuple[str, str], Asked] = {}
     configs: dict[str, RunConfig] = {}
     loaded: dict[tuple[str, str, str], RunConfig] = {}
     evaluations: set[str] = set()
@@ -124,7 +131,8 @@ def checked_configs(cells: Sequence[Cell]) -> dict[str, RunConfig]:
         row = (cell.sequence, cell.backbone, cell.row)
         if row not in loaded:  # of a row's seeds, one is read and checked for all
             try:
-                loaded[row] = checked_config(cell.file, cell.overrides, evaluations)
+                loaded[row] = checked_config(cell.file, cell.overrides, evaluations, ranks)
+                _check_comparable(cell, loaded[row], asked)
             except ConfigError as error:
                 raise ConfigError(f"cell {cell.key}: {error}") from error
         config = loaded[row]
@@ -133,10 +141,20 @@ def checked_configs(cells: Sequence[Cell]) -> dict[str, RunConfig]:
     return configs
 
 
-def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str]) -> RunConfig:
+def _check_comparable(cell: Cell, config: RunConfig, asked: dict[tuple[str, str], Asked]) -> None:
+    """`asked`: what the first row on each sequence and backbone asks for; differences are taken prompt by prompt."""
+    if not config.evaluate.enabled:
+        raise ConfigError("evaluate.enabled=false: nothing of it could be compared")
+    mine = [(ask.prompt, ask.object, ask.style) for ask in asks(config, evaluated_world(config))]
+    first, theirs = asked.setdefault((cell.sequence, cell.backbone), (cell.row, mine))
+    if mine != theirs:
+        raise ConfigError(f"evaluate.*: asks for other images than the row {first}, so that no differences can be taken")
+
+
+def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str], ranks: int = 1) -> RunConfig:
     """One configuration; `evaluations` are those that were checked already. Raises ConfigError when it cannot work."""
     config = load_config(file, overrides)
-    build_method(config)
+    check_settings(config, ranks)
     evaluation = repr((config.evaluate, config.concepts))
     if evaluation not in evaluations:
         check_evaluation(config)
@@ -163,10 +181,10 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
 
 
 def finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The report of a run folder, where a run of the configuration with this fingerprint has ended there; any other says what differs."""
+    """The report of a run folder, where a run of the configuration with this fingerprint has ended there; else None."""
     file = folder / "report" / "report.json"
     content = json.loads(file.read_bytes()) if file.is_file() else {}
-    return content if content and content.get("config") == fingerprint else None
+    return content if content.get("finished") and content.get("config") == fingerprint else None
 
 
 def read_record(file: Path | None) -> dict[str, dict[str, Any]]:

@@ -156,6 +156,9 @@ def _check_concepts(config: RunConfig) -> None:
     for key, names in (("evaluate.objects", config.evaluate.objects), ("evaluate.styles", config.evaluate.styles)):
         if not all(normal(name) for name in names):
             raise ConfigError(f"{key} holds an empty name: remove it")
+        twice = [name for i, name in enumerate(names) if normal(name) in map(normal, names[:i])]
+        if twice:
+            raise ConfigError(f"{key} holds {twice[0]!r} twice: remove one")
     for name in config.prepare.prompts.files:
         if normal(name) not in seen:
             there = ", ".join(concept.target for concept in config.concepts)

@@ -43,8 +43,7 @@ def check_evaluation(config: RunConfig) -> None:
 
 def check_prompts(config: RunConfig, backbone: Backbone) -> None:
     """Raises ConfigError when a prompt of the evaluation is too long for the text encoders."""
-    if config.evaluate.enabled:
-        backbone.tokenized(list(dict.fromkeys(ask.prompt for ask in asks(config, evaluated_world(config)))), negative=False)
+    backbone.tokenized(list(dict.fromkeys(ask.prompt for ask in asks(config, evaluated_world(config)))), negative=False)
 
 
 def score_targets(concepts: Sequence[Concept], world: World) -> list[Target]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -127,9 +128,15 @@ def _failure(printed: list[str], code: int) -> Failure:
     return Failure((lines or [f"exit code {code}"])[-1])
 
 
-def _guard() -> list[str]:
-    """On Linux, what has a job save and end when this process is killed: an orphan would go on alone, its folder locked."""
-    return ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
+@functools.cache
+def _guard() -> tuple[str, ...]:
+    """On Linux, what has a job save and end when this process is killed: an orphan would go on alone, its folder locked.
+
+    Nothing where setpriv is missing, or older than util-linux 2.33, which brought the option.
+    """
+    guard = ("setpriv", "--pdeathsig", "TERM", "--")
+    works = shutil.which(guard[0]) and subprocess.run([*guard, "true"], capture_output=True).returncode == 0
+    return guard if works else ()
 
 
 def _launcher(ranks: int) -> list[str]:

@@ -49,10 +49,13 @@ def localize(
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Run what is missing of the blocks' runs; returns (RUN-localize, the scores of all blocks, the best first).
 
-    A run has a quarter of the file's steps and one image per object and style, unless `overrides` say otherwise. With `index` only that block's run is made, as one task of a job array, and nothing is ranked. Called without it, afterwards, it
-    ranks and writes localize.json. Raises ConfigError when the method cannot train single blocks, when evaluation is off, or when a run
-    failed; StopRequested after a signal.
+    A run has a quarter of the file's steps and one image per object and style, by templates alone, unless `overrides` say otherwise. With
+    `index` only that block's run is made, as one task of a job array, and nothing is ranked. Called without it, afterwards, it ranks and
+    writes localize.json. Raises ConfigError when the method cannot train single blocks, when evaluation is off, or when a run failed;
+    StopRequested after a signal.
     """
+    if best < 1:
+        raise ConfigError(f"--best {best}: choose at least one block")
     runs = block_runs(file, overrides)
     if index is not None:
         chosen = [run for run in runs if run.block == index]
@@ -93,7 +96,8 @@ def _trains(config: RunConfig, groups: Any) -> bool:
 
 def _with_block(config: RunConfig, file: Path, overrides: Sequence[str], block: int) -> BlockRun:
     seed = derived_seed(config.evaluate.seed, "localize") % 2**31
-    short = (f"train.steps={max(1, config.train.steps // 4)}", "evaluate.images=1", "evaluate.paraphrases=[]", f"evaluate.seed={seed}")
+    plain = [f"evaluate.{name}=null" for name in ("prompts", "retain_prompts", "reference", "clip")]  # lists may say the reported seeds
+    short = (f"train.steps={max(1, config.train.steps // 4)}", "evaluate.images=1", "evaluate.paraphrases=[]", f"evaluate.seed={seed}", *plain)
     mine = (f"method.blocks=[{block}]", f"run.folder={config.run.folder}-localize/block-{block:02d}")
     given = (*short, *overrides, *mine)
     made = load_config(file, list(given))

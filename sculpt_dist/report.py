@@ -108,6 +108,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "model": config["model"].get("path") or f"canvas-{config['model'].get('arch')}",
         "method": config["method"]["name"],
         "config": run.manifest.get("config"),
+        "finished": run.manifest.get("finished", False),
         "ranks": costs.get("ranks"),
         "before": _scores(run.stages["before"]),
         "after": _scores(run.stages[run.last] if run.last else {}),

@@ -157,7 +157,7 @@ def _differences(theirs: DictConfig, mine: DictConfig) -> list[str]:
 def _list_checksums(config: RunConfig) -> dict[str, str]:
     """File -> checksum over what is read of it, of every file of prompts. Raises ConfigError for one that cannot be read."""
     retained = config.evaluate.retain_prompts
-    files = [*config.prepare.prompts.files.values(), *config.evaluate.prompts.values(), *([retained] if retained else [])]
+    files = [*config.prepare.prompts.files.values(), *(config.evaluate.prompts or {}).values(), *([retained] if retained else [])]
     return {file: text_sha256(repr(read_prompts(file))) for file in files}
 
 
@@ -178,10 +178,16 @@ def code_versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: dict[str, str]) -> None:
-    """manifest.json, and config.yaml once more: what this run is made from."""
+    """manifest.json, and config.yaml once more: what this run is made from, and that it has not ended yet."""
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
     content = {"base": base, "config": config_fingerprint(config), "shards": shards, "prompts": _list_checksums(config), "code": code_versions()}
-    write_atomically(folder / "manifest.json", json.dumps(content, indent=1).encode())
+    write_atomically(folder / "manifest.json", json.dumps(content | {"finished": False}, indent=1).encode())
+
+
+def mark_finished(folder: Path) -> None:
+    """Note in manifest.json that all is done: what others may count on (see compare.py)."""
+    content = json.loads((folder / "manifest.json").read_bytes())
+    write_atomically(folder / "manifest.json", json.dumps(content | {"finished": True}, indent=1).encode())
 
 
 def config_fingerprint(config: RunConfig) -> str:

@@ -50,7 +50,8 @@ def run_sequence(config: RunConfig) -> Run:
     method = build.build_method(config)
     plan = None if isinstance(method, Editor) else make_plan(config, method)
     check_tracking(config)
-    if config.evaluate.enabled or (plan is not None and method.calibration_images):
+    evaluates = config.evaluate.enabled or (plan is not None and method.calibration_images > 0)
+    if evaluates:
         check_evaluation(config)
     group = build.join_ranks(config)
     check_batch(config, group.size)
@@ -61,7 +62,8 @@ def run_sequence(config: RunConfig) -> Run:
         group.on_first(lambda: check_model(config, backbone.folder))
         costs = Costs(folder, group, backbone)
         costs.read()
-        group.together(lambda: check_prompts(config, backbone))
+        if evaluates:
+            group.together(lambda: check_prompts(config, backbone))
         shards: dict[str, str] = {}
         fingerprints = {"base": base, "config": runfolder.config_fingerprint(config)}
         engine = found = None
@@ -85,6 +87,7 @@ def run_sequence(config: RunConfig) -> Run:
         if group.is_first:
             from sculpt_dist.report import write_report
 
+            runfolder.mark_finished(folder)
             write_report(folder)
             write_card(folder)
         group.barrier()

@@ -106,7 +106,7 @@ class EvaluateConfig:
     paraphrases: list[str] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)  # empty = all that the canvas has; targets are added
     styles: list[str] = field(default_factory=list)
-    prompts: dict[str, str] = field(default_factory=dict)  # object or style -> .txt or .csv of whole prompts, an image each, not the templates
+    prompts: Optional[dict[str, str]] = field(default_factory=dict)  # object or style -> .txt or .csv of whole prompts, an image each, not the templates
     retain_prompts: Optional[str] = None  # .txt or .csv of prompts without a target: FID, KID and CLIPScore are then of their images alone
     members: dict[str, list[str]] = field(default_factory=dict)  # superclass -> its objects, for SA
     bootstrap: int = 2000

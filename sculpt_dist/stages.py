@@ -16,7 +16,7 @@ from sculpt_dist.engine import checkpoint
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.watch import watched
 from sculpt_dist.errors import ConfigError, RunFolderError
-from sculpt_dist.evaluate import check_prompts, evaluate
+from sculpt_dist.evaluate import check_evaluation, check_prompts, evaluate
 from sculpt_dist.export import export, write_card
 from sculpt_dist.methods.base import Editor
 from sculpt_dist.prepare import prepared
@@ -42,6 +42,7 @@ def evaluate_only(config: RunConfig, model: Path | None, output: Path | None) ->
     folder = Path(config.run.folder)
     model = model or folder / "model"
     where = output or folder / "evaluation" / "model"
+    check_evaluation(config)
     group = build.join_ranks(config)
     group.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     with watched(group, folder, config.engine.grace) as stop:

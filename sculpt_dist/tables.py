@@ -14,7 +14,7 @@ from sculpt_dist.asks import evaluated_world
 from sculpt_dist.config import normal
 from sculpt_dist.evaluate import score_targets
 from sculpt_dist.files import write_atomically
-from sculpt_dist.maths.comparison import percentiles, resampled_scores, resampling, score_means, stacked
+from sculpt_dist.maths.comparison import HARMONIC, percentiles, resampled_scores, resampling, score_means, stacked
 from sculpt_dist.maths.scores import Answers, Counts, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.settings import Comparison, RunConfig, Table
 
@@ -127,8 +127,13 @@ def _scores(cells: Mapping[int, Any], base: Mapping[int, Any]) -> dict[str, Scor
         ours, other = (score_means(counts) for counts in pair)
         rounds = [_resampled(counts) for counts in pair]  # the same rounds: both count the same seeds and prompts
         differences = {name: (ours[name] - other[name], percentiles(rounds[0][name] - rounds[1][name])) for name in ours if name in other}
+    single = {name for name, (_, among) in whole.items() if (among > 0).sum() < 2}  # of one prompt and seed, which says nothing of others
+    single |= {"H"} if single & set(HARMONIC) & set(means) else set()
+    differences = {name: (ours, None if name in single else interval) for name, (ours, interval) in differences.items()}
     return {
-        name: Score(means[name], percentiles(drawn[name]), *differences.get(name, (None, None))) for name in SCORES if name in means
+        name: Score(means[name], None if name in single else percentiles(drawn[name]), *differences.get(name, (None, None)))
+        for name in SCORES
+        if name in means
     }
 
 

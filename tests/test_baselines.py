@@ -12,12 +12,13 @@ from linear import EMPTY, LinearBackbone, cond, net, noise, offer, stream
 
 from sculpt_dist.backbones.shared.trajectory import Trajectory
 from sculpt_dist.build import plugin
-from sculpt_dist.data.prompts import ConceptPrompts
+from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.engine.masked import ShardedVector
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.closed_form import edit_transform
 from sculpt_dist.methods import concept_ablation, esd, kscu, rgd, salun, uce
 from sculpt_dist.methods.base import Setup
+from sculpt_dist.settings import Concept, PrepareConfig
 from sculpt_dist.types import TextCond
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"
@@ -100,18 +101,29 @@ def test_tokens_are_compared_from_the_concepts_last_one_on(arch):
     longer, shorter = "a fish cat in neon style", "a animal in neon style"
     rows = [uce.received(backbone, prompt, negative=False) for prompt in (longer, shorter)]
     last = len(backbone.token_ids("a fish cat")) - (1 if arch == "sana" else 2)  # CLIP closes a prompt with a token of its own
-    old, new = uce.aligned_rows(backbone, longer, shorter)
+    old, new = uce.aligned_rows(backbone, (longer, shorter), ("fish cat", "animal"))
     count = min(len(rows[0]) - last, len(rows[1]) - (last - 1))
     assert count > 2 and torch.equal(old, rows[0][last : last + count]) and torch.equal(new, rows[1][last - 1 : last - 1 + count])
+
+
+@pytest.mark.parametrize("arch", ["sd15", "sdxl", "sana"])
+def test_a_styles_own_token_meets_the_last_one_of_the_style_free_prompt(arch):
+    backbone = plugin("sculpt_dist.backbones", arch, "").Backbone(ASSETS / arch, torch.float32, torch.device("cpu"))
+    prompts = concept_prompts(Concept("popart", kind="style"), PrepareConfig())
+    tokens = [backbone.token_ids(prompt) for prompt in (prompts.target[0], prompts.superclass[0])]
+    (popart,), (photo,) = ([i for i, token in enumerate(tokens[0]) if token == backbone.token_ids(word)[-1 if arch == "sana" else 1]] for word in ("popart", "photo"))
+    old, new = uce.aligned_rows(backbone, (prompts.target[0], prompts.superclass[0]), prompts.names)
+    rows = [uce.received(backbone, prompt, negative=False) for prompt in (prompts.target[0], prompts.superclass[0])]
+    assert torch.equal(old[0], rows[0][popart]) and torch.equal(new[0], rows[1][photo]) and tokens[0][photo] == tokens[1][photo]
 
 
 def test_the_closed_form_forgets_on_its_own_terms():
     """After the edit the target's token is keyed and valued nearly as the superclass's, and preserved prompts as before."""
     backbone = plugin("sculpt_dist.backbones", "sd15", "").Backbone(ASSETS / "sd15", torch.float32, torch.device("cpu"))
-    concept = ConceptPrompts(("a photo of a cat",), ("a photo of a animal",), "a photo of a cat", ())
+    concept = ConceptPrompts(("a photo of a cat",), ("a photo of a animal",), "a photo of a cat", (), names=("cat", "animal"))
     changed = uce.Editor(uce.Config(ridge=1e-3, preserve_scale=1.0)).edit(backbone, [concept])
     assert len(changed) == 8 and all(name.endswith(("to_k.weight", "to_v.weight")) for name in changed)
-    old, new = uce.aligned_rows(backbone, "a photo of a cat", "a photo of a animal")
+    old, new = uce.aligned_rows(backbone, ("a photo of a cat", "a photo of a animal"), concept.names)
     kept = uce.received(backbone, "a photo of a animal", negative=False)
     for name, weight in changed.items():
         before = backbone.net.get_parameter(name)

@@ -485,6 +485,12 @@ def test_a_style_is_refused_where_the_judge_knows_none():
         check_evaluation(load_config(None, [*concepts, f"evaluate.classifier={own('NudityStub')}"]))
 
 
+@pytest.mark.parametrize("concept", ["{target: popart, superclass: painting}", "{target: cat, kind: style}"])
+def test_a_target_of_the_other_kind_is_refused(concept):
+    with pytest.raises(ConfigError, match="does not know '(popart|cat)'"):
+        check_evaluation(load_config(None, [f"concepts=[{concept}]"]))
+
+
 def test_own_detector_answers_in_the_evaluated_names_by_default():
     verdict = load_classifier(own("AskedOrderStub"), ["a", "b"], ["s", "t"]).classify(single_pixels((1, 0, 0), (0, 1, 0)))
     assert verdict.objects.tolist() == [1, 0] and verdict.styles.tolist() == [0, 1]

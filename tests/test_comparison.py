@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 from conftest import PROJECT, rank_environment, sculpt
 
-from sculpt_dist.compare import checked_configs, compare, comparison_cells, finished, read_comparison, read_record
+from sculpt_dist.compare import checked_configs, compare, comparison_cells, finished, finished_report, read_comparison, read_record
 from sculpt_dist.config import load_config
 from sculpt_dist.errors import ConfigError
-from sculpt_dist.jobs import Job, run_jobs
+from sculpt_dist.jobs import Job, _guard, run_jobs
 from sculpt_dist.maths.comparison import harmonic, harmonic_mean, percentiles, resampled_scores, resampling, score_means, stacked
 from sculpt_dist.maths.scores import Answers, Target, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.tables import _of_targets, _relapse, _scores
@@ -154,12 +155,33 @@ def test_the_shipped_record_is_of_cells_as_they_are_defined_now():
         (lambda text: text.replace('"train.steps=2"', '"train.stepz=2"'), "cell two/sd15/plain/seed-0: .*train.stepz"),
         (lambda text: text.replace("dm_cal.yaml, ov", "dm_kal.yaml, ov"), "cell two/sd15/faster/seed-0: .*no such configuration file"),
         (lambda text: text.replace("target: cat", "target: unicorn"), "unicorn"),
+        (lambda text: text.replace("mask.collect=1", "mask.collect=0"), "cell two/sd15/plain/seed-0: mask.collect=0"),
+        (lambda text: text.replace("train.batch=2", "train.accumulate=2\", \"train.batch=3"), "train.batch=3 is not divisible"),
+        (lambda text: text.replace("train.lr=1e-2", "evaluate.enabled=false"), "cell two/sd15/faster/seed-0: evaluate.enabled=false"),
+        (lambda text: text.replace("train.lr=1e-2", "evaluate.images=2"), "faster/seed-0: .*other images than the row plain"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_runs(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         compare(written(tmp_path, change))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_report_on_the_way_is_not_that_of_a_finished_run(tmp_path):
+    (tmp_path / "report").mkdir()
+    for content, found in (({"config": "a", "finished": False}, False), ({"config": "a", "finished": True}, True), ({"config": "b", "finished": True}, False)):
+        (tmp_path / "report" / "report.json").write_text(json.dumps(content))
+        assert (finished_report(tmp_path, "a") is not None) == found
+
+
+def test_a_setpriv_without_the_option_guards_nothing(tmp_path, monkeypatch):
+    (tmp_path / "setpriv").write_text("#!/bin/sh\necho \"setpriv: unrecognized option '$1'\" >&2; exit 1\n")
+    (tmp_path / "setpriv").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _guard.cache_clear()
+    assert _guard() == ()
+    monkeypatch.undo()
+    _guard.cache_clear()
 
 
 def test_a_shard_outside_of_its_count_is_refused(tmp_path):

@@ -47,6 +47,7 @@ MISTAKES = {
     "train.lr=nan": ("train.lr", "finite"),
     "train.steps=0": ("train.steps", "greater than 0"),
     "mask.keep=1.5": ("mask.keep", "at most 1"),
+    "evaluate.objects=[cat, fish, Cat]": ("evaluate.objects", "'Cat' twice"),
     "mask.scope=rows": ("mask.scope", "matrix, global"),
     "engine.stage=4": ("engine.stage", "0, 1, 2, 3"),
     "lr": ("lr", "key=value"),

@@ -185,9 +185,9 @@ def test_the_start_grows_as_far_as_the_length_allows(start, length, last):
 
 
 CONCEPTS = [
-    ConceptPrompts(("a photo of a cat", "a cat"), ("a photo of a animal", "a animal"), "a photo of a cat", ("a photo of a fish",)),
-    ConceptPrompts(("a photo of a house",), ("a photo of a building",), "a photo of a house", ("a photo of a bridge",)),
-    ConceptPrompts(("a photo of a car",), ("a photo of a vehicle",), "a photo of a car", ()),
+    ConceptPrompts(("a photo of a cat", "a cat"), ("a photo of a animal", "a animal"), "a photo of a cat", ("a photo of a fish",), names=("cat", "animal")),
+    ConceptPrompts(("a photo of a house",), ("a photo of a building",), "a photo of a house", ("a photo of a bridge",), names=("house", "building")),
+    ConceptPrompts(("a photo of a car",), ("a photo of a vehicle",), "a photo of a car", (), names=("car", "vehicle")),
 ]
 
 
@@ -201,9 +201,9 @@ def test_uces_edit_equals_the_naive_inverse_in_every_layer(arch):
     def rows(prompt: str, negative: bool = False) -> np.ndarray:
         return uce.received(backbone, prompt, negative).double().detach().numpy()
 
-    pairs = [pair for concept in CONCEPTS for pair in zip(concept.target, concept.superclass)]
+    pairs = [(pair, concept.names) for concept in CONCEPTS for pair in zip(concept.target, concept.superclass)]
     aligned = [[side.double().detach().numpy() for side in uce.aligned_rows(backbone, *pair)] for pair in pairs]
-    kept = [rows(text) for _, text in pairs] + [rows(text) for concept in CONCEPTS for text in concept.keep] + [rows("", negative=True)]
+    kept = [rows(text) for (_, text), _ in pairs] + [rows(text) for concept in CONCEPTS for text in concept.keep] + [rows("", negative=True)]
     expected = [name for name, _ in backbone.net.named_parameters() if ".attn2." in name and name.endswith(("to_k.weight", "to_v.weight"))]
     assert sorted(changed) == sorted(expected) and len(expected) >= 8
     for name in expected:

@@ -26,6 +26,15 @@ def test_there_is_a_run_for_every_block_that_has_attention(arch, blocks):
     assert first.evaluate.seed != 20000  # not the images that a run reports
 
 
+def test_blocks_are_judged_by_templates_alone_and_at_least_one_is_chosen(tmp_path):
+    with pytest.raises(ConfigError, match="--best 0"):
+        localize(CONFIG, [], best=0)
+    file = tmp_path / "listed.yaml"
+    file.write_text(f"include: {CONFIG}\nevaluate: {{prompts: {{cat: cats.csv}}, retain_prompts: coco.csv, reference: canvas, clip: some-folder}}\n")
+    found = [run.config.evaluate for run in block_runs(file, [])]
+    assert found and all((e.prompts, e.retain_prompts, e.reference, e.clip) == (None,) * 4 for e in found)
+
+
 def test_what_the_user_says_of_the_short_runs_is_heeded():
     assert {run.config.train.steps for run in block_runs(CONFIG, ["train.steps=7"])} == {7}
     assert {run.config.evaluate.images for run in block_runs(CONFIG, ["evaluate.images=3"])} == {3}

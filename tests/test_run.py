@@ -55,7 +55,7 @@ def test_a_run_leaves_everything_that_others_rely_on(finished):
     assert report["weights"]["trained"] == 92160 and report["weights"]["open"] == 46080
     assert report["bytes_communicated"] > 0
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest) == {"base", "config", "shards", "prompts", "code"} and len(manifest["shards"]) == 4
+    assert set(manifest) == {"base", "config", "shards", "prompts", "code", "finished"} and len(manifest["shards"]) == 4
 
 
 def test_the_export_loads_in_plain_diffusers_and_only_cross_attention_matrices_changed(finished):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,8 @@ def test_images_of_one_prompt_are_drawn_together():
     rows = [(CAT, DOG, 0, 0)] * 10 + [(CAT, CAT, 0, 0)] * 10
     table = answers(rows)
     two_prompts = Answers(np.repeat([0, 1], 10), table.object_asked, table.style_asked, table.object_seen, table.style_seen)
+    one_prompt = replace(two_prompts, prompt=np.zeros_like(two_prompts.prompt))
+    assert bootstrap_intervals(one_prompt, [Target("object", CAT, ())], rounds=200)["UA"] is None  # nothing is known of another prompt
     assert bootstrap_intervals(two_prompts, [Target("object", CAT, ())], rounds=200)["UA"] == (0.0, 1.0)
 
 

@@ -23,6 +23,7 @@ class ConceptPrompts:
     negative: str  # what the superclass samples are led away from
     keep: tuple[str, ...]
     templates: tuple[str, ...] = ()
+    names: tuple[str, str | None] = ("", None)  # of the target and the superclass, as they stand in the prompts
 
     def of(self, names: Sequence[str]) -> tuple[str, ...]:
         """The prompts of other concepts of this kind, each by every template; names and templates both take turns from one to the next."""
@@ -67,6 +68,7 @@ def concept_prompts(concept: Concept, prepare: PrepareConfig) -> ConceptPrompts:
         negative=targets[0],
         keep=tuple(fill(template, concept=kept) for template in templates for kept in concept.keep),
         templates=tuple(templates),
+        names=(" ".join(concept.target.split()), " ".join((concept.superclass or "").split()) or None),
     )
     files = {normal(name): file for name, file in defaults.files.items()}
     file = files.get(normal(concept.target))

@@ -72,11 +72,16 @@ def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
 
 
 def bootstrap_intervals(answers: Answers, targets: Sequence[Target], rounds: int, seed: int = 0) -> dict[str, tuple[float, float] | None]:
-    """95 % percentile intervals [low, high] of every score: prompts are drawn again with replacement, with all their images."""
+    """95 % percentile intervals [low, high] of every score: prompts are drawn again with replacement, with all their images.
+
+    None for a score that rests on a single prompt: nothing is known of what another one would give.
+    """
     rng = np.random.default_rng(seed)
     prompts, counts = per_prompt(answers, score_counts(answers, targets))
     weights = np.stack([np.bincount(rng.integers(0, len(prompts), len(prompts)), minlength=len(prompts)) for _ in range(rounds)])
-    return {name: interval(weights @ right, weights @ among) for name, (right, among) in counts.items()}
+    return {
+        name: interval(weights @ right, weights @ among) if (among > 0).sum() > 1 else None for name, (right, among) in counts.items()
+    }
 
 
 def per_prompt(answers: Answers, counts: Counts) -> tuple[np.ndarray, Counts]:

@@ -3,13 +3,16 @@
 With e the student, x_s noisy samples of the superclass, c_f and c_s the target's and the superclass's prompts, sg stop-gradient:
 
     L = MSE(e(x_s, c_f), sg e(x_s, c_s))
+
+Published for objects and styles: keys and values of the cross-attention alone train.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Mapping, Sequence
 
+from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.losses import mse
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Step, matrices
@@ -19,18 +22,22 @@ from sculpt_dist.types import Losses
 @dataclass(frozen=True)
 class Config:
     name: str = "concept_ablation"
+    parts: list[str] = field(default_factory=lambda: ["k", "v"])  # of the cross-attention that train: of q, k, v, out
 
 
 class Method(Base):
-    """Trains the cross-attention; draws no samples of the target."""
+    """Trains matrices of the cross-attention; draws no samples of the target."""
 
     samples = ("superclass",)
 
     def __init__(self, config: Config) -> None:
+        strange = set(config.parts) - {"q", "k", "v", "out"}
+        if strange or not config.parts:
+            raise ConfigError(f"method.parts holds {sorted(strange) or 'nothing'}: choose from q, k, v, out")
         self.config = config
 
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
-        return matrices(groups, "cross_attention")
+        return [name for part in self.config.parts for name in matrices(groups, f"cross_attention.{part}")]
 
     def saliency(self, step: Step) -> Losses:
         return self.losses(step)

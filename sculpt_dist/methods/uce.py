@@ -6,12 +6,13 @@ prompts to preserve, and l a ridge towards the old weights W:
     W' = (l W + e sum W c* c^T + p sum W c_p c_p^T) (l I + e sum c c^T + p sum c_p c_p^T)^-1
 
 All sums stand right of W, so that W' = W T with one matrix T for all layers of a width: one factorisation. Concepts are edited at once.
-Tokens are compared from the concept's last one to the end of the prompt. The superclass's prompts, kept concepts and the empty prompt
+Tokens are compared from the name's last one to the end of the prompt; a style-free prompt has no name, and begins at its last word. The superclass's prompts, kept concepts and the empty prompt
 are preserved; which prompts published runs preserve depends on the task.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Mapping, Sequence
 
@@ -41,9 +42,8 @@ class Editor(Base):
         self.config = config
 
     def edit(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> Mapping[str, Tensor]:
-        pairs = [(target, superclass) for prompts in concepts for target, superclass in zip(prompts.target, prompts.superclass)]
-        kept = list(dict.fromkeys([superclass for _, superclass in pairs] + [text for prompts in concepts for text in prompts.keep]))
-        rows = [aligned_rows(backbone, target, superclass) for target, superclass in pairs]
+        kept = list(dict.fromkeys(text for stream in ("superclass", "keep") for prompts in concepts for text in getattr(prompts, stream)))
+        rows = [aligned_rows(backbone, pair, prompts.names) for prompts in concepts for pair in zip(prompts.target, prompts.superclass)]
         preserved = [torch.cat([received(backbone, text, negative=False) for text in kept]), received(backbone, "", negative=True)]
         config = self.config
         transform = edit_transform(
@@ -67,13 +67,18 @@ def received(backbone: Backbone, prompt: str, negative: bool) -> Tensor:
     return rows if cond.token_mask is None else rows[cond.token_mask[0] > 0]
 
 
-def aligned_rows(backbone: Backbone, target: str, superclass: str) -> tuple[Tensor, Tensor]:
-    """(c, c*) from the last token of the concept on, [n, D] each; the two prompts differ in the concept alone."""
-    ids = [backbone.token_ids(prompt) for prompt in (target, superclass)]
-    rows = [received(backbone, prompt, negative=False) for prompt in (target, superclass)]
-    after = 0  # tokens behind the concept
-    while after < min(map(len, ids)) and ids[0][-1 - after] == ids[1][-1 - after]:
-        after += 1
-    starts = [max(0, len(tokens) - after - 1) for tokens in ids]
-    count = min(len(row) - start for row, start in zip(rows, starts))
-    return rows[0][starts[0] : starts[0] + count], rows[1][starts[1] : starts[1] + count]
+def aligned_rows(backbone: Backbone, pair: tuple[str, str], names: tuple[str, str | None]) -> tuple[Tensor, Tensor]:
+    """(c, c*) of a target's prompt and its superclass's, [n, D] each, from the last tokens of their names on."""
+    (old, first), (new, second) = ((received(backbone, prompt, False), _last_token(backbone, prompt, name)) for prompt, name in zip(pair, names))
+    count = min(len(old) - first, len(new) - second)
+    return old[first : first + count], new[second : second + count]
+
+
+def _last_token(backbone: Backbone, prompt: str, name: str | None) -> int:
+    """Where the name's last token stands; in a prompt that does not hold it, the last token of all."""
+    found = [match.end() for match in re.finditer(re.escape(name), prompt, re.IGNORECASE)] if name else []
+    ids, closing = backbone.token_ids(prompt[: found[-1]] if found else prompt), backbone.token_ids("")
+    ends = 0  # tokens that close every prompt
+    while ends < len(closing) and ids[-1 - ends] == closing[-1 - ends]:
+        ends += 1
+    return len(ids) - 1 - ends
