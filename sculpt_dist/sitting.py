@@ -172,6 +172,7 @@ class Training:
             extra["candidate"] = run.candidate
         state = {
             "updates": self.engine.optimizer.updates,
+            "mask": self._masking(),
             "births": self.engine.mask.births,
             "selections": self.engine.mask.selections,
             "open_count": self.engine.mask.open_count,
@@ -180,6 +181,11 @@ class Training:
             "trajectories": [trajectory.index for trajectory in run.trajectories],
         }
         self._write((run.number, run.step), extra, state, self._walked(run))
+
+    def _masking(self) -> dict[str, Any]:
+        """What a saved mask and its saliency depend on."""
+        mask = self.config.mask
+        return {"keep": mask.keep, "scope": mask.scope, "saliency": mask.saliency, "collect": self.plan.collect}
 
     def _walked(self, run: ConceptRun) -> dict[str, Tensor]:
         """This rank's trajectories, a flat tensor for each position of the global batch."""
@@ -215,12 +221,15 @@ class Training:
         if self.group.is_first:
             append_line(self.folder / LOG_FILE, f"goes on from {path.name}, {', '.join(state['finished']) or 'no concept'} finished")
         within = state["step"] > 0
+        anew = within and state.get("mask", self._masking()) != self._masking()
+        if anew and self.group.is_first:
+            append_line(self.folder / LOG_FILE, "begins this concept anew, as the mask is another")
         filled = self.group.together(lambda: checkpoint.load(path, self.engine.shards, ["teacher"] if within else []))
         if within:
             self.engine.set_masters(filled["teacher"])
         else:
             self.engine.publish()
-        return state["concept"], state | {"path": str(path)} if within else None
+        return state["concept"], state | {"path": str(path)} if within and not anew else None
 
     def _clear_after(self, path: Path, concept: int | None) -> None:
         """Put aside what is newer than the checkpoint: damaged ones; under a changed configuration (`concept` not None), scores too."""

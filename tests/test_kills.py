@@ -132,3 +132,14 @@ def test_a_changed_configuration_is_refused_before_the_model_is_built_and_taken_
     rate = {(entry["concept"], entry["step"]): entry.get("lr") for entry in told}
     assert rate[1, 40] == pytest.approx(2 * rate[0, 40]) and rate[1, 5] == rate[0, 5] > 0  # before the stop as it was
     assert [(e["concept"], e["step"]) for e in told] == [(c, s) for c in range(2) for s in range(42)]
+
+
+@pytest.mark.slow
+def test_under_another_mask_a_concept_begins_anew(canvas_config, tmp_path):
+    call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt")
+    sculpt(*call, "mask.keep=0.25", "mask.collect=4", "--override")
+    assert "begins this concept anew, as the mask is another" in (tmp_path / "run" / "log.txt").read_text()
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = {(entry["concept"], entry["step"]): entry for entry in told}  # the later of two wins
+    assert [lines[1, step]["phase"] for step in range(44)] == ["collect"] * 4 + ["train"] * 40 and (1, 44) not in lines
+    assert json.loads((tmp_path / "run" / "costs.json").read_text())["weights"]["open"] == 200_704 // 4
