@@ -6,8 +6,8 @@ prompts to preserve, and l a ridge towards the old weights W:
     W' = (l W + e sum W c* c^T + p sum W c_p c_p^T) (l I + e sum c c^T + p sum c_p c_p^T)^-1
 
 All sums stand right of W, so that W' = W T with one matrix T for all layers of a width: one factorisation. Concepts are edited at once.
-Tokens are compared from the name's last one to the end of the prompt; a style-free prompt has no name, and begins at its last word. The superclass's prompts, kept concepts and the empty prompt
-are preserved; which prompts published runs preserve depends on the task.
+Tokens are compared from the name's last one to the end of the prompt; a style-free prompt has no name, and begins at its last word. The
+superclass's prompts, kept concepts and the empty prompt are preserved; which prompts published runs preserve depends on the task.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def received(backbone: Backbone, prompt: str, negative: bool) -> Tensor:
 
 def aligned_rows(backbone: Backbone, pair: tuple[str, str], names: tuple[str, str | None]) -> tuple[Tensor, Tensor]:
     """(c, c*) of a target's prompt and its superclass's, [n, D] each, from the last tokens of their names on."""
-    (old, first), (new, second) = ((received(backbone, prompt, False), _last_token(backbone, prompt, name)) for prompt, name in zip(pair, names))
+    old, new = (received(backbone, prompt, negative=False) for prompt in pair)
+    first, second = (_last_token(backbone, prompt, name) for prompt, name in zip(pair, names))
     count = min(len(old) - first, len(new) - second)
     return old[first : first + count], new[second : second + count]
 

@@ -10,8 +10,8 @@ BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")  # in t
 def parameter_groups(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, ...]]:
     """Sort parameter names into groups; `attn2` is cross-attention and `attn1` self-attention in diffusers' nets.
 
-    `matrices` are all but biases and the like, `pooled_text` what takes in SDXL's pooled text (and sizes). `block.K` is the K-th block in the order of a forward pass: down, middle and up blocks
-    of a UNet, transformer blocks of a DiT.
+    `matrices` are all but biases and the like, `pooled_text` what takes in SDXL's pooled text (and sizes). `block.K` is the K-th block in
+    the order of a forward pass: down, middle and up blocks of a UNet, transformer blocks of a DiT.
     """
     groups: dict[str, list[str]] = {"all": [], "not_cross_attention": [], "matrices": []}
     kinds = {"attn2": "cross_attention", "attn1": "self_attention"}
