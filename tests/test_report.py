@@ -98,7 +98,7 @@ def write_run(folder: Path, targets: Sequence[str] = ("cat", "car"), side: int =
         "ranks": 2,
     }
     (folder / "costs.json").write_text(json.dumps(costs))
-    manifest = {"base": "b" * 64, "config": "c" * 64, "shards": {"cat-target-000.tar": "d" * 64}, "code": "0.1.0"}
+    manifest = {"base": "b" * 64, "config": "c" * 64, "shards": {"cat-target-000.tar": "d" * 64}, "code": "0.1.0", "finished": True}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -163,6 +163,7 @@ def test_report_json_holds_the_scores_and_costs_of_the_run(finished: Path) -> No
         "model": "models/canvas-sd15",
         "method": "dm_cal",
         "config": "c" * 64,
+        "finished": True,
         "ranks": 2,
         "before": expected_scores(0),
         "after": expected_scores(2),

@@ -57,7 +57,7 @@ def pretended(trial, **scores: float) -> None:
     """A report as a finished run of this very trial leaves it."""
     report = trial.folder / "report" / "report.json"
     report.parent.mkdir(parents=True)
-    report.write_text(json.dumps({"config": config_fingerprint(trial.config), "after": scores}))
+    report.write_text(json.dumps({"config": config_fingerprint(trial.config), "finished": True, "after": scores}))
 
 
 # --- the files are W&B's
