@@ -94,7 +94,8 @@ def assert_samples_as_the_plain_pipeline(arch: str, folder: Path) -> None:
     options = WORLD | CALL.get(arch, {}) | {"negative_prompt": negative}
     start = noise * getattr(theirs.scheduler, "init_noise_sigma", 1.0) if arch == "sana" else noise
     expected = theirs(prompts, latents=start, output_type="latent", **options).images
-    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
+    largest = expected.abs().max()  # 51 with Euler; a change of the noise's last bit alone moves latents by 1.3e-6 of it
+    torch.testing.assert_close(latents / largest, expected / largest, rtol=1e-4, atol=4e-6)
     pixels = theirs(prompts, latents=start, output_type="np", **options).images
     difference = ours.decode(latents).permute(0, 2, 3, 1).int() - torch.from_numpy((pixels * 255).round()).int()
     assert difference.abs().max() <= 1
