@@ -75,6 +75,11 @@ def concept_prompts(concept: Concept, prepare: PrepareConfig) -> ConceptPrompts:
     return prompts if file is None else with_whole_prompts(prompts, concept, file, prepare.samples)
 
 
+def naming(name: str) -> re.Pattern[str]:
+    """What finds a concept's name in a prompt: as a word of its own, in any case."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+
+
 def with_whole_prompts(prompts: ConceptPrompts, concept: Concept, file: str, most: int) -> ConceptPrompts:
     """The target's prompts as they stand in a file, at most the first `most`: each of them costs an embedding.
 
@@ -84,7 +89,7 @@ def with_whole_prompts(prompts: ConceptPrompts, concept: Concept, file: str, mos
     if len(listed) > most:
         warnings.warn(f"{file}: holds {len(listed)} prompts; prepare.samples={most}, so the first {most} are used", stacklevel=2)
     targets = tuple(line.prompt for line in listed[:most])
-    name = re.compile(rf"(?<!\w){re.escape(' '.join(concept.target.split()))}(?!\w)", re.IGNORECASE)
+    name = naming(prompts.names[0])
 
     def counterpart(place: int, prompt: str) -> str:
         if concept.superclass is None or not name.search(prompt):

@@ -12,7 +12,6 @@ superclass's prompts, kept concepts and the empty prompt are preserved; which pr
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Mapping, Sequence
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.data.prompts import ConceptPrompts
+from sculpt_dist.data.prompts import ConceptPrompts, naming
 from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.closed_form import edit_transform
 from sculpt_dist.methods.base import Editor as Base
@@ -77,7 +76,7 @@ def aligned_rows(backbone: Backbone, pair: tuple[str, str], names: tuple[str, st
 
 def _last_token(backbone: Backbone, prompt: str, name: str | None) -> int:
     """Where the name's last token stands; in a prompt that does not hold it, the last token of all."""
-    found = [match.end() for match in re.finditer(re.escape(name), prompt, re.IGNORECASE)] if name else []
+    found = [match.end() for match in naming(name).finditer(prompt)] if name else []
     ids, closing = backbone.token_ids(prompt[: found[-1]] if found else prompt), backbone.token_ids("")
     ends = 0  # tokens that close every prompt
     while ends < len(closing) and ids[-1 - ends] == closing[-1 - ends]:
