@@ -250,6 +250,7 @@ def test_bayes_says_when_every_point_was_tried(tmp_path):
         ("method: grid", "method: grid\nearly_terminate: {type: hyperband}", "early_terminate needs W&B's server"),
         ("method: grid", "method: grid\nruncap: 3", "Key 'runcap' not in"),
         ('"${args_no_hyphens}"', '"${args}"', r"write it as \[.*args_no_hyphens"),
+        ("train.batch=2", "train.batch=3, train.accumulate=2", "trial 0: train.batch=3 is not divisible by ranks 1 x train.accumulate 2"),
         ("train.steps=4", "more.yaml", "names 2 configuration files"),
         ("train.steps=4", "evaluate.enabled=false", "its report would not have the metric H"),
         ("dm_cal_sana.yaml", "dm_kal.yaml", "no such configuration file"),
@@ -386,12 +387,12 @@ def test_a_grid_runs_as_an_array_is_killed_goes_on_and_is_summarised(tmp_path):
 @pytest.mark.slow
 def test_a_trial_that_fails_is_recorded_and_the_others_run(tmp_path):
     out = tmp_path / "out"
-    file = written(tmp_path, ("mask.keep: {values: [0.3, 1.0]}", "train.batch: {values: [3, 2]}"), ("train.batch=2", "train.accumulate=2"), ("[1.0e-3, 1.0e-2]", "[1.0e-3]"))
+    file = written(tmp_path, ("[0.3, 1.0]", "[1.0]"), ("[1.0e-3, 1.0e-2]", "[1.0e+30, 1.0e-3]"))
     printed = sculpt("sweep", str(file), "--folder", str(out), code=2)
-    assert "trial 0 (train.batch=3, train.lr=0.001): ConfigError: train.batch=3 is not divisible" in printed
-    assert "trial 1 (train.batch=2, train.lr=0.001): UA" in printed and "1 of 2 trials failed: trial 0: ConfigError" in printed
+    assert "trial 0 (mask.keep=1.0, train.lr=1e+30): NonFiniteError: the loss is not finite" in printed
+    assert "trial 1 (mask.keep=1.0, train.lr=0.001): UA" in printed and "1 of 2 trials failed: trial 0: NonFiniteError" in printed
     rows = json.loads((out / "sweep.json").read_text())["rows"]
-    assert [(row["trial"], row["state"]) for row in rows] == [(1, "done"), (0, "failed")] and "not divisible" in rows[1]["reason"]
+    assert [(row["trial"], row["state"]) for row in rows] == [(1, "done"), (0, "failed")] and "not finite" in rows[1]["reason"]
     printed = sculpt("sweep", str(file), "--folder", str(out), code=2)
     assert "0000.failed to run it again" in printed and "): " not in printed.split("ConfigError")[0]  # told again, not run again
 
