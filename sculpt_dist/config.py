@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence, TypeVar
 
@@ -40,15 +42,12 @@ def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -
 
     Raises ConfigError that names the file or override, the key, what was found and what there is.
     """
-    merged = _writable(OmegaConf.structured(RunConfig))
-    if file is not None:
-        for source, content in _with_included(file, ()):
-            merged = _merge(merged, content, str(source))
+    updates = [(str(source), content) for source, content in _with_included(file, ())] if file is not None else []
     if isinstance(overrides, DictConfig):
-        merged = _merge(merged, overrides, "arguments")
+        updates.append(("arguments", overrides))
     else:
-        for override in overrides:
-            merged = _merge(merged, _parse_override(override), f"override {override!r}")
+        updates += [(f"override {override!r}", _parse_override(override)) for override in overrides]
+    merged = _merged(_defaults(RunConfig), updates)
     try:
         texts = environment_texts(OmegaConf.to_container(merged))
         config = with_texts(OmegaConf.to_object(merged), texts)
@@ -61,7 +60,7 @@ def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -
 def merge_section(section: type[Section], values: Mapping[str, Any], where: str, prefix: str = "method.") -> Section:
     """Fill one dataclass from plain values, with the same merge and the same errors as the whole configuration."""
     try:
-        merged = _merge(_writable(OmegaConf.structured(section)), OmegaConf.create(values), where, prefix)
+        merged = _merged(_defaults(section), [(where, OmegaConf.create(values))], prefix)
         if environment_texts(OmegaConf.to_container(merged)):
             raise ConfigError(f"{where}: takes a value from the environment, which only a run's own configuration may")
         filled = OmegaConf.to_object(merged)
@@ -74,6 +73,11 @@ def merge_section(section: type[Section], values: Mapping[str, Any], where: str,
 def to_yaml(config: RunConfig) -> str:
     """The complete configuration as yaml; loading it gives the same configuration. Values of the environment are not in it."""
     return OmegaConf.to_yaml(OmegaConf.structured(without_values(config)))
+
+
+def plain_values(config: RunConfig) -> dict[str, Any]:
+    """What loading `to_yaml` gives, as dicts and lists, without going through the text."""
+    return json.loads(json.dumps(asdict(without_values(config))))
 
 
 def check(config: RunConfig) -> None:
@@ -222,7 +226,17 @@ def _parse_override(override: str) -> DictConfig:
         raise ConfigError(f"override {override!r}: {_first_line(error)}") from error
 
 
-def _merge(base: DictConfig, update: DictConfig, where: str, prefix: str = "") -> DictConfig:
+def _merged(base: DictConfig, updates: Sequence[tuple[str, DictConfig]], prefix: str = "") -> DictConfig:
+    """`base` with each (where it is from, what it sets) over it. Raises ConfigError that names the first one that does not fit."""
+    try:
+        return OmegaConf.merge(base, *(update for _, update in updates))  # at once: every merge copies the base
+    except (OmegaConfBaseException, ValueError, TypeError):
+        for where, update in updates:
+            base = _merge(base, update, where, prefix)
+        return base
+
+
+def _merge(base: DictConfig, update: DictConfig, where: str, prefix: str) -> DictConfig:
     try:
         return OmegaConf.merge(base, update)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -246,6 +260,12 @@ def _dotted(node: DictConfig, prefix: str) -> Iterable[str]:
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none():
             yield from _dotted(child, f"{prefix}{key}.")
+
+
+@cache
+def _defaults(section: type) -> DictConfig:
+    """A dataclass's defaults, to merge over."""
+    return _writable(OmegaConf.structured(section))
 
 
 def _writable(node: DictConfig) -> DictConfig:

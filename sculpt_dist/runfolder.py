@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sculpt_dist import __version__
-from sculpt_dist.config import to_yaml
+from sculpt_dist.config import plain_values, to_yaml
 from sculpt_dist.data.prompt_files import read_prompts
 from sculpt_dist.engine.group import Group
 from sculpt_dist.errors import RunFolderError
@@ -67,7 +67,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
     )
     if strangers:
         return f"run.folder={folder} holds what is no part of a run ({', '.join(sorted(strangers)[:3])}): choose another folder"
-    file, text = folder / "config.yaml", to_yaml(config)
+    file = folder / "config.yaml"
     theirs = _read_config(file)
     if theirs is None and file.is_file():
         return f"{file} is no configuration of a run: choose another run.folder"
@@ -80,7 +80,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif theirs is not None and any((folder / name).exists() for name in ("checkpoints", "evaluation")):
-        changes = _differences(theirs, OmegaConf.create(text)) + _changed_lists(folder, config)
+        changes = _differences(theirs, plain_values(config)) + _changed_lists(folder, config)
         if changes and not config.run.override:
             return (
                 f"run.folder={folder} belongs to a run with another configuration ({'; '.join(changes[:6])}): choose another run.folder, "
@@ -89,7 +89,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
         if changes:
             print(f"going on with another configuration: {'; '.join(changes)}", flush=True)
             return None  # it is written when the checkpoint was found to fit it
-    write_atomically(file, text.encode())
+    write_atomically(file, to_yaml(config).encode())
     return None
 
 
@@ -122,17 +122,17 @@ def release_folder(folder: Path) -> None:
         lock.release()
 
 
-def _read_config(file: Path) -> DictConfig | None:
+def _read_config(file: Path) -> dict[Any, Any] | None:
     """A run's config.yaml, or None where there is none that has our sections."""
     try:
         content = OmegaConf.load(file)
     except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError):
         return None
     ours = isinstance(content, DictConfig) and {section.name for section in fields(RunConfig)} <= set(content)
-    return content if ours else None
+    return OmegaConf.to_container(content) if ours else None
 
 
-def _deciding(content: DictConfig) -> dict[str, Any]:
+def _deciding(content: dict[Any, Any]) -> dict[str, Any]:
     """All keys that decide the result, flat and dotted."""
     flat: dict[str, Any] = {}
 
@@ -145,11 +145,11 @@ def _deciding(content: DictConfig) -> dict[str, Any]:
         else:
             flat[key] = value
 
-    walk(OmegaConf.to_container(content), "")
+    walk(content, "")
     return flat
 
 
-def _differences(theirs: DictConfig, mine: DictConfig) -> list[str]:
+def _differences(theirs: dict[Any, Any], mine: dict[Any, Any]) -> list[str]:
     before, now = _deciding(theirs), _deciding(mine)
     return [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
 
@@ -192,7 +192,7 @@ def mark_finished(folder: Path) -> None:
 
 def config_fingerprint(config: RunConfig) -> str:
     """A checksum over all that decides the result: not the run folder's name and the like, but what the files of prompts hold."""
-    return text_sha256(json.dumps(_deciding(OmegaConf.create(to_yaml(config))) | _list_checksums(config), sort_keys=True, default=str))
+    return text_sha256(json.dumps(_deciding(plain_values(config)) | _list_checksums(config), sort_keys=True, default=str))
 
 
 def check_checkpoint(path: Path, state: dict[str, Any], fingerprints: dict[str, str], config: RunConfig) -> bool:

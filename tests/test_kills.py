@@ -1,4 +1,4 @@
-"""Twenty runs, each killed at a random moment and started again: all end with the weights of the run that was left alone."""
+"""Runs, each killed at a random moment and started again: all end with the weights of the run that was left alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from conftest import SMALL, forking, sculpt, weights
 RUN = [*SMALL, "model.arch=sana", "evaluate.enabled=false", "train.steps=10", "prepare.samples=4", "prepare.steps=2"]
 CELLS = [(ranks, stage) for ranks in (1, 2) for stage in range(4)]
 WAYS = ("TERM", "USR1", "STOP file", "KILL all", "KILL one")
-KILLS = 20
 
 
 def arguments(canvas_config: str, folder: Path, stage: int) -> list[str]:
@@ -49,11 +48,11 @@ def wait_for_step(folder: Path, pids: list[int], concept: int, step: int) -> Non
         time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_20_of_20_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config, tmp_path):
+@pytest.mark.parametrize("kills", [pytest.param(len(CELLS), marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_all_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config, tmp_path, kills):
     drawn, done = straight
     rng, reached = random.Random(7), []
-    for number in range(KILLS):
+    for number in range(kills):
         (ranks, stage), way = CELLS[number % len(CELLS)], WAYS[number % len(WAYS)]
         expected, seconds = done[ranks, stage]
         folder = tmp_path / str(number)
@@ -87,7 +86,7 @@ def test_20_of_20_runs_killed_at_random_moments_end_bit_identical(straight, canv
             assert len(steps) == len(set(steps)), "a step that was saved on a signal was done again"
         shutil.rmtree(folder)
     print(*reached, sep="\n")
-    assert sum(any(codes) for _, codes, _ in reached) >= KILLS * 2 // 3, f"too few were still at work: {reached}"
+    assert sum(any(codes) for _, codes, _ in reached) >= kills * 2 // 3, f"too few were still at work: {reached}"
 
 
 def stopped_in_the_middle(canvas_config: str, folder: Path, output: Path, *more: str, ranks: int = 1) -> list[str]:

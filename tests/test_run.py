@@ -142,11 +142,8 @@ def wait_until_still(folder: Path) -> int:
 LONGER = ["train.steps=30", "evaluate.enabled=false", "train.checkpoint_every=0.2"]
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
-    ("arch", "stage"), [("sd15", 2), pytest.param("sd15", 3, marks=pytest.mark.exhaustive), pytest.param("sdxl", 2, marks=pytest.mark.exhaustive), pytest.param("sana", 3, marks=SLOW)]
+    ("arch", "stage"), [("sana", 2), *(pytest.param(*place, marks=pytest.mark.exhaustive) for place in (("sd15", 2), ("sd15", 3), ("sdxl", 2), ("sana", 3)))]
 )
 def test_killed_in_the_middle_and_called_again_it_ends_with_the_same_weights(canvas_config, tmp_path, arch, stage):
     arguments = ["unlearn", canvas_config, *SMALL, *LONGER, f"model.arch={arch}", f"engine.stage={stage}"]
@@ -165,12 +162,12 @@ def test_killed_in_the_middle_and_called_again_it_ends_with_the_same_weights(can
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "straight"))
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_trajectory_is_remembered_by_the_checkpoint(tmp_path):
     """KSCU walks its latents on from update to update: stopped within a walk, the run goes on with them."""
     config, folder = str(PROJECT / "configs" / "canvas" / "kscu.yaml"), tmp_path / "run"
     one_walk = ["train.steps=40", "method.sampler_steps=40", "method.start=0", "concepts=[{target: bird, superclass: animal}]"]
-    arguments = ["-m", "sculpt_dist", "unlearn", config, *TINY_RUN, *one_walk, "train.checkpoint_every=0", "evaluate.enabled=false"]
+    arguments = ["-m", "sculpt_dist", "unlearn", config, "model.arch=sana", *TINY_RUN, *one_walk, "train.checkpoint_every=0", "evaluate.enabled=false"]
     first = [sys.executable, *arguments, f"run.folder={folder}"]
     process = subprocess.Popen(first, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_step(folder, process, 0, 4)
@@ -184,7 +181,7 @@ def test_a_trajectory_is_remembered_by_the_checkpoint(tmp_path):
 
 
 def test_interrupted_it_saves_says_so_and_goes_on(canvas_config, tmp_path):
-    arguments = ["-m", "sculpt_dist", "unlearn", canvas_config, *SMALL, *LONGER, "train.checkpoint_every=0", f"run.folder={tmp_path / 'run'}"]
+    arguments = ["-m", "sculpt_dist", "unlearn", canvas_config, *SMALL, *LONGER, "model.arch=sana", "train.checkpoint_every=0", f"run.folder={tmp_path / 'run'}"]
     process = subprocess.Popen([sys.executable, *arguments], env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_step(tmp_path / "run", process, 0, 5)
     process.send_signal(signal.SIGINT)
@@ -221,7 +218,8 @@ def test_a_folder_in_use_is_refused_and_its_holder_named(canvas_config, tmp_path
     wait_for_step(tmp_path / "run", first, 0, 1)
     printed = sculpt("unlearn", canvas_config, *SMALL, *LONGER, folder, code=2)
     assert f"in use by process {first.pid}" in printed
-    assert first.wait(timeout=200) == 0
+    first.send_signal(signal.SIGINT)
+    assert first.wait(timeout=100) in (0, 75)  # it was not disturbed
 
 
 def test_from_python_in_six_lines(tmp_path):

@@ -94,12 +94,6 @@ def test_two_nodes_train_what_two_local_ranks_do(cluster, uninterrupted, tmp_pat
     assert_same(folder, uninterrupted)
 
 
-def test_two_nodes_train_the_same_under_torchrun(cluster, uninterrupted, tmp_path):
-    job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={tmp_path / 'run'}", options=TWO_NODES, LAUNCH="torchrun")
-    cluster.wait_completed(job)
-    assert_same(tmp_path / "run", uninterrupted)
-
-
 def test_a_job_at_its_time_limit_and_preempted_later_is_requeued_twice_and_loses_no_step(cluster, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     options = (*TWO_NODES, "--time=1", "--signal=B:USR1@50")  # up to 60 s earlier, so at once when Slurm looks
@@ -197,15 +191,15 @@ def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_goes_on(clus
 def test_an_array_runs_the_points_of_a_sweep(cluster, tmp_path):
     pytest.importorskip("sculpt_dist.sweep")
     words = ["${interpreter}", "-m", "sculpt_dist", "unlearn", CONFIG, *RUN, *SCORED, "train.steps=4", "mask.refresh=1", "${args_no_hyphens}"]
-    grid = {"train.lr": {"values": [1e-4, 1e-3]}, "mask.keep": {"values": [0.2, 0.5]}}
+    grid = {"train.lr": {"values": [1e-4, 1e-3]}}
     sweep = {"name": "small", "program": "sculpt_dist/__main__.py", "method": "grid", "metric": {"name": "H", "goal": "maximize"}}
     file = tmp_path / "sweep.yaml"
     file.write_text(json.dumps(sweep | {"parameters": grid, "command": words}))
-    job = cluster.submit("sweep.sbatch", str(file), "--folder", str(tmp_path / "runs"), options=("--array=0-3", "--partition=low"))
-    for index in range(4):
+    job = cluster.submit("sweep.sbatch", str(file), "--folder", str(tmp_path / "runs"), options=("--array=0-1", "--partition=low"))
+    for index in range(2):
         cluster.wait_completed(f"{job}_{index}")
     reports = [json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("report.json")]
-    assert len(reports) == 4 and all(report["after"]["UA"] is not None for report in reports)
+    assert len(reports) == 2 and all(report["after"]["UA"] is not None for report in reports)
 
 
 def test_a_chain_prepares_unlearns_and_evaluates(cluster, uninterrupted, tmp_path):
