@@ -237,8 +237,9 @@ def test_wandb_dying_does_not_end_the_training(canvas_config, tmp_path, monkeypa
 
 
 TELL = """
-import sys, time
+import faulthandler, sys, time
 from pathlib import Path
+faulthandler.dump_traceback_later(90, exit=True)  # where W&B hangs, if it does
 from sculpt_dist.config import load_config
 from sculpt_dist.track import Tracker
 config = load_config(None, ["track.wandb=true", "evaluate.enabled=false"])
