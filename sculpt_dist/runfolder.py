@@ -192,7 +192,7 @@ def mark_finished(folder: Path) -> None:
 
 def config_fingerprint(config: RunConfig) -> str:
     """A checksum over all that decides the result: not the run folder's name and the like, but what the files of prompts hold."""
-    return text_sha256(json.dumps(_deciding(plain_values(config)) | _list_checksums(config), sort_keys=True, default=str))
+    return text_sha256(json.dumps(_deciding(plain_values(config)) | _list_checksums(config), sort_keys=True))
 
 
 def check_checkpoint(path: Path, state: dict[str, Any], fingerprints: dict[str, str], config: RunConfig) -> bool:

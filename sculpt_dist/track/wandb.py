@@ -15,9 +15,8 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Mapping
 
-from omegaconf import OmegaConf
 
-from sculpt_dist.config import to_yaml
+from sculpt_dist.config import plain_values
 from sculpt_dist.files import append_line
 from sculpt_dist.maths.comparison import harmonic
 from sculpt_dist.settings import RunConfig
@@ -125,7 +124,7 @@ class Sink(base.Sink):
             group=track.group,
             job_type="unlearn",
             tags=[str(self._config.method["name"]), self._config.model.arch],
-            config=OmegaConf.to_container(OmegaConf.create(to_yaml(self._config))),
+            config=plain_values(self._config),
             dir=str(self._folder),
             settings=wandb.Settings(console="off", quiet=True, init_timeout=PATIENCE, finish_timeout=FINISH),
         )
