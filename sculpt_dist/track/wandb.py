@@ -15,7 +15,6 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Mapping
 
-
 from sculpt_dist.config import plain_values
 from sculpt_dist.files import append_line
 from sculpt_dist.maths.comparison import harmonic
