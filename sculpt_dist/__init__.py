@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sculpt_dist.sequence import Run
+    from sculpt_dist.run.sequence import Run
 
 __version__ = "0.1.0"
 
@@ -31,9 +31,9 @@ def unlearn(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from sculpt_dist.config import load_config
-    from sculpt_dist.errors import ConfigError
-    from sculpt_dist.sequence import run_sequence
+    from sculpt_dist.config.load import load_config
+    from sculpt_dist.core.errors import ConfigError
+    from sculpt_dist.run.sequence import run_sequence
 
     if isinstance(concepts, str) or not all(isinstance(concept, Mapping) for concept in concepts):
         raise ConfigError(f"concepts={concepts!r}: give a list of mappings such as {{'target': 'tench', 'superclass': 'fish'}}")

@@ -1,3 +1,3 @@
-from sculpt_dist.cli import main
+from sculpt_dist.cli.main import main
 
 main()

@@ -13,7 +13,7 @@ from typing import Any, Container, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sculpt_dist.backbones.shared.folders import (
+from sculpt_dist.backbones.io.folders import (
     check_folder,
     component_config,
     empty_component,
@@ -22,14 +22,14 @@ from sculpt_dist.backbones.shared.folders import (
     stored_entries,
     stored_weights,
 )
-from sculpt_dist.backbones.shared.groups import parameter_groups
-from sculpt_dist.backbones.shared.options import Options, Pretraining
-from sculpt_dist.backbones.shared.schedules import Schedule
-from sculpt_dist.backbones.shared.tensorfile import Entry
-from sculpt_dist.backbones.shared.trajectory import guided
-from sculpt_dist.errors import ConfigError, ModelError
-from sculpt_dist.files import write_atomically
-from sculpt_dist.types import Denoiser, TextCond
+from sculpt_dist.backbones.io.tensorfile import Entry
+from sculpt_dist.backbones.parts.groups import parameter_groups
+from sculpt_dist.backbones.parts.options import Options, Pretraining
+from sculpt_dist.backbones.parts.schedules import Schedule
+from sculpt_dist.backbones.parts.trajectory import guided
+from sculpt_dist.core.errors import ConfigError, ModelError
+from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.types import Denoiser, TextCond
 
 
 class Backbone(ABC):

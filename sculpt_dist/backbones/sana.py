@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from sculpt_dist.backbones.base import Backbone as Base
-from sculpt_dist.backbones.shared.folders import component_config, load_tokenizer
-from sculpt_dist.backbones.shared.options import Pretraining
-from sculpt_dist.backbones.shared.schedules import FlowSchedule
-from sculpt_dist.backbones.shared.text import merged_symbols, padded_tokens
-from sculpt_dist.types import TextCond
+from sculpt_dist.backbones.io.folders import component_config, load_tokenizer
+from sculpt_dist.backbones.parts.options import Pretraining
+from sculpt_dist.backbones.parts.schedules import FlowSchedule
+from sculpt_dist.backbones.parts.text import merged_symbols, padded_tokens
+from sculpt_dist.core.types import TextCond
 
 MAX_TOKENS = 300  # of a prompt, as the pipeline has it
 TINY_TOKENS = 10  # of a prompt of the tiny model

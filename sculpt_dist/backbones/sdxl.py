@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sculpt_dist.backbones.base import Backbone as Base
-from sculpt_dist.backbones.shared.folders import component_config, load_tokenizer, pipeline_index
-from sculpt_dist.backbones.shared.schedules import DiscreteSchedule
-from sculpt_dist.backbones.shared.stable import kl_autoencode, kl_decode, kl_encode, tiny_autoencoder, tiny_scheduler, tiny_unet
-from sculpt_dist.backbones.shared.text import TEXT_WIDTH, clip_text_encoder, padded_tokens, word_tokenizer
-from sculpt_dist.types import TextCond
+from sculpt_dist.backbones.io.folders import component_config, load_tokenizer, pipeline_index
+from sculpt_dist.backbones.parts.schedules import DiscreteSchedule
+from sculpt_dist.backbones.parts.stable import (
+    kl_autoencode,
+    kl_decode,
+    kl_encode,
+    tiny_autoencoder,
+    tiny_scheduler,
+    tiny_unet,
+)
+from sculpt_dist.backbones.parts.text import TEXT_WIDTH, clip_text_encoder, padded_tokens, word_tokenizer
+from sculpt_dist.core.types import TextCond
 
 
 class Backbone(Base):

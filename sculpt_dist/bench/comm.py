@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.bench.measure import timed
+from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.engine.group import Group
-from sculpt_dist.errors import ConfigError
 
 SMALL = 1024  # numbers of the message that latency is taken from
 SECONDS = 2.0  # of each size and collective, at most

@@ -10,17 +10,17 @@ from typing import Any, Callable, Iterable, Sequence
 
 import torch
 
-from sculpt_dist import build
-from sculpt_dist.config import check_batch
+from sculpt_dist.config.load import check_batch
+from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.types import TextCond
 from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.data.shards import ShardReader
 from sculpt_dist.data.streams import ROLES, load, micro_batches
 from sculpt_dist.engine.group import Group
-from sculpt_dist.errors import ConfigError
 from sculpt_dist.methods.base import Method
-from sculpt_dist.settings import RunConfig
-from sculpt_dist.sitting import concept_streams
-from sculpt_dist.types import TextCond
+from sculpt_dist.run import build
+from sculpt_dist.run.trainer import concept_streams
 
 PLENTY = 1 << 20  # steps; the clock ends it
 

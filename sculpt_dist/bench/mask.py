@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.bench.measure import growth, timed
+from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.kernels import choose_kernel
 from sculpt_dist.engine.kernels.plain import Plain
@@ -20,7 +21,6 @@ from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.masked import MaskedAdamW
 from sculpt_dist.engine.moments import Moments
 from sculpt_dist.engine.shards import Fragment, Shard
-from sculpt_dist.errors import ConfigError
 
 
 def _unet(blocks: dict[int, int], text: int) -> list[int]:

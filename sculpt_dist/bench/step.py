@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.backbones.shared.trajectory import Trajectory
+from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.bench.measure import timed
-from sculpt_dist.build import build_backbone, build_engine, build_method
-from sculpt_dist.config import load_config
+from sculpt_dist.config.load import load_config
+from sculpt_dist.config.schema import Concept, RunConfig
+from sculpt_dist.core.types import TextCond
 from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.data.shards import Sample
 from sculpt_dist.data.streams import ConceptStreams, Layout
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.stopping import StopRequest
+from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.maths.losses import mse
-from sculpt_dist.plan import step_flops
-from sculpt_dist.settings import Concept, RunConfig
-from sculpt_dist.train import ConceptRun, Recent, make_plan, run_concept
-from sculpt_dist.types import TextCond
+from sculpt_dist.planning.plan import step_flops
+from sculpt_dist.run.build import build_backbone, build_engine, build_method
+from sculpt_dist.run.train import ConceptRun, Recent, make_plan, run_concept
 
 CONCEPT = Concept(target="cat", superclass="animal")
 PUBLISHED = ["method.label_source=student", "method.label_guidance=0", "method.anchors=[]", "method.retain_weight=0.25"]

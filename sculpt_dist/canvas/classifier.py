@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sculpt_dist.canvas.world import OBJECTS, STYLES
-from sculpt_dist.errors import ModelError
+from sculpt_dist.core.errors import ModelError
 
 SHIPPED_CLASSIFIER = Path(__file__).parents[1] / "assets" / "canvas" / "classifier.safetensors"
 

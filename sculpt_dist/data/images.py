@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from sculpt_dist.errors import ConfigError
+from sculpt_dist.core.errors import ConfigError
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 25_000_000  # PIL itself only warns at 89 million, and a file of 12 kB can hold 100 million

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, TypeVar
 
-from sculpt_dist.errors import ConfigError
+from sculpt_dist.core.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
 

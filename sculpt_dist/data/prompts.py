@@ -8,10 +8,10 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Sequence
 
-from sculpt_dist.config import normal
+from sculpt_dist.config.load import normal
+from sculpt_dist.config.schema import Concept, PrepareConfig
+from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompt_files import read_prompts
-from sculpt_dist.errors import ConfigError
-from sculpt_dist.settings import Concept, PrepareConfig
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sculpt_dist.errors import ShardError
-from sculpt_dist.files import file_sha256, write_atomically
+from sculpt_dist.core.errors import ShardError
+from sculpt_dist.core.files import file_sha256, write_atomically
 
 MEMBERS = ("latent.npy", "json")  # of each sample; nothing else may lie in a shard
 INDEX = "index.json"

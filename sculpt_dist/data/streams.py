@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sculpt_dist.core.files import derived_seed
+from sculpt_dist.core.signals import STOPPING
+from sculpt_dist.core.types import ConceptBatch, Stream, TextCond
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import Sample, ShardReader
-from sculpt_dist.files import derived_seed
-from sculpt_dist.signals import STOPPING
-from sculpt_dist.types import ConceptBatch, Stream, TextCond
 
 ROLES = ("target", "superclass", "anchor", "distractor")
 

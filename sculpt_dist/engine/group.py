@@ -17,7 +17,7 @@ from typing import Any, Callable, TypeVar
 import torch
 from torch import Tensor
 
-from sculpt_dist.errors import ConfigError, LaunchError, SculptError
+from sculpt_dist.core.errors import ConfigError, LaunchError, SculptError
 
 Value = TypeVar("Value")
 

@@ -11,13 +11,13 @@ from typing import Any, Callable, Container, Iterable, Iterator, Mapping, Sequen
 import torch
 from torch import Tensor, nn
 
+from sculpt_dist.core.errors import ModelError, NonFiniteError
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.kernels import choose_kernel
 from sculpt_dist.engine.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.masked import Combine, MaskedAdamW
 from sculpt_dist.engine.shards import Fragment, Shard, check_coverage, find_shards, parameter_sizes
-from sculpt_dist.errors import ModelError, NonFiniteError
 
 ADVICE = "the last checkpoint stays; lower train.lr or look at the data of this concept"
 Stored = Callable[[Container[str]], Iterable[tuple[str, Tensor]]]

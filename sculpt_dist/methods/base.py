@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.backbones.shared.trajectory import Trajectory
+from sculpt_dist.backbones.parts.trajectory import Trajectory
+from sculpt_dist.config.schema import Concept
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.types import ConceptBatch, Losses, Stream, TextCond
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import Draws
 from sculpt_dist.engine.frozen import FrozenWeights
 from sculpt_dist.engine.masked import ShardedVector, sum_gradients
-from sculpt_dist.errors import ConfigError
-from sculpt_dist.settings import Concept
-from sculpt_dist.types import ConceptBatch, Losses, Stream, TextCond
 
 Request = tuple[Tensor, Tensor, TextCond]  # noisy [B, C, H, W], time [B], cond
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Mapping, Sequence
 
-from sculpt_dist.errors import ConfigError
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.types import Losses
 from sculpt_dist.maths.losses import mse, negative_guidance
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Step, matrices
-from sculpt_dist.types import Losses
 
 GROUPS = {"x": "cross_attention", "u": "not_cross_attention", "full": "all"}
 

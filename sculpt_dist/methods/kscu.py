@@ -19,11 +19,11 @@ import random
 from dataclasses import dataclass, replace
 from typing import Mapping, Sequence
 
-from sculpt_dist.errors import ConfigError
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.types import Losses, TextCond
 from sculpt_dist.maths.losses import mse, negative_guidance
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Setup, Step, matrices
-from sculpt_dist.types import Losses, TextCond
 
 TRAVERSALS = 8
 LAST_START = 0.9  # of the steps, which the start stays below: 44 of 50, 25 of 28

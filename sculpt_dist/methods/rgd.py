@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Mapping, Sequence
 
+from sculpt_dist.core.types import Losses
 from sculpt_dist.engine.masked import ShardedVector
 from sculpt_dist.maths.losses import mse
 from sculpt_dist.methods.base import LossFunction, Step, matrices
 from sculpt_dist.methods.base import Method as Base
-from sculpt_dist.types import Losses
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from typing import Any, Mapping, Sequence
 
 from torch import Tensor
 
-from sculpt_dist.config import normal
-from sculpt_dist.errors import ConfigError
+from sculpt_dist.config.load import normal
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.types import Losses, TextCond
 from sculpt_dist.maths.distances import farthest_points
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Setup, Step, matrices
-from sculpt_dist.types import Losses, TextCond
 
 CONTRASTS = ("log", "ratio", "margin")
 

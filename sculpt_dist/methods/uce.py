@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompts import ConceptPrompts, naming
-from sculpt_dist.errors import ConfigError
 from sculpt_dist.maths.closed_form import edit_transform
 from sculpt_dist.methods.base import Editor as Base
 from sculpt_dist.methods.base import matrices

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
-from sculpt_dist.settings import RunConfig
+from sculpt_dist.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
-from sculpt_dist.files import write_atomically
-from sculpt_dist.report import read_metrics
-from sculpt_dist.settings import RunConfig
+from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.core.files import write_atomically
+from sculpt_dist.report.report import read_metrics
 from sculpt_dist.track import base
 
 if TYPE_CHECKING:

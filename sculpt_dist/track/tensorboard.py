@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
-from sculpt_dist.settings import RunConfig
+from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.track import base
 
 if TYPE_CHECKING:

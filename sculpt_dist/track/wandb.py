@@ -15,10 +15,10 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Mapping
 
-from sculpt_dist.config import plain_values
-from sculpt_dist.files import append_line
+from sculpt_dist.config.load import plain_values
+from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.core.files import append_line
 from sculpt_dist.maths.comparison import harmonic
-from sculpt_dist.settings import RunConfig
 from sculpt_dist.track import base
 
 if TYPE_CHECKING:

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from sculpt_dist.backbones.shared.trajectory import Trajectory
+from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.bench.measure import own_memory
 from sculpt_dist.bench.step import RandomReader
-from sculpt_dist.build import build_backbone, build_engine, build_method
-from sculpt_dist.config import load_config
+from sculpt_dist.config.load import load_config
 from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.data.streams import ConceptStreams, Layout
+from sculpt_dist.engine.checkpoints.saving import Saver
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.saving import Saver
-from sculpt_dist.engine.stopping import StopRequest
+from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.methods.base import Setup
-from sculpt_dist.train import ConceptRun, Recent, make_plan, run_concept
+from sculpt_dist.run.build import build_backbone, build_engine, build_method
+from sculpt_dist.run.train import ConceptRun, Recent, make_plan, run_concept
 
 
 class Peak:

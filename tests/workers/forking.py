@@ -19,9 +19,9 @@ import traceback
 import sculpt_dist.backbones.sana
 import sculpt_dist.backbones.sd15
 import sculpt_dist.backbones.sdxl
-import sculpt_dist.report
-import sculpt_dist.stages  # noqa: F401
-from sculpt_dist import cli
+import sculpt_dist.report.report
+import sculpt_dist.run.stages  # noqa: F401
+from sculpt_dist.cli import main as cli
 
 for heavy in ("deepspeed", "diffusers.pipelines.stable_diffusion", "diffusers.models.unets.unet_2d_condition", "diffusers.models", "transformers.models.clip",
               "diffusers.schedulers", "torchmetrics", "matplotlib.pyplot", "rich.table", "rich.progress", "webdataset"):  # fmt: skip

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import torch
 
-from sculpt_dist.backbones.shared.trajectory import Trajectory
+from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.bench.step import RandomReader
-from sculpt_dist.build import build_backbone, build_engine, build_method
-from sculpt_dist.config import load_config
+from sculpt_dist.config.load import load_config
+from sculpt_dist.config.schema import Concept
+from sculpt_dist.core.files import derived_seed
+from sculpt_dist.core.types import TextCond
 from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.data.streams import ConceptStreams, Layout
 from sculpt_dist.engine import zero
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.stopping import StopRequest
-from sculpt_dist.export import export
-from sculpt_dist.files import derived_seed
-from sculpt_dist.settings import Concept
-from sculpt_dist.train import ConceptRun, Recent, make_plan, run_concept
-from sculpt_dist.types import TextCond
+from sculpt_dist.engine.stopping.request import StopRequest
+from sculpt_dist.run.build import build_backbone, build_engine, build_method
+from sculpt_dist.run.export import export
+from sculpt_dist.run.train import ConceptRun, Recent, make_plan, run_concept
 
 
 def memory(kind: str) -> int:

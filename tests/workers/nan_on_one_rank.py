@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from sculpt_dist import cli
+from sculpt_dist.cli import main as cli
+from sculpt_dist.core.types import Losses
 from sculpt_dist.methods import dm_cal
-from sculpt_dist.types import Losses
 
 losses, calls = dm_cal.Method.losses, []
 

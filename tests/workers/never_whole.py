@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from sculpt_dist.backbones import base
-from sculpt_dist.config import load_config
-from sculpt_dist.sequence import run_sequence
+from sculpt_dist.config.load import load_config
+from sculpt_dist.run.sequence import run_sequence
 
 load = base.load_component
 

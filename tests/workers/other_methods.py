@@ -7,12 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-from sculpt_dist import build
-from sculpt_dist.config import load_config
+from sculpt_dist.config.load import load_config
+from sculpt_dist.core.types import Losses
 from sculpt_dist.methods.base import Editor
 from sculpt_dist.methods.dm_cal import Config, Method
-from sculpt_dist.sequence import run_sequence
-from sculpt_dist.types import Losses
+from sculpt_dist.run import build
+from sculpt_dist.run.sequence import run_sequence
 
 combined: list[int] = []
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from sculpt_dist import cli
+from sculpt_dist.cli import main as cli
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.watch import watched
+from sculpt_dist.engine.stopping.watch import watched
 
 
 def misbehave(fault: str) -> None:

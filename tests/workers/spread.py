@@ -7,9 +7,9 @@ import sys
 import torch
 from engine_laws import gather
 
-from sculpt_dist.build import build_backbone, build_engine, build_method, join_ranks
-from sculpt_dist.config import load_config
+from sculpt_dist.config.load import load_config
 from sculpt_dist.maths.losses import mse
+from sculpt_dist.run.build import build_backbone, build_engine, build_method, join_ranks
 
 
 def main(stage: str) -> None:

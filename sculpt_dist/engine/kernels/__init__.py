@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.engine.shards import Shard
-from sculpt_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)

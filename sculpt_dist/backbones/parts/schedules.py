@@ -1,0 +1,162 @@
+"""The two families of noise: discrete diffusion (eps, v) and flow matching, each around the pipeline's own diffusers scheduler."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculpt_dist.core.errors import ModelError
+from sculpt_dist.maths.diffusion import ddpm_corrupt, ddpm_velocity, flow_corrupt, flow_velocity, shifted_sigma
+
+
+class Schedule(ABC):
+    """How a latent is corrupted at a time, and what the denoiser then predicts. A time is what the scheduler's `timesteps` hold."""
+
+    predictions: tuple[str, ...]  # the scheduler's prediction types that this family knows
+
+    def __init__(self, scheduler: Any, device: torch.device) -> None:
+        """Raises ModelError when the scheduler is of the other family."""
+        self.scheduler, self.device = scheduler, device
+        self.prediction = prediction_type(scheduler)
+        if self.prediction not in self.predictions:
+            raise ModelError(
+                f"scheduler {type(scheduler).__name__}: prediction_type {self.prediction!r}; this kind of model knows {' and '.join(self.predictions)}"
+            )
+
+    @abstractmethod
+    def sample_time(self, uniform: Tensor, window: tuple[float, float]) -> Tensor:
+        """Uniform numbers [B] in [0, 1) -> times [B]; `window` is a part of the schedule, 0 = clean, 1 = noise."""
+
+    @abstractmethod
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def goal(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def noise_level(self, time: Tensor) -> Tensor:
+        """0 clean to 1 noise, [B]: the timestep's share of the schedule, or sigma."""
+
+    @abstractmethod
+    def stress(self, time: Tensor) -> Tensor:
+        """Weights [B] of a pretraining loss that make all times matter to a guided sampler."""
+
+    @abstractmethod
+    def first_latents(self, sampler: Any, noise: Tensor) -> Tensor:
+        """Unit noise -> what the sampler starts from."""
+
+    @abstractmethod
+    def model_input(self, sampler: Any, latents: Tensor, time: Tensor) -> Tensor:
+        """The sampler's latents -> what the denoiser is given."""
+
+    def sampler(self, steps: int) -> Any:
+        """A fresh scheduler of the pipeline's own class and settings, set to `steps` steps."""
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
+
+    @abstractmethod
+    def first_order(self, steps: int) -> Any:
+        """A sampler without memory of earlier steps and without noise of its own, set to `steps` steps; its times stay on the CPU."""
+
+
+def prediction_type(scheduler: Any) -> str:
+    """epsilon, v_prediction, flow_prediction; schedulers made for flow matching alone do not say it in their settings."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow_prediction"
+    return scheduler.config.get("prediction_type", "none")
+
+
+class DiscreteSchedule(Schedule):
+    """Integer timesteps 0 .. T - 1 with the scheduler's own alpha_bar."""
+
+    predictions = ("epsilon", "v_prediction")
+
+    def __init__(self, scheduler: Any, device: torch.device) -> None:
+        super().__init__(scheduler, device)
+        try:
+            self.alpha_bar = scheduler.alphas_cumprod.to(device)  # [T]
+        except AttributeError as error:
+            raise ModelError(
+                f"scheduler {type(scheduler).__name__}: has no alpha_bar, so its noise is none that is known here; save the pipeline with "
+                "another one, such as DPMSolverMultistepScheduler"
+            ) from error
+
+    def sample_time(self, uniform: Tensor, window: tuple[float, float]) -> Tensor:
+        low, high = window
+        steps = len(self.alpha_bar)
+        return ((low + (high - low) * uniform) * steps).long().clamp(0, steps - 1).to(self.device)
+
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        return ddpm_corrupt(clean, noise, self.alpha_bar[time])
+
+    def goal(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        return noise if self.prediction == "epsilon" else ddpm_velocity(clean, noise, self.alpha_bar[time])
+
+    def noise_level(self, time: Tensor) -> Tensor:
+        return time.float() / len(self.alpha_bar)
+
+    def stress(self, time: Tensor) -> Tensor:
+        """min(1 / alpha_bar, 20): the noisy times, where a guided sampler decides which object it draws, would else count too little."""
+        return (1 / self.alpha_bar[time]).clamp(max=20)
+
+    def first_order(self, steps: int) -> Any:
+        from diffusers import DDIMScheduler
+
+        spacing = self.scheduler.config.get("timestep_spacing", "leading")
+        spacing = "trailing" if spacing == "linspace" else spacing  # DDIM's steps are T // steps long, which those of linspace are not
+        sampler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False, timestep_spacing=spacing)
+        sampler.set_timesteps(steps)
+        return sampler
+
+    def first_latents(self, sampler: Any, noise: Tensor) -> Tensor:
+        return noise * sampler.init_noise_sigma
+
+    def model_input(self, sampler: Any, latents: Tensor, time: Tensor) -> Tensor:
+        return sampler.scale_model_input(latents, time)
+
+
+class FlowSchedule(Schedule):
+    """Times are T sigma, as the schedulers count them, sigma in (0, 1] under the scheduler's time shift; the loss weight is 1."""
+
+    predictions = ("flow_prediction",)
+
+    def __init__(self, scheduler: Any, device: torch.device) -> None:
+        super().__init__(scheduler, device)
+        settings = scheduler.config
+        if settings.get("use_dynamic_shifting"):
+            raise ModelError(f"scheduler {type(scheduler).__name__}: use_dynamic_shifting is not supported; set a fixed shift")
+        self.steps = settings["num_train_timesteps"]
+        self.shift = float(settings.get("flow_shift") or settings.get("shift") or 1.0)
+
+    def sample_time(self, uniform: Tensor, window: tuple[float, float]) -> Tensor:
+        low, high = window
+        return shifted_sigma(low + (high - low) * uniform, self.shift).to(self.device) * self.steps
+
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        return flow_corrupt(clean, noise, time / self.steps)
+
+    def goal(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        return flow_velocity(clean, noise)
+
+    def noise_level(self, time: Tensor) -> Tensor:
+        return time / self.steps
+
+    def stress(self, time: Tensor) -> Tensor:
+        return torch.ones_like(time)
+
+    def first_order(self, steps: int) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        sampler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.steps, shift=self.shift)
+        sampler.set_timesteps(steps)
+        return sampler
+
+    def first_latents(self, sampler: Any, noise: Tensor) -> Tensor:
+        return noise
+
+    def model_input(self, sampler: Any, latents: Tensor, time: Tensor) -> Tensor:
+        return latents

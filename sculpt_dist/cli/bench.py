@@ -1,0 +1,84 @@
+"""The commands of `sculpt-dist bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import List, Optional
+
+import typer
+
+bench_app = typer.Typer(help="What things cost on this machine, at real sizes.", no_args_is_help=True)
+AS_JSON = typer.Option(False, "--json", help="The last line of stdout is one JSON object.")
+
+
+@bench_app.command("mask")
+def bench_mask(
+    preset: str = typer.Option("sd15", help="Whose matrices: sd15, sdxl or sana."),
+    scope: str = typer.Option("matrix", help="matrix or global, as mask.scope."),
+    weights: Optional[int] = typer.Option(None, help="At most so many weights: only the first matrices."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Refresh and masked step on random data, against the ways of published code. On several ranks only its own figures."""
+    from sculpt_dist.bench.mask import bench_mask as run
+    from sculpt_dist.cli.console import print_figures
+    from sculpt_dist.engine.group import Group
+
+    group = Group()
+    found = run(preset, scope, group, weights)
+    if group.is_first:
+        print_figures(found, as_json)
+
+
+@bench_app.command("step")
+def bench_step(
+    overrides: Optional[List[str]] = typer.Argument(None, help="key=value, for example train.batch=4 model.path=FOLDER engine.stage=3."),
+    arch: str = typer.Option("sd15", help="The kind of model; without model.path the shipped one of this kind."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """A step of the training loop by part; on one rank beside its bare passes and beside the work of published code."""
+    from sculpt_dist.bench.step import bench_step as run
+    from sculpt_dist.cli.console import print_figures
+    from sculpt_dist.engine.group import Group
+
+    group = Group()
+    found = run(arch, overrides or [], group)
+    if group.is_first:
+        print_figures(found, as_json)
+
+
+@bench_app.command("comm")
+def bench_comm(
+    megabytes: List[float] = typer.Option([0.1, 1.0, 10.0, 100.0], help="A size; may be given again."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Sums, gatherings and scatterings over the ranks of this job: start it as you start a run. `plan --rates` reads the JSON."""
+    from sculpt_dist.bench.comm import bench_comm as run
+    from sculpt_dist.cli.console import print_figures
+    from sculpt_dist.engine.group import Group
+
+    group = Group(identity="bench comm")
+    found = run(group, megabytes)
+    if group.is_first:
+        rows = [] if as_json else found.pop("collectives")
+        named = {f"{row['collective']} of {row['megabytes']:g} MB, GB/s": row["gb_per_second"] for row in rows}
+        print_figures(found | named, as_json)
+
+
+@bench_app.command("data")
+def bench_data(
+    config: Path = typer.Argument(help="A yaml file whose run has prepared its samples."),
+    overrides: Optional[List[str]] = typer.Argument(None, help="key=value, for example train.workers=2."),
+    seconds: float = typer.Option(3.0, help="How long to read, of each role and of all together."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Samples per second that the loader reads from CONFIG's shards, without the net, beside the seconds of the run's own steps."""
+    from sculpt_dist.bench.data import bench_data as run
+    from sculpt_dist.cli.console import print_figures
+    from sculpt_dist.config.load import load_config
+    from sculpt_dist.run.build import join_ranks
+
+    loaded = load_config(config, overrides or [])
+    group = join_ranks(loaded)
+    found = run(loaded, group, seconds)
+    if group.is_first:
+        print_figures(found, as_json)

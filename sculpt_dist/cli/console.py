@@ -1,0 +1,99 @@
+"""What commands say at their end, as tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_run(folder: Path, report: dict[str, Any]) -> None:
+    """The scores of a finished run, and where its results lie."""
+    from sculpt_dist.report.report import seen_counts
+
+    table = Table(title=f"forgotten: {', '.join(concept['target'] for concept in report['concepts'])}")
+    for heading in ("", "UA", "IRA", "CRA", "SA"):
+        table.add_column(heading)
+
+    def row(label: str, scores: dict | None) -> None:
+        cells = ["-" if scores is None or scores.get(n) is None else f"{scores[n]:.3f}" for n in ("UA", "IRA", "CRA", "SA")]
+        table.add_row(label, *cells)
+
+    if report["after"]["UA"] is not None:
+        row("before", report["before"])
+        for concept in report["concepts"]:
+            row(f"after {concept['target']}", concept)
+        if report["after"].get("paraphrased"):
+            row("after, paraphrased", report["after"]["paraphrased"])
+        Console().print(table)
+        for name, now, images, then in seen_counts(report):
+            print(f"{name} is seen in {now} of {images} images" + ("" if then is None else f", {then} before"))
+    print(f"model:  {folder / 'model'}\nreport: {folder / 'report' / 'report.html'}")
+
+
+def print_check(found: dict[str, Any]) -> None:
+    """What `check.check_run` found."""
+    table = Table(show_header=False)
+    rows = {
+        "net": f"{found['net']}, {found['parameters']:,} parameters",
+        "stored weights": "fit" if found["compared_weights"] else "not there, so not compared",
+        "a rank's latents": found["latents"],
+        "a rank's tokens": found["tokens"],
+        "image": found["image"],
+    }
+    if "trainable" in found:  # not of a closed form
+        rows |= {
+            "trainable": f"{found['trainable']:,} in {found['matrices']} matrices",
+            "a rank's optimizer shard": f"{found['shard']:,} elements",
+            "micro-batch of a rank": found["micro_batch"],
+            "steps per concept": found["steps"],
+        }
+    for label, value in rows.items():
+        table.add_row(label, str(value))
+    Console().print(table)
+
+
+def print_plan(found: dict[str, Any]) -> None:
+    """What `plan.plan_run` found."""
+    micro = f"micro-batch {found['micro_batch']} x {found['accumulate']}"
+    Console().print(f"{found['net']}: {found['trainable']:,} of {found['parameters']:,} parameters train; stage {found['stage']}, {micro}")
+    parts = Table(title=f"GB of each of {found['ranks']} ranks at the fullest moment of a step")
+    for name, size in [*found["bytes"].items(), ("all", found["peak"]), ("while drawing and scoring", found["drawing"])]:
+        parts.add_row(name, f"{size / 1e9:.2f}")
+    Console().print(parts)
+    timed = "step_seconds" in found
+    table = Table(title="the same micro-batch on more ranks")
+    for heading in ("ranks", "GB", "fits", "GB sent per step", *(("s per step", "samples/s") if timed else ())):
+        table.add_column(heading, justify="right")
+    for row in found["table"]:
+        cells = [f"{row['ranks']:,}", f"{max(row['peak'], row['drawing']) / 1e9:.2f}", "yes" if row["fits"] else "no"]
+        cells.append(f"{sum(row['payload'].values()) / 1e9:.3f}")
+        table.add_row(*cells, *((f"{row['step_seconds']:.3g}", f"{row['samples_per_second']:.3g}") if timed else ()))
+    Console().print(table)
+    if not timed:
+        print("no times: say how fast a rank computes, with --flops or --rates")
+    if "assumed" in found:
+        print(f"assumed: {found['assumed']}")
+    limit = f"{found['memory'] / 1e9:g} GB"
+    if found["fits"]:
+        print(f"fits into {limit}")
+    elif found["change"] is None:
+        print(f"does not fit into {limit}, whatever is changed")
+    else:
+        change = found["change"]
+        told = " ".join([*change["overrides"], *([f"--ranks {change['ranks']}"] if change["ranks"] != found["ranks"] else [])])
+        print(f"does not fit into {limit}; with {told} it does, at {change['peak'] / 1e9:.2f} GB")
+
+
+def print_figures(found: dict[str, Any], as_json: bool) -> None:
+    """Figures of a benchmark, as a table or as one line of JSON."""
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table(show_header=False)
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)

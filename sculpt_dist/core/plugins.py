@@ -1,0 +1,28 @@
+"""Plugins: each module of a package but `base` is one, and its file name is its name in a configuration."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+
+from sculpt_dist.core.errors import ConfigError
+
+
+def plugins(package: str) -> list[str]:
+    """Names of the plugins in a package: its modules, but for `base`; what they share lies in packages of its own."""
+    found = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return sorted(module.name for module in found if module.name != "base" and not module.ispkg)
+
+
+def plugin(package: str, name: str, key: str) -> ModuleType:
+    """Import `<package>.<name>`. Raises ConfigError that lists what there is."""
+    there = plugins(package)
+    if name not in there:
+        close = difflib.get_close_matches(str(name), there, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"{key}={name}: there is no such {package.rpartition('.')[2].removesuffix('s')}.{hint} There are: {', '.join(there)}."
+        )
+    return importlib.import_module(f"{package}.{name}")

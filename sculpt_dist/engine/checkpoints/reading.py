@@ -1,0 +1,132 @@
+"""Finding and reading checkpoints, as `saving.py` writes them. No pickle is written or read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sculpt_dist.core.errors import RunFolderError
+from sculpt_dist.core.files import file_sha256
+from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.shards import Shard
+
+MANIFEST = "manifest.json"
+LATEST = "latest"  # a hint only: the newest one that verifies is taken
+SCHEMA = 2
+
+
+def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
+    """The newest checkpoint that verifies, and its state; rank 0 decides for all. None where none was ever written.
+
+    Raises RunFolderError when there are, or were, checkpoints but none can be trusted.
+    """
+
+    def choose() -> tuple[str, Any, list[str]] | None:
+        damaged = []
+        for path in sorted(folder.glob("step-*"), reverse=True):
+            state, reason = verify(path)
+            if reason is None:
+                return str(path), state, damaged
+            damaged.append(f"{path.name}: {reason}")
+        if (folder / LATEST).exists() and not damaged:
+            damaged.append("those that were written are gone")
+        return ("", None, damaged) if damaged else None
+
+    found = group.from_first(choose() if group.is_first else None)
+    if found is None:
+        return None
+    path, state, damaged = found
+    if not path:
+        raise RunFolderError(f"{folder}: no checkpoint can be trusted ({'; '.join(damaged)}); start over with --fresh")
+    if damaged and group.is_first:
+        print(f"checkpoint passed over: {'; '.join(damaged)}", flush=True)
+    return Path(path), state
+
+
+def set_aside_later(path: Path) -> None:
+    """Rename checkpoints newer than `path`, which did not verify, so that they are not counted among those that are kept."""
+    for damaged in path.parent.glob("step-*"):
+        if damaged.name > path.name:
+            os.rename(damaged, damaged.with_name(f"damaged-{damaged.name}-{os.getpid()}"))
+
+
+def verify(path: Path) -> tuple[Any, str | None]:
+    """(state, None) when the manifest and every file are as written, else (None, what is wrong)."""
+    if (path / MANIFEST).is_symlink():
+        return None, "its manifest is a link"
+    try:
+        sealed = json.loads((path / MANIFEST).read_bytes())
+        text = sealed["body"]
+        if hashlib.sha256(text.encode()).hexdigest() != sealed["seal"]:
+            return None, "its manifest was changed"
+        body = json.loads(text)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"its manifest is not readable ({type(error).__name__})"
+    if body["schema"] != SCHEMA:
+        return None, f"its manifest has schema {body['schema']}, this version reads {SCHEMA}"
+    for name, entry in body["files"].items():
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            return None, f"{name} is missing"
+        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+            return None, f"{name} was changed or cut"
+    return body["state"], None
+
+
+def load(path: Path, shards: Sequence[Shard], extra: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Fill the shards from a verified checkpoint of any number of ranks, by overlapping slices; returns the extra kinds.
+
+    Weights are put into the fp32 shards; the caller publishes them.
+    """
+    filled = {kind: [torch.zeros_like(shard.flat) for shard in shards] for kind in extra}
+    moments = [shard.moments.flat(shard.opened) for shard in shards]
+    into = {
+        "weight": [shard.flat for shard in shards],
+        "saliency": [shard.saliency for shard in shards],
+        "opened": [shard.opened for shard in shards],
+        "momentum": [both[0] for both in moments],
+        "variance": [both[1] for both in moments],
+    } | filled
+    wanted: dict[str, list[tuple[int, Any]]] = {}
+    missing = 0
+    for i, shard in enumerate(shards):
+        for f in shard.fragments:
+            wanted.setdefault(f.name, []).append((i, f))
+            missing += f.numel * len(into)
+    for kind, name, start, tensor in _slices(path):
+        for i, f in wanted.get(name, []) if kind in into else []:
+            low, high = max(start, f.start), min(start + tensor.numel(), f.start + f.numel)
+            if low < high:
+                at = f.offset + low - f.start
+                into[kind][i][at : at + high - low] = tensor[low - start : high - start].to(into[kind][i].device)
+                missing -= high - low
+    if missing > 0:
+        raise RunFolderError(f"{path}: lacks {missing} elements that this run needs; it is of another model or method")
+    for shard, both in zip(shards, moments):
+        shard.moments.fill(*both, shard.opened)
+    return filled
+
+
+def load_named(path: Path, kind: str) -> dict[str, Tensor]:
+    """The tensors that all ranks saved as `named` of one kind, by name."""
+    return {name: tensor for found, name, _, tensor in _slices(path) if found == kind}
+
+
+def _slices(path: Path) -> Iterator[tuple[str, str, int, Tensor]]:
+    from safetensors import safe_open
+
+    files = sorted(path.glob("rank-*.safetensors"), key=lambda p: int(p.stem.split("-")[1]))
+    seen = set()
+    for file in files:
+        with safe_open(file, "pt") as content:
+            for key in content.keys():
+                if key not in seen:  # stage 0 writes the same slices on every rank
+                    seen.add(key)
+                    kind, name, start = key.split("|")
+                    yield kind, name, int(start), content.get_tensor(key)

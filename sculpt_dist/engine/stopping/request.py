@@ -1,0 +1,123 @@
+"""Being asked to stop: by a signal or a file; the ranks agree on it at the same point of the work."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from sculpt_dist.core.errors import StopRequested
+from sculpt_dist.core.files import append_line
+from sculpt_dist.core.signals import STOPPING, early
+from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.stopping.heartbeat import Beats, say_silent
+
+STOP_FILE, REQUEUE_FILE, LOG_FILE = "STOP", "REQUEUE", "log.txt"
+TICK = 1.0  # seconds between looks at the stop file
+CAUSE = "failed: "  # how the log's line begins that says why
+CRASHED, STOPPED = 1, 75
+
+
+class StopRequest:
+    """While open (`with`), SIGINT, SIGTERM, SIGUSR1 and a file `STOP` in the run folder ask all ranks to stop at the end of their step.
+
+    Python runs signal handlers between two lines of Python only, not while a rank waits in a collective; so a thread reads the signals
+    from the wake-up descriptor, within a moment. When the ranks have not come to agree `grace` seconds later, this rank leaves and asks
+    for a requeue; as soon as one of them gives no sign of life it leaves as after a crash. The last checkpoint stays. A second SIGINT
+    ends the process. Leaving with StopRequested writes `REQUEUE` into the run folder.
+    """
+
+    def __init__(self, group: Group, folder: Path, grace: float = 60.0) -> None:
+        self.group, self.folder, self.grace = group, folder, grace
+        self.came, self.by_file, self.agreed_on = False, False, False
+        self.failing = False  # an error has ended the work: it will say why, and the process end
+        self.beats = Beats(group)
+        self._since = time.monotonic()
+        self._closing = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
+        self.came = self.came or bool(early)  # asked before: what comes from here on is handled above
+        self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is StopRequested:  # of all ranks; the first to leave makes its launcher end the others, so the mark comes before
+            if self.group.is_first:
+                (self.folder / REQUEUE_FILE).touch()
+            self.group.barrier()
+        self._closing.set()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    def agreed(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether any rank was asked to stop, and for each further flag whether any rank raised it; all ranks enter."""
+        mine = torch.tensor([float(flag) for flag in (self.came, *flags)], device=self.group.device)
+        raised = tuple(value > 0 for value in self.group.max(mine).tolist())
+        self.agreed_on = self.agreed_on or raised[0]
+        return raised
+
+    def check(self, where: str) -> None:
+        """Raise StopRequested on all ranks when any was asked to stop; all ranks enter."""
+        if self.agreed()[0]:
+            raise self.stopped(where)
+
+    def stopped(self, where: str) -> StopRequested:
+        """What to raise when the ranks have agreed to stop."""
+        first = f"remove {self.folder / STOP_FILE}, and " if self.by_file else ""
+        return StopRequested(f"stopped at {where}; {first}the same command goes on from here")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """What Python runs when it comes to it; the thread knows already."""
+        self._note()
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
+
+    def _note(self) -> None:
+        if not self.came:
+            self.came, self._since = True, time.monotonic()
+
+    def _listen(self) -> None:
+        while not self._closing.is_set():
+            if select.select([self._reader], [], [], TICK)[0]:
+                numbers = self._reader.recv(64)
+                if not numbers:
+                    return
+                if any(number in numbers for number in STOPPING):
+                    self._note()
+            self.beats.beat()
+            if self.group.is_first and not self.came and (self.folder / STOP_FILE).exists():
+                self.by_file = True
+                self._note()
+            if self.came and not (self.agreed_on or self.failing):
+                self._leave_when_hopeless()
+
+    def _leave_when_hopeless(self) -> None:
+        waited = time.monotonic() - self._since
+        silent = self.beats.silent()
+        if self._closing.is_set() or self.agreed_on or self.failing or not (silent or waited > self.grace):
+            return
+        why = say_silent(silent) if silent else f"no step has ended for {waited:.0f} s"
+        told = f"rank {self.group.rank}: asked to stop, and left without saving: {why}; the last checkpoint stays"
+        append_line(self.folder / LOG_FILE, f"{CAUSE}{told}" if silent else told)
+        if silent:
+            os._exit(CRASHED)
+        (self.folder / REQUEUE_FILE).touch()
+        os._exit(STOPPED)

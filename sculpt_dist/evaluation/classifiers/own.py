@@ -1,0 +1,66 @@
+"""A user's own detector as a judge: `own:package.module:Class` names a subclass of `sculpt_dist.evaluation.classifiers.base.Classifier`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.evaluation.classifiers.base import Classifier, Verdict, find_names, renumber
+
+
+class Judge(Classifier):
+    """Asks the user's class, which is built with the same arguments, checks its answers, and renumbers them as they were asked for.
+
+    A class that declares its own `objects` or `styles` answers with indices into those. Raises ConfigError when the class cannot be
+    imported, is no Classifier, or declares names without some that are evaluated.
+    """
+
+    def __init__(self, where: str, objects: Sequence[str], styles: Sequence[str]) -> None:
+        self._spec = f"evaluate.classifier=own:{where}"
+        self._detector = _find_class(where, self._spec)(where, objects, styles)
+        super().__init__(where, objects, styles if self._detector.styles else ())
+        self._wanted_objects = find_names("evaluate.objects", self.objects, self._detector.objects)
+        self._wanted_styles = find_names("evaluate.styles", self.styles, self._detector.styles)
+
+    def classify(self, images: Tensor) -> Verdict:
+        """uint8 images [B, 3, h, w] -> Verdict. Raises ConfigError when the detector's answer is no Verdict for B images."""
+        verdict = self._detector.classify(images)
+        if not isinstance(verdict, Verdict):
+            raise ConfigError(f"{self._spec}: classify gave a {type(verdict).__name__}, expected a Verdict")
+        num_objects, num_styles = len(self._detector.objects), len(self._detector.styles)
+        self._check("objects", verdict.objects, len(images), num_objects)
+        seen_objects = renumber(verdict.objects, self._wanted_objects, num_objects)
+        if verdict.styles is None:
+            return Verdict(seen_objects, None)
+        self._check("styles", verdict.styles, len(images), num_styles)
+        return Verdict(seen_objects, renumber(verdict.styles, self._wanted_styles, num_styles))
+
+    def _check(self, member: str, indices: Tensor, num_images: int, num_names: int) -> None:
+        if indices.shape != (num_images,) or indices.dtype != torch.int64:
+            raise ConfigError(
+                f"{self._spec}: {member} are {indices.dtype} {list(indices.shape)}, expected torch.int64 [{num_images}], one per image"
+            )
+        if num_images and not (-1 <= int(indices.min()) and int(indices.max()) < num_names):
+            raise ConfigError(
+                f"{self._spec}: {member} reach from {int(indices.min())} to {int(indices.max())}, expected -1 (none) to {num_names - 1}"
+            )
+
+
+def _find_class(where: str, spec: str) -> type[Classifier]:
+    module_name, _, class_name = where.partition(":")
+    if not all(word.isidentifier() for word in (*module_name.split("."), class_name)):
+        raise ConfigError(f"{spec}: write own:package.module:Class")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{spec}: cannot import {module_name} ({error}): install it, or put its folder on PYTHONPATH") from error
+    found = vars(module).get(class_name)
+    if found is None:
+        raise ConfigError(f"{spec}: {module_name} has no {class_name}")
+    if not (isinstance(found, type) and issubclass(found, Classifier)):
+        raise ConfigError(f"{spec}: {class_name} is no subclass of sculpt_dist.evaluation.classifiers.base.Classifier: make it one")
+    return found

@@ -1,0 +1,71 @@
+"""Features of images for FID and KID, and how they are handed to torchmetrics."""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from pathlib import Path
+from typing import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sculpt_dist.canvas.draw import draw_dataset
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.data.images import IMAGE_TYPES, open_image
+
+Features = Callable[[Tensor], Tensor]  # uint8 images [B, 3, h, w] -> [B, D]
+
+BATCH = 32  # reference images whose features are taken together
+DRAWN = 20  # drawings per object and style
+
+
+class Given(nn.Module):
+    """The feature network for torchmetrics: it is given features in place of images, and hands them on.
+
+    So the features of the reference are taken once for all metrics, and the encoder stays where it is.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> the same [B, D]."""
+        return features
+
+
+def reference_features(folder: Path, features: Features) -> Tensor:
+    """Float64 features [N, D] of all images in the folder, at any depth, in the order of their paths.
+
+    Raises ConfigError when there are fewer than 2, or when one cannot be read.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"evaluate.reference={folder}: no such folder: give one that holds images ({', '.join(IMAGE_TYPES)})")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_TYPES and file.is_file())
+    if len(files) < 2:
+        raise ConfigError(f"evaluate.reference={folder}: holds {len(files)} images ({', '.join(IMAGE_TYPES)}), FID and KID need at least 2")
+    return torch.cat([features(images).cpu().double() for images in _batches(map(_read, files))])
+
+
+def drawn_features(features: Features) -> Tensor:
+    """Float64 features [N, D] of drawings of every object of the canvas in every style."""
+    return torch.cat([features(batch).cpu().double() for batch in _drawings().split(BATCH)])
+
+
+@lru_cache(maxsize=1)
+def _drawings() -> Tensor:  # uint8 [N, 3, 32, 32]
+    return torch.from_numpy(draw_dataset(DRAWN, seed=0)[0]).permute(0, 3, 1, 2)
+
+
+def _read(file: Path) -> Tensor:
+    """An image file -> uint8 [3, h, w]."""
+    return torch.from_numpy(np.array(open_image(file))).permute(2, 0, 1).contiguous()
+
+
+def _batches(images: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Consecutive images of equal size, stacked: [B, 3, h, w] with B at most BATCH."""
+    for _, equal in itertools.groupby(images, key=lambda image: image.shape):
+        while batch := list(itertools.islice(equal, BATCH)):
+            yield torch.stack(batch)

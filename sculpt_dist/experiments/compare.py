@@ -1,0 +1,212 @@
+"""A comparison: methods x backbones x concept sequences x seeds, each cell a run folder of its own; then one table and one page.
+
+Which cells there are, which of them are done, and their running. What is made of them is in tables.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Sequence
+
+from omegaconf import OmegaConf
+
+from sculpt_dist.config.load import load_config, merge_section, read_yaml
+from sculpt_dist.config.schema import Comparison, Row, RunConfig, Table
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.files import write_atomically
+from sculpt_dist.evaluation.evaluator import check_evaluation
+from sculpt_dist.evaluation.requests import asks, evaluated_world
+from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
+from sculpt_dist.experiments.tables import write_tables
+from sculpt_dist.run.folder import config_fingerprint
+from sculpt_dist.run.preflight import check_settings
+
+Asked = tuple[str, list[tuple[str, int, int]]]  # a row, and the prompt, object and style of all its images
+
+
+@dataclass(frozen=True)
+class Cell:
+    sequence: str
+    backbone: str
+    row: str
+    seed: int
+    file: Path  # its configuration
+    overrides: tuple[str, ...]
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        return f"{self.sequence}/{self.backbone}/{self.row}/seed-{self.seed}"
+
+
+def compare(
+    file: Path,
+    overrides: Sequence[str] = (),
+    parallel: int = 1,
+    ranks: int = 1,
+    shard: tuple[int, int] | None = None,
+    run: bool = True,
+) -> Path:
+    """Run the cells of a comparison that are not done, and write its tables; returns the page.
+
+    `overrides` go to every cell. With `shard` (i, n) every n-th cell runs, from the i-th on, and no table is written; without `run` no
+    cell runs, and the tables hold what is done. Raises ConfigError, before anything runs, for a cell whose configuration cannot work, and
+    at the end, after the tables of the others, when a cell failed; StopRequested after a signal.
+    """
+    comparison = read_comparison(file)
+    cells = list(comparison_cells(comparison, file, overrides))
+    configs = checked_configs(cells, ranks)
+    record = read_record(file.parent / comparison.record if comparison.record else None)
+    results = {cell.key: finished(cell, configs[cell.key], record) for cell in cells}
+    todo = [cell for cell in cells if results[cell.key] is None]
+    if shard is not None:
+        index, count = shard
+        if not 0 <= index < count:
+            raise ConfigError(f"shard {index}/{count}: the first number is below the second, from 0 on")
+        todo = [cell for i, cell in enumerate(cells) if i % count == index and cell in todo]
+    failed = _run(todo, parallel, ranks) if run else {}
+    page = Path(comparison.folder)
+    if shard is None:
+        results |= {cell.key: finished(cell, configs[cell.key], record) for cell in todo}
+        if comparison.record:
+            _write_record(file.parent / comparison.record, record | {key: result for key, result in results.items() if result is not None})
+        page = write_tables(page, comparison, configs, results)
+    if failed:
+        told = "; ".join(f"{key}: {failure}" for key, failure in failed.items())
+        raise ConfigError(f"{len(failed)} of {len(todo)} cells failed: {told}")
+    return page
+
+
+def read_comparison(file: Path) -> Comparison:
+    """Raises ConfigError that names the file, and the key or name that does not fit."""
+    comparison = merge_section(Comparison, OmegaConf.to_container(read_yaml(file)), str(file), prefix="")
+    names = [row.name for row in comparison.rows]
+    if len(set(names)) < len(names) or not comparison.tables:
+        raise ConfigError(f"{file}: give at least one table, and every row a name of its own")
+    for what, given, there in (
+        *(("rows", name, names) for table in comparison.tables for name in table.rows),
+        *(("sequence", table.sequence, list(comparison.sequences)) for table in comparison.tables),
+        ("against", comparison.against, names),
+    ):
+        if given not in there:
+            raise ConfigError(f"{file}: {what} {given!r} is not defined; there are: {', '.join(there)}")
+    return comparison
+
+
+def comparison_cells(comparison: Comparison, file: Path, overrides: Sequence[str]) -> Iterator[Cell]:
+    """Every cell once, table by table and seed by seed, so that what is done first can be read first."""
+    seen: set[str] = set()
+    for table in comparison.tables:
+        for seed in table.seeds:
+            for backbone in table.backbones:
+                for row in comparison.rows:
+                    if table.rows and row.name not in table.rows:
+                        continue
+                    cell = _cell(comparison, file, overrides, table, backbone, row, seed)
+                    if cell.key not in seen:
+                        seen.add(cell.key)
+                        yield cell
+
+
+def _cell(comparison: Comparison, file: Path, overrides: Sequence[str], table: Table, backbone: str, row: Row, seed: int) -> Cell:
+    concepts = [OmegaConf.to_container(OmegaConf.structured(concept)) for concept in comparison.sequences[table.sequence]]
+    folder = Path(comparison.folder) / table.sequence / backbone / row.name / f"seed-{seed}"
+    given = (*comparison.overrides, *overrides, *row.overrides, *row.per_backbone.get(backbone, ()))
+    mine = (f"model.arch={backbone}", f"train.seed={seed}", f"concepts={json.dumps(concepts)}", f"run.folder={folder}")
+    return Cell(table.sequence, backbone, row.name, seed, file.parent / row.config, (*given, *mine), folder)
+
+
+def checked_configs(cells: Sequence[Cell], ranks: int = 1) -> dict[str, RunConfig]:
+    """The configuration of every cell, by its key.
+
+    Raises ConfigError that names the cell which cannot work, is not evaluated, or asks for other images than others of its table.
+    """
+    asked: dict[tuple[str, str], Asked] = {}
+    configs: dict[str, RunConfig] = {}
+    loaded: dict[tuple[str, str, str], RunConfig] = {}
+    evaluations: set[str] = set()
+    for cell in cells:
+        row = (cell.sequence, cell.backbone, cell.row)
+        if row not in loaded:  # of a row's seeds, one is read and checked for all
+            try:
+                loaded[row] = checked_config(cell.file, cell.overrides, evaluations, ranks)
+                _check_comparable(cell, loaded[row], asked)
+            except ConfigError as error:
+                raise ConfigError(f"cell {cell.key}: {error}") from error
+        config = loaded[row]
+        train, run = replace(config.train, seed=cell.seed), replace(config.run, folder=str(cell.folder))
+        configs[cell.key] = replace(config, train=train, run=run)
+    return configs
+
+
+def _check_comparable(cell: Cell, config: RunConfig, asked: dict[tuple[str, str], Asked]) -> None:
+    """`asked`: what the first row on each sequence and backbone asks for; differences are taken prompt by prompt."""
+    if not config.evaluate.enabled:
+        raise ConfigError("evaluate.enabled=false: nothing of it could be compared")
+    mine = [(ask.prompt, ask.object, ask.style) for ask in asks(config, evaluated_world(config))]
+    first, theirs = asked.setdefault((cell.sequence, cell.backbone), (cell.row, mine))
+    if mine != theirs:
+        raise ConfigError(f"evaluate.*: asks for other images than the row {first}, so that no differences can be taken")
+
+
+def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str], ranks: int = 1) -> RunConfig:
+    """One configuration; `evaluations` are those that were checked already. Raises ConfigError when it cannot work."""
+    config = load_config(file, overrides)
+    check_settings(config, ranks)
+    evaluation = repr((config.evaluate, config.concepts))
+    if evaluation not in evaluations:
+        check_evaluation(config)
+        evaluations.add(evaluation)
+    return config
+
+
+def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """What the tables need of a cell that is done, from its folder or from the record; None while it is not."""
+    recorded = record.get(cell.key)
+    if recorded is not None and recorded["config"] == config_fingerprint(config):
+        return recorded
+    content = finished_report(cell.folder, config_fingerprint(config))
+    if content is None:
+        return None
+    last = cell.folder / "evaluation" / f"after-{len(config.concepts) - 1:02d}"
+    costs = ("passes", "cpu_seconds", "seconds", "peak_memory_bytes", "weights", "relapse")
+    return {
+        "key": cell.key,
+        "config": content["config"],
+        "answers": json.loads((last / "answers.json").read_bytes()),
+        "extra": content["after"]["extra"],
+    } | {name: content[name] for name in costs}
+
+
+def finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The report of a run folder, where a run of the configuration with this fingerprint has ended there; else None."""
+    file = folder / "report" / "report.json"
+    content = json.loads(file.read_bytes()) if file.is_file() else {}
+    return content if content.get("finished") and content.get("config") == fingerprint else None
+
+
+def read_record(file: Path | None) -> dict[str, dict[str, Any]]:
+    if file is None or not file.is_file():
+        return {}
+    entries = [json.loads(line) for line in file.read_text().splitlines() if line]
+    return {entry["key"]: entry for entry in entries}
+
+
+def _write_record(file: Path, results: Mapping[str, Any]) -> None:
+    """A line for every cell; what it held of other configurations of a cell that is not done stays."""
+    lines = [json.dumps(results[key], sort_keys=True) for key in sorted(results)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, ("\n".join(lines) + "\n").encode())
+
+
+def _run(cells: Sequence[Cell], parallel: int, ranks: int) -> dict[str, Failure]:
+    done: list[str] = []
+
+    def tell(job: Job, failure: Failure | None) -> None:
+        done.append(job.label)
+        print(f"[{len(done)}/{len(cells)}] {job.label}: {failure or 'done'}", flush=True)
+
+    jobs = [Job(cell.key, ("unlearn", str(cell.file), *cell.overrides), cell.folder) for cell in cells]
+    return run_jobs(jobs, parallel, ranks, tell)

@@ -1,0 +1,152 @@
+"""Commands of this program as processes of their own, some at a time, each ended as it would be by itself."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterable
+
+from sculpt_dist.core import errors
+from sculpt_dist.core.errors import ConfigError, StopRequested
+
+DONE, STOPPED = 0, 75
+LAUNCHERS = (
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID "
+    "SLURM_PROCID SLURM_NTASKS SLURM_NPROCS SLURM_LOCALID SLURM_NTASKS_PER_NODE"
+).split()
+MARKS = ("STOP", "REQUEUE")  # in a run folder: please stop; stopped, and to be started again
+TYPED = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.SculptError)}
+SHUTDOWN = "300"  # seconds that torchrun gives its ranks to save
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `sculpt-dist`."""
+
+    label: str
+    arguments: tuple[str, ...]
+    folder: Path | None = None  # its run folder
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a job ended that did not end well."""
+
+    line: str  # that says why, or else the last one that it printed
+    error: str | None = None  # the name of the error, StopRequested for a saved stop, None for a crash
+
+    def __str__(self) -> str:
+        return self.line
+
+
+def run_jobs(jobs: Iterable[Job], parallel: int, ranks: int, tell: Callable[[Job, Failure | None], None]) -> dict[str, Failure]:
+    """Run all jobs, `parallel` at a time with `ranks` processes each; returns how each failed one ended, by its label.
+
+    A job is taken from `jobs` only when it can start. `tell` is called as each job ends, one at a time. A mark of an earlier stop in the
+    job's run folder is removed before. The cores are shared out evenly unless OMP_NUM_THREADS says otherwise.
+    On SIGINT, SIGTERM or SIGUSR1 the running jobs are asked to stop, which they do after saving, and StopRequested is raised; also when
+    a job was stopped by itself, after the others have ended.
+    """
+    if parallel < 1 or ranks < 1:
+        raise ConfigError(f"jobs={parallel}, ranks={ranks}: each must be at least 1")
+    waiting, turn = iter(jobs), threading.Lock()
+    running: set[subprocess.Popen[str]] = set()
+    stopping: list[int] = []
+    failed: dict[str, Failure] = {}
+
+    def stop(number: int, frame: Any) -> None:
+        stopping.append(number)
+        for process in list(running):
+            process.send_signal(signal.SIGTERM)
+
+    def work() -> None:
+        while True:
+            with turn:
+                job = None if stopping else next(waiting, None)
+            if job is None:
+                return
+            failure = _run(job, parallel, ranks, running, stopping)
+            with turn:
+                if failure is not None:
+                    failed[job.label] = failure
+                tell(job, failure)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        with ThreadPoolExecutor(parallel) as pool:
+            for future in [pool.submit(work) for _ in range(parallel)]:
+                future.result()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopping or any(failure.error == StopRequested.__name__ for failure in failed.values()):
+        raise StopRequested("stopped; what was running is saved, and the same command goes on from there")
+    return failed
+
+
+def _run(job: Job, parallel: int, ranks: int, running: set[subprocess.Popen[str]], stopping: list[int]) -> Failure | None:
+    for mark in MARKS if job.folder is not None else ():
+        (job.folder / mark).unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [*_guard(), *_launcher(ranks), *job.arguments],
+        env=_environment(parallel * ranks),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then asks them to stop
+    )
+    running.add(process)
+    if stopping:
+        process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate()
+    running.discard(process)
+    if process.returncode == DONE:
+        return None
+    if process.returncode == STOPPED or (job.folder is not None and (job.folder / "REQUEUE").exists()):  # torchrun loses the code
+        return Failure("stopped and saved", StopRequested.__name__)
+    return _failure(printed.splitlines(), process.returncode)
+
+
+def _failure(printed: list[str], code: int) -> Failure:
+    """The last line that names a typed error, which torchrun's own lines may follow; without one the last line."""
+    lines = [line for line in printed if line.strip()]
+    typed = [line for line in lines if line.partition(": ")[0] in TYPED]
+    if typed:
+        return Failure(typed[-1], typed[-1].partition(": ")[0])
+    if code < 0:
+        return Failure(f"ended by {signal.Signals(-code).name}")
+    return Failure((lines or [f"exit code {code}"])[-1])
+
+
+@functools.cache
+def _guard() -> tuple[str, ...]:
+    """On Linux, what has a job save and end when this process is killed: an orphan would go on alone, its folder locked.
+
+    Nothing where setpriv is missing, or older than util-linux 2.33, which brought the option.
+    """
+    guard = ("setpriv", "--pdeathsig", "TERM", "--")
+    works = shutil.which(guard[0]) and subprocess.run([*guard, "true"], capture_output=True).returncode == 0
+    return guard if works else ()
+
+
+def _launcher(ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "-m", "sculpt_dist"]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "sculpt_dist"]
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """This process's environment, without what a launcher said of it."""
+    cores = len(os.sched_getaffinity(0))
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    return {"OMP_NUM_THREADS": str(max(1, cores // processes)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN} | kept

@@ -1,0 +1,140 @@
+"""A sweep without a server: the trials of a W&B sweep file, each a run folder of its own, by one process or by the tasks of a job array."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+from sculpt_dist.core.errors import ConfigError, NonFiniteError, RunFolderError
+from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
+from sculpt_dist.experiments.ledger import (
+    DONE,
+    FAILED,
+    Outcome,
+    claim_sweep,
+    claim_trial,
+    known_trials,
+    outcome,
+    tell,
+    trial_of,
+    write_failure,
+)
+from sculpt_dist.experiments.summary import write_summary
+from sculpt_dist.experiments.trials import Sweep, Trial, read_sweep
+
+LASTING = (ConfigError.__name__, NonFiniteError.__name__)  # errors of a trial's own point, which would come again
+
+
+def sweep(
+    file: Path,
+    overrides: Sequence[str] = (),
+    folder: Path | None = None,
+    seed: int = 0,
+    index: int | None = None,
+    parallel: int = 1,
+    ranks: int = 1,
+    run: bool = True,
+) -> Path:
+    """Run the trials of a sweep that are not done, `parallel` at a time, and write its summary; returns the folder.
+
+    With `index` only that trial runs, as one task of a job array, and no summary is written; without `run` none does. Several processes
+    may work in one folder: each takes trials that no other one has. Raises ConfigError, before anything runs, for what cannot work, and
+    at the end when a trial failed; RunFolderError when another process has the trial `index`; StopRequested after a signal.
+    """
+    plan = _claimed(file, overrides, folder, seed, index)
+    sitting = Sitting(plan)
+    failed: dict[str, Failure] = {}
+    if run:
+        failed = run_jobs(sitting.jobs(range(plan.count) if index is None else [index]), parallel, ranks, sitting.tell)
+    if index is not None:
+        _check_index(sitting, index)
+    else:
+        if sitting.elsewhere:
+            print(f"run by another process: {', '.join(f'trial {number}' for number in sitting.elsewhere)}", flush=True)
+        outcomes = [outcome(trial) for trial in known_trials(plan)]
+        write_summary(plan, outcomes)
+        _check_metric(plan, outcomes)
+    told = [f"{label}: {failure}" for label, failure in failed.items()] + sitting.failed_before
+    if told:
+        raise ConfigError(f"{len(told)} of {plan.count} trials failed: {'; '.join(told)}")
+    return plan.folder
+
+
+def trial_arguments(file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int) -> tuple[str, ...]:
+    """The command line of one trial, for a launcher of one's own."""
+    plan = _claimed(file, overrides, folder, seed, index)
+    return _arguments(plan, trial_of(plan, index))
+
+
+def _claimed(file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int | None) -> Sweep:
+    """The sweep, checked, with its folder. Raises ConfigError and RunFolderError."""
+    plan = read_sweep(file, overrides, folder, seed)
+    plan.check()
+    if index is not None and not 0 <= index < plan.count:
+        raise ConfigError(f"index={index}: the sweep has {plan.count} trials, 0 to {plan.count - 1}")
+    claim_sweep(plan)
+    return plan
+
+
+def _arguments(plan: Sweep, trial: Trial) -> tuple[str, ...]:
+    return ("unlearn", str(plan.config), *trial.overrides)
+
+
+class Sitting:
+    """One process's work on a sweep."""
+
+    def __init__(self, plan: Sweep) -> None:
+        self.plan = plan
+        self.elsewhere: list[int] = []  # trials that another process has
+        self.failed_before: list[str] = []
+        self._held: dict[str, tuple[Trial, Any]] = {}  # by the job's label: the trial, and the lock on it
+
+    def jobs(self, indices: Sequence[int]) -> Iterator[Job]:
+        """The trials that nobody has run or is running, each claimed as it is taken."""
+        for index in indices:
+            lock = claim_trial(self.plan, index)
+            if lock is None:
+                self.elsewhere.append(index)
+                continue
+            trial = trial_of(self.plan, index)
+            ended = outcome(trial)
+            label = f"trial {index}"
+            if ended.state == FAILED:
+                self.failed_before.append(f"{label}: {ended.reason} (remove {trial.folder.with_suffix('.failed')} to run it again)")
+            if ended.state in (DONE, FAILED):
+                tell(self.plan, ended)  # a process that was killed may not have
+                lock.release()
+                continue
+            self._held[label] = trial, lock
+            yield Job(label, _arguments(self.plan, trial), trial.folder)
+
+    def tell(self, job: Job, failure: Failure | None) -> None:
+        """Say how a trial ended, record an error of its point, and let the trial go."""
+        trial, lock = self._held.pop(job.label)
+        if failure is not None and failure.error in LASTING:
+            write_failure(trial, failure.line)
+        ended = outcome(trial)
+        tell(self.plan, ended)
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in ended.scores.items() if value is not None)
+        print(f"{job.label} ({_spoken(trial)}): {failure or scores or 'done'}", flush=True)
+        lock.release()
+
+
+def _spoken(trial: Trial) -> str:
+    return ", ".join(f"{name}={value}" for name, value in trial.point.items())
+
+
+def _check_metric(plan: Sweep, outcomes: Sequence[Outcome]) -> None:
+    """Raises ConfigError when trials are done and none has the metric."""
+    done = [ended.scores for ended in outcomes if ended.state == DONE]
+    name = plan.settings.metric.name
+    if done and all(scores[name] is None for scores in done):
+        there = ", ".join(score for score, value in done[0].items() if value is not None)
+        raise ConfigError(f"metric.name={name}: no report of a trial has it; they have: {there}")
+
+
+def _check_index(sitting: Sitting, index: int) -> None:
+    if index in sitting.elsewhere:
+        note = sitting.plan.folder / "trials" / f"{index:04d}" / ".holder"
+        holder = note.read_text() if note.is_file() else "another process"
+        raise RunFolderError(f"trial {index} is being run by {holder}: wait for it, or run another one")

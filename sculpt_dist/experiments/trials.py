@@ -1,0 +1,236 @@
+"""The trials of a sweep: what its file says, and which point each trial has, wherever and whenever it runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+import yaml
+
+from sculpt_dist.config.load import merge_section
+from sculpt_dist.config.schema import RunConfig, SweepFile
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.files import derived_seed
+from sculpt_dist.experiments.compare import checked_config
+from sculpt_dist.experiments.tables import SCORES
+from sculpt_dist.maths.points import KINDS, Parameter, value_at
+from sculpt_dist.run.folder import config_fingerprint
+
+ARGUMENTS = "${args_no_hyphens}"  # where W&B's agent puts the point, as key=value
+AGENTS = ("run.folder=", "track.")  # overrides of the command that only the agent needs
+OWN = ("run.folder", "track.group")  # of every trial
+Point = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep."""
+
+    index: int
+    point: Point
+    overrides: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return config_fingerprint(self.config)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file, read and checked, with the folder of its trials."""
+
+    name: str
+    settings: SweepFile
+    parameters: tuple[Parameter, ...]  # by name, the order of a grid
+    config: Path  # what the command names
+    overrides: tuple[str, ...]  # of every trial
+    folder: Path
+    seed: int
+    count: int  # trials
+    _evaluations: set[str] = field(default_factory=set, compare=False, repr=False)  # that were checked
+    _trials: dict[int, Trial] = field(default_factory=dict, compare=False, repr=False)  # reading a configuration takes 0.1 s
+
+    def point(self, index: int) -> Point:
+        """Of a grid or a random search, from (seed, index) alone. A grid's last parameter, in order of their names, changes fastest."""
+        if self.settings.method == "grid":
+            sizes = [len(parameter.choices or ()) for parameter in self.parameters]
+            at = np.unravel_index(index, sizes)
+            return {parameter.name: (parameter.choices or [])[i] for parameter, i in zip(self.parameters, at)}
+        return self.point_at({p.name: np.random.default_rng(derived_seed(self.seed, index, p.name)).random() for p in self.parameters})
+
+    def point_at(self, shares: Mapping[str, float]) -> Point:
+        return {parameter.name: value_at(parameter, shares[parameter.name]) for parameter in self.parameters}
+
+    def trial(self, index: int, point: Point) -> Trial:
+        """Raises ConfigError when this point's configuration cannot work."""
+        known = self._trials.get(index)
+        if known is not None and known.point == point:
+            return known
+        mine = (f"run.folder={self.folder / 'trials' / f'{index:04d}'}", f"track.group={self.name}")
+        overrides = (*self.overrides, *(f"{name}={value}" for name, value in point.items()), *mine)
+        try:
+            config = checked_config(self.config, overrides, self._evaluations)
+        except ConfigError as error:
+            raise ConfigError(f"trial {index}: {error}") from error
+        if not config.evaluate.enabled:
+            raise ConfigError(f"trial {index}: evaluate.enabled=false: its report would not have the metric {self.settings.metric.name}")
+        self._trials[index] = Trial(index, point, overrides, config)
+        return self._trials[index]
+
+    def check(self) -> None:
+        """Raises ConfigError when a trial cannot work: every one of a grid or a random search; of bayes the middle and the ends."""
+        if self.settings.method != "bayes":
+            for index in range(self.count):
+                self.trial(index, self.point(index))
+            return
+        for share in (0.5, 0.0, 1.0):
+            self.trial(0, self.point_at({parameter.name: share for parameter in self.parameters}))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the point of a trial, and its result."""
+        parameters = {parameter.name: {"kind": parameter.kind, **parameter.options} for parameter in self.parameters}
+        seed = {} if self.settings.method == "grid" else {"seed": self.seed}
+        return {"method": self.settings.method, "parameters": parameters, "config": str(self.config), "overrides": list(self.overrides)} | seed
+
+
+def read_sweep(file: Path, overrides: Sequence[str] = (), folder: Path | None = None, seed: int = 0) -> Sweep:
+    """`overrides` go to every trial. Raises ConfigError that names the file, and the key or value that does not fit."""
+    content = _read(file)
+    parameters = [_parameter(file, name, given) for name, given in sorted(_mapping(file, "parameters", content.pop("parameters", None)).items())]
+    config, fixed = _command(file, content.pop("command", None))
+    settings = merge_section(SweepFile, content, str(file), prefix="")
+    _check(file, settings, parameters)
+    name = settings.name or file.stem
+    count = settings.run_cap
+    if settings.method == "grid":
+        size = math.prod(len(parameter.choices or ()) for parameter in parameters)
+        count = min(size, count or size)
+    assert count is not None
+    given = (*fixed, "track.wandb=false", *overrides)
+    return Sweep(name, settings, tuple(parameters), config, given, folder or Path("runs/sweeps") / name, seed, count)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """As W&B reads it: plain yaml, in which 1e-4 is a text and 1.0e-4 a number."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such sweep file")
+    try:
+        return dict(_mapping(file, "a sweep", yaml.safe_load(file.read_text(encoding="utf-8"))))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: is not readable as yaml: {error}") from error
+
+
+def _mapping(file: Path, what: str, found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict) or not found or not all(isinstance(key, str) for key in found):
+        raise ConfigError(f"{file}: {what} is {found!r}; expected keys with their values")
+    return found
+
+
+def _command(file: Path, command: Any) -> tuple[Path, list[str]]:
+    """The configuration file and the overrides that the command gives to every trial; raises ConfigError when it is no `unlearn`."""
+    words = [str(word) for word in command or ()]
+    if "unlearn" not in words or ARGUMENTS not in words:
+        raise ConfigError(
+            f"{file}: command is {command!r}; write it as [${{env}}, python, -m, sculpt_dist, unlearn, CONFIG, {ARGUMENTS}] "
+            "(as W&B's agent will run it; here its configuration and overrides are used)"
+        )
+    after = [word for word in words[words.index("unlearn") + 1 :] if not word.startswith("${")]
+    files = [word for word in after if "=" not in word and not word.startswith("-")]
+    if len(files) != 1:
+        raise ConfigError(f"{file}: command names {len(files)} configuration files after unlearn ({', '.join(files) or 'none'}); name one")
+    return Path(files[0]), [word for word in after if "=" in word and not word.startswith(AGENTS)]
+
+
+def _check(file: Path, settings: SweepFile, parameters: Sequence[Parameter]) -> None:
+    metric = settings.metric
+    for key, found, choices in (
+        ("method", settings.method, ("grid", "random", "bayes")),
+        ("metric.goal", metric.goal, ("minimize", "maximize")),
+        ("metric.name", metric.name, SCORES),
+    ):
+        if found not in choices:
+            missing = "; no report has it" if key == "metric.name" else ""
+            raise ConfigError(f"{file}: {key}={found}{missing}: choose one of {', '.join(choices)}")
+    if settings.early_terminate is not None:
+        raise ConfigError(f"{file}: early_terminate needs W&B's server: remove it, or use `wandb sweep`")
+    if settings.run_cap is None and settings.method != "grid":
+        raise ConfigError(f"{file}: method {settings.method} has no end by itself: say how many trials, as run_cap: 20")
+    if settings.run_cap is not None and settings.run_cap < 1:
+        raise ConfigError(f"{file}: run_cap={settings.run_cap}: must be at least 1")
+    for parameter in parameters:
+        if settings.method == "grid" and parameter.choices is None:
+            raise ConfigError(f"{file}: {parameter.name}: a grid has values, a value, int_uniform or q_uniform, not {parameter.kind}")
+        if settings.method == "bayes" and parameter.kind == "categorical_w_probabilities":
+            raise ConfigError(f"{file}: {parameter.name}: bayes chooses among values by itself: remove the probabilities")
+
+
+def _parameter(file: Path, name: str, given: Any) -> Parameter:
+    """Raises ConfigError for what W&B's schema does not allow, or what cannot be one override."""
+    where = f"{file}: parameter {name}"
+    given = dict(_mapping(file, f"parameter {name}", given))
+    if "parameters" in given:
+        raise ConfigError(f"{where}: is nested; write its members with dots, as train.lr")
+    if name in OWN:
+        raise ConfigError(f"{where}: is set by the sweep itself for every trial: remove it")
+    kind = given.pop("distribution", None) or _kind(given)
+    if kind not in KINDS:
+        raise ConfigError(f"{where}: distribution {kind!r} is not known here; there are: {', '.join(KINDS)}")
+    required, optional = KINDS[kind]
+    if required - set(given) or set(given) - required - set(optional):
+        needs = ", ".join(sorted(required)) or "nothing"
+        may = f", and may have {', '.join(optional)}" if optional else ""
+        raise ConfigError(f"{where}: {kind} must have {needs}{may}; found: {', '.join(given) or 'nothing'}")
+    options = {**optional, **given}
+    _check_values(where, kind, options)
+    return Parameter(name, kind, options)
+
+
+def _kind(given: Mapping[str, Any]) -> str:
+    """The distribution that W&B takes where none is named."""
+    if "values" in given:
+        return "categorical_w_probabilities" if "probabilities" in given else "categorical"
+    if "value" in given:
+        return "constant"
+    return "int_uniform" if all(_is_whole(given.get(end)) for end in ("min", "max")) else "uniform"
+
+
+def _check_values(where: str, kind: str, options: Mapping[str, Any]) -> None:
+    values = options.get("values", [options.get("value", "")])
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{where}: values is {values!r}; give a list of at least one")
+    if any(value is None for value in values):
+        raise ConfigError(f"{where}: null cannot be given as key=value: leave it out of the values")
+    if any(a == b and type(a) is type(b) for a, b in itertools.combinations(values, 2)):
+        raise ConfigError(f"{where}: values {values} holds one value twice: remove it")
+    numbers = {key: options[key] for key in ("min", "max", "mu", "sigma", "q") if key in options}
+    chances = options.get("probabilities", [1.0])
+    for key, number in [*numbers.items(), *(("probabilities", chance) for chance in (chances if isinstance(chances, list) else [chances]))]:
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ConfigError(f"{where}: {key}={number!r} is no number (in yaml 1e-4 is a text, 1.0e-4 a number)")
+    if kind == "int_uniform" and not all(_is_whole(number) for number in numbers.values()):
+        raise ConfigError(f"{where}: int_uniform from {numbers['min']} to {numbers['max']}: both must be whole numbers")
+    if "min" in numbers and numbers["min"] >= numbers["max"]:
+        raise ConfigError(f"{where}: min={numbers['min']} is not below max={numbers['max']}")
+    if kind.endswith("_values") and numbers["min"] <= 0:
+        raise ConfigError(f"{where}: min={numbers['min']}: {kind} needs numbers above 0")
+    if numbers.get("q", 1) <= 0 or numbers.get("sigma", 0) < 0:
+        raise ConfigError(f"{where}: q must be above 0 and sigma not below: found {numbers}")
+    if "probabilities" in options and (
+        len(chances) != len(values) or any(chance < 0 for chance in chances) or not math.isclose(sum(chances), 1.0, abs_tol=1e-8)
+    ):
+        raise ConfigError(f"{where}: probabilities {chances}: give one for each of the {len(values)} values, together 1")
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)

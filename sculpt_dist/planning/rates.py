@@ -1,0 +1,42 @@
+"""How fast a machine computes and sends, as benches measured it or as the user says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Sequence
+
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.maths.planning import Rates
+
+GIGA = 1e9
+KINDS = ("sum", "gather", "scatter")
+RATE_KEYS = ("flops_per_second", "latency_us", "masked_step_ns_per_weight", *(f"{kind}_gb_per_second" for kind in KINDS))
+
+
+def read_rates(files: Sequence[Path], flops: float | None, bandwidth: float | None, latency: float | None) -> Rates | None:
+    """Rates as given (operations per second of a rank, GB/s, microseconds), else from the JSON of `bench comm`, `bench step`, `bench mask`.
+
+    None where nobody says how fast a rank computes. Raises ConfigError for what is no such file, and for rates that are not positive.
+    """
+    known: dict[str, float] = {}
+    for file in files:
+        try:
+            content = json.loads(file.read_text().strip().splitlines()[-1])
+            known |= {key: float(content[key]) for key in RATE_KEYS if content.get(key) is not None}
+        except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"--rates {file}: is no JSON of a bench ({told}); write what `bench comm --json` prints into it") from error
+    given = {"flops_per_second": flops, "latency_us": latency} | {f"{kind}_gb_per_second": bandwidth for kind in KINDS}
+    known |= {key: value for key, value in given.items() if value is not None}
+    for key, value in known.items():
+        if not value > 0:
+            raise ConfigError(f"{key}={value:g}: a rate must be more than 0")
+    if "flops_per_second" not in known:
+        return None
+    return Rates(
+        flops=known["flops_per_second"],
+        bandwidth={kind: known.get(f"{kind}_gb_per_second", 10.0) * GIGA for kind in KINDS},
+        latency=known.get("latency_us", 50.0) * 1e-6,
+        update=known.get("masked_step_ns_per_weight", 0.0) * 1e-9,
+    )

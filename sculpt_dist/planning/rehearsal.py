@@ -1,0 +1,127 @@
+"""A step without values: on the meta device a function runs as it would, and every tensor that it makes is counted while it lives."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from sculpt_dist.core.types import Losses
+from sculpt_dist.maths.planning import Moment, Rehearsed
+
+DEVICES_OWN = functional.scaled_dot_product_attention
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
+    ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query.shape, key.shape, value.shape),
+    ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape),
+}
+
+
+class Living(TorchDispatchMode):
+    """Bytes of the storages that operations make, for as long as something refers to them, and the operations' arithmetic.
+
+    Storages of `there` do not count. Torch's own FlopCounterMode is not taken: it keeps alive what a backward makes again.
+    """
+
+    def __init__(self, there: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.bytes, self.flops, self._most = 0, 0, 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        made = operation(*arguments, **options)
+        counts = FLOPS.get(operation.overloadpacket)
+        if counts is not None:
+            self.flops += counts(*arguments, **options, out_val=made)
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return made
+
+    def most(self) -> int:
+        """The most bytes that lived since this was last asked."""
+        most, self._most = self._most, self.bytes
+        return most
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.bytes += storage.nbytes()
+            self._most = max(self._most, self.bytes)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.bytes -= self._sizes.pop(key)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention as devices run it, which keeps the result and a row of sums: the meta device would write all scores out.
+
+    The function is exchanged, because torch leaves out its own modes for functions while a backward makes activations again.
+    """
+    functional.scaled_dot_product_attention = _fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = DEVICES_OWN
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **_: Any
+) -> Tensor:
+    mask = attn_mask.to(query.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
+    return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask)[0]
+
+
+def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
+    """The losses of one micro-batch and their backward; gradients are taken away as they arrive.
+
+    `net` and what `function` works on lie on the meta device. What kernels take for themselves is not seen.
+    """
+    moments: list[Moment] = []
+    forwards: list[bool] = []
+    whole = {parameter.untyped_storage()._cdata: parameter.numel() for parameter in net.parameters()}
+    viewed: dict[int, int] = {}
+    training = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    with fused_attention(), Living([*net.parameters(), *net.buffers()]) as living:
+
+        def arrive(parameter: Tensor) -> None:
+            parameter.grad = None
+            moments.append(Moment(living.most() - parameter.numel() * parameter.element_size(), parameter.numel()))
+
+        def pack(tensor: Tensor) -> Tensor:
+            size = whole.get(tensor.untyped_storage()._cdata)
+            if size is not None and tensor._base is not None:
+                viewed[tensor.untyped_storage()._cdata] = size
+            return tensor.detach()  # as an output it would refer to itself
+
+        hooks = [parameter.register_post_accumulate_grad_hook(arrive) for parameter in training]
+        hooks.append(net.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled())))
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = function().total
+        forward, of_forward = living.most(), living.flops
+        total.backward()
+        del total
+        moments.append(Moment(living.most(), 0))
+    for hook in hooks:
+        hook.remove()
+    return Rehearsed(forward, tuple(moments), of_forward, living.flops - of_forward, tuple(forwards), sum(viewed.values()))
+
+
+def living_bytes(function: Callable[[], object], net: nn.Module) -> int:
+    """The most bytes that lived while `function` ran without gradient; `net`, on the meta device, does not count."""
+    with torch.no_grad(), fused_attention(), Living([*net.parameters(), *net.buffers()]) as living:
+        function()
+        return living.most()

@@ -1,0 +1,152 @@
+"""The grid of a report: the same seeds before and after, objects against styles, targets framed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Container, Mapping, Sequence
+
+from sculpt_dist.core.errors import RunFolderError
+from sculpt_dist.report.figures import shorten
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+INK, MUTED, ACCENT = "#1d1f23", "#70747c", "#c4512d"  # as in page.css
+THUMB = 192  # side of a thumbnail in pixels, shown at half of it or less
+TINY = 64  # images up to this side are magnified pixel by pixel
+MAX_ROWS, MAX_STYLES = 12, 6
+NUM_BANDS = {1: 3, 2: 2}  # by the number of styles: where they are few, rows stand side by side
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One object: its thumbnails in all styles, before and after; None where an image is missing."""
+
+    name: str
+    is_target: bool
+    sides: tuple[list[Image | None], ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows of objects against columns of styles."""
+
+    styles: list[str]
+    style_is_target: list[bool]
+    bands: list[list[GridRow]]
+    num_objects: int  # of all, shown or not
+    num_styles: int
+    is_tiny: bool  # the model draws tiny images
+
+    @property
+    def num_shown(self) -> int:
+        return sum(len(band) for band in self.bands)
+
+    def is_target(self, row: GridRow, column: int) -> bool:
+        return row.is_target or self.style_is_target[column]
+
+
+def read_grid(before: Path, after: Path | None, names: Sequence[str], targets: Sequence[str]) -> Grid | None:
+    """Read `<object>--<style>.png` of two folders: targets first, then the order of `names`; None where there is no image.
+
+    Raises RunFolderError where an image is damaged.
+    """
+    sides = [_find_images(before), _find_images(after) if after else {}]
+    found = [*sides[0], *sides[1]]
+    if not found:
+        return None
+    order = {slug: at for at, slug in reversed(list(enumerate(map(_slug, [*targets, *names]))))}
+    is_target = set(map(_slug, targets))
+    label = {_slug(name): name for name in [*names, *targets]}
+    all_objects, all_styles = (sorted({pair[at] for pair in found}, key=lambda slug: (order.get(slug, len(order)), slug)) for at in (0, 1))
+    objects, styles = _most_telling(all_objects, is_target, MAX_ROWS), _most_telling(all_styles, is_target, MAX_STYLES)
+    images = [[[_open(side.get((name, style))) for style in styles] for side in sides] for name in objects]
+    is_tiny = all(max(image.size) <= TINY for row in images for side in row for image in side if image)
+    rows = [
+        GridRow(label.get(name, name), name in is_target, tuple([_thumbnail(image, is_tiny) for image in side] for side in row))
+        for name, row in zip(objects, images)
+    ]
+    height = -(-len(rows) // NUM_BANDS.get(len(styles), 1))
+    return Grid(
+        styles=[label.get(style, style) for style in styles],
+        style_is_target=[style in is_target for style in styles],
+        bands=[rows[start : start + height] for start in range(0, len(rows), height)],
+        num_objects=len(all_objects),
+        num_styles=len(all_styles),
+        is_tiny=is_tiny,
+    )
+
+
+def draw_grid(grid: Grid) -> Image:
+    """The whole grid as one picture, targets framed."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    plain, bold = (ImageFont.truetype(str(fonts / name), 24) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"))
+    step, frame, head, gap = THUMB + 12, 6, 110, 36
+    every = [row for band in grid.bands for row in band]
+    margin = int(max(bold.getlength(shorten(row.name, 18)) for row in every)) + 40
+    side_width = step * len(grid.styles)
+    band_width = margin + 2 * side_width + gap
+    picture = Image.new("RGB", (band_width * len(grid.bands) + gap, head + step * len(grid.bands[0]) + gap), "white")
+    draw = ImageDraw.Draw(picture)
+    for at, band in enumerate(grid.bands):
+        for side, title in enumerate(("before", "after")):
+            left = at * band_width + margin + side * (side_width + gap)
+            draw.text((left + frame, 18), title, fill=INK, font=bold)
+            for column, style in enumerate(grid.styles):
+                if grid.num_styles > 1:
+                    draw.text((left + column * step + frame, 64), shorten(style, 13), fill=MUTED, font=plain)
+                for line, row in enumerate(band):
+                    x, y = left + column * step, head + line * step
+                    if grid.is_target(row, column):
+                        draw.rectangle((x, y, x + step - 1, y + step - 1), fill=ACCENT)
+                    thumb = row.sides[side][column] or Image.new("RGB", (THUMB, THUMB), "#eceae5")
+                    picture.paste(thumb, (x + frame, y + frame))
+        for line, row in enumerate(band):
+            color, font = (ACCENT, bold) if row.is_target else (INK, plain)
+            right = (at * band_width + margin - 16, head + (line + 0.5) * step)
+            draw.text(right, shorten(row.name, 18), fill=color, font=font, anchor="rm")
+    return picture
+
+
+def _find_images(folder: Path) -> Mapping[tuple[str, str], Path]:
+    """(object, style) -> file, both as slugs."""
+    parts = {path: path.stem.rpartition("--") for path in sorted(folder.glob("*--*.png"))}
+    return {(_slug(name), _slug(style)): path for path, (name, _, style) in parts.items()}
+
+
+def _most_telling(slugs: Sequence[str], is_target: Container[str], most: int) -> list[str]:
+    """The first `most`, targets before the others, yet at least a third for the others where there are so many."""
+    targets, others = [slug for slug in slugs if slug in is_target], [slug for slug in slugs if slug not in is_target]
+    num_targets = max(most * 2 // 3, most - len(others))
+    return (targets[:num_targets] + others)[:most]
+
+
+def _open(path: Path | None) -> Image | None:
+    from PIL import Image
+
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise RunFolderError(f"{path} is damaged ({error}): delete it and run `sculpt-dist evaluate` again") from error
+
+
+def _thumbnail(image: Image | None, is_tiny: bool) -> Image | None:
+    from PIL import Image, ImageOps
+
+    if image is None:
+        return None
+    how = Image.Resampling.NEAREST if is_tiny else Image.Resampling.LANCZOS
+    return ImageOps.pad(image, (THUMB, THUMB), method=how, color="white")
+
+
+def _slug(name: str) -> str:
+    """One spelling for a name and for the file named after it: "Chain saw" and "chain_saw"."""
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-")

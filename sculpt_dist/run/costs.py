@@ -1,0 +1,90 @@
+"""What a run costs: wall and CPU time and passes of the net by part, memory, bytes sent."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterator
+
+import torch
+
+from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.core.files import write_atomically
+from sculpt_dist.engine.group import Group
+
+
+@dataclass
+class Costs:
+    """What a run has cost this rank so far, over all its sittings; kept in costs.json."""
+
+    folder: Path
+    group: Group
+    backbone: Backbone
+    seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0, "total": 0.0})
+    cpu_seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
+    passes: dict[str, int] = field(default_factory=lambda: {"prepare": 0, "train": 0, "evaluate": 0})  # see Backbone.passes
+    bytes_communicated: int = 0
+    weights: dict[str, int] = field(default_factory=dict)
+    _part: str | None = None  # what is being counted now
+    _wall: float = field(default_factory=time.monotonic)
+    _cpu: float = field(default_factory=time.process_time)
+    _sent: int = 0
+    _passed: int = 0
+
+    @contextmanager
+    def counting(self, part: str) -> Iterator[None]:
+        """Count the wall and CPU time and the passes of the block to a part of the costs."""
+        self._flush()
+        self._part = part
+        try:
+            yield
+        finally:
+            self._flush()
+            self._part = None
+
+    def read(self) -> None:
+        """Go on from what earlier sittings on as many ranks left in costs.json."""
+        file = self.folder / "costs.json"
+        before = self.group.from_first(json.loads(file.read_text()) if self.group.is_first and file.is_file() else None)
+        if before is not None and before["ranks"] == self.group.size:
+            mine = before["of_rank"][self.group.rank]
+            self.seconds, self.cpu_seconds, self.bytes_communicated = mine["seconds"], mine["cpu_seconds"], mine["bytes_communicated"]
+            self.passes = mine["passes"]
+
+    def write(self) -> None:
+        """costs.json: wall seconds and bytes of the first rank, CPU seconds and passes summed over ranks, peak memory of each; all enter."""
+        self._flush()
+        mine = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "passes": self.passes, "bytes_communicated": self.bytes_communicated}
+        ranks = self.group.to_all(mine | {"peak_memory_bytes": peak_memory(self.group.device)})
+        if self.group.is_first:
+            content = {name: ranks[0][name] for name in ("seconds", "bytes_communicated")} | {
+                "cpu_seconds": {part: sum(rank["cpu_seconds"][part] for rank in ranks) for part in self.cpu_seconds},
+                "passes": {part: sum(rank["passes"][part] for rank in ranks) for part in self.passes},
+                "peak_memory_bytes": [rank["peak_memory_bytes"] for rank in ranks],
+                "ranks": self.group.size,
+                "weights": self.weights,
+                "of_rank": ranks,
+            }
+            write_atomically(self.folder / "costs.json", json.dumps(content, indent=1).encode())
+
+    def _flush(self) -> None:
+        wall, cpu, sent, passed = time.monotonic(), time.process_time(), self.group.bytes_communicated(), self.backbone.passes
+        self.seconds["total"] += wall - self._wall
+        if self._part is not None:
+            self.seconds[self._part] += wall - self._wall
+            self.cpu_seconds[self._part] += cpu - self._cpu
+            self.passes[self._part] += passed - self._passed
+        self.bytes_communicated += sent - self._sent
+        self._wall, self._cpu, self._sent, self._passed = wall, cpu, sent, passed
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

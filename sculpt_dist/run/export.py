@@ -1,0 +1,65 @@
+"""The result as a normal diffusers folder with a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from itertools import chain
+from pathlib import Path
+from typing import Iterable, Iterator
+
+from torch import Tensor
+
+from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.backbones.io.writing import write_pipeline
+from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.engine.group import Group
+from sculpt_dist.run.build import DTYPES
+
+
+def export(config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], folder: Path, group: Group) -> Path:
+    """Write `folder` aside and rename it into place; all ranks enter, the first writes, one tensor in memory at a time.
+
+    `weights` are the changed parameters, whole on the first rank; the rest is streamed from the base. An adapter is merged. All is
+    written in `model.dtype`.
+    """
+    if not group.is_first:
+        for _ in weights:
+            pass
+        group.barrier()
+        return folder
+    dtype = DTYPES[config.model.dtype]
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    for debris in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(debris)
+    written: set[str] = set()
+
+    def changed() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in backbone.merged(weights):
+            written.add(name)
+            yield name, tensor
+
+    def unchanged() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in backbone.stored_weights():
+            if name not in written:
+                yield name, tensor
+
+    write_pipeline(backbone.folder, aside, backbone.net_name, dtype, chain(changed(), unchanged()))
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(aside, folder)
+    group.barrier()
+    return folder
+
+
+def write_card(run: Path) -> None:
+    """README.md of the exported folder, from the run's configuration and report."""
+    from omegaconf import OmegaConf
+
+    from sculpt_dist.core.files import write_atomically
+    from sculpt_dist.report.card import model_card
+
+    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    report = json.loads((run / "report" / "report.json").read_text())
+    write_atomically(run / "model" / "README.md", model_card(config, report).encode())

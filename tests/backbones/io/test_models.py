@@ -1,0 +1,457 @@
+"""Where models come from, and what damaged ones are told before anything is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import PROJECT, SMALL, rank_environment, sculpt
+from safetensors.torch import load_file, save_file
+
+from sculpt_dist.backbones.io.folders import stored_weights, weight_files
+from sculpt_dist.backbones.io.writing import write_pipeline
+from sculpt_dist.backbones.sana import Backbone as Sana
+from sculpt_dist.backbones.sd15 import Backbone
+from sculpt_dist.config.load import load_config
+from sculpt_dist.core.errors import ModelError
+from sculpt_dist.planning.check import check_run
+from sculpt_dist.run.build import base_fingerprint
+from sculpt_dist.run.preflight import check_model
+
+ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"
+CONFIG = PROJECT / "configs" / "canvas" / "dm_cal.yaml"
+CPU = torch.device("cpu")
+PLAIN = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def model(tmp_path):
+    shutil.copytree(ASSETS / "sd15", tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def sharded(model):
+    """The denoiser in several files, as large checkpoints come."""
+    from diffusers import UNet2DConditionModel
+
+    net = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float16)
+    shutil.rmtree(model / "unet")
+    net.save_pretrained(model / "unet", max_shard_size="1MB")
+    return model
+
+
+def opened(folder: Path) -> Backbone:
+    return Backbone(folder, torch.float32, CPU)
+
+
+def test_sharded_weights_are_those_of_the_plain_file(sharded):
+    assert len(weight_files(sharded / "unet")) > 2
+    plain = load_file(ASSETS / "sd15" / "unet" / PLAIN)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in stored_weights(sharded, "unet"))
+    whole = opened(sharded).net.state_dict()
+    assert all(torch.equal(whole[name], tensor.float()) for name, tensor in plain.items())
+
+
+def test_an_export_is_sharded_again_where_it_is_large(sharded, monkeypatch):
+    from sculpt_dist.backbones.io import writing
+
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 2_000_000)
+    out = sharded.parent / "out"
+    write_pipeline(sharded, out, "unet", torch.float32, iter(reversed(list(stored_weights(sharded, "unet")))))
+    files = sorted(path.name for path in (out / "unet").glob("*.safetensors"))
+    assert len(files) == 4 and files[0] == "diffusion_pytorch_model-00001-of-00004.safetensors"
+    assert all((out / "unet" / name).stat().st_size < 2_100_000 for name in files)
+    base = opened(sharded).net.state_dict()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in opened(out).net.state_dict().items())
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(sharded):
+    (sharded / "unet" / "diffusion_pytorch_model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"index.json: names 1 shards that are not there \(diffusion_pytorch_model-00002"):
+        opened(sharded)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 2000, -3])
+def test_a_cut_shard_is_refused_before_anything_is_loaded(sharded, keep):
+    file = sharded / "unet" / "diffusion_pytorch_model-00003-of-00004.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ModelError, match="00003-of-00004.safetensors: is (cut short|no safetensors)"):
+        opened(sharded)
+
+
+def test_a_flipped_bit_is_found_by_the_checksums_that_an_export_carries(model):
+    out = model.parent / "out"
+    write_pipeline(model, out, "unet", torch.float16, stored_weights(model, "unet"))
+    before = base_fingerprint(out)
+    content = bytearray((out / "unet" / PLAIN).read_bytes())
+    content[-1000] ^= 1
+    (out / "unet" / PLAIN).write_bytes(content)
+    with pytest.raises(ModelError, match=f"unet/{PLAIN}: is damaged or was changed: its sha256"):
+        base_fingerprint(out)
+    content[-1000] ^= 1
+    (out / "unet" / PLAIN).write_bytes(content)
+    assert base_fingerprint(out) == before
+    told = subprocess.run(["sha256sum", "-c", "CHECKSUMS"], cwd=out, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout
+
+
+def test_a_flipped_bit_that_makes_a_weight_infinite_is_found_without_checksums(model):
+    tensors = load_file(model / "unet" / PLAIN)
+    tensors["conv_in.weight"].view(-1)[7] = float("inf")
+    save_file(tensors, model / "unet" / PLAIN, {"format": "pt"})
+    with pytest.raises(ModelError, match="1 weights hold values that are not finite .conv_in.weight"):
+        opened(model).net  # noqa: B018
+
+
+@pytest.mark.slow
+def test_half_a_net_is_refused_on_every_stage(canvas_config, tmp_path):
+    shutil.copytree(ASSETS / "sana", tmp_path / "half")
+    file = tmp_path / "half" / "transformer" / "config.json"
+    file.write_text(file.read_text().replace('"num_layers": 4', '"num_layers": 2'))
+    arguments = [*SMALL, "model.arch=sana", f"model.path={tmp_path / 'half'}", "evaluate.enabled=false"]
+    for stage in (2, 3):
+        printed = sculpt("unlearn", canvas_config, *arguments, f"engine.stage={stage}", f"run.folder={tmp_path / str(stage)}", code=2)
+        assert "weights do not fit" in printed and "transformer_blocks.2" in printed
+    assert "weights do not fit" in sculpt("check", canvas_config, *arguments, code=2)
+
+
+@pytest.mark.slow
+def test_an_infinite_weight_is_found_on_stage_3_too(canvas_config, tmp_path, model):
+    tensors = load_file(model / "unet" / PLAIN)
+    tensors["conv_in.weight"].view(-1)[7] = float("inf")
+    save_file(tensors, model / "unet" / PLAIN, {"format": "pt"})
+    arguments = [*SMALL, f"model.path={model}", f"run.folder={tmp_path / 'run'}", "evaluate.enabled=false", "engine.stage=3"]
+    printed = sculpt("unlearn", canvas_config, *arguments, ranks=2, code=2)
+    assert printed.count("ModelError:") == 1 and "not finite (conv_in.weight" in printed
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", pytest.param("cut.safetensors", marks=pytest.mark.slow)])
+def test_a_bad_single_file_is_told_before_the_settings_that_it_lacks(canvas_config, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if name == "model.ckpt":
+        torch.save({"a": torch.zeros(2)}, tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes((ASSETS / "sd15" / "unet" / PLAIN).read_bytes()[:-10])
+    printed = sculpt("unlearn", canvas_config, *SMALL, f"model.path={tmp_path / name}", f"run.folder={tmp_path / 'run'}", code=2)
+    assert ("holds pickled weights" if name == "model.ckpt" else "is cut short") in printed
+
+
+def test_one_ranks_trouble_is_told_by_the_first(canvas_config, tmp_path):
+    """A damaged image of the second rank's share, and a prompt that is too long."""
+    from PIL import Image
+
+    (tmp_path / "images" / "bird").mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / "bird" / f"{i}.png")
+    (tmp_path / "images" / "bird" / "4.png").write_bytes(b"no image")
+    arguments = ["prepare", canvas_config, *SMALL, f"run.folder={tmp_path / 'run'}"]
+    printed = sculpt(*arguments, f"prepare.images={tmp_path / 'images'}", ranks=2, code=2)
+    assert printed.count("ConfigError:") == 1 and "4.png: cannot be read" in printed
+    long = "concepts=[{target: bird, superclass: animal, prompts: ['a {concept}', 'a photo of a {concept} in natural style and more']}]"
+    printed = sculpt(*arguments, "prepare.batch=1", long, ranks=2, code=2)
+    assert printed.count("ConfigError:") == 1 and "it would be cut before" in printed
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_an_export_is_found_when_it_is_evaluated(canvas_config, tmp_path, model):
+    out = tmp_path / "out"
+    write_pipeline(model, out, "unet", torch.float16, stored_weights(model, "unet"))
+    content = bytearray((out / "unet" / PLAIN).read_bytes())
+    content[-1000] ^= 1
+    (out / "unet" / PLAIN).write_bytes(content)
+    printed = sculpt("evaluate", canvas_config, *SMALL, f"run.folder={tmp_path / 'run'}", "--model", str(out), code=2)
+    assert "is damaged or was changed" in printed
+
+
+def test_spare_variants_and_whole_models_are_not_fetched():
+    from fnmatch import fnmatch
+
+    from sculpt_dist.backbones.io.find import WANTED, _is_spare
+
+    held = ["v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    held += ["vae/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "model_index.json", "unet/config.json"]
+    fetched = [file for file in held if any(fnmatch(file, wanted) for wanted in WANTED) and not _is_spare(file, held)]
+    assert fetched == [held[1], held[3], "model_index.json", "unet/config.json"]
+
+
+def test_mixed_dtypes_are_refused(model):
+    tensors = load_file(model / "unet" / PLAIN)
+    tensors["conv_in.weight"] = tensors["conv_in.weight"].float()
+    save_file(tensors, model / "unet" / PLAIN, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"mixed dtypes, .*1 in float32 \(conv_in.weight"):
+        opened(model)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_is_named(model, part):
+    shutil.rmtree(model / part)
+    with pytest.raises(ModelError, match=f"{part}.*lacks"):
+        opened(model).embed(["a cat"])
+
+
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(model):
+    (model / "vae" / PLAIN).unlink()
+    torch.save({"a": torch.zeros(2)}, model / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ModelError, match="diffusion_pytorch_model.bin: holds pickled weights.*python -c"):
+        opened(model)
+
+
+@pytest.mark.parametrize(
+    ("arch", "folder", "told"),
+    [
+        ("sdxl", "sd15", "holds a StableDiffusionPipeline, model.arch expects StableDiffusionXLPipeline"),
+        ("sd15", "sdxl", "holds a StableDiffusionXLPipeline, model.arch expects StableDiffusionPipeline"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_ends_before_anything_is_drawn(canvas_config, tmp_path, arch, folder, told):
+    arguments = [*SMALL, f"model.arch={arch}", f"model.path={ASSETS / folder}", f"run.folder={tmp_path / 'run'}", "evaluate.enabled=false"]
+    printed = sculpt("unlearn", canvas_config, *arguments, code=2)
+    assert told in printed and "Traceback" not in printed and not (tmp_path / "run" / "data").exists()
+
+
+def rewritten(file: Path, change) -> None:
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def test_a_shard_that_lacks_what_its_index_promises_is_refused(sharded):
+    file = sharded / "unet" / "diffusion_pytorch_model-00002-of-00004.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'weight":', b'veight":', 1))  # one bit of the header
+    with pytest.raises(ModelError, match="index.json: 2 weights are not where it says, first .*veight, which is not named and is in .*00002-of-00004"):
+        opened(sharded)
+
+
+def test_a_component_of_another_class_is_refused(tmp_path):
+    shutil.copytree(ASSETS / "sana", tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "vae")
+    shutil.copytree(ASSETS / "sd15" / "vae", tmp_path / "model" / "vae")
+    with pytest.raises(ModelError, match="vae: holds a AutoencoderKL, not a AutoencoderDC"):
+        Sana(tmp_path / "model", torch.float32, CPU)
+
+
+@pytest.mark.parametrize(("arch", "part", "taken"), [("sd15", "text_encoder", ("sdxl", "text_encoder_2")), ("sd15", "unet", ("sdxl", "unet")), ("sdxl", "unet", ("sd15", "unet"))])
+def test_components_that_do_not_fit_together_end_before_anything_is_drawn(tmp_path, arch, part, taken):
+    shutil.copytree(ASSETS / arch, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    shutil.copytree(ASSETS.joinpath(*taken), tmp_path / "model" / part)
+    config = load_config(CONFIG, [f"model.arch={arch}", f"model.path={tmp_path / 'model'}"])
+    with pytest.raises(ModelError, match="one prediction of unet for one prompt: .*compare the sizes"):
+        check_model(config, tmp_path / "model")
+    with pytest.raises(ModelError, match="compare the sizes"):
+        check_run(config, 1)
+
+
+def test_a_misfit_is_told_by_the_command_too(tmp_path, model):
+    shutil.rmtree(model / "unet")
+    shutil.copytree(ASSETS / "sdxl" / "unet", model / "unet")
+    printed = sculpt("unlearn", str(CONFIG), *SMALL, f"model.path={model}", f"run.folder={tmp_path / 'run'}", code=2)
+    assert "Traceback" not in printed and "one prediction of unet" in printed and not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content", ["[]", "{}"])
+def test_settings_that_are_none_are_refused(model, file, content):
+    (model / file).write_text(content)
+    with pytest.raises(ModelError):
+        opened(model)
+
+
+def test_a_list_for_a_size_is_refused(model):
+    rewritten(model / "unet" / "config.json", lambda content: content | {"sample_size": [8, 8]})
+    with pytest.raises(ModelError, match="has one that is none"):
+        opened(model)
+
+
+def test_schedulers_without_alpha_bar_are_refused(model):
+    for name, message in (("EDMEulerScheduler", "has no alpha_bar"), ("SASolverScheduler", "adds noise of its own")):
+        rewritten(model / "scheduler" / "scheduler_config.json", lambda content: content | {"_class_name": name, "prediction_type": "epsilon"})  # noqa: B023
+        with pytest.raises(ModelError, match=message):
+            opened(model)
+
+
+def test_a_component_that_is_only_copied_may_hold_no_pickles_either(model):
+    (model / "safety_checker").mkdir()
+    (model / "safety_checker" / "config.json").write_text("{}")
+    (model / "safety_checker" / "pytorch_model.bin").write_bytes(b"")
+    opened(model)  # not named by the index: it stays behind
+    rewritten(model / "model_index.json", lambda content: content | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]})
+    with pytest.raises(ModelError, match="safety_checker/pytorch_model.bin: holds pickled weights"):
+        opened(model)
+
+
+def test_the_conversion_command_gives_what_is_then_read(model):
+    part = model / "text_encoder"
+    held = load_file(part / "model.safetensors")
+    torch.save(held, part / "pytorch_model.bin")
+    (part / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="convert it with") as refused:
+        opened(model)
+    command = shlex.split(str(refused.value).partition("convert it with: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    encoder = opened(model).part("text_encoder").state_dict()
+    assert all(torch.equal(encoder[name], tensor.float()) for name, tensor in held.items() if name in encoder)
+
+
+def test_a_single_file_of_stable_diffusion_2_is_told_without_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    save_file({"cond_stage_model.model.ln_final.weight": torch.zeros(2)}, tmp_path / "two.safetensors")
+    with pytest.raises(ModelError, match="two.safetensors: looks like Stable Diffusion 2.x; single files of Stable Diffusion 1.x and SDXL are read"):
+        check_run(load_config(CONFIG, [f"model.path={tmp_path / 'two.safetensors'}", f"run.folder={tmp_path / 'run'}"]), 1)
+
+
+def test_a_damaged_shard_ends_every_rank_with_one_line(canvas_config, tmp_path, sharded):
+    file = sharded / "unet" / "diffusion_pytorch_model-00003-of-00004.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    arguments = [*SMALL, f"model.path={sharded}", f"run.folder={tmp_path / 'run'}", "evaluate.enabled=false", "engine.stage=3"]
+    printed = sculpt("unlearn", canvas_config, *arguments, ranks=2, code=2)
+    assert printed.count("ModelError:") == 1 and "00003-of-00004.safetensors: is cut short" in printed
+
+
+# The hub, as its client's own cache lays it out
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache that holds somebody/model at one revision, under the name `v2`."""
+    home = tmp_path / "hub"
+    repository = home / "models--somebody--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v2").write_text(REVISION)
+    shutil.copytree(ASSETS / "sd15", repository / "snapshots" / REVISION)
+    return home
+
+
+def find(cache: Path, name: str, revision: str | None, **environment: str) -> tuple[str, float]:
+    """What find_folder says in a fresh process, and the seconds it took."""
+    code = (
+        "import sys, time; from sculpt_dist.backbones.io.find import find_folder; from sculpt_dist.core.errors import ModelError\n"
+        f"began = time.monotonic()\ntry: print(find_folder({name!r}, 'sd15', {revision!r}))\n"
+        "except ModelError as error: print('ModelError', error)\nprint(time.monotonic() - began)"
+    )
+    env = rank_environment() | {"HF_HUB_CACHE": str(cache), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | environment
+    printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    *said, seconds = printed.stdout.strip().splitlines()
+    return "\n".join(said), float(seconds)
+
+
+def test_offline_the_cached_revision_is_used(cache):
+    said, _ = find(cache, "somebody/model", "v2", HF_HUB_OFFLINE="1")
+    assert said == str(cache / "models--somebody--model" / "snapshots" / REVISION)
+    said, _ = find(cache, "somebody/model", "v3", HF_HUB_OFFLINE="1")
+    assert said.startswith("ModelError") and "network (HF_HUB_OFFLINE is set)" in said
+
+
+def test_a_hub_that_does_not_answer_is_given_up_within_10_seconds_and_the_cache_still_works(cache):
+    with socket.socket() as mute:  # takes connections and never says a word
+        mute.bind(("127.0.0.1", 0))
+        mute.listen(50)
+        endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{mute.getsockname()[1]}"}
+        said, seconds = find(cache, "nobody/nothing", None, **endpoint)
+        assert "is no local folder and not in the cache, and the hub cannot be asked: network (ReadTimeout" in said and seconds < 10
+        said, seconds = find(cache, "somebody/model", "v2", **endpoint)
+        assert said.endswith(REVISION) and seconds < 10
+
+
+class Faltering(http.server.BaseHTTPRequestHandler):
+    """Says what the model holds, and is mute from then on."""
+
+    def do_GET(self):
+        if "/tree/" in self.path or "/resolve/" in self.path:
+            time.sleep(60)
+            return
+        files = [{"rfilename": "model_index.json"}, {"rfilename": "unet/config.json"}]
+        content = json.dumps({"id": "a/b", "modelId": "a/b", "sha": REVISION, "siblings": files, "private": False, "tags": []}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_hub_that_stops_answering_is_given_up_too(cache):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faltering)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    said, seconds = find(cache, "a/b", None, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    assert said.startswith("ModelError") and "network" in said and seconds < 20
+
+
+class Giving(Faltering):
+    """A hub that has a small model and gives it."""
+
+    files = {"model_index.json": b"{}", "unet/config.json": b'{"a": 1}', "unet/model.bin": b"pickled", "README.md": b"text"}
+
+    def do_GET(self):
+        name = self.path.partition("/resolve/")[2].partition("/")[2]
+        if not name:
+            content = json.dumps({"id": "a/b", "sha": REVISION, "siblings": [{"rfilename": file} for file in self.files], "private": False, "tags": []}).encode()
+        else:
+            content = self.files[name]
+        self.send_response(200)
+        for header, value in {"X-Repo-Commit": REVISION, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Content-Length": len(content)}.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+
+def test_what_a_pipeline_needs_is_fetched_and_found_again_offline(cache):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Giving)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    said, _ = find(cache, "a/b", None, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    folder = cache / "models--a--b" / "snapshots" / REVISION
+    assert said == str(folder) and (folder / "unet" / "config.json").read_text() == '{"a": 1}'
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["config.json", "model_index.json"]
+    assert find(cache, "a/b", None, HF_HUB_OFFLINE="1")[0] == str(folder)
+
+
+def test_a_hub_that_refuses_connections_is_said_to_be_the_network(cache):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    said, seconds = find(cache, "nobody/nothing", None, HF_ENDPOINT=f"http://127.0.0.1:{port}")
+    assert "network (ConnectError" in said and seconds < 10
+
+
+def test_large_files_of_the_cache_are_checked_by_the_names_that_the_hub_gave_them(cache):
+    from sculpt_dist.core.files import file_sha256
+
+    snapshot = cache / "models--somebody--model" / "snapshots" / REVISION
+    file, blobs = snapshot / "unet" / PLAIN, snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    blob = blobs / file_sha256(file)
+    os.replace(file, blob)
+    file.symlink_to(blob)
+    before = base_fingerprint(snapshot)
+    content = bytearray(blob.read_bytes())
+    content[-1000] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(ModelError, match="is damaged or was changed"):
+        base_fingerprint(snapshot)
+    content[-1000] ^= 1
+    blob.write_bytes(content)
+    assert base_fingerprint(snapshot) == before

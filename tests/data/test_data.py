@@ -1,0 +1,224 @@
+"""Prompts, shards and streams: exact, the same for any number of ranks and workers, and safe to read."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from stream_folders import make_stream
+
+from sculpt_dist.config.schema import Concept, PrepareConfig
+from sculpt_dist.core.errors import ShardError
+from sculpt_dist.core.files import derived_seed
+from sculpt_dist.core.types import TextCond
+from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts, fill
+from sculpt_dist.data.shards import ShardReader, read_index, scan_shard, write_index
+from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, load, micro_batches
+
+
+def test_brackets_are_dropped_without_a_style():
+    assert fill("a photo of a {object}[ in {style} style]", object="cat", style="neon") == "a photo of a cat in neon style"
+    assert fill("a photo of a {object}[ in {style} style]", object="cat", style=None) == "a photo of a cat"
+    assert fill("a [{style} ]picture", style=None) == "a picture"
+
+
+def test_object_and_style_prompts():
+    cat = concept_prompts(Concept("cat", "animal", keep=["dog"]), PrepareConfig())
+    assert (cat.target, cat.superclass, cat.negative, cat.keep) == (("a photo of cat",), ("a photo of animal",), "a photo of cat", ("a photo of dog",))
+    neon = concept_prompts(Concept("neon", kind="style", prompts=["a bird[ in {concept} style]"]), PrepareConfig())
+    assert (neon.target, neon.superclass) == (("a bird in neon style",), ("a bird",))
+
+
+def test_written_samples_are_read_back_by_position(tmp_path):
+    reader = ShardReader(make_stream(tmp_path / "s", 10))
+    assert len(reader) == 10
+    assert [int(reader[i].latent[0, 0, 0]) for i in (9, 0, 5)] == [9, 0, 5]
+    assert reader[5].prompt == "prompt 2" and reader[5].key == 5
+    recipe, records = read_index(tmp_path / "s")
+    assert recipe == {"count": 10} and [r.count for r in records] == [4, 4, 2]
+
+
+def test_webdataset_reads_our_shards(tmp_path):
+    import webdataset
+
+    make_stream(tmp_path / "s", 4)
+    rows = list(webdataset.WebDataset(str(tmp_path / "s" / "00000.tar"), shardshuffle=False))
+    assert [row["__key__"] for row in rows] == [f"{i:08d}" for i in range(4)]
+    assert np.load(io.BytesIO(rows[2]["latent.npy"]))[0, 0, 0] == 2
+
+
+def damages(path):
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[700] ^= 1
+    return {
+        "cut in a header": content[:300],
+        "cut at a member": content[:1024],
+        "cut in data": content[:600],
+        "bit flip": bytes(flipped),
+        "hole": content[:512] + bytes(512) + content[1024:],
+        "empty": b"",
+        "another file": b"<html>" * 1000,
+    }
+
+
+@pytest.mark.parametrize("kind", ["cut in a header", "cut at a member", "cut in data", "bit flip", "hole", "empty", "another file"])
+def test_every_damage_of_a_shard_is_found_and_named(tmp_path, kind):
+    shard = make_stream(tmp_path / "s", 10) / "00004.tar"
+    shard.write_bytes(damages(shard)[kind])
+    with pytest.raises(ShardError, match="00004.tar.*prepare"):
+        ShardReader(tmp_path / "s")
+
+
+def test_missing_shard_and_missing_or_broken_index_are_named(tmp_path):
+    folder = make_stream(tmp_path / "s", 10)
+    (folder / "00008.tar").unlink()
+    with pytest.raises(ShardError, match="00008.tar is missing"):
+        ShardReader(folder)
+    (folder / "index.json").write_text("{")
+    with pytest.raises(ShardError, match="index.json"):
+        ShardReader(folder)
+
+
+@pytest.mark.parametrize("name", ["00000000.pyd", "00000000.latent.pkl", "../00000000.json", "00000000.latent.npy.gz", "x.json"])
+def test_members_that_a_shard_may_not_hold_are_refused(tmp_path, name):
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    with pytest.raises(ShardError, match="holds only"):
+        scan_shard(tmp_path / "bad.tar", "bad.tar", 0)
+
+
+def test_links_and_half_samples_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "link.tar", "w") as tar:
+        info = tarfile.TarInfo("00000000.json")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(ShardError, match="holds only"):
+        scan_shard(tmp_path / "link.tar", "link.tar", 0)
+    with tarfile.open(tmp_path / "half.tar", "w") as tar:
+        info = tarfile.TarInfo("00000000.json")
+        info.size = 2
+        tar.addfile(info, io.BytesIO(b"{}"))
+    with pytest.raises(ShardError, match="lacks.*latent.npy"):
+        scan_shard(tmp_path / "half.tar", "half.tar", 0)
+
+
+class Marker:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def write_raw(folder, latent: bytes):
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for name, data in (("00000000.latent.npy", latent), ("00000000.json", json.dumps({"key": 0, "prompt": "p"}).encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    write_index(folder, {}, [scan_shard(folder / "00000.tar", "00000.tar", 0)])
+    return ShardReader(folder)
+
+
+def npy(array, allow_pickle: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
+def test_a_pickle_in_an_array_is_not_executed(tmp_path, capsys):
+    reader = write_raw(tmp_path / "s", npy(np.array([Marker()], dtype=object), allow_pickle=True))
+    with pytest.raises(ShardError, match="damaged"):
+        reader[0]
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("array", [np.full((1, 2, 2), np.nan, np.float32), np.zeros((1, 2, 2), np.float64), np.zeros((2, 2), np.float32)])
+def test_latents_that_are_not_finite_fp32_maps_are_refused(tmp_path, array):
+    with pytest.raises(ShardError, match="sample 0"):
+        write_raw(tmp_path / "s", npy(array))[0]
+
+
+def test_an_epoch_shows_every_sample_once_and_epochs_differ():
+    order = GlobalOrder(7, [0, 1])
+    first, second = [order[i] for i in range(7)], [order[i] for i in range(7, 14)]
+    assert sorted(first) == sorted(second) == list(range(7)) and first != second
+    assert [GlobalOrder(7, [0, 1])[i] for i in range(14)] == first + second
+
+
+def keys(tmp_path, ranks: int, accumulate: int, workers: int, first_step: int = 0, steps: int = 6):
+    """The target and anchor keys of each step, in global order."""
+    readers = {
+        "target": [ShardReader(tmp_path / "t")],
+        "superclass": [ShardReader(tmp_path / "s")],
+        "anchor": [ShardReader(tmp_path / "t"), ShardReader(tmp_path / "s")],
+    }
+    per_step: dict[int, list] = {}
+    for rank in range(ranks):
+        layout = Layout(8, ranks, rank, accumulate)
+        streams = ConceptStreams(readers, layout, 3, 1)
+        embed = lambda prompts: TextCond(torch.zeros(len(prompts), 1, 1))  # noqa: E731
+        prompts = tuple(f"prompt {i}" for i in range(3))
+        names = ConceptPrompts(prompts, prompts, "", ())
+        batches = micro_batches(streams, embed, names, torch.device("cpu"), first_step, steps, workers)
+        for number, batch in enumerate(batches):
+            step, micro = divmod(number, accumulate)
+            for i, position in enumerate(layout.positions(micro)):
+                entry = (position, batch.target.keys[i], batch.superclass.keys[i], float(batch.anchor.latents[i].mean()))
+                per_step.setdefault(first_step + step, []).append(entry)
+    return {step: sorted(entries) for step, entries in per_step.items()}
+
+
+def test_same_samples_for_any_ranks_accumulation_and_workers_and_from_any_step(tmp_path):
+    make_stream(tmp_path / "t", 10)
+    make_stream(tmp_path / "s", 9, offset=100)
+    reference = keys(tmp_path, 1, 1, 0)
+    assert all(len(entries) == 8 for entries in reference.values()) and len(reference) == 6
+    for ranks, accumulate, workers in ((2, 1, 0), (4, 2, 0), (1, 4, 0), (2, 2, 2)):
+        assert keys(tmp_path, ranks, accumulate, workers) == reference
+    later = keys(tmp_path, 2, 1, 0, first_step=4)
+    assert later == {step: reference[step] for step in (4, 5)}
+
+
+def test_workers_outlive_the_signal_that_a_launcher_sends_to_a_ranks_whole_group(tmp_path):
+    make_stream(tmp_path / "t", 10)
+    streams = ConceptStreams({"target": [ShardReader(tmp_path / "t")]}, Layout(2, 1, 0, 1), 0, 0)
+    items = iter(load(streams, range(20), 1))
+    found = [[sample.key for sample in next(items)[0]]]
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker.pid, number)
+    time.sleep(0.2)  # a worker that the signals end is dead by then
+    found += [[sample.key for sample in item[0]] for item in items]
+    assert found == [[sample.key for sample in streams[i][0]] for i in range(20)]
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+def test_anchor_stream_is_split_evenly_between_its_sources(tmp_path):
+    make_stream(tmp_path / "t", 10)
+    make_stream(tmp_path / "s", 9, offset=100)
+    for entries in keys(tmp_path, 1, 1, 0).values():
+        assert sum(entry[3] >= 100 for entry in entries) == 4
+
+
+def test_draws_depend_on_the_place_in_the_global_batch_not_on_the_rank():
+    whole = Draws(0, 1, 2, range(8), torch.device("cpu"))
+    half = Draws(0, 1, 2, range(4, 8), torch.device("cpu"))
+    assert torch.equal(whole.normal("noise", (1, 2, 2))[4:], half.normal("noise", (1, 2, 2)))
+    assert torch.equal(whole.uniform("time")[4:], half.uniform("time"))
+    assert not torch.equal(whole.normal("noise", (1, 2, 2)), whole.normal("other", (1, 2, 2)))
+    assert not torch.equal(whole.uniform("time"), Draws(0, 1, 3, range(8), torch.device("cpu")).uniform("time"))
+
+
+def test_seeds_are_the_same_on_every_machine():
+    assert derived_seed(0, "prepare", "object cat target", 7) == 6091311548437331219

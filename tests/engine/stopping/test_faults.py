@@ -1,0 +1,160 @@
+"""Ranks that die, hang or meet strangers: the others end soon, and the run's log ends with the cause."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness import PROJECT, free_port, rank_environment
+
+WORKER = str(PROJECT / "tests" / "workers" / "rank_faults.py")
+
+
+def start_ranks(*arguments: str, port: int | None = None, environment: dict[str, str] = {}, ranks: int = 2) -> list[subprocess.Popen]:
+    """`python ARGUMENTS` on so many ranks without a launcher, so that each can be watched."""
+    common = rank_environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(ranks)} | environment
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def wait_for(path: Path, processes: list[subprocess.Popen]) -> float:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline and any(p.poll() is None for p in processes), [p.stdout.read() for p in processes if p.poll() is not None]
+        time.sleep(0.02)
+    return time.monotonic()
+
+
+def last_line(folder: Path) -> str:
+    return (folder / "log.txt").read_text().splitlines()[-1]
+
+
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("raises", "failed: rank 1 on .*: KeyError: 'the true cause'"),
+        ("killed", "failed: rank 1 died or was stopped .*; seen by rank 0: "),
+        ("exits", "failed: rank 1 died or was stopped .*; seen by rank 0: "),
+    ],
+)
+def test_a_dead_rank_ends_the_other_within_five_seconds_and_the_log_ends_with_the_cause(tmp_path, fault, cause):
+    import re
+
+    first, second = start_ranks(WORKER, fault, str(tmp_path))
+    died = wait_for(tmp_path / "step-1", [first, second])
+    printed, _ = first.communicate(timeout=60)
+    assert time.monotonic() - died < 5
+    assert first.returncode == 1 and second.wait(60) == {"raises": 1, "killed": -signal.SIGKILL, "exits": 0}[fault], printed
+    assert re.search(cause, last_line(tmp_path)), (tmp_path / "log.txt").read_text()
+    assert not (tmp_path / "REQUEUE").exists()
+
+
+def test_the_death_of_the_first_rank_which_holds_the_meeting_point_is_named_too(tmp_path):
+    first, second = start_ranks(WORKER, "killed", str(tmp_path), "60", "0")
+    died = wait_for(tmp_path / "step-0", [first, second])
+    printed, _ = second.communicate(timeout=60)
+    assert time.monotonic() - died < 5 and second.returncode == 1, printed
+    assert "failed: rank 0 died or was stopped" in last_line(tmp_path), (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("fault", "cause"), [("hangs", "rank 1 hangs or is slow"), ("stopped", "rank 1 died or was stopped")])
+def test_a_hung_rank_is_named_at_the_timeout(tmp_path, fault, cause):
+    first, second = start_ranks(WORKER, fault, str(tmp_path), "4")
+    try:
+        hung = wait_for(tmp_path / "step-1", [first, second])
+        first.communicate(timeout=60)
+        assert 3 < time.monotonic() - hung < 4 + 5 and first.returncode == 1
+        assert cause in last_line(tmp_path), (tmp_path / "log.txt").read_text()
+    finally:
+        second.kill()
+
+
+def test_a_signal_is_noticed_in_a_collective_whose_other_rank_is_gone(tmp_path):
+    first, second = start_ranks(WORKER, "stopped", str(tmp_path))
+    try:
+        wait_for(tmp_path / "step-1", [first, second])
+        time.sleep(0.5)  # the first rank is in its collective, which would last for a minute
+        first.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        first.communicate(timeout=60)
+        assert time.monotonic() - asked < 5 and first.returncode == 1
+        assert "asked to stop, and left without saving: rank 1 died or was stopped" in last_line(tmp_path)
+        assert not (tmp_path / "REQUEUE").exists()
+    finally:
+        second.kill()
+
+
+def test_a_rank_that_waits_in_a_collective_has_noted_a_signal_when_the_other_comes(tmp_path):
+    processes = start_ranks(WORKER, "waits", str(tmp_path))
+    wait_for(tmp_path / "step-0", processes)
+    time.sleep(1)
+    processes[0].send_signal(signal.SIGUSR1)
+    for process in processes:
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, printed
+    assert "stopped at step 3" in last_line(tmp_path) and (tmp_path / "REQUEUE").exists()
+
+
+def test_a_stop_file_is_seen_and_stays(tmp_path):
+    (tmp_path / "STOP").touch()
+    processes = start_ranks(WORKER, "none", str(tmp_path))
+    for process in processes:
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, printed
+    assert "stopped at" in last_line(tmp_path) and (tmp_path / "STOP").exists() and (tmp_path / "REQUEUE").exists()
+
+
+def test_a_second_job_on_the_port_is_refused_and_the_first_goes_on(tmp_path):
+    port = free_port()
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    first = start_ranks(WORKER, "none", str(one), port=port, environment={"SCULPT_JOB": "a"})
+    wait_for(one / "step-0", first)
+    second = start_ranks(WORKER, "none", str(two), port=port, environment={"SCULPT_JOB": "b"})
+    for process in second:
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 2 and "Traceback" not in printed, printed
+        assert "LaunchError" in printed and str(port) in printed
+    assert "there job a, fault none; here job b, fault none" in printed and "MASTER_PORT of its own" in printed
+    (one / "STOP").touch()
+    for process in first:
+        assert process.wait(60) == 75
+    assert "stopped at step" in last_line(one) and not list(two.iterdir())
+
+
+def test_a_rank_that_never_comes_is_said_with_the_address(tmp_path):
+    (process,) = start_ranks(WORKER, "none", str(tmp_path), "3", environment={"WORLD_SIZE": "2"}, ranks=1)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "the ranks did not meet at 127.0.0.1:" in printed and "Traceback" not in printed, printed
+
+
+def test_a_lock_that_a_killed_build_left_does_not_hang_the_start(tmp_path):
+    lock = tmp_path / ".cache" / "torch_extensions" / f"py3{sys.version_info.minor}_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    processes = start_ranks(WORKER, "ends", str(tmp_path), environment={"HOME": str(tmp_path)})
+    for process in processes:
+        assert process.wait(60) == 0
+
+
+def test_a_launchers_signal_after_a_death_does_not_hide_it(tmp_path):
+    first, second = start_ranks(WORKER, "killed", str(tmp_path))
+    second.wait(100)
+    first.send_signal(signal.SIGTERM)  # as srun --kill-on-bad-exit=1 does
+    printed, _ = first.communicate(timeout=60)
+    assert first.returncode == 1 and not (tmp_path / "REQUEUE").exists(), printed
+    assert "failed: rank 1 died or was stopped" in last_line(tmp_path)

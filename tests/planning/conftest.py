@@ -1,0 +1,1 @@
+from published_models import models  # noqa: F401
