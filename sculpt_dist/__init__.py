@@ -36,7 +36,9 @@ def unlearn(
     from sculpt_dist.run.sequence import run_sequence
 
     if isinstance(concepts, str) or not all(isinstance(concept, Mapping) for concept in concepts):
-        raise ConfigError(f"concepts={concepts!r}: give a list of mappings such as {{'target': 'tench', 'superclass': 'fish'}}")
+        raise ConfigError(
+            f"concepts={concepts!r}: give a list of mappings such as {{'target': 'tench', 'superclass': 'fish'}}"
+        )
     given = OmegaConf.create({})
     values: dict[str, Any] = dict(overrides)
     if method is not None:

@@ -12,4 +12,6 @@ def canvas_config() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--refresh-golden", action="store_true", help="write the golden losses anew; say why in the commit")
+    parser.addoption(
+        "--refresh-golden", action="store_true", help="write the golden losses anew; say why in the commit"
+    )

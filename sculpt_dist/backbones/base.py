@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,12 @@ class Backbone(ABC):
 
         Raises ModelError when a component is missing, damaged or of another kind, ConfigError for an image size it cannot have.
         """
-        check_folder(folder, self.pipeline_class, {self.net_name: self.net_class, **self.parts}, settings_only=device.type == "meta")
+        check_folder(
+            folder,
+            self.pipeline_class,
+            {self.net_name: self.net_class, **self.parts},
+            settings_only=device.type == "meta",
+        )
         self.folder, self.dtype, self.device, self.options = folder, dtype, device, options
         self.schedule = self.schedule_class(load_scheduler(folder, self.forced_settings), device)
         self._loaded: dict[str, nn.Module] = {}
@@ -66,7 +72,9 @@ class Backbone(ABC):
             pixels = 2 ** (self.vae_levels() - 1)  # of one latent, along a side
             channels, made_for = int(config["in_channels"]), int(config["sample_size"]) * pixels
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{folder}: the config.json of {self.net_name} or vae lacks a size or has one that is none ({error})") from error
+            raise ModelError(
+                f"{folder}: the config.json of {self.net_name} or vae lacks a size or has one that is none ({error})"
+            ) from error
         self.image_size = made_for if options.image_size is None else options.image_size
         needed = pixels * config.get("patch_size", 1)
         if self.image_size % needed or self.image_size < needed:
@@ -150,7 +158,9 @@ class Backbone(ABC):
         """A component, loaded when it is first asked for."""
         if name not in self._loaded:
             kind = self.net_class if name == self.net_name else self.parts[name]
-            overflows = inspect.signature(kind).parameters.get("force_upcast")  # the autoencoder of Stable Diffusion and SDXL
+            overflows = inspect.signature(kind).parameters.get(
+                "force_upcast"
+            )  # the autoencoder of Stable Diffusion and SDXL
             asks_fp32 = overflows and component_config(self.folder, name).get("force_upcast", overflows.default)
             self._load(name, kind, torch.float32 if self.dtype == torch.float16 and asks_fp32 else self.dtype)
         return self._loaded[name]
@@ -233,7 +243,9 @@ class Backbone(ABC):
         from safetensors.torch import save
 
         cond = TextCond.cat([self.embed(prompts), self.embed(negatives, negative=True)])
-        kept = {f.name: getattr(cond, f.name) for f in fields(cond) if f.name != "size_ids"}  # those come from the options
+        kept = {
+            f.name: getattr(cond, f.name) for f in fields(cond) if f.name != "size_ids"
+        }  # those come from the options
         tensors = {name: tensor.contiguous().cpu() for name, tensor in kept.items() if tensor is not None}
         write_atomically(file, save(tensors, {"key": key, "prompts": json.dumps([list(prompts), list(negatives)])}))
 
@@ -248,7 +260,7 @@ class Backbone(ABC):
                 about = content.metadata() or {}
                 if about.get("key") != key:
                     return False
-                cond = TextCond(**{name: content.get_tensor(name).to(self.device) for name in content.keys()})
+                cond = TextCond(**{name: content.get_tensor(name).to(self.device) for name in content})
         except SafetensorError:
             return False  # damaged: computed again
         prompts, negatives = json.loads(about["prompts"])
@@ -261,7 +273,9 @@ class Backbone(ABC):
         """The condition of drawn images, where this kind has size conditions."""
         if self.size_ids is None:
             return cond
-        return replace(cond, size_ids=torch.tensor([self.size_ids] * len(cond), dtype=torch.float32, device=self.device))  # [B, 6]
+        return replace(
+            cond, size_ids=torch.tensor([self.size_ids] * len(cond), dtype=torch.float32, device=self.device)
+        )  # [B, 6]
 
     def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Names of the denoiser's parameters by group: `cross_attention.{q,k,v,out}`, `self_attention...`, `all`, `block.0`, ..."""
@@ -302,7 +316,9 @@ class Backbone(ABC):
         """`denoise` with its net filled in."""
         return lambda noisy, time, cond: self.denoise(net, noisy, time, cond)
 
-    def sample(self, denoiser: Denoiser, noise: Tensor, cond: TextCond, negative: TextCond, steps: int, guidance: float) -> Tensor:
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: TextCond, negative: TextCond, steps: int, guidance: float
+    ) -> Tensor:
         """Classifier-free guided sampling from unit noise [B, C, H, W] to clean latents [B, C, H, W], without gradient.
 
         The samplers used are deterministic, so equal noise gives equal latents.

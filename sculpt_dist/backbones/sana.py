@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
@@ -30,7 +31,9 @@ class Backbone(Base):
     pipeline_class = "SanaPipeline"
     parts = {"vae": AutoencoderDC, "text_encoder": Gemma2Model}
     schedule_class = FlowSchedule
-    tiny = Pretraining(vae_steps=100, denoiser_steps=667, superclass_lean={"cat": 1.4, "cactus": 1.2, "tower": 1.4, "car": 1.2})
+    tiny = Pretraining(
+        vae_steps=100, denoiser_steps=667, superclass_lean={"cat": 1.4, "cactus": 1.2, "tower": 1.4, "car": 1.2}
+    )
 
     def vae_levels(self) -> int:
         return len(component_config(self.folder, "vae")["encoder_block_out_channels"])
@@ -43,9 +46,13 @@ class Backbone(Base):
         if not negative:
             instruction = default_instruction()
             instructed = len(tokenizer.encode(instruction)) - 2 + self.length
-            if instructed <= component_config(self.folder, "text_encoder")["max_position_embeddings"]:  # the tiny one never saw it
+            if (
+                instructed <= component_config(self.folder, "text_encoder")["max_position_embeddings"]
+            ):  # the tiny one never saw it
                 prefix, window = instruction, instructed
-        return padded_tokens(tokenizer, [prompt.lower().strip() for prompt in prompts], window, self.options.cut_prompts, prefix)
+        return padded_tokens(
+            tokenizer, [prompt.lower().strip() for prompt in prompts], window, self.options.cut_prompts, prefix
+        )
 
     @property
     def length(self) -> int:
@@ -73,7 +80,9 @@ class Backbone(Base):
 
     def encode(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent.float() * self.vae.config.scaling_factor
+            return (
+                self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent.float() * self.vae.config.scaling_factor
+            )
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
@@ -122,9 +131,9 @@ class Backbone(Base):
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=1000, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0
         )
-        SanaPipeline(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler).save_pretrained(
-            folder
-        )
+        SanaPipeline(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        ).save_pretrained(folder)
 
 
 def default_instruction() -> str:
@@ -165,7 +174,9 @@ def _tiny_gemma(tokenizer: GemmaTokenizer, words: Sequence[str]) -> Gemma2Model:
     )
     gemma = Gemma2Model(config)
     embedding, place = gemma.embed_tokens.weight, tokenizer.get_vocab()
-    torch.nn.init.normal_(embedding, std=0.5)  # the usual spread of 0.02 leaves the words too alike for so short a training
+    torch.nn.init.normal_(
+        embedding, std=0.5
+    )  # the usual spread of 0.02 leaves the words too alike for so short a training
     with torch.no_grad():
         for word in words:  # at the end of a prompt it is the same word
             embedding[place[word]] = embedding[place[word + SPACE]]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -49,7 +50,10 @@ class Backbone(Base):
 
     def tokenized(self, prompts: Sequence[str], negative: bool) -> Any:
         tokenizers = [load_tokenizer(self.folder, name) for name in ("tokenizer", "tokenizer_2")]
-        return [padded_tokens(tokenizer, prompts, tokenizer.model_max_length, self.options.cut_prompts) for tokenizer in tokenizers]
+        return [
+            padded_tokens(tokenizer, prompts, tokenizer.model_max_length, self.options.cut_prompts)
+            for tokenizer in tokenizers
+        ]
 
     def token_ids(self, prompt: str) -> list[int]:
         tokens = self.tokenized([prompt], negative=False)[0]  # both tokenizers cut a prompt alike
@@ -86,7 +90,9 @@ class Backbone(Base):
         dtype = next(net.parameters()).dtype
         added = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.size_ids}
         tokens = cond.tokens.to(dtype)
-        return net(noisy.to(dtype), time, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)[0].float()
+        return net(noisy.to(dtype), time, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)[
+            0
+        ].float()
 
     @classmethod
     def write_untrained(cls, folder: Path, words: Sequence[str], seed: int) -> None:

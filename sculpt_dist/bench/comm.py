@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ def bench_comm(group: Group, megabytes: Sequence[float], repeats: int = 10) -> d
     log2 k: what `plan --rates` reads. Raises ConfigError on one rank.
     """
     if group.size < 2:
-        raise ConfigError("bench comm: there is one rank alone; start several, for example bash launch/local.sh 2 bench comm")
+        raise ConfigError(
+            "bench comm: there is one rank alone; start several, for example bash launch/local.sh 2 bench comm"
+        )
     if not megabytes or min(megabytes) <= 0:
         raise ConfigError(f"--megabytes {list(megabytes)}: give sizes of more than 0")
     small = torch.zeros(SMALL, device=group.device)
@@ -53,7 +56,9 @@ def _collectives(group: Group, size: int, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for name, (work, moved) in kinds.items():
         seconds = _best(group, work, repeats)
-        rows.append({"collective": name, "megabytes": size / 1e6, "seconds": seconds, "gb_per_second": moved / seconds / 1e9})
+        rows.append(
+            {"collective": name, "megabytes": size / 1e6, "seconds": seconds, "gb_per_second": moved / seconds / 1e9}
+        )
     return rows
 
 

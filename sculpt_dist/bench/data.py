@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def bench_data(config: RunConfig, group: Group, seconds: float) -> dict[str, Any
     for role, sources in zip(ROLES, streams.sources):
         if any(isinstance(source, ShardReader) for source in sources):
             alone = streams.alone(role)
-            found[f"{role}_samples_per_second"] = micro * _per_second(lambda: load(alone, items, workers), seconds)  # noqa: B023
+            found[f"{role}_samples_per_second"] = micro * _per_second(lambda: load(alone, items, workers), seconds)  # noqa: B023 (called within this turn)
     prompts = concept_prompts(config.concepts[number], config.prepare)
     together = _per_second(lambda: micro_batches(streams, _no_text, prompts, group.device, 0, PLENTY, workers), seconds)
     found |= {"samples_per_second": micro * together, "seconds_per_step": accumulate / together}

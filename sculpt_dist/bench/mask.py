@@ -25,7 +25,12 @@ from sculpt_dist.engine.shards import Fragment, Shard
 
 def _unet(blocks: dict[int, int], text: int) -> list[int]:
     """Sizes of to_q, to_k, to_v and to_out of so many blocks of each width."""
-    return [size for width, count in blocks.items() for _ in range(count) for size in (width**2, width * text, width * text, width**2)]
+    return [
+        size
+        for width, count in blocks.items()
+        for _ in range(count)
+        for size in (width**2, width * text, width * text, width**2)
+    ]
 
 
 PRESETS = {
@@ -63,7 +68,9 @@ class Stage:
 
     def collect(self, seed: int) -> None:
         """Another random saliency."""
-        self.shard.saliency.normal_(generator=torch.Generator(self.group.device).manual_seed(seed * self.group.size + self.group.rank))
+        self.shard.saliency.normal_(
+            generator=torch.Generator(self.group.device).manual_seed(seed * self.group.size + self.group.rank)
+        )
 
 
 def bench_mask(preset: str, scope: str, group: Group, weights: int | None = None, repeats: int = 3) -> dict[str, Any]:
@@ -81,7 +88,13 @@ def bench_mask(preset: str, scope: str, group: Group, weights: int | None = None
         raise ConfigError(f"--weights {weights}: the smallest matrix of {preset} has {PRESETS[preset][0]}")
     stage, total, alone = Stage(group, sizes, scope), sum(sizes.values()), group.size == 1
     stage.collect(0)
-    found: dict[str, Any] = {"preset": preset, "scope": scope, "weights": total, "matrices": len(sizes), "ranks": group.size}
+    found: dict[str, Any] = {
+        "preset": preset,
+        "scope": scope,
+        "weights": total,
+        "matrices": len(sizes),
+        "ranks": group.size,
+    }
     found |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(group.device)}
     found["build_seconds"] = timed(group, stage.mask.build)
     ours, theirs, equal = [], [], True
@@ -90,15 +103,18 @@ def bench_mask(preset: str, scope: str, group: Group, weights: int | None = None
         stage.collect(repeat)
         if alone:
             before, saliency = stage.shard.opened > 0, stage.shard.saliency.clone()
-            theirs.append(timed(group, lambda: other(stage, before)))
+            theirs.append(timed(group, lambda: other(stage, before)))  # noqa: B023 (called within this turn)
         sent = group.bytes_communicated()
         with growth() as grown:
-            ours.append(timed(group, lambda: stage.mask.turn_over(TURNOVER, repeat)))
+            ours.append(timed(group, lambda: stage.mask.turn_over(TURNOVER, repeat)))  # noqa: B023 (called within this turn)
         if alone:
             equal = equal and _differ_by_ties_alone(before, stage.shard.opened > 0, saliency, stage)
             del saliency
     found |= {"turnover_seconds": min(ours), "turnover_ns_per_weight": min(ours) / total * 1e9 * group.size}
-    found |= {"extra_bytes_per_weight": grown[0] / (total / group.size), "bytes_communicated": group.bytes_communicated() - sent}
+    found |= {
+        "extra_bytes_per_weight": grown[0] / (total / group.size),
+        "bytes_communicated": group.bytes_communicated() - sent,
+    }
     if alone:
         name = "speedup_vs_per_matrix_topk" if scope == "matrix" else "speedup_vs_argsort"
         found |= {name: min(theirs) / min(ours), "masks_equal": equal}
@@ -147,7 +163,12 @@ def _bench_step(stage: Stage, repeats: int) -> dict[str, float]:
     adamw = torch.optim.AdamW([shard.master], lr=1e-5, weight_decay=0.0, fused=True)
     adamw.step()  # takes its memory
     found: dict[str, Any] = {"kernel": type(kernel).__name__.lower()}
-    for name, computes, clip in (("masked", kernel, 0.0), ("clipped", kernel, 1.0), ("plain", Plain(), 0.0), ("open_moments", kernel, 0.0)):
+    for name, computes, clip in (
+        ("masked", kernel, 0.0),
+        ("clipped", kernel, 1.0),
+        ("plain", Plain(), 0.0),
+        ("open_moments", kernel, 0.0),
+    ):
         if name == "open_moments":
             shard.moments = Moments(shard.spans, n, group.device, packed=True)
         optimizer = MaskedAdamW([shard.master], (0.9, 0.999), 0.0, clip, computes)

@@ -8,10 +8,11 @@ target and superclass. Latents are random; nothing is drawn.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,9 @@ class RandomReader:
 
     def __init__(self, prompts: Sequence[str], shape: tuple[int, int, int], size_ids: tuple[int, ...] | None) -> None:
         rng = torch.Generator().manual_seed(0)
-        self.samples = [Sample(torch.randn(shape, generator=rng), prompts[i % len(prompts)], i, size_ids) for i in range(64)]
+        self.samples = [
+            Sample(torch.randn(shape, generator=rng), prompts[i % len(prompts)], i, size_ids) for i in range(64)
+        ]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -72,12 +75,27 @@ def bench_step(arch: str, overrides: Sequence[str], group: Group, rounds: int = 
                 published += _timed_passes(config, plain, group, _published)
     steps = [entry for entry in entries if entry["phase"] == "train" and "saliency" not in entry]
     seconds = median(entry["seconds"] for entry in steps)
-    parts = {name: median(entry["time_shares"].get(name, 0.0) * entry["seconds"] for entry in steps) for name in steps[0]["time_shares"]}
-    found: dict[str, Any] = {"arch": arch, "batch": config.train.batch, "stage": config.engine.stage, "ranks": group.size}
-    found |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(group.device), "seconds": seconds}
+    parts = {
+        name: median(entry["time_shares"].get(name, 0.0) * entry["seconds"] for entry in steps)
+        for name in steps[0]["time_shares"]
+    }
+    found: dict[str, Any] = {
+        "arch": arch,
+        "batch": config.train.batch,
+        "stage": config.engine.stage,
+        "ranks": group.size,
+    }
+    found |= {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": str(group.device),
+        "seconds": seconds,
+    }
     found |= {f"{name}_seconds": value for name, value in parts.items()}
     computing = seconds - parts["reduce"] - parts["data"]
-    found["flops_per_second"] = step_flops(replace(config, concepts=[CONCEPT]), group.size) / computing  # what `plan --rates` reads
+    found["flops_per_second"] = (
+        step_flops(replace(config, concepts=[CONCEPT]), group.size) / computing
+    )  # what `plan --rates` reads
     if floors:
         found |= {"floor_seconds": median(floors), "floor_over_step": median(floors) / seconds}
         found |= {"published_seconds": median(published), "speedup_vs_published": median(published) / seconds}
@@ -101,13 +119,17 @@ def _loop(config: RunConfig, group: Group, log: Callable[[Any], None], stop: Sto
         engine.begin_concept(0)
         trajectories = [Trajectory(backbone.schedule) for _ in range(config.train.accumulate)]
         teacher, start = engine.snapshot(), engine.masters()
-        run = ConceptRun(0, CONCEPT.target, method, plan, streams, prompts, dict, teacher, None, Recent(), start, trajectories)
+        run = ConceptRun(
+            0, CONCEPT.target, method, plan, streams, prompts, dict, teacher, None, Recent(), start, trajectories
+        )
         run_concept(run, engine, backbone, config, log, lambda: None, stop)
 
     return train
 
 
-def _timed_passes(config: RunConfig, backbone: Backbone, group: Group, passes: Callable[..., Callable[[], None]]) -> list[float]:
+def _timed_passes(
+    config: RunConfig, backbone: Backbone, group: Group, passes: Callable[..., Callable[[], None]]
+) -> list[float]:
     work = passes(config, backbone)
     work()
     return [timed(group, work) for _ in range(STEPS)]
@@ -116,13 +138,17 @@ def _timed_passes(config: RunConfig, backbone: Backbone, group: Group, passes: C
 def _inputs(config: RunConfig, backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, time and a goal of a whole batch."""
     rng = torch.Generator(backbone.device).manual_seed(0)
-    noisy, goal = (torch.randn(config.train.batch, *backbone.latent_shape, generator=rng, device=backbone.device) for _ in range(2))
+    noisy, goal = (
+        torch.randn(config.train.batch, *backbone.latent_shape, generator=rng, device=backbone.device) for _ in range(2)
+    )
     return noisy, backbone.sample_time(torch.rand(config.train.batch, generator=rng, device=backbone.device)), goal
 
 
 def _conditions(config: RunConfig, backbone: Backbone) -> tuple[TextCond, TextCond]:
     prompts = concept_prompts(CONCEPT, config.prepare)
-    names = [[texts[i % len(texts)] for i in range(config.train.batch)] for texts in (prompts.target, prompts.superclass)]
+    names = [
+        [texts[i % len(texts)] for i in range(config.train.batch)] for texts in (prompts.target, prompts.superclass)
+    ]
     return backbone.embed(names[0]), backbone.embed(names[1])
 
 
@@ -152,7 +178,9 @@ def _published(config: RunConfig, backbone: Backbone) -> Callable[[], None]:
     net, (noisy, moment, goal) = backbone.net, _inputs(config, backbone)
     trained = set(build_method(config).trainable(backbone.groups()))
     prompts = concept_prompts(CONCEPT, config.prepare)
-    texts = [[names[i % len(names)] for i in range(config.train.batch)] for names in (prompts.target, prompts.superclass)]
+    texts = [
+        [names[i % len(names)] for i in range(config.train.batch)] for names in (prompts.target, prompts.superclass)
+    ]
     for parameter in net.parameters():
         parameter.requires_grad_(True)
     weights = [parameter for name, parameter in net.named_parameters() if name in trained]

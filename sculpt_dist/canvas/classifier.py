@@ -62,7 +62,9 @@ def train_classifier(pixels: np.ndarray, objects: np.ndarray, styles: np.ndarray
     optimizer = torch.optim.AdamW(model.parameters(), PEAK_RATE, weight_decay=1e-2)
     model.train()
     for step in track(range(NUM_STEPS), description="classifier"):
-        optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / NUM_STEPS))
+        optimizer.param_groups[0]["lr"] = (
+            PEAK_RATE * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / NUM_STEPS))
+        )
         chosen = torch.randint(len(inputs), (BATCH,), generator=rng)
         object_logits, style_logits = model(_softened(inputs[chosen], rng))
         loss = F.cross_entropy(object_logits, object_ids[chosen]) + F.cross_entropy(style_logits, style_ids[chosen])
@@ -82,7 +84,9 @@ def load_classifier(path: Path | None = None) -> CanvasClassifier:
     """The classifier at `path`, or the shipped one, ready to judge. Raises ModelError when the file is missing or not a classifier."""
     path = Path(path) if path is not None else SHIPPED_CLASSIFIER
     if not path.is_file():
-        raise ModelError(f"{path}: no such file: give the classifier.safetensors that `build_canvas` wrote, or leave it out")
+        raise ModelError(
+            f"{path}: no such file: give the classifier.safetensors that `build_canvas` wrote, or leave it out"
+        )
     model = CanvasClassifier()
     try:
         model.load_state_dict(load_file(str(path)))

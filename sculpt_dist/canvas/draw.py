@@ -192,7 +192,9 @@ def _reduced(sheet: Image.Image) -> np.ndarray:
     return np.asarray(sheet.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
 
 
-def _fill(sheet: Image.Image, shapes: list[Shape], fills: tuple[Colour, ...], lines: tuple[Colour, ...] = (), width: int = 0) -> None:
+def _fill(
+    sheet: Image.Image, shapes: list[Shape], fills: tuple[Colour, ...], lines: tuple[Colour, ...] = (), width: int = 0
+) -> None:
     """Paint the shapes by role, each with its outline when `width` is not 0."""
     pen = ImageDraw.Draw(sheet)
     for shape in shapes:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -67,7 +68,9 @@ def build_canvas(arch: str, folder: Path, seed: int = 0, cpu_minutes: float = 6.
 
     kind = plugin("sculpt_dist.backbones", arch, "arch").Backbone
     if cpu_minutes <= 0:
-        raise ConfigError(f"cpu_minutes={cpu_minutes}: nothing can be trained in that: use 6 for a model that draws every object")
+        raise ConfigError(
+            f"cpu_minutes={cpu_minutes}: nothing can be trained in that: use 6 for a model that draws every object"
+        )
     rng = torch.Generator().manual_seed(seed)
     drawn = draw_dataset(PER_PAIR, seed)
     classifier = train_classifier(*drawn, seed)
@@ -85,7 +88,9 @@ def build_canvas(arch: str, folder: Path, seed: int = 0, cpu_minutes: float = 6.
     for name in (kind.net_name, *kind.parts):
         backbone.part(name).to(torch.float16).save_pretrained(folder / arch / name)
         settings = folder / arch / name / "config.json"
-        kept = {key: value for key, value in json.loads(settings.read_text()).items() if key != "_name_or_path"}  # a path of this machine
+        kept = {
+            key: value for key, value in json.loads(settings.read_text()).items() if key != "_name_or_path"
+        }  # a path of this machine
         settings.write_text(json.dumps(kept, indent=2) + "\n")
 
     report.update(measure_samples(kind(folder / arch, torch.float32, torch.device("cpu")), classifier))
@@ -125,7 +130,11 @@ def train_denoiser(
     """Train the denoiser and the text encoders together on latents [N, 4, 8, 8]; they end as their moving average."""
     tiny, caption_rng = backbone.tiny, np.random.default_rng(rng.initial_seed())
     mix = CaptionMix(tiny.superclass_lean)
-    parts = [backbone.part(name).requires_grad_(True).train() for name in (backbone.net_name, *backbone.parts) if name != "vae"]
+    parts = [
+        backbone.part(name).requires_grad_(True).train()
+        for name in (backbone.net_name, *backbone.parts)
+        if name != "vae"
+    ]
     weights = [weight for part in parts for weight in part.parameters()]
     averages = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.AdamW(weights, tiny.lr, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
@@ -138,7 +147,9 @@ def train_denoiser(
         noise = torch.randn(clean.shape, generator=rng)
         noisy = backbone.corrupt(clean, noise, time)
         predicted = backbone.denoise(backbone.net, noisy, time, _encoded(backbone, captions))
-        errors = (predicted - backbone.goal(clean, noise, time)).square().mean((1, 2, 3)) * backbone.schedule.stress(time)  # [B]
+        errors = (predicted - backbone.goal(clean, noise, time)).square().mean((1, 2, 3)) * backbone.schedule.stress(
+            time
+        )  # [B]
         _descend(errors.mean(), weights, optimizer)
         decay = min(EMA_DECAY, (step + 2) / (step + 11))
         torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
@@ -169,7 +180,9 @@ def _warmup_cosine(step: int, num_steps: int, num_warmup: int) -> float:
 # Measuring
 
 
-def sample_images(backbone: Backbone, prompts: Sequence[str], steps: int = 8, guidance: float = 3.0, seed: int = 0) -> Tensor:
+def sample_images(
+    backbone: Backbone, prompts: Sequence[str], steps: int = 8, guidance: float = 3.0, seed: int = 0
+) -> Tensor:
     """Float pixels [N, 3, 32, 32] in [-1, 1]."""
     rng = torch.Generator().manual_seed(seed)
     parts = []
@@ -177,11 +190,15 @@ def sample_images(backbone: Backbone, prompts: Sequence[str], steps: int = 8, gu
         chunk = list(prompts[first : first + 60])
         noise = torch.randn(len(chunk), *backbone.latent_shape, generator=rng)
         cond, negative = backbone.embed(chunk), backbone.embed([""] * len(chunk), negative=True)
-        parts.append(backbone.decode(backbone.sample(backbone.denoiser(backbone.net), noise, cond, negative, steps, guidance)))
+        parts.append(
+            backbone.decode(backbone.sample(backbone.denoiser(backbone.net), noise, cond, negative, steps, guidance))
+        )
     return to_float(torch.cat(parts).permute(0, 2, 3, 1).numpy())
 
 
-def recognised(classifier: CanvasClassifier, pixels: np.ndarray, objects: np.ndarray, styles: np.ndarray) -> tuple[float, float]:
+def recognised(
+    classifier: CanvasClassifier, pixels: np.ndarray, objects: np.ndarray, styles: np.ndarray
+) -> tuple[float, float]:
     """Share of drawings whose object, and whose style, the classifier names rightly."""
     with torch.no_grad():
         object_logits, style_logits = classifier(to_float(pixels))
@@ -190,7 +207,9 @@ def recognised(classifier: CanvasClassifier, pixels: np.ndarray, objects: np.nda
     return right_object.float().mean().item(), right_style.float().mean().item()
 
 
-def measure_samples(backbone: Backbone, classifier: CanvasClassifier, per_pair: int = 8, seed: int = 1000) -> dict[str, float]:
+def measure_samples(
+    backbone: Backbone, classifier: CanvasClassifier, per_pair: int = 8, seed: int = 1000
+) -> dict[str, float]:
     """Accuracy of sampled images by caption form, by object, and how evenly a superclass prompt draws its members.
 
     Keys: `object/form<k>`, `style/form<k>`; `<object>` (form 0); `<superclass>/<member>`, the share of that member.
@@ -208,10 +227,14 @@ def measure_samples(backbone: Backbone, classifier: CanvasClassifier, per_pair: 
         if form == 0:
             report.update({name: right[objects == i].float().mean().item() for i, name in enumerate(OBJECTS)})
     for superclass, members in SUPERCLASSES.items():
-        images = sample_images(backbone, [prompt(superclass, style) for style in STYLES for _ in range(3 * per_pair)], seed=seed)
+        images = sample_images(
+            backbone, [prompt(superclass, style) for style in STYLES for _ in range(3 * per_pair)], seed=seed
+        )
         with torch.no_grad():
             drawn = classifier(images)[0].argmax(1)
-        report.update({f"{superclass}/{name}": (drawn == OBJECTS.index(name)).float().mean().item() for name in members})
+        report.update(
+            {f"{superclass}/{name}": (drawn == OBJECTS.index(name)).float().mean().item() for name in members}
+        )
     return report
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List, Optional
 
 import typer
 
@@ -15,7 +14,7 @@ AS_JSON = typer.Option(False, "--json", help="The last line of stdout is one JSO
 def bench_mask(
     preset: str = typer.Option("sd15", help="Whose matrices: sd15, sdxl or sana."),
     scope: str = typer.Option("matrix", help="matrix or global, as mask.scope."),
-    weights: Optional[int] = typer.Option(None, help="At most so many weights: only the first matrices."),
+    weights: int | None = typer.Option(None, help="At most so many weights: only the first matrices."),
     as_json: bool = AS_JSON,
 ) -> None:
     """Refresh and masked step on random data, against the ways of published code. On several ranks only its own figures."""
@@ -31,7 +30,9 @@ def bench_mask(
 
 @bench_app.command("step")
 def bench_step(
-    overrides: Optional[List[str]] = typer.Argument(None, help="key=value, for example train.batch=4 model.path=FOLDER engine.stage=3."),
+    overrides: list[str] | None = typer.Argument(
+        None, help="key=value, for example train.batch=4 model.path=FOLDER engine.stage=3."
+    ),
     arch: str = typer.Option("sd15", help="The kind of model; without model.path the shipped one of this kind."),
     as_json: bool = AS_JSON,
 ) -> None:
@@ -48,7 +49,7 @@ def bench_step(
 
 @bench_app.command("comm")
 def bench_comm(
-    megabytes: List[float] = typer.Option([0.1, 1.0, 10.0, 100.0], help="A size; may be given again."),
+    megabytes: list[float] = typer.Option([0.1, 1.0, 10.0, 100.0], help="A size; may be given again."),
     as_json: bool = AS_JSON,
 ) -> None:
     """Sums, gatherings and scatterings over the ranks of this job: start it as you start a run. `plan --rates` reads the JSON."""
@@ -67,7 +68,7 @@ def bench_comm(
 @bench_app.command("data")
 def bench_data(
     config: Path = typer.Argument(help="A yaml file whose run has prepared its samples."),
-    overrides: Optional[List[str]] = typer.Argument(None, help="key=value, for example train.workers=2."),
+    overrides: list[str] | None = typer.Argument(None, help="key=value, for example train.workers=2."),
     seconds: float = typer.Option(3.0, help="How long to read, of each role and of all together."),
     as_json: bool = AS_JSON,
 ) -> None:

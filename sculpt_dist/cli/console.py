@@ -19,7 +19,9 @@ def print_run(folder: Path, report: dict[str, Any]) -> None:
         table.add_column(heading)
 
     def row(label: str, scores: dict | None) -> None:
-        cells = ["-" if scores is None or scores.get(n) is None else f"{scores[n]:.3f}" for n in ("UA", "IRA", "CRA", "SA")]
+        cells = [
+            "-" if scores is None or scores.get(n) is None else f"{scores[n]:.3f}" for n in ("UA", "IRA", "CRA", "SA")
+        ]
         table.add_row(label, *cells)
 
     if report["after"]["UA"] is not None:
@@ -59,9 +61,15 @@ def print_check(found: dict[str, Any]) -> None:
 def print_plan(found: dict[str, Any]) -> None:
     """What `plan.plan_run` found."""
     micro = f"micro-batch {found['micro_batch']} x {found['accumulate']}"
-    Console().print(f"{found['net']}: {found['trainable']:,} of {found['parameters']:,} parameters train; stage {found['stage']}, {micro}")
+    Console().print(
+        f"{found['net']}: {found['trainable']:,} of {found['parameters']:,} parameters train; stage {found['stage']}, {micro}"
+    )
     parts = Table(title=f"GB of each of {found['ranks']} ranks at the fullest moment of a step")
-    for name, size in [*found["bytes"].items(), ("all", found["peak"]), ("while drawing and scoring", found["drawing"])]:
+    for name, size in [
+        *found["bytes"].items(),
+        ("all", found["peak"]),
+        ("while drawing and scoring", found["drawing"]),
+    ]:
         parts.add_row(name, f"{size / 1e9:.2f}")
     Console().print(parts)
     timed = "step_seconds" in found
@@ -84,7 +92,9 @@ def print_plan(found: dict[str, Any]) -> None:
         print(f"does not fit into {limit}, whatever is changed")
     else:
         change = found["change"]
-        told = " ".join([*change["overrides"], *([f"--ranks {change['ranks']}"] if change["ranks"] != found["ranks"] else [])])
+        told = " ".join(
+            [*change["overrides"], *([f"--ranks {change['ranks']}"] if change["ranks"] != found["ranks"] else [])]
+        )
         print(f"does not fit into {limit}; with {told} it does, at {change['peak'] / 1e9:.2f} GB")
 
 

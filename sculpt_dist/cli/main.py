@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, List, NoReturn, Optional, Tuple
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
 DONE, CRASHED, USER_ERROR, STOPPED = 0, 1, 2, 75
 
-app = typer.Typer(help="Make a text-to-image diffusion model forget concepts.", no_args_is_help=True, pretty_exceptions_enable=False)
-canvas_app = typer.Typer(help="The embedded benchmark: a drawn world and tiny models trained on it.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make a text-to-image diffusion model forget concepts.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+canvas_app = typer.Typer(
+    help="The embedded benchmark: a drawn world and tiny models trained on it.", no_args_is_help=True
+)
 app.add_typer(canvas_app, name="canvas")
 app.add_typer(bench_app, name="bench")
 app.command()(check)
@@ -37,9 +41,13 @@ OVERRIDES = typer.Argument(None, help="key=value, for example train.lr=1e-5.")
 @app.command()
 def unlearn(
     config: Path = CONFIG,
-    overrides: Optional[List[str]] = OVERRIDES,
-    fresh: bool = typer.Option(False, "--fresh", help="Start over: discard what the run folder holds, but for drawn samples."),
-    override: bool = typer.Option(False, "--override", help="Go on although the configuration was changed since; what changed is shown."),
+    overrides: list[str] | None = OVERRIDES,
+    fresh: bool = typer.Option(
+        False, "--fresh", help="Start over: discard what the run folder holds, but for drawn samples."
+    ),
+    override: bool = typer.Option(
+        False, "--override", help="Go on although the configuration was changed since; what changed is shown."
+    ),
 ) -> None:
     """Forget the concepts of CONFIG, one after another; prepares, scores, exports and reports. Called again it goes on."""
     note_early()
@@ -55,12 +63,16 @@ def unlearn(
 @app.command()
 def submit(
     config: Path = CONFIG,
-    overrides: Optional[List[str]] = OVERRIDES,
+    overrides: list[str] | None = OVERRIDES,
     nodes: int = typer.Option(1, help="Nodes of the job."),
     gpus_per_node: int = typer.Option(0, help="GPUs, and ranks, of each node; 0: one rank per node, on the CPU."),
-    time: Optional[str] = typer.Option(None, help="Time limit, as Slurm writes it: 4:00:00 or 2-12. At its end the job is requeued."),
-    partition: Optional[str] = typer.Option(None, help="Slurm partition."),
-    option: List[str] = typer.Option([], help="A further option of sbatch, such as account=vision; may be given again."),
+    time: str | None = typer.Option(
+        None, help="Time limit, as Slurm writes it: 4:00:00 or 2-12. At its end the job is requeued."
+    ),
+    partition: str | None = typer.Option(None, help="Slurm partition."),
+    option: list[str] = typer.Option(
+        [], help="A further option of sbatch, such as account=vision; may be given again."
+    ),
     launch: str = typer.Option("srun", help="srun: one task per rank; torchrun: one launcher per node."),
     show: bool = typer.Option(False, "--print", help="Print the script instead of sending it."),
 ) -> None:
@@ -73,7 +85,7 @@ def submit(
 
 
 @app.command()
-def prepare(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
+def prepare(config: Path = CONFIG, overrides: list[str] | None = OVERRIDES) -> None:
     """Only draw and store the training samples of CONFIG; unlearn then starts at once."""
     note_early()
     from sculpt_dist.run.stages import prepare_only
@@ -86,9 +98,9 @@ def prepare(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -
 @app.command()
 def evaluate(
     config: Path = CONFIG,
-    overrides: Optional[List[str]] = OVERRIDES,
-    model: Optional[Path] = typer.Option(None, help="The model folder to score; default: the run's export."),
-    output: Optional[Path] = typer.Option(None, help="Where scores.json and images go; default: RUN/evaluation/model."),
+    overrides: list[str] | None = OVERRIDES,
+    model: Path | None = typer.Option(None, help="The model folder to score; default: the run's export."),
+    output: Path | None = typer.Option(None, help="Where scores.json and images go; default: RUN/evaluation/model."),
 ) -> None:
     """Score a model folder on the concepts of CONFIG."""
     note_early()
@@ -106,14 +118,14 @@ def evaluate(
 @app.command()
 def export(
     config: Path = CONFIG,
-    overrides: Optional[List[str]] = OVERRIDES,
+    overrides: list[str] | None = OVERRIDES,
     form: str = typer.Option(
         "folder",
         "--as",
         help="folder; single: one .safetensors file for ComfyUI and A1111; delta: the changed tensors; "
         "lora: an adapter for diffusers and peft; kohya: one for ComfyUI and A1111.",
     ),
-    output: Optional[Path] = typer.Option(None, help="The file of all but a folder; default: in the run folder."),
+    output: Path | None = typer.Option(None, help="The file of all but a folder; default: in the run folder."),
     rank: int = typer.Option(16, help="Of the adapter of lora and kohya."),
 ) -> None:
     """Write the model of CONFIG's run from its newest checkpoint, finished or not."""
@@ -156,10 +168,12 @@ def report(folder: Path = typer.Argument(help="A run folder.")) -> None:
 @app.command()
 def compare(
     config: Path = typer.Argument(help="A comparison, for example configs/compare/canvas.yaml."),
-    overrides: Optional[List[str]] = OVERRIDES,
+    overrides: list[str] | None = OVERRIDES,
     jobs: int = typer.Option(1, help="Cells that run at a time on this machine."),
     ranks: int = typer.Option(1, help="Processes of each cell."),
-    shard: Optional[str] = typer.Option(None, help="i/n: run every n-th cell from the i-th (0 on); no tables. For a job array."),
+    shard: str | None = typer.Option(
+        None, help="i/n: run every n-th cell from the i-th (0 on); no tables. For a job array."
+    ),
     run: bool = typer.Option(True, help="Run what is missing; --no-run only writes the tables of what is done."),
 ) -> None:
     """Run methods x models x concept sequences x seeds, each in a run folder of its own, and write one table and one page. Goes on."""
@@ -171,9 +185,11 @@ def compare(
 @app.command()
 def localize(
     config: Path = CONFIG,
-    overrides: Optional[List[str]] = OVERRIDES,
+    overrides: list[str] | None = OVERRIDES,
     best: int = typer.Option(2, help="How many blocks to choose."),
-    index: Optional[int] = typer.Option(None, help="Run this block alone, as a task of a job array; call once more without it to rank."),
+    index: int | None = typer.Option(
+        None, help="Run this block alone, as a task of a job array; call once more without it to rank."
+    ),
     jobs: int = typer.Option(1, help="Blocks that run at a time on this machine."),
     ranks: int = typer.Option(1, help="Processes of each run."),
 ) -> None:
@@ -182,7 +198,10 @@ def localize(
 
     folder, ranked = run_localization(config, overrides or [], best, index, jobs, ranks)
     for scores in ranked:
-        print(f"block {scores['block']}:", *(f"{name} {scores[name]:.3f}" for name in ("score", "UA", "IRA", "CRA") if scores[name] is not None))
+        print(
+            f"block {scores['block']}:",
+            *(f"{name} {scores[name]:.3f}" for name in ("score", "UA", "IRA", "CRA") if scores[name] is not None),
+        )
     if ranked:
         print(f"best: method.blocks={sorted(scores['block'] for scores in ranked[:best])}")
     print(f"runs: {folder}")
@@ -191,21 +210,29 @@ def localize(
 @app.command()
 def sweep(
     file: Path = typer.Argument(help="A sweep in W&B's schema, for example configs/sweeps/canvas-grid.yaml."),
-    overrides: Optional[List[str]] = OVERRIDES,
-    backend: str = typer.Option("local", help="local: no server; with one use `wandb sweep FILE` and `wandb agent --count 1 SWEEP_ID`."),
-    folder: Optional[Path] = typer.Option(None, help="Where the trials and the summary go; default: runs/sweeps/NAME."),
+    overrides: list[str] | None = OVERRIDES,
+    backend: str = typer.Option(
+        "local", help="local: no server; with one use `wandb sweep FILE` and `wandb agent --count 1 SWEEP_ID`."
+    ),
+    folder: Path | None = typer.Option(None, help="Where the trials and the summary go; default: runs/sweeps/NAME."),
     seed: int = typer.Option(0, help="Of random and bayes."),
-    index: Optional[int] = typer.Option(None, help="Run this trial alone, as a task of a job array; call once more without it."),
+    index: int | None = typer.Option(
+        None, help="Run this trial alone, as a task of a job array; call once more without it."
+    ),
     jobs: int = typer.Option(1, help="Trials that run at a time on this machine."),
     ranks: int = typer.Option(1, help="Processes of each trial."),
     run: bool = typer.Option(True, help="Run what is missing; --no-run only writes the summary of what is done."),
-    show: bool = typer.Option(False, "--print", help="With --index: print the trial's arguments, one a line, for a launcher of your own."),
+    show: bool = typer.Option(
+        False, "--print", help="With --index: print the trial's arguments, one a line, for a launcher of your own."
+    ),
 ) -> None:
     """Run the trials of a sweep file that are not done, each in a run folder of its own, and summarise them. Goes on."""
     from sculpt_dist.experiments import sweep as sweeps
 
     if backend != "local":
-        raise ConfigError(f"--backend {backend}: with W&B's server run `wandb sweep {file}`, then `wandb agent --count 1 SWEEP_ID` in each job")
+        raise ConfigError(
+            f"--backend {backend}: with W&B's server run `wandb sweep {file}`, then `wandb agent --count 1 SWEEP_ID` in each job"
+        )
     if show:
         if index is None:
             raise ConfigError("--print: say of which trial, with --index")
@@ -252,8 +279,10 @@ def run_command() -> None:
     typer.main.get_command(app)()
 
 
-def _crash(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
-    sys.stderr = sys.__stderr__  # torch's hook around this one collects what is printed, and would never come to print it
+def _crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr = (
+        sys.__stderr__
+    )  # torch's hook around this one collects what is printed, and would never come to print it
     sys.__excepthook__(kind, error, trace)
     if _num_ranks() > 1:
         _end(CRASHED)
@@ -273,13 +302,13 @@ def _end(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _load(config: Path, overrides: Optional[List[str]]) -> RunConfig:
+def _load(config: Path, overrides: list[str] | None) -> RunConfig:
     from sculpt_dist.config.load import load_config
 
     return load_config(config, overrides or [])
 
 
-def _shard(text: Optional[str]) -> Optional[Tuple[int, int]]:
+def _shard(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     first, _, second = text.partition("/")

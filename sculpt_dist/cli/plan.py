@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import List, Optional
 
 import typer
 
@@ -14,7 +13,7 @@ OVERRIDES = typer.Argument(None, help="key=value, for example train.batch=8.")
 
 def check(
     config: Path = CONFIG,
-    overrides: Optional[List[str]] = OVERRIDES,
+    overrides: list[str] | None = OVERRIDES,
     ranks: int = typer.Option(1, help="The ranks that the run will have."),
 ) -> None:
     """Check CONFIG against its model's settings and count what would train; needs no weights and no GPU. Evaluation is left out."""
@@ -27,14 +26,16 @@ def check(
 
 def plan(
     config: Path = CONFIG,
-    overrides: Optional[List[str]] = OVERRIDES,
+    overrides: list[str] | None = OVERRIDES,
     ranks: int = typer.Option(1, help="The ranks that the run will have, one per GPU."),
     memory: float = typer.Option(80.0, help="GB (1e9 bytes) of each rank."),
     device: str = typer.Option("cuda", help="What the ranks compute on: cuda or cpu."),
-    flops: Optional[float] = typer.Option(None, help="Operations per second of a rank, for example 3e14."),
-    bandwidth: Optional[float] = typer.Option(None, help="GB/s of a rank's link; 10 where nobody says."),
-    latency: Optional[float] = typer.Option(None, help="Microseconds of a small collective between two ranks; 50 where nobody says."),
-    rates: List[Path] = typer.Option([], help="JSON that a bench printed, for what is not given; may be given again."),
+    flops: float | None = typer.Option(None, help="Operations per second of a rank, for example 3e14."),
+    bandwidth: float | None = typer.Option(None, help="GB/s of a rank's link; 10 where nobody says."),
+    latency: float | None = typer.Option(
+        None, help="Microseconds of a small collective between two ranks; 50 where nobody says."
+    ),
+    rates: list[Path] = typer.Option([], help="JSON that a bench printed, for what is not given; may be given again."),
     as_json: bool = typer.Option(False, "--json", help="The last line of stdout is one JSON object."),
 ) -> None:
     """Memory, traffic and time that CONFIG needs, and the cheapest change that makes it fit; needs no weights and no GPU."""
@@ -51,7 +52,7 @@ def plan(
         print_plan(found)
 
 
-def folder(config: Path = CONFIG, overrides: Optional[List[str]] = OVERRIDES) -> None:
+def folder(config: Path = CONFIG, overrides: list[str] | None = OVERRIDES) -> None:
     """Print the run folder of CONFIG, for scripts."""
     from sculpt_dist.config.load import load_config
 

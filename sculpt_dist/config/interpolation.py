@@ -8,15 +8,18 @@ names and numbers that are written everywhere. `${section.key}` refers to anothe
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Iterator, Mapping, TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
 from sculpt_dist.core.errors import ConfigError
 
 Config = TypeVar("Config")
-PLACES = "model.path model.config prepare.images evaluate.classifier evaluate.reference evaluate.clip run.folder".split()
+PLACES = (
+    "model.path model.config prepare.images evaluate.classifier evaluate.reference evaluate.clip run.folder".split()
+)
 VARIABLE = re.compile(r"\$\{(oc\.env:\s*[A-Za-z_]\w*\s*(?:,[^${}]*)?\})")
 KEY = re.compile(r"\$\{\.*[A-Za-z_][\w.\[\]]*\}")
 MARK = "\x00"  # stands for the `${` of a variable while keys are resolved
@@ -35,7 +38,9 @@ def environment_texts(content: Any) -> dict[str, str]:
     """
     for key, text in _texts(content, ""):
         if "\\${" in text or "${" in KEY.sub("", VARIABLE.sub("", text)):
-            raise ConfigError(f"{key}: {text!r} holds '${{': only ${{oc.env:NAME}}, ${{oc.env:NAME,default}} and ${{section.key}} are resolved")
+            raise ConfigError(
+                f"{key}: {text!r} holds '${{': only ${{oc.env:NAME}}, ${{oc.env:NAME,default}} and ${{section.key}} are resolved"
+            )
     resolved = OmegaConf.to_container(OmegaConf.create(_marked(content)), resolve=True)
     found = {key: text.replace(MARK, "${") for key, text in _texts(resolved, "") if MARK in text}
     for key, text in found.items():

@@ -6,10 +6,11 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, Sequence, TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -104,7 +105,9 @@ def check(config: RunConfig) -> None:
             "only; use engine.stage=2, or engine.precision=fp32"
         )
     if config.engine.compile and config.engine.stage == 3:
-        raise ConfigError("engine.compile=true with engine.stage=3: the hooks that gather weights cannot be compiled; use stage 2 or less")
+        raise ConfigError(
+            "engine.compile=true with engine.stage=3: the hooks that gather weights cannot be compiled; use stage 2 or less"
+        )
     _check_concepts(config)
 
 
@@ -138,7 +141,9 @@ def _check_concepts(config: RunConfig) -> None:
         if not normal(concept.target):
             raise ConfigError(f"{key}.target is empty: name the concept to forget")
         if concept.kind == "object" and not normal(concept.superclass or ""):
-            raise ConfigError(f"{key}.superclass is missing: name the broader class that {concept.target!r} should turn into")
+            raise ConfigError(
+                f"{key}.superclass is missing: name the broader class that {concept.target!r} should turn into"
+            )
         if normal(concept.target) == normal(concept.superclass or ""):
             raise ConfigError(f"{key}: target and superclass are both {concept.target!r}; name a broader class")
         if normal(concept.target) in seen:
@@ -149,7 +154,10 @@ def _check_concepts(config: RunConfig) -> None:
                 raise ConfigError(f"{key}.keep holds an empty name: remove it")
             if normal(kept) in (normal(other.target) for other in config.concepts):
                 raise ConfigError(f"{key}.keep holds {kept!r}, which is a target; remove it from one of them")
-    lists = {"prepare.prompts.object": config.prepare.prompts.object, "prepare.prompts.style": config.prepare.prompts.style}
+    lists = {
+        "prepare.prompts.object": config.prepare.prompts.object,
+        "prepare.prompts.style": config.prepare.prompts.style,
+    }
     lists |= {f"concepts[{i}].prompts": c.prompts for i, c in enumerate(config.concepts) if c.prompts is not None}
     for key, templates in lists.items():
         if not templates:
@@ -183,7 +191,11 @@ def _check_numbers(section: Any, prefix: str) -> None:
         if is_dataclass(value):
             _check_numbers(value, key + ".")
         for number in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(number, (int, float)) and not isinstance(number, bool) and (number < 0 or not math.isfinite(number)):
+            if (
+                isinstance(number, (int, float))
+                and not isinstance(number, bool)
+                and (number < 0 or not math.isfinite(number))
+            ):
                 raise ConfigError(f"{key}={number}: must be a finite number, not negative")
 
 

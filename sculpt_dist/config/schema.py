@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import MISSING
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: Optional[str] = None  # diffusers folder, hub id or single .safetensors file; null = the shipped canvas model of `arch`
+    path: str | None = (
+        None  # diffusers folder, hub id or single .safetensors file; null = the shipped canvas model of `arch`
+    )
     arch: str = "sd15"
-    revision: Optional[str] = None  # of a hub id
-    config: Optional[str] = None  # of a single file: folder or hub id of the same kind, for settings and tokenizers; null = the public one
-    dtype: str = "float32"  # of the frozen parts, of drawing (but on stage 3, where the sharded net draws), and of the export
-    image_size: Optional[int] = None  # pixels, height = width; null = what the net was made for
-    original_size: Optional[tuple[int, int]] = None  # sdxl's size conditions, (height, width); null = the image size, or an own image's
-    crop: Optional[tuple[int, int]] = None  # sdxl, (top, left); null = none, or an own image's
-    target_size: Optional[tuple[int, int]] = None  # sdxl, (height, width); null = the image size
-    cut_prompts: bool = False  # cut a prompt that is too long for the text encoder, with a warning, instead of refusing it
+    revision: str | None = None  # of a hub id
+    config: str | None = (
+        None  # of a single file: folder or hub id of the same kind, for settings and tokenizers; null = the public one
+    )
+    dtype: str = (
+        "float32"  # of the frozen parts, of drawing (but on stage 3, where the sharded net draws), and of the export
+    )
+    image_size: int | None = None  # pixels, height = width; null = what the net was made for
+    original_size: tuple[int, int] | None = (
+        None  # sdxl's size conditions, (height, width); null = the image size, or an own image's
+    )
+    crop: tuple[int, int] | None = None  # sdxl, (top, left); null = none, or an own image's
+    target_size: tuple[int, int] | None = None  # sdxl, (height, width); null = the image size
+    cut_prompts: bool = (
+        False  # cut a prompt that is too long for the text encoder, with a warning, instead of refusing it
+    )
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,9 @@ class Concept:
     """One concept to forget, or the name of a style with `kind: style`."""
 
     target: str = MISSING
-    superclass: Optional[str] = None  # an object needs one; a style without one turns into the style-free prompt
+    superclass: str | None = None  # an object needs one; a style without one turns into the style-free prompt
     kind: str = "object"
-    prompts: Optional[list[str]] = None  # templates with {concept}; null = prepare.prompts of this kind
+    prompts: list[str] | None = None  # templates with {concept}; null = prepare.prompts of this kind
     keep: list[str] = field(default_factory=list)  # concepts of the same kind to hold in place by distillation
 
 
@@ -39,7 +49,9 @@ class PromptsConfig:
 
     object: list[str] = field(default_factory=lambda: ["a photo of {concept}"])
     style: list[str] = field(default_factory=lambda: ["a photo[ in {concept} style]"])
-    files: dict[str, str] = field(default_factory=dict)  # target -> .txt or .csv of whole prompts for its samples; prepare.samples of them
+    files: dict[str, str] = field(
+        default_factory=dict
+    )  # target -> .txt or .csv of whole prompts for its samples; prepare.samples of them
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class PrepareConfig:
     steps: int = 50
     guidance: float = 7.5
     batch: int = 16  # samples drawn together, and the size of a shard
-    images: Optional[str] = None  # folder with one subfolder of images per concept name, used instead of drawing
+    images: str | None = None  # folder with one subfolder of images per concept name, used instead of drawing
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
 
 
@@ -64,7 +76,9 @@ class TrainConfig:
     clip: float = 0.0  # norm of the masked gradient; 0 = no clipping
     seed: int = 0
     checkpoint_every: float = 60.0  # seconds; 0 = only at each concept's end
-    background_save: bool = True  # write checkpoints beside the training, from a copy in memory; false: no copy, the training waits
+    background_save: bool = (
+        True  # write checkpoints beside the training, from a copy in memory; false: no copy, the training waits
+    )
     workers: int = 0  # loader processes per rank
 
 
@@ -85,9 +99,13 @@ class EngineConfig:
     precision: str = "fp32"  # fp32 or bf16
     moments: str = "all"  # of which weights Adam's moments are held: all, or open (less memory, the same result)
     kernel: str = "auto"  # who computes the masked step: plain (torch), fused (C on a CPU, Triton on a GPU), auto = fused where it can
-    gathered: float = 1e9  # parameters that stage 3 holds whole at a time, at most; fewer take less memory and more time
+    gathered: float = (
+        1e9  # parameters that stage 3 holds whole at a time, at most; fewer take less memory and more time
+    )
     checkpointing: bool = False  # activations are computed again in the backward: less memory, about a third more time
-    compile: bool = False  # torch.compile of the net for the training; its first steps then take minutes; not on stage 3
+    compile: bool = (
+        False  # torch.compile of the net for the training; its first steps then take minutes; not on stage 3
+    )
     timeout: float = 600.0  # seconds that a collective may wait
     grace: float = 60.0  # seconds from a request to stop to the end of the step; a rank that still waits then leaves without saving
 
@@ -106,12 +124,16 @@ class EvaluateConfig:
     paraphrases: list[str] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)  # empty = all that the canvas has; targets are added
     styles: list[str] = field(default_factory=list)
-    prompts: Optional[dict[str, str]] = field(default_factory=dict)  # object or style -> .txt or .csv of whole prompts, an image each, not the templates
-    retain_prompts: Optional[str] = None  # .txt or .csv of prompts without a target: FID, KID and CLIPScore are then of their images alone
+    prompts: dict[str, str] | None = field(
+        default_factory=dict
+    )  # object or style -> .txt or .csv of whole prompts, an image each, not the templates
+    retain_prompts: str | None = (
+        None  # .txt or .csv of prompts without a target: FID, KID and CLIPScore are then of their images alone
+    )
     members: dict[str, list[str]] = field(default_factory=dict)  # superclass -> its objects, for SA
     bootstrap: int = 2000
-    reference: Optional[str] = None  # folder of images for FID and KID; canvas = drawings of the canvas world
-    clip: Optional[str] = None  # folder of a CLIP model for CLIPScore, and for FID and KID features
+    reference: str | None = None  # folder of images for FID and KID; canvas = drawings of the canvas world
+    clip: str | None = None  # folder of a CLIP model for CLIPScore, and for FID and KID features
 
 
 @dataclass(frozen=True)
@@ -128,8 +150,8 @@ class TrackConfig:
     wandb: bool = False
     tensorboard: bool = False  # into RUN/tensorboard
     project: str = "sculpt-dist"
-    name: Optional[str] = None
-    group: Optional[str] = None  # of runs that belong together, as those of a sweep
+    name: str | None = None
+    group: str | None = None  # of runs that belong together, as those of a sweep
     artifact: str = "reference"  # the model in W&B: none, reference (path and checksums) or files (uploaded)
 
 
@@ -176,7 +198,9 @@ class Comparison:
     """A comparison file (see compare.py)."""
 
     folder: str = MISSING
-    record: str = ""  # a file that keeps what the tables need of every cell, so that a finished cell need not run again elsewhere
+    record: str = (
+        ""  # a file that keeps what the tables need of every cell, so that a finished cell need not run again elsewhere
+    )
     against: str = MISSING  # the row that the others' differences are taken to
     sequences: dict[str, list[Concept]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -202,12 +226,12 @@ class SweepFile:
 
     method: str = MISSING  # grid, random or bayes
     metric: Metric = field(default_factory=Metric)
-    run_cap: Optional[int] = None  # trials at most; random and bayes need it
-    name: Optional[str] = None
-    early_terminate: Optional[dict[str, Any]] = None
-    program: Optional[str] = None
-    project: Optional[str] = None
-    entity: Optional[str] = None
-    description: Optional[str] = None
-    apiVersion: Optional[str] = None
-    kind: Optional[str] = None
+    run_cap: int | None = None  # trials at most; random and bayes need it
+    name: str | None = None
+    early_terminate: dict[str, Any] | None = None
+    program: str | None = None
+    project: str | None = None
+    entity: str | None = None
+    description: str | None = None
+    apiVersion: str | None = None
+    kind: str | None = None

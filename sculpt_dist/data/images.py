@@ -22,7 +22,9 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise ConfigError(f"{path}: {width} x {height} pixels, at most {MAX_PIXELS} are read: make it smaller, or take it out")
+                raise ConfigError(
+                    f"{path}: {width} x {height} pixels, at most {MAX_PIXELS} are read: make it smaller, or take it out"
+                )
             if image.mode not in IMAGE_MODES:
                 raise ConfigError(f"{path}: has pixels of kind {image.mode}: save it with 8 bits per colour")
             return ImageOps.exif_transpose(image).convert("RGB")

@@ -6,15 +6,20 @@ import csv
 import io
 import math
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import TypeVar
 
 from sculpt_dist.core.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
 
-SEEDS = ("seed", "evaluation_seed", "sd_seed")  # the columns that published lists have; the first one that is there counts
+SEEDS = (
+    "seed",
+    "evaluation_seed",
+    "sd_seed",
+)  # the columns that published lists have; the first one that is there counts
 GUIDANCES = ("guidance", "evaluation_guidance", "sd_guidance_scale")
 
 
@@ -35,7 +40,9 @@ def read_prompts(file: str | Path) -> tuple[ListedPrompt, ...]:
     """
     path = Path(file).expanduser()
     if path.suffix.lower() not in (".txt", ".csv"):
-        raise ConfigError(f"{file}: a list of prompts is a .txt file with one prompt a line, or a .csv file with a column prompt")
+        raise ConfigError(
+            f"{file}: a list of prompts is a .txt file with one prompt a line, or a .csv file with a column prompt"
+        )
     if not path.is_file():
         raise ConfigError(f"{file}: there is no such file of prompts")
     text = _read_text(path)
@@ -51,9 +58,13 @@ def _read_text(path: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}, line {line}: is no UTF-8 (byte {content[error.start]:#04x}): save the file as UTF-8") from error
+        raise ConfigError(
+            f"{path}, line {line}: is no UTF-8 (byte {content[error.start]:#04x}): save the file as UTF-8"
+        ) from error
     for number, line in enumerate(text.split("\n"), start=1):
-        strange = next((letter for letter in line if unicodedata.category(letter) == "Cc" and letter not in "\t\r"), None)
+        strange = next(
+            (letter for letter in line if unicodedata.category(letter) == "Cc" and letter not in "\t\r"), None
+        )
         if strange is not None:
             raise ConfigError(f"{path}, line {number}: holds the control character U+{ord(strange):04X}: remove it")
     return text
@@ -76,15 +87,23 @@ def _from_csv(path: Path, text: str) -> tuple[ListedPrompt, ...]:
             read = rows.reader.line_num  # DictReader's own forgets the empty lines that it passes over
             where = f"{path}, line {read}"
             if None in row:
-                raise ConfigError(f"{where}: has more fields than the {len(columns)} columns: put a prompt with commas into double quotes")
+                raise ConfigError(
+                    f"{where}: has more fields than the {len(columns)} columns: put a prompt with commas into double quotes"
+                )
             prompt = " ".join((row["prompt"] or "").split())
             if not prompt:
                 raise ConfigError(f"{where}: the prompt is empty: remove the line")
             found.append(
-                ListedPrompt(prompt, _number(where, seed, row.get(seed), int, 2**63), _number(where, guidance, row.get(guidance), float, math.inf))
+                ListedPrompt(
+                    prompt,
+                    _number(where, seed, row.get(seed), int, 2**63),
+                    _number(where, guidance, row.get(guidance), float, math.inf),
+                )
             )
     except csv.Error as error:
-        raise ConfigError(f"{path}, line {read + 1}: is no csv ({error}): write a double quote within a prompt as two") from error
+        raise ConfigError(
+            f"{path}, line {read + 1}: is no csv ({error}): write a double quote within a prompt as two"
+        ) from error
     return tuple(found)
 
 

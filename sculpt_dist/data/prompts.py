@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Sequence
 
 from sculpt_dist.config.load import normal
 from sculpt_dist.config.schema import Concept, PrepareConfig
@@ -28,7 +28,10 @@ class ConceptPrompts:
     def of(self, names: Sequence[str]) -> tuple[str, ...]:
         """The prompts of other concepts of this kind, each by every template; names and templates both take turns from one to the next."""
         number, turn = len(self.templates), math.lcm(len(self.templates), max(1, len(names)))
-        return tuple(fill(self.templates[i % number], concept=names[(i + i // turn) % len(names)]) for i in range(number * len(names)))
+        return tuple(
+            fill(self.templates[i % number], concept=names[(i + i // turn) % len(names)])
+            for i in range(number * len(names))
+        )
 
 
 def fill(template: str, **names: str | None) -> str:
@@ -87,7 +90,9 @@ def with_whole_prompts(prompts: ConceptPrompts, concept: Concept, file: str, mos
     """
     listed = read_prompts(file)
     if len(listed) > most:
-        warnings.warn(f"{file}: holds {len(listed)} prompts; prepare.samples={most}, so the first {most} are used", stacklevel=2)
+        warnings.warn(
+            f"{file}: holds {len(listed)} prompts; prepare.samples={most}, so the first {most} are used", stacklevel=2
+        )
     targets = tuple(line.prompt for line in listed[:most])
     name = naming(prompts.names[0])
 
@@ -96,4 +101,6 @@ def with_whole_prompts(prompts: ConceptPrompts, concept: Concept, file: str, mos
             return prompts.superclass[place % len(prompts.superclass)]
         return name.sub(lambda _: concept.superclass or "", prompt)
 
-    return replace(prompts, target=targets, superclass=tuple(counterpart(i, prompt) for i, prompt in enumerate(targets)))
+    return replace(
+        prompts, target=targets, superclass=tuple(counterpart(i, prompt) for i, prompt in enumerate(targets))
+    )

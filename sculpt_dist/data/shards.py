@@ -7,9 +7,10 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,9 @@ def write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> ShardReco
             np.save(buffer, sample.latent.float().cpu().numpy(), allow_pickle=False)
             about = {"key": sample.key, "prompt": sample.prompt}
             about |= {} if sample.size_ids is None else {"size_ids": list(sample.size_ids)}
-            writer.write({"__key__": f"{sample.key:08d}", "latent.npy": buffer.getvalue(), "json": json.dumps(about).encode()})
+            writer.write(
+                {"__key__": f"{sample.key:08d}", "latent.npy": buffer.getvalue(), "json": json.dumps(about).encode()}
+            )
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     record = scan_shard(aside, name, samples[0].key)
@@ -69,7 +72,9 @@ def scan_shard(path: Path, name: str, first: int) -> ShardRecord:
             for member in tar:
                 key, _, kind = member.name.partition(".")
                 if not member.isfile() or not re.fullmatch(r"\d{8}", key) or kind not in MEMBERS:
-                    raise ShardError(f"{path}: holds {member.name!r}; a shard holds only NNNNNNNN.latent.npy and NNNNNNNN.json")
+                    raise ShardError(
+                        f"{path}: holds {member.name!r}; a shard holds only NNNNNNNN.latent.npy and NNNNNNNN.json"
+                    )
                 offsets.setdefault(key, {})[kind] = (member.offset_data, member.size)
     except tarfile.TarError as error:
         raise ShardError(f"{path}: is no readable tar ({error}); remove it and call prepare again") from error
@@ -77,7 +82,9 @@ def scan_shard(path: Path, name: str, first: int) -> ShardRecord:
         raise ShardError(f"{path}: holds no samples; remove it and call prepare again")
     for key, members in offsets.items():
         if set(members) != set(MEMBERS):
-            raise ShardError(f"{path}: sample {key} lacks {sorted(set(MEMBERS) - set(members))}; remove it and call prepare again")
+            raise ShardError(
+                f"{path}: sample {key} lacks {sorted(set(MEMBERS) - set(members))}; remove it and call prepare again"
+            )
     rows = [[members[kind] for kind in MEMBERS] for members in offsets.values()]
     return ShardRecord(name, first, len(rows), path.stat().st_size, file_sha256(path), rows)
 
@@ -94,7 +101,9 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[ShardRecord]]:
         content = json.loads((folder / INDEX).read_bytes())
         return content["recipe"], [ShardRecord(**record) for record in content["shards"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{folder / INDEX}: is missing or damaged ({type(error).__name__}); call prepare again") from error
+        raise ShardError(
+            f"{folder / INDEX}: is missing or damaged ({type(error).__name__}); call prepare again"
+        ) from error
 
 
 def damage(folder: Path, record: ShardRecord, deep: bool = True) -> str | None:
@@ -136,11 +145,17 @@ class ShardReader:
             array = np.load(io.BytesIO(latent), allow_pickle=False)
             content = json.loads(about)
         except ValueError as error:
-            raise ShardError(f"{self.folder / self.records[i].name}: sample {j} is damaged ({error}); call prepare again") from error
+            raise ShardError(
+                f"{self.folder / self.records[i].name}: sample {j} is damaged ({error}); call prepare again"
+            ) from error
         if array.dtype != np.float32 or array.ndim != 3 or not np.isfinite(array).all():
-            raise ShardError(f"{self.folder / self.records[i].name}: sample {j} is no finite float32 [C, H, W] latent; call prepare again")
+            raise ShardError(
+                f"{self.folder / self.records[i].name}: sample {j} is no finite float32 [C, H, W] latent; call prepare again"
+            )
         sizes = content.get("size_ids")
-        return Sample(torch.from_numpy(array), content["prompt"], content["key"], None if sizes is None else tuple(sizes))
+        return Sample(
+            torch.from_numpy(array), content["prompt"], content["key"], None if sizes is None else tuple(sizes)
+        )
 
     def _read(self, shard: int, span: tuple[int, int]) -> bytes:
         if shard not in self._files:

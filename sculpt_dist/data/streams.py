@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Callable, Iterator, Mapping, Sequence, Union
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class PromptReader:
         return Sample(torch.empty(0), self.prompts[position % len(self.prompts)], position, self.size_ids)
 
 
-Reader = Union[ShardReader, PromptReader]
+Reader = ShardReader | PromptReader
 
 
 class ConceptStreams(Dataset[list[list[Sample]]]):
@@ -74,7 +74,10 @@ class ConceptStreams(Dataset[list[list[Sample]]]):
         """`readers["anchor"]` lists the sources that share the anchor stream evenly; a role without sources has no stream."""
         self.layout = layout
         self.sources = [list(readers.get(role, ())) for role in ROLES]
-        self.orders = [[GlobalOrder(len(reader), [seed, concept, r, i]) for i, reader in enumerate(of)] for r, of in enumerate(self.sources)]
+        self.orders = [
+            [GlobalOrder(len(reader), [seed, concept, r, i]) for i, reader in enumerate(of)]
+            for r, of in enumerate(self.sources)
+        ]
 
     def __getitem__(self, item: int) -> list[list[Sample]]:
         step, micro = divmod(item, self.layout.accumulate)
@@ -124,11 +127,14 @@ def micro_batches(
     superclass, is the one at that place.
     """
     items = range(first_step * streams.layout.accumulate, steps * streams.layout.accumulate)
+
     def conditions(samples: Sequence[Sample], texts: Sequence[str]) -> TextCond:
         cond = embed(texts)
         if cond.size_ids is None:
             return cond
-        return replace(cond, size_ids=torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32, device=device))
+        return replace(
+            cond, size_ids=torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32, device=device)
+        )
 
     def counterparts(samples: Sequence[Sample], texts: Sequence[str]) -> TextCond:
         return conditions(samples, [texts[sample.key % len(texts)] for sample in samples])
@@ -162,7 +168,9 @@ class Draws:
 
     def normal(self, what: str, shape: Sequence[int]) -> Tensor:
         """Unit normal [B, *shape]."""
-        return torch.stack([torch.randn(*shape, generator=self._generator(what, p)) for p in self.positions]).to(self.device)
+        return torch.stack([torch.randn(*shape, generator=self._generator(what, p)) for p in self.positions]).to(
+            self.device
+        )
 
     def uniform(self, what: str) -> Tensor:
         """Uniform in [0, 1), [B]."""

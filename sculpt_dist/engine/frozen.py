@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ class FrozenWeights:
         self._owners: list[nn.Module] = []
         if self._sharded:
             self._coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
-            self._owners = [m for m in engine.module.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+            self._owners = [
+                m for m in engine.module.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
+            ]
         self._saved = [self._storage(p).data.clone() for p in self._parameters]
 
     @contextmanager

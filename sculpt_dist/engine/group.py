@@ -11,8 +11,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ class Group:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
         # A build that was killed leaves a lock on which the next one waits for ever (pytorch issue 189245); so no shared folder.
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{tempfile.gettempdir()}/sculpt-dist-extensions-{os.getuid()}-{os.getpid()}")
+        os.environ.setdefault(
+            "TORCH_EXTENSIONS_DIR", f"{tempfile.gettempdir()}/sculpt-dist-extensions-{os.getuid()}-{os.getpid()}"
+        )
         warnings.filterwarnings("ignore", r"`torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
         import deepspeed
         import deepspeed.comm as comm
@@ -176,7 +179,9 @@ def _meet(limit: datetime.timedelta, identity: str) -> tuple[Any, int, int]:
         key = "sculpt-dist/job"
         held = (store.compare_set(key, "", mine) if rank == 0 else store.get(key)).decode()
     except (torch.distributed.DistError, ValueError) as error:
-        raise LaunchError(f"the ranks did not meet at {where} (MASTER_ADDR:MASTER_PORT): {str(error).splitlines()[0]}") from error
+        raise LaunchError(
+            f"the ranks did not meet at {where} (MASTER_ADDR:MASTER_PORT): {str(error).splitlines()[0]}"
+        ) from error
     if held != mine:
         raise LaunchError(
             f"rank {rank} met ranks of another job at {where}: there {held}; here {mine}. Give every job a MASTER_PORT of its own, and all "
@@ -189,9 +194,15 @@ def _describe_rank_to_torch() -> bool:
     """Whether a launcher started this process; where srun did, set what torch.distributed reads from the environment."""
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
+            env["SLURM_PROCID"],
+            env["SLURM_NTASKS"],
+            env["SLURM_LOCALID"],
+        )
         if "MASTER_ADDR" not in env:
-            raise ConfigError("srun started several tasks without MASTER_ADDR: export the first node's name in the batch script")
+            raise ConfigError(
+                "srun started several tasks without MASTER_ADDR: export the first node's name in the batch script"
+            )
         env.setdefault("MASTER_PORT", str(10000 + int(env["SLURM_JOB_ID"]) % 20000))
     env.setdefault("LOCAL_RANK", "0")
     return "RANK" in env and "WORLD_SIZE" in env

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -35,13 +35,17 @@ class DynamicMask:
     of updates done when generation g opened, from which each weight's own Adam bias correction follows.
     """
 
-    def __init__(self, shards: list[Shard], sizes: Mapping[str, int], group: Group | None, settings: MaskSettings) -> None:
+    def __init__(
+        self, shards: list[Shard], sizes: Mapping[str, int], group: Group | None, settings: MaskSettings
+    ) -> None:
         """`group` is None where every rank holds all weights (stage 0)."""
         self.shards, self.sizes, self.group, self.settings = shards, dict(sizes), group, settings
         self.births: list[int] = [0, 0]  # of generation 0 (closed, unused) and 1
         self.swapped = 0
         self.overlap = 1.0
-        self.spread: dict[float, float] = {}  # share -> |saliency| at the last build or turnover; empty where the mask is random
+        self.spread: dict[
+            float, float
+        ] = {}  # share -> |saliency| at the last build or turnover; empty where the mask is random
         self.open_count = sum(self.sizes.values())
         self.concept, self.selections = 0, 0  # what the random statistic is keyed by
 
@@ -89,7 +93,11 @@ class DynamicMask:
         self.selections += 1
         fragments = self._fragments()
         parts = [Part(self._keys(shard, f), shard.opened[f.here], f.index) for shard, f in fragments]
-        segments = torch.arange(len(self.sizes)) if self.settings.scope == "matrix" else torch.zeros(len(self.sizes), dtype=torch.long)
+        segments = (
+            torch.arange(len(self.sizes))
+            if self.settings.scope == "matrix"
+            else torch.zeros(len(self.sizes), dtype=torch.long)
+        )
         choice = choose(parts, segments, closing, opening, self.group)
         self.spread = {} if self.settings.saliency == "random" else quantiles(choice.histogram, QUANTILES)
         for (shard, f), part, cut in zip(fragments, parts, choice.cuts):
@@ -113,8 +121,12 @@ class DynamicMask:
         """What gives the sort keys of a slice of the fragment."""
         if self.settings.saliency == "random":
             rng = torch.Generator().manual_seed(derived_seed(self.settings.seed, self.concept, self.selections, f.name))
-            whole = torch.rand(self.sizes[f.name], generator=rng)  # of the whole matrix, so that every rank count agrees
-            collected = whole[f.start : f.start + f.numel].to(shard.saliency.device, copy=True)  # the whole one is let go
+            whole = torch.rand(
+                self.sizes[f.name], generator=rng
+            )  # of the whole matrix, so that every rank count agrees
+            collected = whole[f.start : f.start + f.numel].to(
+                shard.saliency.device, copy=True
+            )  # the whole one is let go
         else:
             collected = shard.saliency[f.here]
         return lambda here: sort_keys(collected[here])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,7 +57,12 @@ class MaskedAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], betas: tuple[float, float], weight_decay: float, clip: float, kernel: Kernel | None = None
+        self,
+        parameters: Sequence[Tensor],
+        betas: tuple[float, float],
+        weight_decay: float,
+        clip: float,
+        kernel: Kernel | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": 0.0})
         self.betas, self.weight_decay, self.clip = betas, weight_decay, clip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 PADDING = 16  # numbers beyond the last one, which a kernel may read
-ROUNDING = 1 << 12  # a piece has room for a multiple of so many, so that it seldom needs another place when its count changes
+ROUNDING = (
+    1 << 12
+)  # a piece has room for a multiple of so many, so that it seldom needs another place when its count changes
 
 Repack = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 

@@ -10,8 +10,8 @@ of the saliency. Ties at an end go to the smallest positions, so that the choice
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -70,7 +70,9 @@ def choose(parts: Sequence[Part], segments: Tensor, closing: Tensor, opening: Te
     counts = _summed(_count_first(parts, of, len(closing)), group)  # [S, 2 BINS], open ones first
     halves = counts.view(-1, 2, BINS)
     if bool(halves[:, :, NON_FINITE:].any()):
-        raise NonFiniteError("the collected gradients are not finite, so no mask can be made; look at the data of this concept")
+        raise NonFiniteError(
+            "the collected gradients are not finite, so no mask can be made; look at the data of this concept"
+        )
     wanted = torch.stack([closing, opening])  # [2, S]
     assert bool((wanted <= halves.sum(2).T).all()), "more weights asked for than there are candidates"
     places, needed = zip(*(_end(counts, wanted[side], side) for side in SIDES))
@@ -157,7 +159,9 @@ def _within(part: Part, digits: Sequence[int]) -> list[Tensor]:
 
 def _end(counts: Tensor, needed: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """The bin [S] in which the n-th weight of each row [S, bins] lies, from below to close and from above to open, and its number in it."""
-    past = counts.cumsum(1) - counts if side == CLOSING else counts.flip(1).cumsum(1).flip(1) - counts  # in bins that come before
+    past = (
+        counts.cumsum(1) - counts if side == CLOSING else counts.flip(1).cumsum(1).flip(1) - counts
+    )  # in bins that come before
     place = ((past < needed[:, None]) & (past + counts >= needed[:, None])).long().argmax(1)
     return place, (needed - past.gather(1, place[:, None])[:, 0]) * (needed > 0)
 

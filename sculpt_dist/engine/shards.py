@@ -93,12 +93,16 @@ def find_shards(engine: Any, stage: int, packed: bool = False) -> list[Shard]:
 
 def parameter_sizes(engine: Any) -> dict[str, int]:
     """Elements of each trainable parameter, whole, in the order of the net."""
-    return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {
+        name: int(getattr(p, "ds_numel", p.numel())) for name, p in engine.module.named_parameters() if p.requires_grad
+    }
 
 
 def check_coverage(shards: list[Shard], sizes: dict[str, int], total_over_ranks: int) -> None:
     """Assert that the fragments of all ranks together are as many elements as the trainable parameters have."""
-    assert total_over_ranks == sum(sizes.values()), f"shards hold {total_over_ranks} of {sum(sizes.values())} trainable elements"
+    assert total_over_ranks == sum(sizes.values()), (
+        f"shards hold {total_over_ranks} of {sum(sizes.values())} trainable elements"
+    )
     for shard in shards:
         for f in shard.fragments:
             assert f.start + f.numel <= sizes[f.name], f"{f.name}: fragment past its end"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,13 @@ class Engine:
     """A net whose trainable part is optimised over all ranks; every verb is entered by all of them."""
 
     def __init__(
-        self, net: nn.Module, trainable: Sequence[str], group: Group, settings: EngineSettings, mask: MaskSettings, stored: Stored
+        self,
+        net: nn.Module,
+        trainable: Sequence[str],
+        group: Group,
+        settings: EngineSettings,
+        mask: MaskSettings,
+        stored: Stored,
     ) -> None:
         """`trainable` names the parameters that may move; the rest is frozen. `net` belongs to the engine from now on.
 
@@ -64,7 +71,9 @@ class Engine:
         moving = [parameter for parameter in net.parameters() if parameter.requires_grad]
         kernel = choose_kernel(settings.kernel, group.device)
         self.optimizer = MaskedAdamW(moving, settings.betas, settings.weight_decay, settings.clip, kernel)
-        self._engine: Any = deepspeed.initialize(model=net, optimizer=self.optimizer, config=_deepspeed_config(settings, group.size))[0]
+        self._engine: Any = deepspeed.initialize(
+            model=net, optimizer=self.optimizer, config=_deepspeed_config(settings, group.size)
+        )[0]
         self.sizes = parameter_sizes(self._engine)
         self.shards = find_shards(self._engine, settings.stage, settings.packed)
         self.replicated = settings.stage == 0
@@ -109,7 +118,9 @@ class Engine:
         boundary, before = self._engine.is_gradient_accumulation_boundary(), self.optimizer.steps_seen
         self._engine.step()
         self.optimizer.phase = "hold"
-        if boundary and self.optimizer.steps_seen == before:  # DeepSpeed found an infinite gradient and skipped its optimizer
+        if (
+            boundary and self.optimizer.steps_seen == before
+        ):  # DeepSpeed found an infinite gradient and skipped its optimizer
             raise NonFiniteError(f"the gradient is not finite at update {self.optimizer.updates}; {ADVICE}")
         if boundary and phase == "train" and not math.isfinite(self.optimizer.grad_norm):
             raise NonFiniteError(f"the gradient is not finite at update {self.optimizer.updates - 1}; {ADVICE}")
@@ -205,7 +216,9 @@ def sharded_net(
         config_dict_or_path=_deepspeed_config(settings, group.size), dtype=DTYPES[settings.precision], enabled=False
     )
     largest = max(math.prod(shape) for shape in expected.values())
-    passing = torch.empty(largest, dtype=DTYPES[settings.precision], device=group.device)  # one buffer: the heap would fragment otherwise
+    passing = torch.empty(
+        largest, dtype=DTYPES[settings.precision], device=group.device
+    )  # one buffer: the heap would fragment otherwise
     source, broken, since_trim = iter(stored), [], 0
     for name, shape in shapes.items():
         tensor = next(source)[1] if group.is_first else None
@@ -225,7 +238,9 @@ def sharded_net(
             since_trim = 0
     broken = group.from_first(broken)
     if broken:
-        raise ModelError(f"{len(broken)} weights of the net hold values that are not finite ({broken[0]}, ...); the checkpoint is damaged")
+        raise ModelError(
+            f"{len(broken)} weights of the net hold values that are not finite ({broken[0]}, ...); the checkpoint is damaged"
+        )
     return net.eval()
 
 
@@ -236,12 +251,16 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def check_fit(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object = "the net") -> None:
+def check_fit(
+    stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object = "the net"
+) -> None:
     """Raises ModelError when names or shapes of stored tensors are not those of the net."""
     wrong = sorted(name for name in {*stored, *expected} if stored.get(name) != expected.get(name))
     if wrong:
         first = f"{wrong[0]}: stored {stored.get(wrong[0], 'none')}, config {expected.get(wrong[0], 'none')}"
-        raise ModelError(f"{where}: {len(wrong)} weights do not fit config.json, first {first}; take both from one model")
+        raise ModelError(
+            f"{where}: {len(wrong)} weights do not fit config.json, first {first}; take both from one model"
+        )
 
 
 def fetched_ahead(gathered: float) -> int:
@@ -254,7 +273,9 @@ def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero: dict[str, Any] = {"stage": settings.stage, "reduce_bucket_size": REDUCE_BUCKET}
-    if settings.stage in (1, 2) and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields:  # not in its earlier versions
+    if (
+        settings.stage in (1, 2) and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields
+    ):  # not in its earlier versions
         zero["compute_grad_norm"] = False  # ours is of the masked gradient
     if settings.stage == 3:
         zero["sub_group_size"] = int(1e15)  # one flat shard per rank, so that one step sees the whole gradient
@@ -272,5 +293,9 @@ def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     if settings.precision == "bf16":
-        config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+        config |= {
+            "bf16": {"enabled": True},
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
     return config

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,10 +117,14 @@ def evaluate(
 
 def draw(config: RunConfig, backbone: Backbone, net: nn.Module, batch: Sequence[Ask]) -> Tensor:
     """Images of these asks, which share one guidance, uint8 [B, 3, h, w]."""
-    noise = torch.stack([torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(ask.seed)) for ask in batch])
+    noise = torch.stack(
+        [torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(ask.seed)) for ask in batch]
+    )
     cond, negative = backbone.embed([ask.prompt for ask in batch]), backbone.embed([""] * len(batch), negative=True)
     settings = config.evaluate
-    latents = backbone.sample(backbone.denoiser(net), noise.to(backbone.device), cond, negative, settings.steps, batch[0].guidance)
+    latents = backbone.sample(
+        backbone.denoiser(net), noise.to(backbone.device), cond, negative, settings.steps, batch[0].guidance
+    )
     return backbone.decode(latents)
 
 
@@ -171,10 +176,15 @@ def _part(answers: Answers, chosen: np.ndarray) -> Answers:
     )
 
 
-def _scores(config: RunConfig, world: World, wanted: Sequence[Ask], answers: Answers, concepts: Sequence[Concept]) -> dict[str, Any]:
+def _scores(
+    config: RunConfig, world: World, wanted: Sequence[Ask], answers: Answers, concepts: Sequence[Concept]
+) -> dict[str, Any]:
     paraphrased = np.array([ask.paraphrased for ask in wanted])
     parts = {"plain": ~paraphrased, "paraphrased": paraphrased}
-    return {name: _score_part(config, world, _part(answers, chosen), concepts) if chosen.any() else None for name, chosen in parts.items()}
+    return {
+        name: _score_part(config, world, _part(answers, chosen), concepts) if chosen.any() else None
+        for name, chosen in parts.items()
+    }
 
 
 def _score_part(config: RunConfig, world: World, answers: Answers, concepts: Sequence[Concept]) -> dict[str, Any]:
@@ -193,7 +203,13 @@ def _score_part(config: RunConfig, world: World, answers: Answers, concepts: Seq
         alone = unlearning_scores(answers, [target])
         mine, accuracy = _asked_for(answers, target), None if alone["UA"] is None else 1 - alone["UA"]
         seen = None if accuracy is None else round(accuracy * mine.sum())
-        scores["targets"][concept.target] = {"accuracy": accuracy, "UA": alone["UA"], "SA": alone["SA"], "seen": seen, "images": int(mine.sum())}
+        scores["targets"][concept.target] = {
+            "accuracy": accuracy,
+            "UA": alone["UA"],
+            "SA": alone["SA"],
+            "seen": seen,
+            "images": int(mine.sum()),
+        }
     for target in forgotten:
         of_any |= _asked_for(answers, target)
     scores["images"] = {"target": int(of_any.sum()), "other": int((~of_any).sum())}

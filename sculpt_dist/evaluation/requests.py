@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Iterator, Sequence
 
 from sculpt_dist.config.load import normal
 from sculpt_dist.config.schema import RunConfig
@@ -54,7 +54,9 @@ def evaluated_world(config: RunConfig) -> World:
         styles = styles or list(world.STYLES)
         members = members or {name: list(those) for name, those in world.SUPERCLASSES.items()}
     if not styles and any(concept.kind == "style" for concept in config.concepts):
-        raise ConfigError("evaluate.styles is empty: name the styles that a forgotten one is compared with, or evaluate.enabled=false")
+        raise ConfigError(
+            "evaluate.styles is empty: name the styles that a forgotten one is compared with, or evaluate.enabled=false"
+        )
     for concept in config.concepts:
         of_kind = objects if concept.kind == "object" else styles
         if normal(concept.target) not in map(normal, of_kind):
@@ -63,7 +65,9 @@ def evaluated_world(config: RunConfig) -> World:
             if normal(name) not in map(normal, (*objects, *styles)):
                 of_kind.append(name)
     if not objects:
-        raise ConfigError("evaluate.objects is empty and no concept is an object: name the objects to draw, or evaluate.enabled=false")
+        raise ConfigError(
+            "evaluate.objects is empty and no concept is an object: name the objects to draw, or evaluate.enabled=false"
+        )
     return World(tuple(objects), tuple(styles), {name: tuple(those) for name, those in members.items()})
 
 
@@ -73,7 +77,9 @@ def asks(config: RunConfig, world: World) -> list[Ask]:
     Raises ConfigError for a file of prompts that cannot be read, or one of what is not evaluated.
     """
     settings, listed = config.evaluate, []
-    templates = [(settings.prompt, settings.images)] + [(text, settings.paraphrase_images) for text in settings.paraphrases]
+    templates = [(settings.prompt, settings.images)] + [
+        (text, settings.paraphrase_images) for text in settings.paraphrases
+    ]
     from_files = {normal(name) for name in settings.prompts or {}}
     prompt_id = 0
     for number, (template, images) in enumerate(templates):
@@ -85,7 +91,9 @@ def asks(config: RunConfig, world: World) -> list[Ask]:
                 for i in range(images):
                     seed = derived_seed(settings.seed, "evaluate", name, style or "", number, i)
                     shown = f"{name}--{style or 'none'}.png".replace("/", "-") if not number and not i else None
-                    listed.append(Ask(prompt, prompt_id, number > 0, o, s if style else -1, seed, settings.guidance, shown))
+                    listed.append(
+                        Ask(prompt, prompt_id, number > 0, o, s if style else -1, seed, settings.guidance, shown)
+                    )
                 prompt_id += 1
     return listed + list(_listed_asks(config, world, prompt_id))
 
@@ -98,7 +106,17 @@ def _listed_asks(config: RunConfig, world: World, first_id: int) -> Iterator[Ask
     def ask(name: str, i: int, line: ListedPrompt, place: int, style: int, shown: str | None) -> Ask:
         seed = derived_seed(config.evaluate.seed, "evaluate", name, "listed", i) if line.seed is None else line.seed
         guidance = config.evaluate.guidance if line.guidance is None else line.guidance
-        return Ask(line.prompt, prompt_ids.setdefault(line.prompt, first_id + len(prompt_ids)), False, place, style, seed, guidance, shown, True)
+        return Ask(
+            line.prompt,
+            prompt_ids.setdefault(line.prompt, first_id + len(prompt_ids)),
+            False,
+            place,
+            style,
+            seed,
+            guidance,
+            shown,
+            True,
+        )
 
     for name, file in (config.evaluate.prompts or {}).items():
         if normal(name) not in (*objects, *styles):

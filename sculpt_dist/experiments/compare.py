@@ -6,9 +6,10 @@ Which cells there are, which of them are done, and their running. What is made o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -71,7 +72,10 @@ def compare(
     if shard is None:
         results |= {cell.key: finished(cell, configs[cell.key], record) for cell in todo}
         if comparison.record:
-            _write_record(file.parent / comparison.record, record | {key: result for key, result in results.items() if result is not None})
+            _write_record(
+                file.parent / comparison.record,
+                record | {key: result for key, result in results.items() if result is not None},
+            )
         page = write_tables(page, comparison, configs, results)
     if failed:
         told = "; ".join(f"{key}: {failure}" for key, failure in failed.items())
@@ -110,8 +114,12 @@ def comparison_cells(comparison: Comparison, file: Path, overrides: Sequence[str
                         yield cell
 
 
-def _cell(comparison: Comparison, file: Path, overrides: Sequence[str], table: Table, backbone: str, row: Row, seed: int) -> Cell:
-    concepts = [OmegaConf.to_container(OmegaConf.structured(concept)) for concept in comparison.sequences[table.sequence]]
+def _cell(
+    comparison: Comparison, file: Path, overrides: Sequence[str], table: Table, backbone: str, row: Row, seed: int
+) -> Cell:
+    concepts = [
+        OmegaConf.to_container(OmegaConf.structured(concept)) for concept in comparison.sequences[table.sequence]
+    ]
     folder = Path(comparison.folder) / table.sequence / backbone / row.name / f"seed-{seed}"
     given = (*comparison.overrides, *overrides, *row.overrides, *row.per_backbone.get(backbone, ()))
     mine = (f"model.arch={backbone}", f"train.seed={seed}", f"concepts={json.dumps(concepts)}", f"run.folder={folder}")
@@ -148,7 +156,9 @@ def _check_comparable(cell: Cell, config: RunConfig, asked: dict[tuple[str, str]
     mine = [(ask.prompt, ask.object, ask.style) for ask in asks(config, evaluated_world(config))]
     first, theirs = asked.setdefault((cell.sequence, cell.backbone), (cell.row, mine))
     if mine != theirs:
-        raise ConfigError(f"evaluate.*: asks for other images than the row {first}, so that no differences can be taken")
+        raise ConfigError(
+            f"evaluate.*: asks for other images than the row {first}, so that no differences can be taken"
+        )
 
 
 def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str], ranks: int = 1) -> RunConfig:

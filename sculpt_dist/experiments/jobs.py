@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
 from sculpt_dist.core import errors
 from sculpt_dist.core.errors import ConfigError, StopRequested
@@ -48,7 +49,9 @@ class Failure:
         return self.line
 
 
-def run_jobs(jobs: Iterable[Job], parallel: int, ranks: int, tell: Callable[[Job, Failure | None], None]) -> dict[str, Failure]:
+def run_jobs(
+    jobs: Iterable[Job], parallel: int, ranks: int, tell: Callable[[Job, Failure | None], None]
+) -> dict[str, Failure]:
     """Run all jobs, `parallel` at a time with `ranks` processes each; returns how each failed one ended, by its label.
 
     A job is taken from `jobs` only when it can start. `tell` is called as each job ends, one at a time. A mark of an earlier stop in the
@@ -93,7 +96,9 @@ def run_jobs(jobs: Iterable[Job], parallel: int, ranks: int, tell: Callable[[Job
     return failed
 
 
-def _run(job: Job, parallel: int, ranks: int, running: set[subprocess.Popen[str]], stopping: list[int]) -> Failure | None:
+def _run(
+    job: Job, parallel: int, ranks: int, running: set[subprocess.Popen[str]], stopping: list[int]
+) -> Failure | None:
     for mark in MARKS if job.folder is not None else ():
         (job.folder / mark).unlink(missing_ok=True)
     process = subprocess.Popen(
@@ -112,7 +117,9 @@ def _run(job: Job, parallel: int, ranks: int, running: set[subprocess.Popen[str]
     running.discard(process)
     if process.returncode == DONE:
         return None
-    if process.returncode == STOPPED or (job.folder is not None and (job.folder / "REQUEUE").exists()):  # torchrun loses the code
+    if process.returncode == STOPPED or (
+        job.folder is not None and (job.folder / "REQUEUE").exists()
+    ):  # torchrun loses the code
         return Failure("stopped and saved", StopRequested.__name__)
     return _failure(printed.splitlines(), process.returncode)
 
@@ -142,7 +149,16 @@ def _guard() -> tuple[str, ...]:
 def _launcher(ranks: int) -> list[str]:
     if ranks == 1:
         return [sys.executable, "-m", "sculpt_dist"]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "sculpt_dist"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "sculpt_dist",
+    ]
 
 
 def _environment(processes: int) -> dict[str, str]:

@@ -1,17 +1,18 @@
 """What a sweep's folder knows, shared by all processes that work in it: whose folder it is, the points of bayes, and how trials ended.
 
-    SWEEP/plan.json             what decides the trials; another sweep is refused
-    SWEEP/points.jsonl          bayes: the point of every trial that was asked for, and how it ended, written under points.lock
-    SWEEP/trials/0003/          the run folder of trial 3; its report is the trial's result
-    SWEEP/trials/0003.lock      held while a process runs the trial
-    SWEEP/trials/0003.failed    why it cannot run; remove it to try again
+SWEEP/plan.json             what decides the trials; another sweep is refused
+SWEEP/points.jsonl          bayes: the point of every trial that was asked for, and how it ended, written under points.lock
+SWEEP/trials/0003/          the run folder of trial 3; its report is the trial's result
+SWEEP/trials/0003.lock      held while a process runs the trial
+SWEEP/trials/0003.failed    why it cannot run; remove it to try again
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -86,7 +87,13 @@ def trial_of(sweep: Sweep, index: int) -> Trial:
         entries = _read_entries(sweep)
         if index not in entries:
             shares = _new_shares(sweep, index, entries)
-            entries[index] = {"trial": index, "shares": shares, "point": sweep.point_at(shares), "state": OPEN, "value": None}
+            entries[index] = {
+                "trial": index,
+                "shares": shares,
+                "point": sweep.point_at(shares),
+                "state": OPEN,
+                "value": None,
+            }
             _write_entries(sweep, entries)
     return sweep.trial(index, sweep.point_at(entries[index]["shares"]))
 
@@ -104,7 +111,9 @@ def tell(sweep: Sweep, ended: Outcome) -> None:
 def known_trials(sweep: Sweep) -> list[Trial]:
     """All trials; of bayes those that have a point."""
     if sweep.settings.method == "bayes":
-        return [sweep.trial(index, sweep.point_at(entry["shares"])) for index, entry in sorted(_read_entries(sweep).items())]
+        return [
+            sweep.trial(index, sweep.point_at(entry["shares"])) for index, entry in sorted(_read_entries(sweep).items())
+        ]
     return [trial_of(sweep, index) for index in range(sweep.count)]
 
 
@@ -115,7 +124,9 @@ def _read_entries(sweep: Sweep) -> dict[int, dict[str, Any]]:
 
 
 def _write_entries(sweep: Sweep, entries: Mapping[int, Mapping[str, Any]]) -> None:
-    write_atomically(sweep.folder / "points.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries.values()).encode())
+    write_atomically(
+        sweep.folder / "points.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries.values()).encode()
+    )
 
 
 def _new_shares(sweep: Sweep, index: int, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
@@ -125,7 +136,9 @@ def _new_shares(sweep: Sweep, index: int, entries: Mapping[int, Mapping[str, Any
         shares = _suggest(sweep, list(entries.values()), derived_seed(sweep.seed, index, attempt) % 2**31)
         if sweep.point_at(shares) not in taken:
             return shares
-    raise ConfigError(f"trial {index}: bayes found no point that is not among the {len(taken)} tried ones: lower run_cap to {len(taken)}")
+    raise ConfigError(
+        f"trial {index}: bayes found no point that is not among the {len(taken)} tried ones: lower run_cap to {len(taken)}"
+    )
 
 
 def _suggest(sweep: Sweep, told: Sequence[Mapping[str, Any]], seed: int) -> dict[str, float]:
@@ -133,7 +146,9 @@ def _suggest(sweep: Sweep, told: Sequence[Mapping[str, Any]], seed: int) -> dict
         import optuna
         from optuna.distributions import CategoricalDistribution, FloatDistribution
     except ImportError as error:
-        raise ConfigError("method bayes needs optuna: pip install 'sculpt-dist[sweeps]', or use method random") from error
+        raise ConfigError(
+            "method bayes needs optuna: pip install 'sculpt-dist[sweeps]', or use method random"
+        ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     searched = [parameter for parameter in sweep.parameters if parameter.kind != "constant"]
     space: dict[str, Any] = {
@@ -142,12 +157,20 @@ def _suggest(sweep: Sweep, told: Sequence[Mapping[str, Any]], seed: int) -> dict
         else FloatDistribution(0.0, 1.0)
         for parameter in searched
     }
-    study = optuna.create_study(direction=sweep.settings.metric.goal, sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
-    states = {DONE: optuna.trial.TrialState.COMPLETE, FAILED: optuna.trial.TrialState.FAIL, OPEN: optuna.trial.TrialState.RUNNING}
+    study = optuna.create_study(
+        direction=sweep.settings.metric.goal, sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    )
+    states = {
+        DONE: optuna.trial.TrialState.COMPLETE,
+        FAILED: optuna.trial.TrialState.FAIL,
+        OPEN: optuna.trial.TrialState.RUNNING,
+    }
     for entry in told:
         state = states[FAILED if entry["state"] == DONE and entry["value"] is None else entry["state"]]
         params = {name: entry["shares"][name] for name in space}
-        study.add_trial(optuna.trial.create_trial(state=state, params=params, distributions=space, value=entry["value"]))
+        study.add_trial(
+            optuna.trial.create_trial(state=state, params=params, distributions=space, value=entry["value"])
+        )
     fixed = {parameter.name: 0.5 for parameter in sweep.parameters if parameter.kind == "constant"}
     return study.ask(space).params | fixed
 

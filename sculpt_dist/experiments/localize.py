@@ -7,9 +7,10 @@ UA + (IRA + CRA) / 2 of a small grid of images, by other seeds than a run's own 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.config.schema import RunConfig
@@ -42,11 +43,20 @@ class BlockRun:
             return None
         found = {name: report["after"][name] for name in ("UA", "IRA", "CRA")}
         retained = [found[name] for name in ("IRA", "CRA") if found[name] is not None]
-        return {"block": self.block} | found | {"score": found["UA"] + (sum(retained) / len(retained) if retained else 0.0)}
+        return (
+            {"block": self.block}
+            | found
+            | {"score": found["UA"] + (sum(retained) / len(retained) if retained else 0.0)}
+        )
 
 
 def localize(
-    file: Path, overrides: Sequence[str] = (), best: int = 2, index: int | None = None, parallel: int = 1, ranks: int = 1
+    file: Path,
+    overrides: Sequence[str] = (),
+    best: int = 2,
+    index: int | None = None,
+    parallel: int = 1,
+    ranks: int = 1,
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Run what is missing of the blocks' runs; returns (RUN-localize, the scores of all blocks, the best first).
 
@@ -64,7 +74,9 @@ def localize(
             raise ConfigError(f"index={index}: no such block; there are: {', '.join(str(run.block) for run in runs)}")
     todo = [run for run in (runs if index is None else chosen) if run.scores is None]
     jobs = [Job(f"block {run.block}", ("unlearn", str(file), *run.overrides), run.folder) for run in todo]
-    failed = run_jobs(jobs, parallel, ranks, lambda job, failure: print(f"{job.label}: {failure or 'done'}", flush=True))
+    failed = run_jobs(
+        jobs, parallel, ranks, lambda job, failure: print(f"{job.label}: {failure or 'done'}", flush=True)
+    )
     if failed:
         raise ConfigError("; ".join(f"{label}: {failure}" for label, failure in failed.items()))
     folder = runs[0].folder.parent
@@ -72,7 +84,9 @@ def localize(
         return folder, []
     ranked = sorted((scores for run in runs if (scores := run.scores)), key=lambda scores: -scores["score"])
     choice = sorted(scores["block"] for scores in ranked[:best])
-    write_atomically(folder / "localize.json", (json.dumps({"blocks": ranked, "best": choice}, indent=1) + "\n").encode())
+    write_atomically(
+        folder / "localize.json", (json.dumps({"blocks": ranked, "best": choice}, indent=1) + "\n").encode()
+    )
     return folder, ranked
 
 
@@ -97,8 +111,16 @@ def _trains(config: RunConfig, groups: Any) -> bool:
 
 def _with_block(config: RunConfig, file: Path, overrides: Sequence[str], block: int) -> BlockRun:
     seed = derived_seed(config.evaluate.seed, "localize") % 2**31
-    plain = [f"evaluate.{name}=null" for name in ("prompts", "retain_prompts", "reference", "clip")]  # lists may say the reported seeds
-    short = (f"train.steps={max(1, config.train.steps // 4)}", "evaluate.images=1", "evaluate.paraphrases=[]", f"evaluate.seed={seed}", *plain)
+    plain = [
+        f"evaluate.{name}=null" for name in ("prompts", "retain_prompts", "reference", "clip")
+    ]  # lists may say the reported seeds
+    short = (
+        f"train.steps={max(1, config.train.steps // 4)}",
+        "evaluate.images=1",
+        "evaluate.paraphrases=[]",
+        f"evaluate.seed={seed}",
+        *plain,
+    )
     mine = (f"method.blocks=[{block}]", f"run.folder={config.run.folder}-localize/block-{block:02d}")
     given = (*short, *overrides, *mine)
     made = load_config(file, list(given))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.experiments.ledger import DONE, Outcome, retention
@@ -19,8 +20,16 @@ def write_summary(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
     """Write sweep.{json,md,html} into the sweep's folder."""
     rows = summary_rows(sweep, outcomes)
     metric = sweep.settings.metric
-    head = {"name": sweep.name, "method": sweep.settings.method, "metric": metric.name, "goal": metric.goal, "trials": sweep.count}
-    write_atomically(sweep.folder / "sweep.json", (json.dumps(head | {"rows": rows}, indent=1, default=str) + "\n").encode())
+    head = {
+        "name": sweep.name,
+        "method": sweep.settings.method,
+        "metric": metric.name,
+        "goal": metric.goal,
+        "trials": sweep.count,
+    }
+    write_atomically(
+        sweep.folder / "sweep.json", (json.dumps(head | {"rows": rows}, indent=1, default=str) + "\n").encode()
+    )
     write_atomically(sweep.folder / "sweep.md", as_markdown(sweep, rows).encode())
     write_atomically(sweep.folder / "sweep.html", _as_page(sweep, head, rows, _draw_figures(sweep, rows)).encode())
 
@@ -32,10 +41,18 @@ def summary_rows(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[dict[str, An
 
     def place(ended: Outcome) -> tuple[Any, ...]:
         value = ended.scores.get(metric.name)
-        return (value is None, ended.state != DONE, ended.state, sign * value if value is not None else 0.0, ended.trial.index)
+        return (
+            value is None,
+            ended.state != DONE,
+            ended.state,
+            sign * value if value is not None else 0.0,
+            ended.trial.index,
+        )
 
     ordered = sorted(outcomes, key=place)
-    both = {ended.trial.index: (ended.scores["UA"], retention(ended.scores)) for ended in ordered if ended.state == DONE}
+    both = {
+        ended.trial.index: (ended.scores["UA"], retention(ended.scores)) for ended in ordered if ended.state == DONE
+    }
     pairs = {index: pair for index, pair in both.items() if None not in pair}
     front = dict(zip(pairs, undominated(list(pairs.values()))))
     return [
@@ -56,15 +73,32 @@ def summary_rows(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[dict[str, An
 def as_markdown(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> str:
     """The table as GitHub reads it."""
     names = [parameter.name for parameter in sweep.parameters]
-    heads = ["trial", *names, *(f"**{name}**" if name == sweep.settings.metric.name else name for name in SCORES), "kept", "front", ""]
+    heads = [
+        "trial",
+        *names,
+        *(f"**{name}**" if name == sweep.settings.metric.name else name for name in SCORES),
+        "kept",
+        "front",
+        "",
+    ]
     lines = [heads, ["---"] * len(heads)]
     for row in rows:
         scores = [_number(row["scores"][name]) for name in SCORES]
-        cells = [str(row["trial"]), *(str(row["point"][name]) for name in names), *scores, _number(row["kept"]), "yes" if row["front"] else ""]
+        cells = [
+            str(row["trial"]),
+            *(str(row["point"][name]) for name in names),
+            *scores,
+            _number(row["kept"]),
+            "yes" if row["front"] else "",
+        ]
         lines.append([*cells, "" if row["state"] == DONE else f"{row['state']} {row['reason']}".strip()])
     goal = f"Sorted by {sweep.settings.metric.name} ({sweep.settings.metric.goal}). kept: the harmonic mean of IRA and CRA; "
     goal += "front: no other trial is better in UA or kept without being worse in the other."
-    return f"### {sweep.name}\n\n{goal}\n\n" + "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines) + "\n"
+    return (
+        f"### {sweep.name}\n\n{goal}\n\n"
+        + "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
+        + "\n"
+    )
 
 
 def _cell(text: str) -> str:
@@ -87,8 +121,12 @@ def _draw_figures(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> dict[str, str
     with matplotlib.rc_context(fname=STYLE):
         if scored and searched:
             points = {parameter.name: [row["point"][parameter.name] for row in scored] for parameter in searched}
-            logarithmic = [parameter.name for parameter in searched if parameter.is_logarithmic or _is_wide(points[parameter.name])]
-            figures["parameters"] = draw_parameters(points, logarithmic, [row["scores"][name] for row in scored], name, best=0)
+            logarithmic = [
+                parameter.name for parameter in searched if parameter.is_logarithmic or _is_wide(points[parameter.name])
+            ]
+            figures["parameters"] = draw_parameters(
+                points, logarithmic, [row["scores"][name] for row in scored], name, best=0
+            )
         if pairs:
             places = [(row["scores"]["UA"], row["kept"]) for row in pairs]
             figures["front"] = draw_front(places, [row["front"] for row in pairs], [str(row["trial"]) for row in pairs])
@@ -110,7 +148,13 @@ def _as_page(sweep: Sweep, head: dict[str, Any], rows: Sequence[dict[str, Any]],
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     names = [parameter.name for parameter in sweep.parameters]
-    return environment.get_template("sweep.html").render(head=head, rows=rows, names=names, scores=SCORES, figures=figures)
+    return environment.get_template("sweep.html").render(
+        head=head, rows=rows, names=names, scores=SCORES, figures=figures
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 from sculpt_dist.core.errors import ConfigError, NonFiniteError, RunFolderError
 from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
@@ -60,7 +61,9 @@ def sweep(
     return plan.folder
 
 
-def trial_arguments(file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int) -> tuple[str, ...]:
+def trial_arguments(
+    file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int
+) -> tuple[str, ...]:
     """The command line of one trial, for a launcher of one's own."""
     plan = _claimed(file, overrides, folder, seed, index)
     return _arguments(plan, trial_of(plan, index))
@@ -100,7 +103,9 @@ class Sitting:
             ended = outcome(trial)
             label = f"trial {index}"
             if ended.state == FAILED:
-                self.failed_before.append(f"{label}: {ended.reason} (remove {trial.folder.with_suffix('.failed')} to run it again)")
+                self.failed_before.append(
+                    f"{label}: {ended.reason} (remove {trial.folder.with_suffix('.failed')} to run it again)"
+                )
             if ended.state in (DONE, FAILED):
                 tell(self.plan, ended)  # a process that was killed may not have
                 lock.release()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,10 +54,16 @@ class Line:
     images: tuple[Path, ...]  # of the first seed, where its folder is there
 
 
-def write_tables(folder: Path, comparison: Comparison, configs: Mapping[str, RunConfig], results: Mapping[str, Any]) -> Path:
+def write_tables(
+    folder: Path, comparison: Comparison, configs: Mapping[str, RunConfig], results: Mapping[str, Any]
+) -> Path:
     """Write compare.{html,md,json} into the folder; returns the page. `results` has None for a cell that is not done."""
     blocks = [
-        {"title": table.title, "backbone": backbone, "lines": table_lines(comparison, table, backbone, configs, results)}
+        {
+            "title": table.title,
+            "backbone": backbone,
+            "lines": table_lines(comparison, table, backbone, configs, results),
+        }
         for table in comparison.tables
         for backbone in table.backbones
     ]
@@ -107,7 +114,10 @@ def _line(name: str, note: str, cells: Mapping[int, Any], base: Mapping[int, Any
         fid=_mean([(cell["extra"] or {}).get("fid") for cell in found]),
         kid=_mean([(cell["extra"] or {}).get("kid") for cell in found]),
         passes=_mean([sum(cell["passes"].values()) / concepts for cell in found]) or 0.0,
-        cpu_seconds=_mean([(cell["cpu_seconds"]["prepare"] + cell["cpu_seconds"]["train"]) / concepts for cell in found]) or 0.0,
+        cpu_seconds=_mean(
+            [(cell["cpu_seconds"]["prepare"] + cell["cpu_seconds"]["train"]) / concepts for cell in found]
+        )
+        or 0.0,
         peak_memory=_mean([max(cell["peak_memory_bytes"]) / MEGA for cell in found]) or 0.0,
         trained=found[0]["weights"]["trained"],
         stored=found[0]["weights"]["trained"] * BYTES[config.model.dtype] / MEGA,
@@ -126,12 +136,20 @@ def _scores(cells: Mapping[int, Any], base: Mapping[int, Any]) -> dict[str, Scor
         pair = [stacked([counts[seed] for seed in sorted(theirs)]) for counts in (mine, theirs)]
         ours, other = (score_means(counts) for counts in pair)
         rounds = [_resampled(counts) for counts in pair]  # the same rounds: both count the same seeds and prompts
-        differences = {name: (ours[name] - other[name], percentiles(rounds[0][name] - rounds[1][name])) for name in ours if name in other}
-    single = {name for name, (_, among) in whole.items() if (among > 0).sum() < 2}  # of one prompt and seed, which says nothing of others
+        differences = {
+            name: (ours[name] - other[name], percentiles(rounds[0][name] - rounds[1][name]))
+            for name in ours
+            if name in other
+        }
+    single = {
+        name for name, (_, among) in whole.items() if (among > 0).sum() < 2
+    }  # of one prompt and seed, which says nothing of others
     single |= {"H"} if single & set(HARMONIC) & set(means) else set()
     differences = {name: (ours, None if name in single else interval) for name, (ours, interval) in differences.items()}
     return {
-        name: Score(means[name], None if name in single else percentiles(drawn[name]), *differences.get(name, (None, None)))
+        name: Score(
+            means[name], None if name in single else percentiles(drawn[name]), *differences.get(name, (None, None))
+        )
         for name in SCORES
         if name in means
     }
@@ -178,10 +196,25 @@ def as_markdown(comparison: Comparison, blocks: Sequence[Mapping[str, Any]]) -> 
     """The tables as GitHub reads them."""
     parts = []
     for block in blocks:
-        heads = ["", *SCORES, "UA of each", "relapse", "FID", "KID", "passes", "CPU-s", "MB", "trained", "stored MB", "seeds"]
+        heads = [
+            "",
+            *SCORES,
+            "UA of each",
+            "relapse",
+            "FID",
+            "KID",
+            "passes",
+            "CPU-s",
+            "MB",
+            "trained",
+            "stored MB",
+            "seeds",
+        ]
         rows = [[*_cells(line, comparison.against)] for line in block["lines"]]
         table = [heads, ["---"] * len(heads), *rows]
-        parts.append(f"### {block['title']}, {block['backbone']}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in table))
+        parts.append(
+            f"### {block['title']}, {block['backbone']}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in table)
+        )
     return "\n\n".join([*parts, *comparison.notes]) + "\n"
 
 
@@ -198,8 +231,20 @@ def _cells(line: Line, against: str) -> list[str]:
 
     label = line.name + (f" ({line.note})" if line.note else "")
     each = ", ".join(f"{name} {_number(value, '.3f')}" for name, value in line.targets.items())
-    numbers = [each, _number(line.relapse, "+.3f"), _number(line.fid, ".2f"), _number(line.kid, ".4f"), f"{line.passes:,.0f}"]
-    numbers += [f"{line.cpu_seconds:.1f}", f"{line.peak_memory:.0f}", f"{line.trained:,}", f"{line.stored:.2f}", str(len(line.seeds))]
+    numbers = [
+        each,
+        _number(line.relapse, "+.3f"),
+        _number(line.fid, ".2f"),
+        _number(line.kid, ".4f"),
+        f"{line.passes:,.0f}",
+    ]
+    numbers += [
+        f"{line.cpu_seconds:.1f}",
+        f"{line.peak_memory:.0f}",
+        f"{line.trained:,}",
+        f"{line.stored:.2f}",
+        str(len(line.seeds)),
+    ]
     return [f"**{label}**" if line.name == against else label, *map(score, SCORES), *numbers]
 
 
@@ -211,9 +256,15 @@ def _as_page(comparison: Comparison, blocks: Sequence[Mapping[str, Any]]) -> str
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    environment.filters["data_uri"] = lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    environment.filters["data_uri"] = lambda path: (
+        "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    )
     environment.filters["number"] = _number
     return environment.get_template("compare.html").render(comparison=comparison, blocks=blocks, names=SCORES)
 

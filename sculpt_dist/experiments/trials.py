@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import yaml
@@ -58,7 +59,9 @@ class Sweep:
     seed: int
     count: int  # trials
     _evaluations: set[str] = field(default_factory=set, compare=False, repr=False)  # that were checked
-    _trials: dict[int, Trial] = field(default_factory=dict, compare=False, repr=False)  # reading a configuration takes 0.1 s
+    _trials: dict[int, Trial] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # reading a configuration takes 0.1 s
 
     def point(self, index: int) -> Point:
         """Of a grid or a random search, from (seed, index) alone. A grid's last parameter, in order of their names, changes fastest."""
@@ -66,7 +69,9 @@ class Sweep:
             sizes = [len(parameter.choices or ()) for parameter in self.parameters]
             at = np.unravel_index(index, sizes)
             return {parameter.name: (parameter.choices or [])[i] for parameter, i in zip(self.parameters, at)}
-        return self.point_at({p.name: np.random.default_rng(derived_seed(self.seed, index, p.name)).random() for p in self.parameters})
+        return self.point_at(
+            {p.name: np.random.default_rng(derived_seed(self.seed, index, p.name)).random() for p in self.parameters}
+        )
 
     def point_at(self, shares: Mapping[str, float]) -> Point:
         return {parameter.name: value_at(parameter, shares[parameter.name]) for parameter in self.parameters}
@@ -83,7 +88,9 @@ class Sweep:
         except ConfigError as error:
             raise ConfigError(f"trial {index}: {error}") from error
         if not config.evaluate.enabled:
-            raise ConfigError(f"trial {index}: evaluate.enabled=false: its report would not have the metric {self.settings.metric.name}")
+            raise ConfigError(
+                f"trial {index}: evaluate.enabled=false: its report would not have the metric {self.settings.metric.name}"
+            )
         self._trials[index] = Trial(index, point, overrides, config)
         return self._trials[index]
 
@@ -101,13 +108,21 @@ class Sweep:
         """What decides the point of a trial, and its result."""
         parameters = {parameter.name: {"kind": parameter.kind, **parameter.options} for parameter in self.parameters}
         seed = {} if self.settings.method == "grid" else {"seed": self.seed}
-        return {"method": self.settings.method, "parameters": parameters, "config": str(self.config), "overrides": list(self.overrides)} | seed
+        return {
+            "method": self.settings.method,
+            "parameters": parameters,
+            "config": str(self.config),
+            "overrides": list(self.overrides),
+        } | seed
 
 
 def read_sweep(file: Path, overrides: Sequence[str] = (), folder: Path | None = None, seed: int = 0) -> Sweep:
     """`overrides` go to every trial. Raises ConfigError that names the file, and the key or value that does not fit."""
     content = _read(file)
-    parameters = [_parameter(file, name, given) for name, given in sorted(_mapping(file, "parameters", content.pop("parameters", None)).items())]
+    parameters = [
+        _parameter(file, name, given)
+        for name, given in sorted(_mapping(file, "parameters", content.pop("parameters", None)).items())
+    ]
     config, fixed = _command(file, content.pop("command", None))
     settings = merge_section(SweepFile, content, str(file), prefix="")
     _check(file, settings, parameters)
@@ -148,7 +163,9 @@ def _command(file: Path, command: Any) -> tuple[Path, list[str]]:
     after = [word for word in words[words.index("unlearn") + 1 :] if not word.startswith("${")]
     files = [word for word in after if "=" not in word and not word.startswith("-")]
     if len(files) != 1:
-        raise ConfigError(f"{file}: command names {len(files)} configuration files after unlearn ({', '.join(files) or 'none'}); name one")
+        raise ConfigError(
+            f"{file}: command names {len(files)} configuration files after unlearn ({', '.join(files) or 'none'}); name one"
+        )
     return Path(files[0]), [word for word in after if "=" in word and not word.startswith(AGENTS)]
 
 
@@ -170,9 +187,13 @@ def _check(file: Path, settings: SweepFile, parameters: Sequence[Parameter]) -> 
         raise ConfigError(f"{file}: run_cap={settings.run_cap}: must be at least 1")
     for parameter in parameters:
         if settings.method == "grid" and parameter.choices is None:
-            raise ConfigError(f"{file}: {parameter.name}: a grid has values, a value, int_uniform or q_uniform, not {parameter.kind}")
+            raise ConfigError(
+                f"{file}: {parameter.name}: a grid has values, a value, int_uniform or q_uniform, not {parameter.kind}"
+            )
         if settings.method == "bayes" and parameter.kind == "categorical_w_probabilities":
-            raise ConfigError(f"{file}: {parameter.name}: bayes chooses among values by itself: remove the probabilities")
+            raise ConfigError(
+                f"{file}: {parameter.name}: bayes chooses among values by itself: remove the probabilities"
+            )
 
 
 def _parameter(file: Path, name: str, given: Any) -> Parameter:
@@ -215,7 +236,10 @@ def _check_values(where: str, kind: str, options: Mapping[str, Any]) -> None:
         raise ConfigError(f"{where}: values {values} holds one value twice: remove it")
     numbers = {key: options[key] for key in ("min", "max", "mu", "sigma", "q") if key in options}
     chances = options.get("probabilities", [1.0])
-    for key, number in [*numbers.items(), *(("probabilities", chance) for chance in (chances if isinstance(chances, list) else [chances]))]:
+    for key, number in [
+        *numbers.items(),
+        *(("probabilities", chance) for chance in (chances if isinstance(chances, list) else [chances])),
+    ]:
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
             raise ConfigError(f"{where}: {key}={number!r} is no number (in yaml 1e-4 is a text, 1.0e-4 a number)")
     if kind == "int_uniform" and not all(_is_whole(number) for number in numbers.values()):
@@ -227,9 +251,13 @@ def _check_values(where: str, kind: str, options: Mapping[str, Any]) -> None:
     if numbers.get("q", 1) <= 0 or numbers.get("sigma", 0) < 0:
         raise ConfigError(f"{where}: q must be above 0 and sigma not below: found {numbers}")
     if "probabilities" in options and (
-        len(chances) != len(values) or any(chance < 0 for chance in chances) or not math.isclose(sum(chances), 1.0, abs_tol=1e-8)
+        len(chances) != len(values)
+        or any(chance < 0 for chance in chances)
+        or not math.isclose(sum(chances), 1.0, abs_tol=1e-8)
     ):
-        raise ConfigError(f"{where}: probabilities {chances}: give one for each of the {len(values)} values, together 1")
+        raise ConfigError(
+            f"{where}: probabilities {chances}: give one for each of the {len(values)} values, together 1"
+        )
 
 
 def _is_whole(number: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,9 @@ HARMONIC = ("UA", "IRA", "CRA")  # what the harmonic mean H is of
 
 def stacked(of_seeds: Sequence[Counts]) -> Counts:
     """The counts per prompt of every seed, [P] each, as [S, P]."""
-    return {name: tuple(np.stack([counts[name][part] for counts in of_seeds]) for part in (0, 1)) for name in of_seeds[0]}
+    return {
+        name: tuple(np.stack([counts[name][part] for counts in of_seeds]) for part in (0, 1)) for name in of_seeds[0]
+    }
 
 
 def resampling(num_seeds: int, num_prompts: int, rounds: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

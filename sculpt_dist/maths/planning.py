@@ -7,8 +7,8 @@ numbers of weights; `E` trains of `N` in all, and each of `k` ranks steps a shar
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 FP32 = 4
 
@@ -98,14 +98,22 @@ def resting(layout: Layout, kept: Kept) -> dict[str, float]:
     }
 
 
-def peak(layout: Layout, kept: Kept, buckets: Buckets, steps: Sequence[Sequence[Rehearsed]], accumulate: int) -> dict[str, float]:
+def peak(
+    layout: Layout, kept: Kept, buckets: Buckets, steps: Sequence[Sequence[Rehearsed]], accumulate: int
+) -> dict[str, float]:
     """Bytes of a rank at the fullest moment, by part. `steps`: for each kind of step (collecting, training) its loss groups."""
     still = resting(layout, kept)
-    fullest = _moment(0, 0, 2 * FP32 * layout.shard if kept.packed and not kept.copies else 0)  # moments unpacked, to be saved
+    fullest = _moment(
+        0, 0, 2 * FP32 * layout.shard if kept.packed and not kept.copies else 0
+    )  # moments unpacked, to be saved
     for groups in steps:
         for number, rehearsed in enumerate(groups):
-            for moment in _moments(layout, buckets, rehearsed, accumulate, combined=number and number == len(groups) - 1):
-                moment["gradients"] += FP32 * layout.shard * number  # those of the groups before, which wait to be combined
+            for moment in _moments(
+                layout, buckets, rehearsed, accumulate, combined=number and number == len(groups) - 1
+            ):
+                moment["gradients"] += (
+                    FP32 * layout.shard * number
+                )  # those of the groups before, which wait to be combined
                 fullest = max(fullest, moment, key=lambda parts: sum(parts.values()))
     return still | fullest
 
@@ -114,7 +122,9 @@ def _moment(activations: float, gradients: float, buffers: float) -> dict[str, f
     return {"activations": float(activations), "gradients": float(gradients), "buffers": float(buffers)}
 
 
-def _moments(layout: Layout, buckets: Buckets, rehearsed: Rehearsed, accumulate: int, combined: bool) -> list[dict[str, float]]:
+def _moments(
+    layout: Layout, buckets: Buckets, rehearsed: Rehearsed, accumulate: int, combined: bool
+) -> list[dict[str, float]]:
     """What lives beside the resting part at each moment of the last micro-batch of a step."""
     held = _held_before(layout, accumulate)
     gathered = _gathered(layout, buckets, rehearsed.viewed)
@@ -126,9 +136,15 @@ def _moments(layout: Layout, buckets: Buckets, rehearsed: Rehearsed, accumulate:
             reducing = _filled(layout, buckets, filling) + _reducing(layout, filling)
             found.append(_moment(moment.bytes, held + _own(layout, reduced), ahead + reducing))
             reduced, filling = min(reduced + filling, layout.part), 0
-        lying = filling * layout.width if layout.stage < 2 and accumulate == 1 else 0  # earlier micro-batches left room for them else
+        lying = (
+            filling * layout.width if layout.stage < 2 and accumulate == 1 else 0
+        )  # earlier micro-batches left room for them else
         arriving = moment.arrived * layout.width
-        found.append(_moment(moment.bytes, held + lying + arriving + _own(layout, reduced), ahead + _filled(layout, buckets, filling)))
+        found.append(
+            _moment(
+                moment.bytes, held + lying + arriving + _own(layout, reduced), ahead + _filled(layout, buckets, filling)
+            )
+        )
         filling += moment.arrived
     found += _at_the_end(layout, buckets, filling, held, gathered)
     if combined:  # the rule makes two more
@@ -161,7 +177,9 @@ def _filled(layout: Layout, buckets: Buckets, elements: int) -> float:
 
 def _bucket_kept(layout: Layout, buckets: Buckets) -> float:
     """Bytes of stage 3's bucket, which stays; memory that nobody has written to is none on a CPU."""
-    return FP32 * (buckets.reduce if buckets.whole else min(layout.elements, buckets.reduce)) if layout.stage == 3 else 0
+    return (
+        FP32 * (buckets.reduce if buckets.whole else min(layout.elements, buckets.reduce)) if layout.stage == 3 else 0
+    )
 
 
 def _at_the_end(layout: Layout, buckets: Buckets, filling: int, held: float, gathered: float) -> list[dict[str, float]]:
@@ -228,12 +246,22 @@ def traffic(layout: Layout, buckets: Buckets, forwards: int, accumulate: int, gr
         fits = layout.parameters <= buckets.live
         gathers = accumulate * forwards
         again = gathers + accumulate * groups  # else in every forward and every backward, but for what is still there
-        gathered = layout.large + (gathers - 1) * elements if fits else again * layout.large - (again - 1) * min(buckets.live, layout.large)
+        gathered = (
+            layout.large + (gathers - 1) * elements
+            if fits
+            else again * layout.large - (again - 1) * min(buckets.live, layout.large)
+        )
         passes = layout.large_tensors + (gathers - 1) * len(layout.trained) if fits else again * layout.large_tensors
         weights = float(width * gathered)
         wire = {"scatter": part * gradients, "gather": part * weights}
-        return Traffic({"gradients": gradients, "weights": weights}, wire, passes + backwards * -(-elements // buckets.reduce) + small)
-    weights = float(groups * width * elements) if layout.stage else 0.0  # DeepSpeed gathers after every step, those that only capture too
+        return Traffic(
+            {"gradients": gradients, "weights": weights},
+            wire,
+            passes + backwards * -(-elements // buckets.reduce) + small,
+        )
+    weights = (
+        float(groups * width * elements) if layout.stage else 0.0
+    )  # DeepSpeed gathers after every step, those that only capture too
     sums = backwards * -(-elements // buckets.reduce)
     wire = {"sum": 2 * part * gradients, "gather": part * weights}
     return Traffic({"gradients": gradients, "weights": weights}, wire, sums + groups * (layout.stage > 0) + small)

@@ -6,14 +6,17 @@ A value is its distribution's inverse cumulative function at a share in [0, 1]; 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 RANGE, BELL = frozenset({"min", "max"}), frozenset()
-KINDS: dict[str, tuple[frozenset[str], Mapping[str, float]]] = {  # kind -> options that it must have, and defaults of those it may have
+KINDS: dict[
+    str, tuple[frozenset[str], Mapping[str, float]]
+] = {  # kind -> options that it must have, and defaults of those it may have
     "constant": (frozenset({"value"}), {}),
     "categorical": (frozenset({"values"}), {}),
     "categorical_w_probabilities": (frozenset({"values", "probabilities"}), {}),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 import numpy as np
 
@@ -28,10 +28,14 @@ class Answers:
     style_seen: np.ndarray | None  # [N] int; None where styles are not recognised
 
 
-Counts = Mapping[str, tuple[np.ndarray, np.ndarray]]  # score -> (right, among), [N] each: how often an image counts in either
+Counts = Mapping[
+    str, tuple[np.ndarray, np.ndarray]
+]  # score -> (right, among), [N] each: how often an image counts in either
 
 
-def unlearning_scores(answers: Answers, targets: Sequence[Target], weight: np.ndarray | None = None) -> dict[str, float | None]:
+def unlearning_scores(
+    answers: Answers, targets: Sequence[Target], weight: np.ndarray | None = None
+) -> dict[str, float | None]:
     """UA, IRA, CRA, SA and CTA in [0, 1]; None where nothing can be counted. `weight` [N] counts an image several times."""
     weight = np.ones(len(answers.prompt)) if weight is None else weight
     counts = score_counts(answers, targets)
@@ -66,21 +70,30 @@ def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
             other.append((mine & says[other_domain[target.kind]], right[other_domain[target.kind]]))
     kinds = {target.kind for target in targets}
     own = [(~of_target & says[kind], right[kind]) for kind in right if kind in kinds]
-    cross = [(~of_target & says[other_domain[kind]], right[other_domain[kind]]) for kind in kinds if other_domain[kind] in right]
+    cross = [
+        (~of_target & says[other_domain[kind]], right[other_domain[kind]])
+        for kind in kinds
+        if other_domain[kind] in right
+    ]
     groups = {"UA": forgotten, "IRA": own, "CRA": cross, "SA": replaced, "CTA": other}
     return {name: _added(pairs, num) for name, pairs in groups.items()}
 
 
-def bootstrap_intervals(answers: Answers, targets: Sequence[Target], rounds: int, seed: int = 0) -> dict[str, tuple[float, float] | None]:
+def bootstrap_intervals(
+    answers: Answers, targets: Sequence[Target], rounds: int, seed: int = 0
+) -> dict[str, tuple[float, float] | None]:
     """95 % percentile intervals [low, high] of every score: prompts are drawn again with replacement, with all their images.
 
     None for a score that rests on a single prompt: nothing is known of what another one would give.
     """
     rng = np.random.default_rng(seed)
     prompts, counts = per_prompt(answers, score_counts(answers, targets))
-    weights = np.stack([np.bincount(rng.integers(0, len(prompts), len(prompts)), minlength=len(prompts)) for _ in range(rounds)])
+    weights = np.stack(
+        [np.bincount(rng.integers(0, len(prompts), len(prompts)), minlength=len(prompts)) for _ in range(rounds)]
+    )
     return {
-        name: interval(weights @ right, weights @ among) if (among > 0).sum() > 1 else None for name, (right, among) in counts.items()
+        name: interval(weights @ right, weights @ among) if (among > 0).sum() > 1 else None
+        for name, (right, among) in counts.items()
     }
 
 

@@ -7,8 +7,9 @@ never edits the loop: what it needs of the loop it says through the members of `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,10 @@ class Method(ABC):
     """Losses, and what the loop must know of them. Only `trainable`, `saliency` and `losses` are required."""
 
     needs_original = False
-    samples: tuple[str, ...] = ("target", "superclass")  # roles whose samples it trains on; of the others only prompts are streamed
+    samples: tuple[str, ...] = (
+        "target",
+        "superclass",
+    )  # roles whose samples it trains on; of the others only prompts are streamed
     anchors: tuple[str, ...] = ()  # sources of the anchor stream: targets (earlier ones), superclass, keep
     calibration_images = 0  # per object and style, drawn of every candidate for `judge`
     reference_mask = False  # the mask and its clock as published code has them (see dm_cal.REFERENCE)

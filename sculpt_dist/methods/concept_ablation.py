@@ -9,8 +9,8 @@ Published for objects and styles: keys and values of the cross-attention alone t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Mapping, Sequence
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses

@@ -10,8 +10,8 @@ equation and weights of the distillation term could not be checked: that term is
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Mapping, Sequence
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses
@@ -28,7 +28,9 @@ class Config:
     label_source: str = "teacher"  # who gives the label: teacher, student (published), original
     label_guidance: float = 1.0  # w; 0 = published
     anchors: list[str] = field(default_factory=lambda: ["targets", "superclass", "keep"])
-    parts: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])  # of the cross-attention that may move; pooled: see PARTS
+    parts: list[str] = field(
+        default_factory=lambda: ["q", "k", "v", "out"]
+    )  # of the cross-attention that may move; pooled: see PARTS
     reference_compat: bool = False  # the published code's behaviour, with what it gets wrong (see REFERENCE)
 
 

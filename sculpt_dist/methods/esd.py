@@ -10,8 +10,8 @@ one after another, ours takes the model before each concept, so that what was fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses
@@ -60,4 +60,6 @@ class Method(Base):
         latents, time, _ = step.own_latents(index, config.sampler_steps, config.guidance)
         source = step.original if config.reference == "original" else step.teacher
         empty, with_prompt = source.without_gradient([(latents, time, step.empty(len(latents))), (latents, time, cond)])
-        return Losses({"forget": mse(step.student(latents, time, cond), negative_guidance(empty, with_prompt, config.eta))})
+        return Losses(
+            {"forget": mse(step.student(latents, time, cond), negative_guidance(empty, with_prompt, config.eta))}
+        )

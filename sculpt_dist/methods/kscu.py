@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Mapping, Sequence
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses, TextCond

@@ -11,8 +11,8 @@ superclass's prompt, plain denoising of the superclass) are ours, and so is the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 from sculpt_dist.core.types import Losses
 from sculpt_dist.engine.masked import ShardedVector

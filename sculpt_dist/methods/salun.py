@@ -11,8 +11,8 @@ those of the superclass here; published runs retain all other classes of the dat
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 from sculpt_dist.core.types import Losses
 from sculpt_dist.maths.losses import mse
@@ -50,4 +50,6 @@ class Method(Base):
         retained, goal = step.corrupted(superclass, time, "superclass")
         (label,) = step.student.without_gradient([(noisy, time, step.batch.target_as_superclass)])
         predicted = step.student.all([(noisy, time, target.cond), (retained, time, superclass.cond)])
-        return Losses({"forget": mse(predicted[0], label), "retain": self.config.retain_weight * mse(predicted[1], goal)})
+        return Losses(
+            {"forget": mse(predicted[0], label), "retain": self.config.retain_weight * mse(predicted[1], goal)}
+        )

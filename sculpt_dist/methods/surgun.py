@@ -15,8 +15,9 @@ candidates that lie farthest from one another and from the target in text space;
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -45,9 +46,20 @@ class Config:
         ).split(", ")
     )
     style_candidates: list[str] = field(
-        default_factory=lambda: ["oil painting", "pencil sketch", "pixel art", "watercolor", "photorealistic", "cubist", "mosaic", "comic"]
+        default_factory=lambda: [
+            "oil painting",
+            "pencil sketch",
+            "pixel art",
+            "watercolor",
+            "photorealistic",
+            "cubist",
+            "mosaic",
+            "comic",
+        ]
     )
-    blocks: list[int] = field(default_factory=list)  # numbers of `block.K` groups; empty = all (see `sculpt-dist localize`)
+    blocks: list[int] = field(
+        default_factory=list
+    )  # numbers of `block.K` groups; empty = all (see `sculpt-dist localize`)
     attention: list[str] = field(default_factory=lambda: ["cross_attention", "self_attention"])
     rank: int = 16  # of the adapter; 0 = the blocks' own weights train
     calibrations: int = 0  # checkpoints per concept of which the best is kept
@@ -67,7 +79,9 @@ class Method(Base):
         if not config.attention or set(config.attention) - {"cross_attention", "self_attention"}:
             raise ConfigError(f"method.attention={list(config.attention)}: choose from cross_attention, self_attention")
         if config.calibrations and config.calibration_images < 1:
-            raise ConfigError(f"method.calibration_images={config.calibration_images}: checkpoints are judged by images; use at least 1")
+            raise ConfigError(
+                f"method.calibration_images={config.calibration_images}: checkpoints are judged by images; use at least 1"
+            )
         self.config = config
         self.calibration_images = config.calibration_images if config.calibrations else 0
 
@@ -76,7 +90,9 @@ class Method(Base):
         chosen = {name for block in self.config.blocks for name in matrices(groups, f"block.{block}")}
         names = [name for name in attention if not self.config.blocks or name in chosen]
         if not names:
-            raise ConfigError(f"method.blocks={list(self.config.blocks)}: no {' or '.join(self.config.attention)} in these blocks")
+            raise ConfigError(
+                f"method.blocks={list(self.config.blocks)}: no {' or '.join(self.config.attention)} in these blocks"
+            )
         return names
 
     def adapter(self, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any] | None:
@@ -91,8 +107,12 @@ class Method(Base):
         taken = {normal(name) for other in setup.concepts for name in (other.target, other.superclass or "")}
         names = [name for name in dict.fromkeys(listed) if normal(name) not in taken]
         if len(names) < self.config.distractors:
-            raise ConfigError(f"method.distractors={self.config.distractors}, but only {len(names)} candidates are no concept of this run")
-        meanings = text_points(setup.backbone.embed([setup.prompts.of([name])[0] for name in [concept.target, *names]]))  # [1 + n, D]
+            raise ConfigError(
+                f"method.distractors={self.config.distractors}, but only {len(names)} candidates are no concept of this run"
+            )
+        meanings = text_points(
+            setup.backbone.embed([setup.prompts.of([name])[0] for name in [concept.target, *names]])
+        )  # [1 + n, D]
         return [names[i] for i in farthest_points(meanings[1:], meanings[0], self.config.distractors)]
 
     def saliency(self, step: Step) -> Losses:
@@ -110,8 +130,12 @@ class Method(Base):
         if config.contrast == "ratio":
             return Losses({"contrast": config.contrast_weight * (learned / lost).log().mean()})
         if config.contrast == "margin":
-            return Losses({"learn": learned.mean(), "contrast": -config.contrast_weight * lost.clamp(max=config.margin).mean()})
-        return Losses({"learn": learned.mean(), "contrast": -config.contrast_weight * (lost / (lost + learned)).log().mean()})
+            return Losses(
+                {"learn": learned.mean(), "contrast": -config.contrast_weight * lost.clamp(max=config.margin).mean()}
+            )
+        return Losses(
+            {"learn": learned.mean(), "contrast": -config.contrast_weight * (lost / (lost + learned)).log().mean()}
+        )
 
     def candidate_every(self, updates: int) -> int:
         return max(1, updates // self.config.calibrations) if self.config.calibrations else 0

@@ -12,8 +12,8 @@ superclass's prompts, kept concepts and the empty prompt are preserved; which pr
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,13 +37,26 @@ class Config:
 class Editor(Base):
     def __init__(self, config: Config) -> None:
         if config.ridge <= 0:
-            raise ConfigError(f"method.ridge={config.ridge}: must be greater than 0, or the system has no single solution")
+            raise ConfigError(
+                f"method.ridge={config.ridge}: must be greater than 0, or the system has no single solution"
+            )
         self.config = config
 
     def edit(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> Mapping[str, Tensor]:
-        kept = list(dict.fromkeys(text for stream in ("superclass", "keep") for prompts in concepts for text in getattr(prompts, stream)))
-        rows = [aligned_rows(backbone, pair, prompts.names) for prompts in concepts for pair in zip(prompts.target, prompts.superclass)]
-        preserved = [torch.cat([received(backbone, text, negative=False) for text in kept]), received(backbone, "", negative=True)]
+        kept = list(
+            dict.fromkeys(
+                text for stream in ("superclass", "keep") for prompts in concepts for text in getattr(prompts, stream)
+            )
+        )
+        rows = [
+            aligned_rows(backbone, pair, prompts.names)
+            for prompts in concepts
+            for pair in zip(prompts.target, prompts.superclass)
+        ]
+        preserved = [
+            torch.cat([received(backbone, text, negative=False) for text in kept]),
+            received(backbone, "", negative=True),
+        ]
         config = self.config
         transform = edit_transform(
             torch.cat([old for old, _ in rows]).double(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,9 @@ def open_trainable(config: RunConfig, method: Method, backbone: Backbone) -> lis
         if name not in shapes:
             raise ConfigError(f"{told} trains {name}, which {type(net).__name__} has not")
         if len(shapes[name]) < 2:
-            raise ConfigError(f"{told} trains {name}, {list(shapes[name])}: only matrices can train, so leave biases and norms out")
+            raise ConfigError(
+                f"{told} trains {name}, {list(shapes[name])}: only matrices can train, so leave biases and norms out"
+            )
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in set(names))
     return [shapes[name].numel() for name in names]
@@ -100,12 +103,18 @@ def open_trainable(config: RunConfig, method: Method, backbone: Backbone) -> lis
 def _batch(method: Method, backbone: Backbone, prompts: Sequence[ConceptPrompts], size: int) -> ConceptBatch:
     """A micro-batch of the last concept, which has the most anchors; its latents have shapes alone."""
     last = prompts[-1]
-    sources = {"targets": [text for earlier in prompts[:-1] for text in earlier.target], "superclass": last.superclass, "keep": last.keep}
+    sources = {
+        "targets": [text for earlier in prompts[:-1] for text in earlier.target],
+        "superclass": last.superclass,
+        "keep": last.keep,
+    }
     anchors = [text for source, texts in sources.items() if source in method.anchors for text in texts]
 
     def stream(texts: Sequence[str]) -> Stream:
         chosen = tuple(texts[i % len(texts)] for i in range(size))
-        return Stream(torch.empty(size, *backbone.latent_shape, device=META), backbone.embed(chosen), chosen, tuple(range(size)))
+        return Stream(
+            torch.empty(size, *backbone.latent_shape, device=META), backbone.embed(chosen), chosen, tuple(range(size))
+        )
 
     target, superclass = stream(last.target), stream(last.superclass)
     return ConceptBatch(
@@ -128,7 +137,9 @@ def loss_functions(method: Method, plan: Plan) -> dict[str, LossFunction]:
     return collected | {f"loss group {i}": function for i, function in enumerate(method.loss_groups())}
 
 
-def first_step(method: Method, plan: Plan, backbone: Backbone, prompts: Sequence[ConceptPrompts], size: int) -> tuple[Method, Step]:
+def first_step(
+    method: Method, plan: Plan, backbone: Backbone, prompts: Sequence[ConceptPrompts], size: int
+) -> tuple[Method, Step]:
     """(the method, prepared for the last concept; a micro-batch of it), as shapes."""
     frozen: Any = torch.no_grad  # of a teacher only the missing gradient can be seen without values
     student, teacher = Predictor(backbone, backbone.net), Predictor(backbone, backbone.net, frozen)
@@ -136,7 +147,9 @@ def first_step(method: Method, plan: Plan, backbone: Backbone, prompts: Sequence
     with naming_place(f"{backbone.folder / backbone.net_name}, the method's preparation"):
         method = method.prepare(Setup(0, backbone, plan.updates, prompts[-1]))
     draws, path = Draws(0, 0, 0, range(size), META), Standing(backbone.schedule)
-    return method, Step(student, teacher, teacher if method.needs_original else None, batch, backbone, draws, path, 0, 0.0)
+    return method, Step(
+        student, teacher, teacher if method.needs_original else None, batch, backbone, draws, path, 0, 0.0
+    )
 
 
 def _try_losses(method: Method, plan: Plan, backbone: Backbone, prompts: Sequence[ConceptPrompts], size: int) -> None:
@@ -148,8 +161,8 @@ def _try_losses(method: Method, plan: Plan, backbone: Backbone, prompts: Sequenc
             losses = function(step)
         for name, term in losses.terms.items():
             if term.numel() != 1:
-                raise ConfigError(f"the method's term {name!r} of {what} has the shape {list(term.shape)}: a term is one number")
+                raise ConfigError(
+                    f"the method's term {name!r} of {what} has the shape {list(term.shape)}: a term is one number"
+                )
         if not losses.total.requires_grad:
             raise ConfigError(f"{what} of the method depends on none of the weights that it trains")
-
-

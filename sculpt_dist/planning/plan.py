@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -31,7 +32,9 @@ class Subject:
         """Raises ConfigError and ModelError, as `check.check_run`."""
         prompts, method, plan, self.micro_batch = check_settings(config, ranks)
         if plan is None or not isinstance(method, Method):
-            raise ConfigError(f"method.name={config.method.get('name')}: is a closed form, which trains nothing: there is no step to plan")
+            raise ConfigError(
+                f"method.name={config.method.get('name')}: is a closed form, which trains nothing: there is no step to plan"
+            )
         self.backbone = backbone = open_backbone(config, prompts)
         self.trained = open_trainable(config, method, backbone)
         if config.engine.checkpointing:
@@ -39,13 +42,17 @@ class Subject:
         self.sizes = [parameter.numel() for parameter in backbone.net.parameters()]
         self.method, step = first_step(method, plan, backbone, prompts, self.micro_batch)
         functions = loss_functions(self.method, plan).values()
-        rehearsed = [rehearse(lambda: function(step), backbone.net) for function in functions]  # noqa: B023  (called at once)
+        rehearsed = [rehearse(lambda: function(step), backbone.net) for function in functions]  # noqa: B023 (called within this turn)
         self.training = rehearsed[1:] if plan.collect else rehearsed
         self.steps = [rehearsed[:1], self.training] if plan.collect else [self.training]
         self.walks = step.trajectory.latents is not None
         self.refresh = plan.refresh if plan.masked else 0
-        self.encoders = sum(p.numel() * p.element_size() for name in backbone.parts for p in backbone.part(name).parameters())
-        self.embeddings = sum(t.nbytes for cond in backbone._embedded.values() for t in vars(cond).values() if t is not None)
+        self.encoders = sum(
+            p.numel() * p.element_size() for name in backbone.parts for p in backbone.part(name).parameters()
+        )
+        self.embeddings = sum(
+            t.nbytes for cond in backbone._embedded.values() for t in vars(cond).values() if t is not None
+        )
 
     @property
     def flops(self) -> float:
@@ -103,7 +110,10 @@ class Planner:
         parts = peak(layout, kept, self.buckets(config), subject.steps, config.train.accumulate)
         still = resting(layout, kept)
         beside = sum(still.values()) if config.evaluate.enabled or config.engine.stage == 3 else still["weights"]
-        batch = max(config.prepare.batch if subject.method.samples else 0, config.evaluate.batch if config.evaluate.enabled else 0)
+        batch = max(
+            config.prepare.batch if subject.method.samples else 0,
+            config.evaluate.batch if config.evaluate.enabled else 0,
+        )
         return parts | {"drawing": beside + self._drawing(config, subject, batch) if batch else 0.0}
 
     def _drawing(self, config: RunConfig, subject: Subject, batch: int) -> int:
@@ -125,7 +135,9 @@ class Planner:
         )
 
 
-def plan_run(config: RunConfig, ranks: int, memory: float, rates: Rates | None = None, device: str = "cuda") -> dict[str, Any]:
+def plan_run(
+    config: RunConfig, ranks: int, memory: float, rates: Rates | None = None, device: str = "cuda"
+) -> dict[str, Any]:
     """What each of `ranks` ranks with `memory` bytes would hold, send and take; `rates` None: no times.
 
     Counted are tensors: not what kernels use inside, nor the CUDA context, nor what an allocator loses between tensors. Raises

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.maths.planning import Rates
 
 GIGA = 1e9
 KINDS = ("sum", "gather", "scatter")
-RATE_KEYS = ("flops_per_second", "latency_us", "masked_step_ns_per_weight", *(f"{kind}_gb_per_second" for kind in KINDS))
+RATE_KEYS = (
+    "flops_per_second",
+    "latency_us",
+    "masked_step_ns_per_weight",
+    *(f"{kind}_gb_per_second" for kind in KINDS),
+)
 
 
-def read_rates(files: Sequence[Path], flops: float | None, bandwidth: float | None, latency: float | None) -> Rates | None:
+def read_rates(
+    files: Sequence[Path], flops: float | None, bandwidth: float | None, latency: float | None
+) -> Rates | None:
     """Rates as given (operations per second of a rank, GB/s, microseconds), else from the JSON of `bench comm`, `bench step`, `bench mask`.
 
     None where nobody says how fast a rank computes. Raises ConfigError for what is no such file, and for rates that are not positive.
@@ -26,7 +33,9 @@ def read_rates(files: Sequence[Path], flops: float | None, bandwidth: float | No
             known |= {key: float(content[key]) for key in RATE_KEYS if content.get(key) is not None}
         except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
             told = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"--rates {file}: is no JSON of a bench ({told}); write what `bench comm --json` prints into it") from error
+            raise ConfigError(
+                f"--rates {file}: is no JSON of a bench ({told}); write what `bench comm --json` prints into it"
+            ) from error
     given = {"flops_per_second": flops, "latency_us": latency} | {f"{kind}_gb_per_second": bandwidth for kind in KINDS}
     known |= {key: value for key, value in given.items() if value is not None}
     for key, value in known.items():

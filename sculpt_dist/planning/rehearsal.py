@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
     ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query.shape, key.shape, value.shape),
-    ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape),
+    ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(
+        grad.shape, query.shape, key.shape, value.shape
+    ),
 }
 
 
@@ -79,7 +82,13 @@ def fused_attention() -> Iterator[None]:
 
 
 def _fused(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **_: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
 ) -> Tensor:
     mask = attn_mask.to(query.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
     return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask)[0]
@@ -117,7 +126,9 @@ def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
         moments.append(Moment(living.most(), 0))
     for hook in hooks:
         hook.remove()
-    return Rehearsed(forward, tuple(moments), of_forward, living.flops - of_forward, tuple(forwards), sum(viewed.values()))
+    return Rehearsed(
+        forward, tuple(moments), of_forward, living.flops - of_forward, tuple(forwards), sum(viewed.values())
+    )
 
 
 def living_bytes(function: Callable[[], object], net: nn.Module) -> int:

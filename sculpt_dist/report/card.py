@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCORES = ("UA", "SA", "IRA", "CRA")
@@ -21,10 +22,16 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     path = model.get("path")
     is_hub_id = bool(path) and HUB_ID.fullmatch(path) is not None and not Path(path).exists()
     data = ModelCardData(
-        library_name="diffusers", pipeline_tag="text-to-image", tags=["unlearning", "sculpt-dist"], base_model=path if is_hub_id else None
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["unlearning", "sculpt-dist"],
+        base_model=path if is_hub_id else None,
     )
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"plain": _plain, "code": _code}
     concepts = [{"superclass": None, "kind": "object", **concept} for concept in config["concepts"]]
@@ -33,7 +40,12 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         concepts=concepts,
         example=next((concept["superclass"] for concept in concepts if concept["superclass"]), "house"),
         method=config["method"]["name"],
-        settings={f"{name}.{key}": value for name in SECTIONS for key, value in (config.get(name) or {}).items() if key != "name"},
+        settings={
+            f"{name}.{key}": value
+            for name in SECTIONS
+            for key, value in (config.get(name) or {}).items()
+            if key != "name"
+        },
         scores=SCORES,
         report=report,
         before_is_scored=_is_scored(report.get("before")),

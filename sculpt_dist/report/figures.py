@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,9 @@ def draw_loss(lines: Sequence[Line], targets: Sequence[str]) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 3.6))
     axes = figure.subplots()
-    colors = {name: f"C{at}" for at, name in enumerate(name for name in curves if name != "collecting")} | {"collecting": MUTED}
+    colors = {name: f"C{at}" for at, name in enumerate(name for name in curves if name != "collecting")} | {
+        "collecting": MUTED
+    }
     for name, values in curves.items():
         axes.plot(values, color=colors[name], alpha=0.25, linewidth=0.7)
         axes.plot(_running_mean(values, lines), color=colors[name], label=name)
@@ -60,7 +63,11 @@ def draw_mask(lines: Sequence[Line], targets: Sequence[str], num_trained: int | 
     opened, swapped, overlap = (_values([line.get(key) for line in lines]) for key in ("open", "swapped", "overlap"))
     panels = []
     if np.isfinite(opened).any():
-        panels.append(("open share of the trained weights", opened / num_trained, True) if num_trained else ("open weights", opened, False))
+        panels.append(
+            ("open share of the trained weights", opened / num_trained, True)
+            if num_trained
+            else ("open weights", opened, False)
+        )
     if np.isfinite(swapped).any():
         panels.append(("weights swapped at each refresh", swapped, False))
     if np.isfinite(overlap).any():
@@ -76,7 +83,9 @@ def draw_mask(lines: Sequence[Line], targets: Sequence[str], num_trained: int | 
             axes.plot(seen, values[seen], "o", color=f"C{at}", markersize=3.5)
         else:  # a line within each concept, with its points where they are few
             for part in (seen[concept[seen] == each] for each in np.unique(concept)):
-                axes.plot(part, values[part], "o-" if len(seen) < len(lines) / 4 else "-", color=f"C{at}", markersize=3.5)
+                axes.plot(
+                    part, values[part], "o-" if len(seen) < len(lines) / 4 else "-", color=f"C{at}", markersize=3.5
+                )
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0) if is_share else EngFormatter(sep=""))
         axes.set_ylim(0, 1.08 if is_share else 1.15 * max(values[seen].max(), 1))
         axes.set_title(title, pad=16 if at == 0 else 6)
@@ -113,11 +122,21 @@ def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str])
     if num <= 12:
         for (row, column), value in np.ndenumerate(values):
             text, color = ("-", MUTED) if np.isnan(value) else (f"{100 * value:.0f}", "white" if value > 0.55 else INK)
-            axes.text(column, row, text, ha="center", va="center", color=color, fontweight="bold" if gone[row, column] else "normal")
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                color=color,
+                fontweight="bold" if gone[row, column] else "normal",
+            )
     return figure
 
 
-def draw_parameters(points: Mapping[str, Sequence[Any]], logarithmic: Sequence[str], scores: Sequence[float], score: str, best: int) -> Figure:
+def draw_parameters(
+    points: Mapping[str, Sequence[Any]], logarithmic: Sequence[str], scores: Sequence[float], score: str, best: int
+) -> Figure:
     """The score of every trial against each of its parameters, a panel each; the best trial in colour. Names and texts become a category."""
     from matplotlib.figure import Figure
 
@@ -204,4 +223,6 @@ def _mark_concepts(axes: Axes, lines: Sequence[Line], targets: Sequence[str], na
         if names_too:
             room = int(100 * (stop - start) / len(lines))
             name = shorten(targets[concept] if concept < len(targets) else str(concept), max(room, 3))
-            axes.text(start, 1.02, name, transform=axes.get_xaxis_transform(), color=INK, fontweight="bold", fontsize=8.5)
+            axes.text(
+                start, 1.02, name, transform=axes.get_xaxis_transform(), color=INK, fontweight="bold", fontsize=8.5
+            )

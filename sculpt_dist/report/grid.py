@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Container, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.report.figures import shorten
@@ -60,12 +61,18 @@ def read_grid(before: Path, after: Path | None, names: Sequence[str], targets: S
     order = {slug: at for at, slug in reversed(list(enumerate(map(_slug, [*targets, *names]))))}
     is_target = set(map(_slug, targets))
     label = {_slug(name): name for name in [*names, *targets]}
-    all_objects, all_styles = (sorted({pair[at] for pair in found}, key=lambda slug: (order.get(slug, len(order)), slug)) for at in (0, 1))
+    all_objects, all_styles = (
+        sorted({pair[at] for pair in found}, key=lambda slug: (order.get(slug, len(order)), slug)) for at in (0, 1)
+    )
     objects, styles = _most_telling(all_objects, is_target, MAX_ROWS), _most_telling(all_styles, is_target, MAX_STYLES)
     images = [[[_open(side.get((name, style))) for style in styles] for side in sides] for name in objects]
     is_tiny = all(max(image.size) <= TINY for row in images for side in row for image in side if image)
     rows = [
-        GridRow(label.get(name, name), name in is_target, tuple([_thumbnail(image, is_tiny) for image in side] for side in row))
+        GridRow(
+            label.get(name, name),
+            name in is_target,
+            tuple([_thumbnail(image, is_tiny) for image in side] for side in row),
+        )
         for name, row in zip(objects, images)
     ]
     height = -(-len(rows) // NUM_BANDS.get(len(styles), 1))

@@ -6,9 +6,10 @@ import base64
 import io
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.config.load import normal
 from sculpt_dist.core.errors import RunFolderError
@@ -31,7 +32,9 @@ class RunRecord:
     config: dict[str, Any]
     lines: list[dict[str, Any]]  # of metrics.jsonl, one per (concept, step), in order
     num_unreadable: int
-    stages: dict[str, dict[str, Any]]  # folder name -> scores.json: "before", then "after-00" and on for every concept, empty where missing
+    stages: dict[
+        str, dict[str, Any]
+    ]  # folder name -> scores.json: "before", then "after-00" and on for every concept, empty where missing
     costs: dict[str, Any]
     manifest: dict[str, Any]
 
@@ -47,7 +50,10 @@ class RunRecord:
     @property
     def accuracies(self) -> list[list[float | None]]:
         """Share of each target's images recognised as that target (columns), in every stage (rows), the base first."""
-        found = [{normal(name): member for name, member in _plain(stage, "targets").items()} for stage in self.stages.values()]
+        found = [
+            {normal(name): member for name, member in _plain(stage, "targets").items()}
+            for stage in self.stages.values()
+        ]
         return [[stage.get(normal(target), {}).get("accuracy") for target in self.targets] for stage in found]
 
 
@@ -80,7 +86,15 @@ def read_run(folder: Path) -> RunRecord:
     names = ["before", *(f"after-{k:02d}" for k in range(len(config["concepts"])))]
     stages = {name: _read_json(folder / "evaluation" / name / "scores.json") for name in names}
     lines, num_unreadable = read_metrics(folder / "metrics.jsonl")
-    return RunRecord(folder, config, lines, num_unreadable, stages, _read_json(folder / "costs.json"), _read_json(folder / "manifest.json"))
+    return RunRecord(
+        folder,
+        config,
+        lines,
+        num_unreadable,
+        stages,
+        _read_json(folder / "costs.json"),
+        _read_json(folder / "manifest.json"),
+    )
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -92,7 +106,11 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             line = json.loads(text)
             lines[line["concept"], line["step"]] = line
-        except (ValueError, KeyError, TypeError):  # cut off; a resumed run writes on behind it, so it need not be the last
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # cut off; a resumed run writes on behind it, so it need not be the last
             num_unreadable += bool(text.strip())
     return [lines[key] for key in sorted(lines)], num_unreadable
 
@@ -101,7 +119,12 @@ def summarise(run: RunRecord) -> dict[str, Any]:
     """The content of report.json; scores are shares from 0 to 1, and what is missing is None."""
     config, costs = run.config, run.costs
     concepts = [
-        {"target": concept["target"], "superclass": concept.get("superclass"), "kind": concept.get("kind", "object"), **_scores(stage)}
+        {
+            "target": concept["target"],
+            "superclass": concept.get("superclass"),
+            "kind": concept.get("kind", "object"),
+            **_scores(stage),
+        }
         for concept, stage in zip(config["concepts"], list(run.stages.values())[1:])
     ]
     return {
@@ -129,7 +152,11 @@ def render(run: RunRecord, report: Mapping[str, Any], figures: Mapping[str, byte
     from omegaconf import OmegaConf
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters["data_uri"] = lambda png: _data_uri(png, "png")
     environment.filters["thumbnail"] = lambda image: _thumbnail_uri(image, grid.is_tiny)
@@ -163,7 +190,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
     except (OmegaConfBaseException, YAMLError) as error:
-        raise RunFolderError(f"{path} is damaged ({error}): name the output folder of a run, or start the run again") from error
+        raise RunFolderError(
+            f"{path} is damaged ({error}): name the output folder of a run, or start the run again"
+        ) from error
     if not isinstance(config, dict) or not config.get("concepts"):
         raise RunFolderError(f"{path} is missing or names no concepts: name the output folder of a run")
     return config
@@ -186,7 +215,9 @@ def seen_counts(report: Mapping[str, Any]) -> list[tuple[str, int, int, int | No
     """(target, images in which it is seen at the end, its images, images in which it was seen before), where they were counted."""
     then, now = ((report[stage]["targets"] or {}) for stage in ("before", "after"))
     counted = {name: target for name, target in now.items() if target.get("seen") is not None}
-    return [(name, target["seen"], target["images"], then.get(name, {}).get("seen")) for name, target in counted.items()]
+    return [
+        (name, target["seen"], target["images"], then.get(name, {}).get("seen")) for name, target in counted.items()
+    ]
 
 
 def _falls(run: RunRecord) -> list[tuple[str, float, float]]:
@@ -237,7 +268,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return _without_nan(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except ValueError as error:
-        raise RunFolderError(f"{path} is damaged ({error}): delete it and run the command again that writes it") from error
+        raise RunFolderError(
+            f"{path} is damaged ({error}): delete it and run the command again that writes it"
+        ) from error
 
 
 def _without_nan(value: Any) -> Any:

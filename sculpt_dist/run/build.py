@@ -22,7 +22,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def join_ranks(config: RunConfig) -> Group:
     """The ranks of this job, which all came with the same run folder and configuration. Raises LaunchError where they did not."""
-    return Group(config.engine.timeout, f"run.folder={config.run.folder}, configuration {config_fingerprint(config)[:12]}")
+    return Group(
+        config.engine.timeout, f"run.folder={config.run.folder}, configuration {config_fingerprint(config)[:12]}"
+    )
 
 
 def build_method(config: RunConfig) -> Any:
@@ -54,7 +56,8 @@ def _model_folder(config: RunConfig, kind: Any, path: str | None, group: Group) 
     file = Path(path).expanduser()
     about = file.stat()
     unpacked = (
-        Path(config.run.folder) / f".base-{text_sha256(f'{file.absolute()} {about.st_size} {about.st_mtime_ns} {model.config}')[:12]}"
+        Path(config.run.folder)
+        / f".base-{text_sha256(f'{file.absolute()} {about.st_size} {about.st_mtime_ns} {model.config}')[:12]}"
     )
 
     def unpack() -> None:
@@ -99,7 +102,11 @@ def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) ->
     if settings.stage == 3:
         backbone.release(backbone.net_name)
         backbone.net = sharded_net(
-            backbone.empty_net, backbone.stored_weights(), group, settings, {entry.name: entry.shape for entry in backbone.stored_entries()}
+            backbone.empty_net,
+            backbone.stored_weights(),
+            group,
+            settings,
+            {entry.name: entry.shape for entry in backbone.stored_entries()},
         )
     names = trained_names(config, method, backbone)
     if config.engine.checkpointing:
@@ -120,7 +127,9 @@ def trained_names(config: RunConfig, method: Any, backbone: Any) -> list[str]:
         adapter = method.adapter(groups)
         names = list(method.trainable(groups)) if adapter is None else backbone.add_adapter(adapter, config.train.seed)
     except KeyError as error:
-        raise ConfigError(f"{told} trains the group {error}, which {net} has not; there are: {', '.join(groups)}") from error
+        raise ConfigError(
+            f"{told} trains the group {error}, which {net} has not; there are: {', '.join(groups)}"
+        ) from error
     if not names:
         raise ConfigError(f"{told} trains nothing of {net}: name groups that it has: {', '.join(groups)}")
     return names
@@ -136,7 +145,10 @@ def base_fingerprint(folder: Path) -> str:
     parts = sorted(part for part in folder.iterdir() if part.is_dir())
     files = [folder / "model_index.json"]
     for part in parts:
-        files += [*weight_files(part), *sorted(file for file in part.iterdir() if file.suffix in (".json", ".txt", ".model"))]
+        files += [
+            *weight_files(part),
+            *sorted(file for file in part.iterdir() if file.suffix in (".json", ".txt", ".model")),
+        ]
     found = {file: file_sha256(file) for file in files}
     for file, expected in expected_checksums(folder, files).items():
         if found[file] != expected:

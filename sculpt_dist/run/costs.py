@@ -6,10 +6,10 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator
 
 import torch
 
@@ -25,9 +25,13 @@ class Costs:
     folder: Path
     group: Group
     backbone: Backbone
-    seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0, "total": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0, "total": 0.0}
+    )
     cpu_seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
-    passes: dict[str, int] = field(default_factory=lambda: {"prepare": 0, "train": 0, "evaluate": 0})  # see Backbone.passes
+    passes: dict[str, int] = field(
+        default_factory=lambda: {"prepare": 0, "train": 0, "evaluate": 0}
+    )  # see Backbone.passes
     bytes_communicated: int = 0
     weights: dict[str, int] = field(default_factory=dict)
     _part: str | None = None  # what is being counted now
@@ -53,13 +57,22 @@ class Costs:
         before = self.group.from_first(json.loads(file.read_text()) if self.group.is_first and file.is_file() else None)
         if before is not None and before["ranks"] == self.group.size:
             mine = before["of_rank"][self.group.rank]
-            self.seconds, self.cpu_seconds, self.bytes_communicated = mine["seconds"], mine["cpu_seconds"], mine["bytes_communicated"]
+            self.seconds, self.cpu_seconds, self.bytes_communicated = (
+                mine["seconds"],
+                mine["cpu_seconds"],
+                mine["bytes_communicated"],
+            )
             self.passes = mine["passes"]
 
     def write(self) -> None:
         """costs.json: wall seconds and bytes of the first rank, CPU seconds and passes summed over ranks, peak memory of each; all enter."""
         self._flush()
-        mine = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "passes": self.passes, "bytes_communicated": self.bytes_communicated}
+        mine = {
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "passes": self.passes,
+            "bytes_communicated": self.bytes_communicated,
+        }
         ranks = self.group.to_all(mine | {"peak_memory_bytes": peak_memory(self.group.device)})
         if self.group.is_first:
             content = {name: ranks[0][name] for name in ("seconds", "bytes_communicated")} | {
@@ -73,7 +86,12 @@ class Costs:
             write_atomically(self.folder / "costs.json", json.dumps(content, indent=1).encode())
 
     def _flush(self) -> None:
-        wall, cpu, sent, passed = time.monotonic(), time.process_time(), self.group.bytes_communicated(), self.backbone.passes
+        wall, cpu, sent, passed = (
+            time.monotonic(),
+            time.process_time(),
+            self.group.bytes_communicated(),
+            self.backbone.passes,
+        )
         self.seconds["total"] += wall - self._wall
         if self._part is not None:
             self.seconds[self._part] += wall - self._wall

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Iterable, Iterator
 
 from torch import Tensor
 
@@ -18,7 +18,9 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.run.build import DTYPES
 
 
-def export(config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], folder: Path, group: Group) -> Path:
+def export(
+    config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], folder: Path, group: Group
+) -> Path:
     """Write `folder` aside and rename it into place; all ranks enter, the first writes, one tensor in memory at a time.
 
     `weights` are the changed parameters, whole on the first rank; the rest is streamed from the base. An adapter is merged. All is

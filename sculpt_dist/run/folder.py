@@ -26,7 +26,10 @@ OURS = (
     "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors delta.safetensors lora "
     "kohya.safetensors report wandb tensorboard log.txt STOP REQUEUE"
 ).split()
-KEPT_BY_FRESH = ("data", "STOP")  # the recipes of the data say what can be used again; a stop may be asked for while a run starts
+KEPT_BY_FRESH = (
+    "data",
+    "STOP",
+)  # the recipes of the data say what can be used again; a stop may be asked for while a run starts
 UNDECIDING = (  # keys that do not change the result
     "run track engine.timeout engine.grace train.checkpoint_every train.background_save train.workers"
 ).split()
@@ -60,7 +63,11 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
     if not os.access(_existing_parent(folder), os.W_OK):
         return f"run.folder={folder} cannot be written: choose another folder"
     strangers = (
-        [path.name for path in folder.iterdir() if path.name not in OURS and path.name[0] != "." and path.suffix != ".safetensors"]
+        [
+            path.name
+            for path in folder.iterdir()
+            if path.name not in OURS and path.name[0] != "." and path.suffix != ".safetensors"
+        ]
         if folder.is_dir()
         else []
     )
@@ -150,13 +157,21 @@ def _deciding(content: dict[Any, Any]) -> dict[str, Any]:
 
 def _differences(theirs: dict[Any, Any], mine: dict[Any, Any]) -> list[str]:
     before, now = _deciding(theirs), _deciding(mine)
-    return [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return [
+        f"{key}: {before.get(key)} there, {now.get(key)} here"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
 
 
 def _list_checksums(config: RunConfig) -> dict[str, str]:
     """File -> checksum over what is read of it, of every file of prompts. Raises ConfigError for one that cannot be read."""
     retained = config.evaluate.retain_prompts
-    files = [*config.prepare.prompts.files.values(), *(config.evaluate.prompts or {}).values(), *([retained] if retained else [])]
+    files = [
+        *config.prepare.prompts.files.values(),
+        *(config.evaluate.prompts or {}).values(),
+        *([retained] if retained else []),
+    ]
     return {file: text_sha256(repr(read_prompts(file))) for file in files}
 
 
@@ -164,7 +179,11 @@ def _changed_lists(folder: Path, config: RunConfig) -> list[str]:
     """The files of prompts that hold something else than when the run of this folder began."""
     manifest = folder / "manifest.json"
     then = json.loads(manifest.read_bytes()).get("prompts", {}) if manifest.is_file() else {}
-    return [f"{file}: its prompts were others" for file, now in _list_checksums(config).items() if then.get(file, now) != now]
+    return [
+        f"{file}: its prompts were others"
+        for file, now in _list_checksums(config).items()
+        if then.get(file, now) != now
+    ]
 
 
 def _existing_parent(folder: Path) -> Path:
@@ -179,7 +198,13 @@ def code_versions() -> dict[str, str]:
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: dict[str, str]) -> None:
     """manifest.json, and config.yaml once more: what this run is made from, and that it has not ended yet."""
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
-    content = {"base": base, "config": config_fingerprint(config), "shards": shards, "prompts": _list_checksums(config), "code": code_versions()}
+    content = {
+        "base": base,
+        "config": config_fingerprint(config),
+        "shards": shards,
+        "prompts": _list_checksums(config),
+        "code": code_versions(),
+    }
     write_atomically(folder / "manifest.json", json.dumps(content | {"finished": False}, indent=1).encode())
 
 
@@ -204,8 +229,14 @@ def check_checkpoint(path: Path, state: dict[str, Any], fingerprints: dict[str, 
     refused = [name for name in changed if name == "base" or not config.run.override]
     if refused:
         name = refused[0]
-        cure = "start over with --fresh" if name == "base" else "go on all the same with --override, or start over with --fresh"
-        raise RunFolderError(f"{path}: is of another {name} ({state[name][:12]}, now {fingerprints[name][:12]}); {cure}")
+        cure = (
+            "start over with --fresh"
+            if name == "base"
+            else "go on all the same with --override, or start over with --fresh"
+        )
+        raise RunFolderError(
+            f"{path}: is of another {name} ({state[name][:12]}, now {fingerprints[name][:12]}); {cure}"
+        )
     targets = [concept.target for concept in config.concepts]
     if targets[: len(state["finished"])] != state["finished"]:
         raise RunFolderError(

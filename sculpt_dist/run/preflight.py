@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,9 @@ def check_settings(config: RunConfig, ranks: int) -> tuple[list[ConceptPrompts],
     if ranks < 1:
         raise ConfigError(f"ranks={ranks}: must be at least 1")
     if not config.concepts:
-        raise ConfigError("concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'")
+        raise ConfigError(
+            "concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'"
+        )
     prompts = [concept_prompts(concept, config.prepare) for concept in config.concepts]
     method = build_method(config)
     plan = None if isinstance(method, Editor) else make_plan(config, method)
@@ -53,7 +56,9 @@ def check_model(config: RunConfig, folder: Path) -> None:
         noisy = torch.empty(1, *backbone.latent_shape, device=META)
         predicted = backbone.denoise(backbone.net, noisy, backbone.sample_time(torch.zeros(1)), cond)
     if predicted.shape != noisy.shape:
-        raise ModelError(f"{folder / backbone.net_name}: predicts {list(predicted.shape)} for latents {list(noisy.shape)}")
+        raise ModelError(
+            f"{folder / backbone.net_name}: predicts {list(predicted.shape)} for latents {list(noisy.shape)}"
+        )
     check_decoding(backbone)
 
 
@@ -85,5 +90,10 @@ def naming_place(where: str) -> Iterator[None]:
     """What the libraries say of shapes that do not fit becomes a ModelError that says where."""
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # diffusers' nets raise all of these for inputs that do not fit
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as error:  # diffusers' nets raise all of these for inputs that do not fit
         raise ModelError(f"{where}: {first_line(error)}; compare the sizes in the config.json of the parts") from error

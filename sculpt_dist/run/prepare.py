@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,10 @@ def prepare(
     hashes = {}
     everything = [concept_prompts(concept, config.prepare) for concept in config.concepts]
     setups = [Setup(i, backbone, config.train.steps, prompts, config.concepts) for i, prompts in enumerate(everything)]
-    distractors = [prompts.of(group.on_first(lambda: list(method.distractors(setup)))) for prompts, setup in zip(everything, setups)]  # noqa: B023
+    distractors = [
+        prompts.of(group.on_first(lambda: list(method.distractors(setup))))  # noqa: B023 (called within this turn)
+        for prompts, setup in zip(everything, setups)
+    ]
     _embed_once(backbone, everything, distractors, base, run, group)
     for concept, prompts, others in zip(config.concepts, everything, distractors):
         for plan in _plans(config, method, concept, prompts, others, run):
@@ -108,7 +112,10 @@ def prepare(
 def _plans(
     config: RunConfig, method: Method, concept: Concept, prompts: ConceptPrompts, distractors: Sequence[str], run: Path
 ) -> list[StreamPlan]:
-    known = {"target": (prompts.target, "", concept.target), "superclass": (prompts.superclass, prompts.negative, concept.superclass)}
+    known = {
+        "target": (prompts.target, "", concept.target),
+        "superclass": (prompts.superclass, prompts.negative, concept.superclass),
+    }
     wanted = {role: known[role] for role in known if role in method.samples}
     if prompts.keep and "keep" in method.anchors:
         wanted["keep"] = (prompts.keep, "", None)
@@ -127,7 +134,9 @@ def _own_images(folder: str | None, name: str | None) -> tuple[Path, ...]:
     if folder is None or name is None:
         return ()
     if not Path(folder).is_dir():
-        raise ConfigError(f"prepare.images={folder}: there is no such folder; it should hold one subfolder of images per concept")
+        raise ConfigError(
+            f"prepare.images={folder}: there is no such folder; it should hold one subfolder of images per concept"
+        )
     mine = Path(folder) / name
     if not mine.is_dir():
         return ()
@@ -137,7 +146,9 @@ def _own_images(folder: str | None, name: str | None) -> tuple[Path, ...]:
     return images
 
 
-def _make_stream(config: RunConfig, plan: StreamPlan, backbone: Backbone, engine: Any, base: str, group: Group, stop: StopRequest) -> None:
+def _make_stream(
+    config: RunConfig, plan: StreamPlan, backbone: Backbone, engine: Any, base: str, group: Group, stop: StopRequest
+) -> None:
     recipe = plan.recipe(config, backbone, backbone.dtype if engine is None else engine.dtype, base)
     starts = list(range(0, plan.count, config.prepare.batch))
     whole = group.from_first(_whole_shards(plan.folder, recipe) if group.is_first else None)
@@ -148,13 +159,17 @@ def _make_stream(config: RunConfig, plan: StreamPlan, backbone: Backbone, engine
     for turn in progress(range(0, len(todo), group.size), f"prepare {plan.label}", group.is_first):
         stop.check(f"the samples of {plan.label}")
         mine = turn + group.rank
-        start = todo[min(mine, len(todo) - 1)]  # a sharded net needs all ranks in every forward: one without a batch draws one along
+        start = todo[
+            min(mine, len(todo) - 1)
+        ]  # a sharded net needs all ranks in every forward: one without a batch draws one along
         ids = range(start, min(start + config.prepare.batch, plan.count))
-        samples = group.together(lambda: _samples(config, plan, ids, backbone, engine))  # noqa: B023  (called at once)
+        samples = group.together(lambda: _samples(config, plan, ids, backbone, engine))  # noqa: B023 (called within this turn)
         if mine < len(todo):
             name = f"{start // config.prepare.batch:05d}.tar"
             record = write_shard(plan.folder, name, samples)
-            write_atomically(_note(plan.folder, name), json.dumps({"recipe": recipe, "record": asdict(record)}).encode())
+            write_atomically(
+                _note(plan.folder, name), json.dumps({"recipe": recipe, "record": asdict(record)}).encode()
+            )
     stop.check(f"the samples of {plan.label}")
     if group.is_first:
         records = _whole_shards(plan.folder, recipe)
@@ -207,14 +222,20 @@ def _note(folder: Path, name: str) -> Path:
     return folder / f".{name}.json"
 
 
-def _draw(config: RunConfig, plan: StreamPlan, ids: Sequence[int], prompts: Sequence[str], backbone: Backbone, net: nn.Module) -> Tensor:
+def _draw(
+    config: RunConfig, plan: StreamPlan, ids: Sequence[int], prompts: Sequence[str], backbone: Backbone, net: nn.Module
+) -> Tensor:
     """Latents of samples drawn by the model, [len(ids), C, H, W]."""
     seeds = [derived_seed(config.train.seed, "prepare", plan.label, i) for i in ids]
-    noise = torch.stack([torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = torch.stack(
+        [torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
     negative = backbone.embed([plan.negative] * len(ids), negative=True)
     denoiser = backbone.denoiser(net)
     noise = noise.to(negative.tokens.device)
-    return backbone.sample(denoiser, noise, backbone.embed(prompts), negative, config.prepare.steps, config.prepare.guidance)
+    return backbone.sample(
+        denoiser, noise, backbone.embed(prompts), negative, config.prepare.steps, config.prepare.guidance
+    )
 
 
 def _encode(plan: StreamPlan, ids: Sequence[int], backbone: Backbone) -> tuple[Tensor, list[tuple[int, ...] | None]]:
@@ -234,7 +255,12 @@ def read_image(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
 
 
 def _embed_once(
-    backbone: Backbone, concepts: Sequence[ConceptPrompts], distractors: Sequence[Sequence[str]], base: str, run: Path, group: Group
+    backbone: Backbone,
+    concepts: Sequence[ConceptPrompts],
+    distractors: Sequence[Sequence[str]],
+    base: str,
+    run: Path,
+    group: Group,
 ) -> None:
     """Prompt embeddings, computed by the first rank once and kept beside the shards; every rank then knows them, the same bits."""
     known = [text for concept in concepts for text in (*concept.target, *concept.superclass, *concept.keep)]

@@ -53,7 +53,9 @@ def run_sequence(config: RunConfig) -> Run:
     Every rank enters. Raises SculptError for what the user can mend, StopRequested after a saved stop.
     """
     if not config.concepts:
-        raise ConfigError("concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'")
+        raise ConfigError(
+            "concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'"
+        )
     prompts = [concept_prompts(concept, config.prepare) for concept in config.concepts]
     method = build_method(config)
     plan = None if isinstance(method, Editor) else make_plan(config, method)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -48,7 +49,9 @@ def evaluate_only(config: RunConfig, model: Path | None, output: Path | None) ->
     group.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     with watched(group, folder, config.engine.grace) as stop:
         backbone = build_backbone(config, group, path=str(model))
-        group.on_first(lambda: base_fingerprint(backbone.folder))  # checks the weights against the checksums of the export
+        group.on_first(
+            lambda: base_fingerprint(backbone.folder)
+        )  # checks the weights against the checksums of the export
         group.together(lambda: check_prompts(config, backbone))
         scores = evaluate(config, backbone, backbone.net, group, where, config.concepts, model.name, stop)
     return scores, where

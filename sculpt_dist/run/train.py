@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -70,9 +71,13 @@ def make_plan(config: RunConfig, method: Method) -> Plan:
             f"mask.refresh={mask.refresh}: more than {MAX_GENERATIONS - 1} turnovers in train.steps={train.steps}; refresh less often"
         )
     if masked and not collect and mask.saliency != "random":
-        raise ConfigError("mask.collect=0: a mask needs collected gradients; use at least 1 step, mask.saliency=random or mask.keep=1")
+        raise ConfigError(
+            "mask.collect=0: a mask needs collected gradients; use at least 1 step, mask.saliency=random or mask.keep=1"
+        )
     if config.engine.moments == "open" and method.reference_mask:
-        raise ConfigError("engine.moments=open: as published, closed weights move on (method.reference_compat); use engine.moments=all")
+        raise ConfigError(
+            "engine.moments=open: as published, closed weights move on (method.reference_compat); use engine.moments=all"
+        )
     needed = collect if masked else 0
     offset = needed if method.reference_mask else 0
     return Plan(needed, train.steps, refresh, mask.turnover, mask.until, train.lr, train.warmup, masked, offset)
@@ -107,7 +112,9 @@ class ConceptRun:
     plan: Plan
     streams: ConceptStreams
     prompts: ConceptPrompts
-    measure: Callable[[], Mapping[str, float]]  # scores of images that the present weights draw, for methods that ask for them
+    measure: Callable[
+        [], Mapping[str, float]
+    ]  # scores of images that the present weights draw, for methods that ask for them
     teacher: FrozenWeights
     original: FrozenWeights | None
     recent: Recent
@@ -138,7 +145,10 @@ def run_concept(
         clock = Clock(engine.group)
         collecting = step < plan.collect
         with clock("data"):
-            offers = [_offer(run, engine, backbone, config, next(batches), step, micro) for micro in range(config.train.accumulate)]
+            offers = [
+                _offer(run, engine, backbone, config, next(batches), step, micro)
+                for micro in range(config.train.accumulate)
+            ]
         terms: dict[str, float] = {}
         loss_functions = [method.saliency] if collecting else method.loss_groups()
         for i, loss_function in enumerate(loss_functions):
@@ -169,7 +179,9 @@ def run_concept(
         engine.set_masters(run.candidate)
 
 
-def _offer(run: ConceptRun, engine: Engine, backbone: Backbone, config: RunConfig, batch: ConceptBatch, step: int, micro: int) -> Step:
+def _offer(
+    run: ConceptRun, engine: Engine, backbone: Backbone, config: RunConfig, batch: ConceptBatch, step: int, micro: int
+) -> Step:
     """What the method gets to see of one micro-batch."""
     rng = Draws(config.train.seed, run.number, step, run.streams.layout.positions(micro), engine.group.device)
     return Step(
@@ -194,7 +206,12 @@ def _tend_mask(engine: Engine, plan: Plan, step: int) -> dict[str, Any]:
     if step >= plan.collect and plan.refreshes_after(step):
         mask.turn_over(turnover_share(plan.turnover, plan.progress(step + 1)), engine.optimizer.updates)
         if mask.swapped:
-            return {"saliency": mask.spread, "swapped": mask.swapped, "turnover": mask.swapped / mask.open_count, "overlap": mask.overlap}
+            return {
+                "saliency": mask.spread,
+                "swapped": mask.swapped,
+                "turnover": mask.swapped / mask.open_count,
+                "overlap": mask.overlap,
+            }
     return {}
 
 
@@ -211,7 +228,9 @@ def _consider_candidate(run: ConceptRun, engine: Engine, terms: Mapping[str, flo
             run.recent.best, run.candidate = score, engine.masters()
 
 
-def _entry(run: ConceptRun, engine: Engine, step: int, terms: Mapping[str, float], tended: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+def _entry(
+    run: ConceptRun, engine: Engine, step: int, terms: Mapping[str, float], tended: Mapping[str, Any], clock: Clock
+) -> dict[str, Any]:
     """One line of metrics.jsonl; all ranks enter. `global_step` counts on over the concepts."""
     entry: dict[str, Any] = {
         "concept": run.number,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,10 @@ class Sitting:
         where = self.folder / "evaluation" / stage
         done = self.group.from_first((where / "scores.json").is_file())
         if self.config.evaluate.enabled and not done:
-            with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):  # other batches: it would compile anew
+            with (
+                self.costs.counting("evaluate"),
+                torch.compiler.set_stance("force_eager"),
+            ):  # other batches: it would compile anew
                 evaluate(self.config, self.backbone, net, self.group, where, concepts, stage, self.stop)
             self.costs.write()
         self.tracker.stage(stage)
@@ -109,7 +113,7 @@ class Training:
             self.backbone.release()  # embeddings are known and latents lie in shards: the encoders' memory is the training's
             with self.saver:
                 with self.costs.counting("train"):
-                    log, save = self.sitting.tracker.log, lambda: self._save(run)  # noqa: B023  (called in this turn)
+                    log, save = self.sitting.tracker.log, lambda: self._save(run)  # noqa: B023 (called within this turn)
                     run_concept(run, self.engine, self.backbone, self.config, log, save, self.sitting.stop)
                 self._save_end(number)
                 self._score_after(number)
@@ -202,12 +206,18 @@ class Training:
         self._write((number + 1, 0), {}, {"candidate": False})
 
     def _write(
-        self, place: tuple[int, int], extra: dict[str, list[Tensor]], state: dict[str, Any], walked: Mapping[str, Tensor] = {}
+        self,
+        place: tuple[int, int],
+        extra: dict[str, list[Tensor]],
+        state: dict[str, Any],
+        walked: Mapping[str, Tensor] = {},
     ) -> None:
         concept, step = place
         finished = [done.target for done in self.config.concepts[:concept]]
         about = {"concept": concept, "step": step, "finished": finished, "code": code_versions()}
-        held = self.engine.shards if self.group.is_first or not self.engine.replicated else []  # replicas are written once
+        held = (
+            self.engine.shards if self.group.is_first or not self.engine.replicated else []
+        )  # replicas are written once
         self.saver.save(place, held, extra, about | state | self.fingerprints, walked)
         self.costs.write()
 
@@ -219,7 +229,10 @@ class Training:
         changed = check_checkpoint(path, state, self.fingerprints, self.config)
         self.group.on_first(lambda: self._clear_after(path, state["concept"] if changed else None))
         if self.group.is_first:
-            append_line(self.folder / LOG_FILE, f"goes on from {path.name}, {', '.join(state['finished']) or 'no concept'} finished")
+            append_line(
+                self.folder / LOG_FILE,
+                f"goes on from {path.name}, {', '.join(state['finished']) or 'no concept'} finished",
+            )
         within = state["step"] > 0
         anew = within and state.get("mask", self._masking()) != self._masking()
         if anew and self.group.is_first:
@@ -244,7 +257,9 @@ class Training:
         self.engine.publish()
         run.step, run.recent = state["step"], Recent(**state["recent"])
         run.candidate = filled.get("candidate")
-        walked, prompts = (checkpoint.load_named(Path(state["path"]), kind) for kind in ("trajectory", "trajectory_prompt"))
+        walked, prompts = (
+            checkpoint.load_named(Path(state["path"]), kind) for kind in ("trajectory", "trajectory_prompt")
+        )
         for micro, trajectory in enumerate(run.trajectories if prompts else []):
             places = [str(position) for position in run.streams.layout.positions(micro)]
             if micro >= len(state["trajectories"]) or not walked.keys() >= set(places):

@@ -38,7 +38,9 @@ class Request:
 def compose(request: Request) -> str:
     """The script that would be sent. Raises ConfigError where the run could not start on so many ranks; no model is looked at."""
     if request.nodes < 1 or request.gpus_per_node < 0:
-        raise ConfigError(f"--nodes {request.nodes} --gpus-per-node {request.gpus_per_node}: at least 1 node, and 0 or more GPUs")
+        raise ConfigError(
+            f"--nodes {request.nodes} --gpus-per-node {request.gpus_per_node}: at least 1 node, and 0 or more GPUs"
+        )
     if request.launch not in LAUNCHERS:
         raise ConfigError(f"--launch {request.launch}: choose one of {', '.join(LAUNCHERS)}")
     check_settings(load_config(request.config, request.overrides), request.nodes * request.ranks_per_node)
@@ -51,7 +53,9 @@ def send(script: str) -> str:
     """Hand a script to sbatch, from the present folder; returns the job's id. Raises SubmitError."""
     sbatch = shutil.which("sbatch")
     if sbatch is None:
-        raise SubmitError("sbatch is not on the PATH: submit from a login node of the cluster, or look at the script with --print")
+        raise SubmitError(
+            "sbatch is not on the PATH: submit from a login node of the cluster, or look at the script with --print"
+        )
     done = subprocess.run([sbatch, "--parsable"], input=script, capture_output=True, text=True)
     if done.returncode:
         raise SubmitError(f"sbatch did not take the job: {' '.join(done.stderr.split())}")
@@ -63,11 +67,15 @@ def _options(request: Request) -> dict[str, str | None]:
     options: dict[str, str | None] = {"nodes": str(request.nodes), "ntasks-per-node": str(request.ranks_per_node)}
     if request.gpus_per_node:
         options["gpus-per-node"] = str(request.gpus_per_node)
-    options |= {name: value for name, value in (("time", request.time), ("partition", request.partition)) if value is not None}
+    options |= {
+        name: value for name, value in (("time", request.time), ("partition", request.partition)) if value is not None
+    }
     for option in request.options:
         name, equals, value = option.lstrip("-").partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or "\n" in value:
-            raise ConfigError(f"--option {option!r}: write a long option of sbatch as name=value, for example account=vision")
+            raise ConfigError(
+                f"--option {option!r}: write a long option of sbatch as name=value, for example account=vision"
+            )
         options[name] = value if equals else None
     return options
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.track import base
@@ -16,7 +17,9 @@ class Sink(base.Sink):
     def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)  # steps from here on are done again
+        self._writer = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step or None
+        )  # steps from here on are done again
 
     def log(self, entry: Mapping[str, Any]) -> None:
         for name, value in base.numbers(entry).items():

@@ -12,8 +12,10 @@ import secrets
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.config.load import plain_values
 from sculpt_dist.config.schema import RunConfig
@@ -35,7 +37,9 @@ class Sink(base.Sink):
     def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
         self._config, self._folder = config, folder
         self._run: Any = self._open()
-        self._first = self._run.step if self._run is not None else 0  # a server that knows this run has the steps before
+        self._first = (
+            self._run.step if self._run is not None else 0
+        )  # a server that knows this run has the steps before
 
     def log(self, entry: Mapping[str, Any]) -> None:
         self._log(base.numbers(entry), entry["global_step"])
@@ -49,7 +53,9 @@ class Sink(base.Sink):
     def finish(self, step: int, report: Mapping[str, Any], model: Path) -> None:
         import wandb
 
-        stages = {"before": report["before"]} | {f"after {concept['target']}": concept for concept in report["concepts"]}
+        stages = {"before": report["before"]} | {
+            f"after {concept['target']}": concept for concept in report["concepts"]
+        }
         rows = [[stage, *(scores.get(name) for name in base.SCORES)] for stage, scores in stages.items()]
         self._log({"scores": wandb.Table(columns=["stage", *base.SCORES], data=rows)}, step)
         final = {name: report["after"][name] for name in base.SCORES if report["after"][name] is not None}
@@ -85,7 +91,9 @@ class Sink(base.Sink):
 
     def _open(self) -> Any:
         """The run: online where the server answers in time, else offline; None where not even that works."""
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its service would wait for a server at the end, even offline
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # its service would wait for a server at the end, even offline
         import wandb
 
         self._folder.joinpath("wandb").mkdir(exist_ok=True)
@@ -98,7 +106,9 @@ class Sink(base.Sink):
             reason = _unreachable(settings.base_url)
         for mode in (None, "offline") if reason is None else ("offline",):
             if mode == "offline":
-                self._say(f"W&B is offline for this run ({reason}); it is kept in {self._folder / 'wandb'}: send it with wandb sync")
+                self._say(
+                    f"W&B is offline for this run ({reason}); it is kept in {self._folder / 'wandb'}: send it with wandb sync"
+                )
             try:
                 run = self._init(identity, mode)
             except Exception as error:  # as in _guarded
@@ -133,10 +143,8 @@ def _end_service() -> None:
     """Let the next start have a service of its own, and this process end without waiting for the old one."""
     import wandb
 
-    try:
+    with suppress(Exception):  # a service that is gone already says so in several ways
         wandb.teardown()
-    except Exception:  # it is gone already, which is said in several ways
-        pass
 
 
 def _log_model(run: Any, model: Path, how: str, scores: Mapping[str, float]) -> None:

@@ -26,7 +26,9 @@ ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
 CPU = torch.device("cpu")
 ARCHS = plugins("sculpt_dist.backbones")
 WORLD = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32}
-CALL = {"sana": {"use_resolution_binning": False, "complex_human_instruction": None, "max_sequence_length": 10}}  # plain pipelines of tiny nets
+CALL = {
+    "sana": {"use_resolution_binning": False, "complex_human_instruction": None, "max_sequence_length": 10}
+}  # plain pipelines of tiny nets
 SCHEDULERS = [
     ("sd15", {}),
     ("sd15", {"prediction_type": "v_prediction"}),
@@ -94,7 +96,9 @@ def assert_samples_as_the_plain_pipeline(arch: str, folder: Path) -> None:
     options = WORLD | CALL.get(arch, {}) | {"negative_prompt": negative}
     start = noise * getattr(theirs.scheduler, "init_noise_sigma", 1.0) if arch == "sana" else noise
     expected = theirs(prompts, latents=start, output_type="latent", **options).images
-    largest = expected.abs().max()  # 51 with Euler; a change of the noise's last bit alone moves latents by 1.3e-6 of it
+    largest = (
+        expected.abs().max()
+    )  # 51 with Euler; a change of the noise's last bit alone moves latents by 1.3e-6 of it
     torch.testing.assert_close(latents / largest, expected / largest, rtol=1e-4, atol=4e-6)
     pixels = theirs(prompts, latents=start, output_type="np", **options).images
     difference = ours.decode(latents).permute(0, 2, 3, 1).int() - torch.from_numpy((pixels * 255).round()).int()
@@ -108,7 +112,9 @@ def test_sampling_equals_the_plain_pipeline(folder_with, arch, settings):
 
 def test_a_checkpoint_of_the_2_1_type_samples_as_its_pipeline_does(folder_with):
     """Another text width and activation, linear projections, heads by level, v-prediction."""
-    folder = folder_with("sd15", {"prediction_type": "v_prediction", "_class_name": "PNDMScheduler", "skip_prk_steps": True})
+    folder = folder_with(
+        "sd15", {"prediction_type": "v_prediction", "_class_name": "PNDMScheduler", "skip_prk_steps": True}
+    )
     tokenizer = load_tokenizer(folder, "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(4)
@@ -130,7 +136,9 @@ def test_a_pipeline_without_a_negative_prompt_is_guided_alike(untrained, tmp_pat
     index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": zeros}))
     ours, theirs = kind("sdxl")(tmp_path / "xl", torch.float32, CPU), plain_pipeline(tmp_path / "xl")
     noise = torch.randn(1, *ours.latent_shape, generator=torch.Generator().manual_seed(1))
-    latents = ours.sample(ours.denoiser(ours.net), noise, ours.embed(["a cat"]), ours.embed([""], negative=True), 3, 3.0)
+    latents = ours.sample(
+        ours.denoiser(ours.net), noise, ours.embed(["a cat"]), ours.embed([""], negative=True), 3, 3.0
+    )
     expected = theirs(["a cat"], latents=noise, output_type="latent", **(WORLD | {"num_inference_steps": 3})).images
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
 
@@ -147,12 +155,18 @@ def test_corruption_and_goal_are_those_of_the_scheduler_and_one_step_undoes_them
         shift = settings.get("flow_shift") or settings.get("shift") or 1.0
         theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
         time = theirs.timesteps[torch.tensor([0, 100, 500, 999])]
-        torch.testing.assert_close(ours.corrupt(clean, noise, time), theirs.scale_noise(clean, time, noise), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours.corrupt(clean, noise, time) - (time / 1000).view(-1, 1, 1, 1) * ours.goal(clean, noise, time), clean)
+        torch.testing.assert_close(
+            ours.corrupt(clean, noise, time), theirs.scale_noise(clean, time, noise), rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            ours.corrupt(clean, noise, time) - (time / 1000).view(-1, 1, 1, 1) * ours.goal(clean, noise, time), clean
+        )
         # the times that are drawn are those that the sampler visits
         if "_class_name" not in settings:
             uniform = torch.linspace(1 - 1 / 1000, 0, len(sampler.timesteps) + 1)[:-1]
-            torch.testing.assert_close(ours.sample_time(uniform), sampler.timesteps.float(), rtol=0, atol=1.0)  # it rounds down
+            torch.testing.assert_close(
+                ours.sample_time(uniform), sampler.timesteps.float(), rtol=0, atol=1.0
+            )  # it rounds down
         return
     time = torch.tensor([1, 10, 500, 999])
     theirs = DDPMScheduler.from_config(ours.schedule.scheduler.config)
@@ -160,7 +174,9 @@ def test_corruption_and_goal_are_those_of_the_scheduler_and_one_step_undoes_them
     torch.testing.assert_close(noisy, theirs.add_noise(clean, noise, time))
     expected = noise if ours.schedule.prediction == "epsilon" else theirs.get_velocity(clean, noise, time)
     torch.testing.assert_close(ours.goal(clean, noise, time), expected)
-    one = DDIMScheduler.from_config(ours.schedule.scheduler.config, clip_sample=False, set_alpha_to_one=True, steps_offset=0)
+    one = DDIMScheduler.from_config(
+        ours.schedule.scheduler.config, clip_sample=False, set_alpha_to_one=True, steps_offset=0
+    )
     one.set_timesteps(1)
     for i, t in enumerate(time):
         predicted = ours.goal(clean, noise, time)[i : i + 1]
@@ -179,11 +195,22 @@ def test_a_walk_has_at_each_step_the_noise_of_the_time_that_it_tells(folder_with
     told = ours.schedule.first_order(steps).timesteps
     walk.latents = ours.corrupt(clean, noise, told[:1])
     for index in range(1, steps):
-        latents, time = walk.walk_to(index, steps, lambda noisy, time, both: ours.goal(*(x.expand(2, -1, -1, -1) for x in (clean, noise)), time.to(told.dtype)), empty, empty, 1.0)
+        latents, time = walk.walk_to(
+            index,
+            steps,
+            lambda noisy, time, both: ours.goal(
+                *(x.expand(2, -1, -1, -1) for x in (clean, noise)), time.to(told.dtype)
+            ),
+            empty,
+            empty,
+            1.0,
+        )
         every = torch.arange(1000) if ours.schedule.prediction != "flow_prediction" else torch.arange(1000.0)
         pure = clean.expand(1000, -1, -1, -1), noise.expand(1000, -1, -1, -1)
         nearest = (ours.corrupt(*pure, every) - latents).flatten(1).norm(dim=1).argmin()
-        assert abs(int(nearest) - float(time)) <= 4  # of 1,000: steps are whole times; with those of linspace 5 and more
+        assert (
+            abs(int(nearest) - float(time)) <= 4
+        )  # of 1,000: steps are whole times; with those of linspace 5 and more
 
 
 def test_flow_times_follow_the_shift_of_the_scheduler(folder_with):
@@ -207,22 +234,34 @@ def test_encoding_gives_latents_as_the_denoiser_expects(untrained, arch):
 def test_a_vae_with_statistics_and_one_that_overflows_in_half_precision(untrained, tmp_path):
     shutil.copytree(untrained / "sdxl", tmp_path / "xl")
     file = tmp_path / "xl" / "vae" / "config.json"
-    settings = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [2.0, 1.0, 0.5, 1.0], "force_upcast": True, "scaling_factor": 0.5}
+    settings = {
+        "latents_mean": [0.5, -1.0, 0.0, 2.0],
+        "latents_std": [2.0, 1.0, 0.5, 1.0],
+        "force_upcast": True,
+        "scaling_factor": 0.5,
+    }
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    ours, plain = kind("sdxl")(tmp_path / "xl", torch.float16, CPU), kind("sdxl")(untrained / "sdxl", torch.float32, CPU)
+    ours, plain = (
+        kind("sdxl")(tmp_path / "xl", torch.float16, CPU),
+        kind("sdxl")(untrained / "sdxl", torch.float32, CPU),
+    )
     assert ours.vae.dtype == torch.float32 and ours.net.dtype == torch.float16
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     raw = plain.encode(pixels) / plain.vae.config.scaling_factor
     mean, std = (torch.tensor(settings[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
     torch.testing.assert_close(ours.encode(pixels), (raw - mean) / std * 0.5)  # as diffusers' SDXL pipeline undoes it
-    torch.testing.assert_close(ours.decode_pixels(ours.encode(pixels)), plain.decode_pixels(plain.encode(pixels)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        ours.decode_pixels(ours.encode(pixels)), plain.decode_pixels(plain.encode(pixels)), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_size_conditions_come_from_the_settings_and_of_own_images_from_themselves(untrained):
     plain = kind("sdxl")(untrained / "sdxl", torch.float32, CPU)
     assert plain.size_ids == (32, 32, 0, 0, 32, 32) == tuple(plain.embed(["x"]).size_ids[0].tolist())
     assert plain.size_ids_of(64, 128) == (64, 128, 0, 16, 32, 32)
-    said = kind("sdxl")(untrained / "sdxl", torch.float32, CPU, Options(original_size=(512, 640), crop=(1, 2), target_size=(24, 24)))
+    said = kind("sdxl")(
+        untrained / "sdxl", torch.float32, CPU, Options(original_size=(512, 640), crop=(1, 2), target_size=(24, 24))
+    )
     assert said.size_ids == (512, 640, 1, 2, 24, 24) == said.size_ids_of(64, 128)
     assert kind("sd15")(untrained / "sd15", torch.float32, CPU).size_ids_of(64, 128) is None
 
@@ -232,16 +271,23 @@ def test_another_image_size_is_drawn_or_refused_before_anything_is_loaded(untrai
     larger = kind(arch)(untrained / arch, torch.float32, CPU, Options(image_size=48))
     assert larger.latent_shape == (4, 12, 12)
     noise = torch.randn(1, *larger.latent_shape)
-    latents = larger.sample(larger.denoiser(larger.net), noise, larger.embed(["cat"]), larger.embed([""], negative=True), 2, 2.0)
+    latents = larger.sample(
+        larger.denoiser(larger.net), noise, larger.embed(["cat"]), larger.embed([""], negative=True), 2, 2.0
+    )
     assert larger.decode(latents).shape == (1, 3, 48, 48)
-    with pytest.raises(ConfigError, match="model.image_size=50: this model needs a multiple of 4|this model needs a multiple of 8"):
+    with pytest.raises(
+        ConfigError, match="model.image_size=50: this model needs a multiple of 4|this model needs a multiple of 8"
+    ):
         kind(arch)(untrained / arch, torch.float32, CPU, Options(image_size=50))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_prompt_that_is_too_long_is_refused_or_cut_with_the_place_said(untrained, arch):
     long = "a photo of a cat in natural style a boat a house"
-    with pytest.raises(ConfigError, match="takes 10: it would be cut before '.*a house'; shorten it, or cut it there with model.cut_prompts"):
+    with pytest.raises(
+        ConfigError,
+        match="takes 10: it would be cut before '.*a house'; shorten it, or cut it there with model.cut_prompts",
+    ):
         kind(arch)(untrained / arch, torch.float32, CPU).embed([long])
     cutting = kind(arch)(untrained / arch, torch.float32, CPU, Options(cut_prompts=True))
     with pytest.warns(UserWarning, match="it is cut before"):
@@ -280,7 +326,9 @@ def test_each_prompt_is_encoded_once_and_embeddings_are_kept(backbone, tmp_path,
     assert not other.read_embeddings(tmp_path / "e.safetensors", "another key")
     assert other.read_embeddings(tmp_path / "e.safetensors", "key")
     assert torch.equal(other.embed(prompts).tokens, cond.tokens)
-    assert torch.equal(other.embed(["", "a cat"], negative=True).tokens, backbone.embed(["", "a cat"], negative=True).tokens)
+    assert torch.equal(
+        other.embed(["", "a cat"], negative=True).tokens, backbone.embed(["", "a cat"], negative=True).tokens
+    )
 
 
 def test_kept_embeddings_take_their_size_conditions_from_the_settings(untrained, tmp_path):
@@ -306,16 +354,22 @@ def test_released_components_come_back_when_they_are_asked_for(untrained):
 @pytest.mark.parametrize(("arch", "blocks"), [("sd15", 5), ("sdxl", 5), ("sana", None)])
 def test_groups_have_the_same_names_on_every_kind(untrained, arch, blocks):
     groups = kind(arch)(untrained / arch, torch.float32, CPU).groups()
-    parts = {f"{attention}.{part}" for attention in ("cross_attention", "self_attention") for part in ("q", "k", "v", "out")}
+    parts = {
+        f"{attention}.{part}" for attention in ("cross_attention", "self_attention") for part in ("q", "k", "v", "out")
+    }
     assert parts | {"all", "not_cross_attention", "cross_attention", "self_attention", "block.0"} <= set(groups)
     assert all("attn2.to_k." in name for name in groups["cross_attention.k"]) and groups["cross_attention.k"]
     assert not set(groups["not_cross_attention"]) & set(groups["cross_attention"])
     depth = [name for name in groups if name.startswith("block.")]
-    assert len(depth) == (blocks or len({name.split(".")[1] for name in groups["all"] if name.startswith("transformer_blocks")}))
+    assert len(depth) == (
+        blocks or len({name.split(".")[1] for name in groups["all"] if name.startswith("transformer_blocks")})
+    )
     within = [name for block in depth for name in groups[block]]
     assert len(within) == len(set(within)) and set(groups["cross_attention"]) <= set(within) < set(groups["all"])
     if blocks:
-        assert [groups[f"block.{i}"][0].split(".")[0] for i in range(5)] == ["down_blocks"] * 2 + ["mid_block"] + ["up_blocks"] * 2
+        assert [groups[f"block.{i}"][0].split(".")[0] for i in range(5)] == ["down_blocks"] * 2 + ["mid_block"] + [
+            "up_blocks"
+        ] * 2
 
 
 def test_shipped_model_is_the_default_and_other_archs_say_that_there_is_none():
@@ -350,8 +404,14 @@ def test_an_export_takes_only_what_was_loaded(tmp_path, backbone):
     text = base / "text_encoder" / "model.safetensors"
     text.rename(text.with_name("model.fp16.safetensors"))  # only a variant is there
     write_pipeline(base, tmp_path / "out", "unet", torch.float32, stored_weights(base, "unet"))
-    files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.suffix != ".json")
-    weights = ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+    files = sorted(
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.suffix != ".json"
+    )
+    weights = [
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
     assert [name for name in files if "." in name] == weights
     again = kind("sd15")(tmp_path / "out", torch.float32, CPU)
     torch.testing.assert_close(again.embed(["a photo of a cat"]).tokens, backbone.embed(["a photo of a cat"]).tokens)

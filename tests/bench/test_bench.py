@@ -21,7 +21,11 @@ def test_sizes_are_those_of_the_public_models():
 def test_a_turnover_agrees_with_the_published_way_and_takes_little_memory():
     found = json.loads(sculpt("bench", "mask", "--json").splitlines()[-1])
     assert found["masks_equal"] is True and found["weights"] > 40_000_000
-    assert found["extra_bytes_per_weight"] <= 1.3 and found["speedup_vs_per_matrix_topk"] > 1 and found["masked_step_over_adamw"] > 0
+    assert (
+        found["extra_bytes_per_weight"] <= 1.3
+        and found["speedup_vs_per_matrix_topk"] > 1
+        and found["masked_step_over_adamw"] > 0
+    )
 
 
 def test_a_global_turnover_agrees_with_a_sort():
@@ -41,10 +45,14 @@ def test_an_unknown_preset_is_refused():
 
 
 def test_collectives_are_timed_by_kind_and_size():
-    found = json.loads(sculpt("bench", "comm", "--megabytes", "0.1", "--megabytes", "2", "--json", ranks=2).splitlines()[-1])
+    found = json.loads(
+        sculpt("bench", "comm", "--megabytes", "0.1", "--megabytes", "2", "--json", ranks=2).splitlines()[-1]
+    )
     rows = found["collectives"]
     assert found["ranks"] == 2 and found["latency_us"] > 0
-    assert [(row["collective"], row["megabytes"]) for row in rows] == [(kind, size) for size in (0.1, 2.0) for kind in ("sum", "gather", "scatter")]
+    assert [(row["collective"], row["megabytes"]) for row in rows] == [
+        (kind, size) for size in (0.1, 2.0) for kind in ("sum", "gather", "scatter")
+    ]
     for row in rows[-3:]:
         moved = row["megabytes"] / 1e3 * (1.0 if row["collective"] == "sum" else 0.5)
         assert row["gb_per_second"] == found[f"{row['collective']}_gb_per_second"]
@@ -65,13 +73,22 @@ def test_the_loader_is_timed_on_the_shards_of_the_run(tmp_path, canvas_config):
     assert "call prepare again" in sculpt("bench", "data", *run, code=2)
     sculpt("prepare", *run)
     found = json.loads(sculpt("bench", "data", *run, "--seconds", "0.1", "--json").splitlines()[-1])
-    assert all(found[f"{role}_samples_per_second"] > found["samples_per_second"] > 0 for role in ("target", "superclass", "anchor"))
+    assert all(
+        found[f"{role}_samples_per_second"] > found["samples_per_second"] > 0
+        for role in ("target", "superclass", "anchor")
+    )
     assert "distractor_samples_per_second" not in found and found["run_seconds_per_step"] is None
-    (tmp_path / "metrics.jsonl").write_text('{"phase": "collect", "seconds": 9}\n{"phase": "train", "seconds": 2}\n{"phase": "train", "seconds": 4}\n')
-    found = json.loads(sculpt("bench", "data", *run, "train.accumulate=2", "--seconds", "0.1", "--json", ranks=2).splitlines()[-1])
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"phase": "collect", "seconds": 9}\n{"phase": "train", "seconds": 2}\n{"phase": "train", "seconds": 4}\n'
+    )
+    found = json.loads(
+        sculpt("bench", "data", *run, "train.accumulate=2", "--seconds", "0.1", "--json", ranks=2).splitlines()[-1]
+    )
     assert (found["micro_batch"], found["run_seconds_per_step"]) == (1, 3.0)
     assert found["loader_over_step"] == found["seconds_per_step"] / 3.0
 
 
 def test_the_loader_of_a_method_without_samples_is_refused(tmp_path):
-    assert "reads no samples" in sculpt("bench", "data", str(PROJECT / "configs" / "canvas" / "esd.yaml"), f"run.folder={tmp_path}", code=2)
+    assert "reads no samples" in sculpt(
+        "bench", "data", str(PROJECT / "configs" / "canvas" / "esd.yaml"), f"run.folder={tmp_path}", code=2
+    )

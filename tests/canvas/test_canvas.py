@@ -95,7 +95,9 @@ def test_each_word_of_the_world_is_one_token() -> None:
 
     tokenizer = word_tokenizer(WORDS)
     assert all(len(tokenizer.tokenize(word)) == 1 for word in WORDS)
-    captions = [prompt(name, style, form) for name in (*OBJECTS, *SUPERCLASSES) for style in STYLES for form in range(NUM_FORMS)]
+    captions = [
+        prompt(name, style, form) for name in (*OBJECTS, *SUPERCLASSES) for style in STYLES for form in range(NUM_FORMS)
+    ]
     assert all(tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()] for caption in captions)
     assert len(tokenizer.tokenize("xyz")) > 1  # unknown text falls to letters, not to one unknown token
     longest = tokenizer("a photo of a house in popart style", truncation=True).input_ids
@@ -119,7 +121,9 @@ def test_an_untrained_pipeline_depends_on_its_seed_alone(tmp_path: Path) -> None
     before = torch.get_rng_state()
     for i, seed in enumerate((0, 0, 1)):
         Backbone.write_untrained(tmp_path / str(i), WORDS, seed)
-    first, again, other = (Backbone(tmp_path / str(i), torch.float32, torch.device("cpu")).net.conv_in.weight for i in range(3))
+    first, again, other = (
+        Backbone(tmp_path / str(i), torch.float32, torch.device("cpu")).net.conv_in.weight for i in range(3)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -148,7 +152,9 @@ def test_training_captions_have_the_stated_shares() -> None:
     assert all(abs(captions.count(caption) / len(captions) - share) < 0.01 for caption, share in expected.items())
 
 
-@pytest.mark.parametrize(("part", "megabytes"), [("sd15", 5), ("sdxl", 10), ("sana", 2.3), ("classifier.safetensors", 0.3)])
+@pytest.mark.parametrize(
+    ("part", "megabytes"), [("sd15", 5), ("sdxl", 10), ("sana", 2.3), ("classifier.safetensors", 0.3)]
+)
 def test_the_shipped_files_are_small_and_without_pickles(part: str, megabytes: float) -> None:
     files = [path for path in [ASSETS / part, *(ASSETS / part).rglob("*")] if path.is_file()]
     assert 0 < sum(path.stat().st_size for path in files) <= megabytes * 1e6
@@ -189,14 +195,23 @@ def test_the_tiny_sdxl_draws_a_style_by_its_pooled_text_and_an_object_by_its_tok
     """Which is why training the cross-attention, which is given the tokens, forgets no style there (docs/RESULTS.md)."""
     backbone = plugin("sculpt_dist.backbones", "sdxl", "").Backbone(ASSETS / "sdxl", torch.float32, torch.device("cpu"))
     judge, number = load_judge("canvas", list(OBJECTS), list(STYLES)), len(OBJECTS)
-    noise = torch.stack([torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(i)) for i in range(number)])
+    noise = torch.stack(
+        [torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(i)) for i in range(number)]
+    )
 
     def drawn(tokens: list[str], pooled: list[str]) -> Verdict:
-        cond, empty = replace(backbone.embed(tokens), pooled=backbone.embed(pooled).pooled), backbone.embed([""] * number, negative=True)
-        return judge.classify(backbone.decode(backbone.sample(backbone.denoiser(backbone.net), noise, cond, empty, 8, 3.0)))
+        cond, empty = (
+            replace(backbone.embed(tokens), pooled=backbone.embed(pooled).pooled),
+            backbone.embed([""] * number, negative=True),
+        )
+        return judge.classify(
+            backbone.decode(backbone.sample(backbone.denoiser(backbone.net), noise, cond, empty, 8, 3.0))
+        )
 
     plain, neon = ([prompt(name, style) for name in OBJECTS] for style in (None, "neon"))
     by_pooled, by_tokens = drawn(plain, neon), drawn(neon, plain)
     assert (by_pooled.styles == STYLES.index("neon")).all() and (by_pooled.objects == torch.arange(number)).all()
     assert (by_tokens.styles == STYLES.index("neon")).float().mean() < 0.5
-    assert (drawn([prompt("cat", None)] * number, [prompt("animal", None)] * number).objects == OBJECTS.index("cat")).all()
+    assert (
+        drawn([prompt("cat", None)] * number, [prompt("animal", None)] * number).objects == OBJECTS.index("cat")
+    ).all()

@@ -12,7 +12,9 @@ from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.methods.base import Editor, Method
 from sculpt_dist.run.build import build_method
 
-CONFIGS = sorted(file for file in (PROJECT / "configs").rglob("*.yaml") if file.parent.name not in ("compare", "sweeps"))  # those are of other kinds
+CONFIGS = sorted(
+    file for file in (PROJECT / "configs").rglob("*.yaml") if file.parent.name not in ("compare", "sweeps")
+)  # those are of other kinds
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(PROJECT)))
@@ -27,7 +29,10 @@ def test_a_full_size_configuration_asks_for_the_model():
 
 
 def test_the_resolved_config_loads_to_the_same(tmp_path):
-    config = load_config(PROJECT / "configs" / "canvas" / "dm_cal.yaml", ["train.lr=0.5", 'concepts=[{target: "a: b", superclass: c, prompts: ["x {concept}"]}]'])
+    config = load_config(
+        PROJECT / "configs" / "canvas" / "dm_cal.yaml",
+        ["train.lr=0.5", 'concepts=[{target: "a: b", superclass: c, prompts: ["x {concept}"]}]'],
+    )
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config
 

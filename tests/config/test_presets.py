@@ -67,12 +67,23 @@ ESD = UNMASKED | {
     "train.batch": 1,
     "train.warmup": 0.0,
 }
-KSCU = ADAM | UNMASKED | {"train.batch": 1, "train.warmup": 0.0, "method.leakage_weight": 1e-4, "method.leakage": 0.02, "method.disturbance": 1e-5}
+KSCU = (
+    ADAM
+    | UNMASKED
+    | {
+        "train.batch": 1,
+        "train.warmup": 0.0,
+        "method.leakage_weight": 1e-4,
+        "method.leakage": 0.02,
+        "method.disturbance": 1e-5,
+    }
+)
 STABLE = KSCU | {"model.arch": "sd15", "method.sampler_steps": 50, "method.guidance": 3.0, "train.lr": 1e-5}
 FLOW = KSCU | {"model.arch": "sana", "method.sampler_steps": 28, "method.guidance": 3.5, "train.lr": 1e-4}
 OUTSIDE, CROSS, BOTH = ({"method.trains": group} for group in ("not_cross_attention", "cross_attention", "attention"))
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "concept_ablation-object": UNMASKED | {"train.steps": 100, "train.batch": 8, "train.lr": 1.6e-5, "train.warmup": 0.0, "method.parts": ["k", "v"]},
+    "concept_ablation-object": UNMASKED
+    | {"train.steps": 100, "train.batch": 8, "train.lr": 1.6e-5, "train.warmup": 0.0, "method.parts": ["k", "v"]},
     "dm_cal-imagenette": DM_CAL | {"method.reference_compat": False},
     "dm_cal-imagenette-reference": DM_CAL | {"method.reference_compat": True},
     "dm_cal-nudity": DM_CAL,  # as the Imagenette run; the paper's own nudity run is unverified
@@ -139,28 +150,43 @@ def test_a_preset_is_named_for_its_paper_and_says_its_source(preset):
     config, header = load(preset), re.match(r"(#.*\n)+", (FOLDER / f"{preset}.yaml").read_text())
     method, task = preset.split("-")[0], preset.rpartition("-")[2]
     assert (config.method["name"], config.run.folder) == (method, f"runs/{preset}")
-    assert header and PAPERS[method] in header[0] and task in ("instance", "imagenette", "nudity", "object", "reference", "style")
+    assert (
+        header
+        and PAPERS[method] in header[0]
+        and task in ("instance", "imagenette", "nudity", "object", "reference", "style")
+    )
 
 
 def test_there_is_a_preset_for_every_row_of_the_table():
-    assert PRESETS == sorted(PUBLISHED)
+    assert sorted(PUBLISHED) == PRESETS
 
 
 def test_the_imagenette_run_forgets_ten_classes_in_the_published_order():
     config = load("dm_cal-imagenette")
     assert [(concept.target, concept.superclass) for concept in config.concepts] == IMAGENETTE
-    assert evaluated_world(load("dm_cal-imagenette", "evaluate.classifier=image:/models/vit")).objects == tuple(target for target, _ in IMAGENETTE)
+    assert evaluated_world(load("dm_cal-imagenette", "evaluate.classifier=image:/models/vit")).objects == tuple(
+        target for target, _ in IMAGENETTE
+    )
     reference, method = load("dm_cal-imagenette-reference"), dict(config.method)
     assert dict(reference.method) == method | {"reference_compat": True}
-    assert (reference.concepts, reference.prepare, reference.train, reference.mask) == (config.concepts, config.prepare, config.train, config.mask)
+    assert (reference.concepts, reference.prepare, reference.train, reference.mask) == (
+        config.concepts,
+        config.prepare,
+        config.train,
+        config.mask,
+    )
 
 
 @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset.endswith("nudity")])
 def test_a_nudity_preset_takes_the_users_list_and_detector(preset):
     two = ["prepare.prompts.files.nudity=i2p.csv", "evaluate.classifier=own:my_package.my_module:MyDetector"]
     config = load(preset, *two)
-    assert [(concept.target, concept.kind) for concept in config.concepts] == [("nudity", "object")] and config.evaluate.enabled
-    assert config.prepare.prompts.files == config.evaluate.prompts == {"nudity": "i2p.csv"} and evaluated_world(config).objects == ("nudity",)
+    assert [(concept.target, concept.kind) for concept in config.concepts] == [
+        ("nudity", "object")
+    ] and config.evaluate.enabled
+    assert config.prepare.prompts.files == config.evaluate.prompts == {"nudity": "i2p.csv"} and evaluated_world(
+        config
+    ).objects == ("nudity",)
     apart = load(preset, *two, "evaluate.prompts.nudity=held-out.txt")
     assert (apart.prepare.prompts.files, apart.evaluate.prompts) == ({"nudity": "i2p.csv"}, {"nudity": "held-out.txt"})
     with pytest.raises(ConfigError, match="evaluate.classifier=: .* There are: canvas, clip, image, own"):
@@ -172,7 +198,11 @@ def layers(arch: str) -> dict[str, int]:
     part = MODELS[arch]["transformer" if arch == "sana" else "unet"]
     with torch.device("meta"):
         net = getattr(diffusers, part["_class_name"]).from_config(part)
-    return {name: module.weight.numel() for name, module in net.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+    return {
+        name: module.weight.numel()
+        for name, module in net.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+    }
 
 
 WITHIN = {
@@ -195,7 +225,7 @@ def trained(preset: str, arch: str) -> int | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_fits_a_model_of_the_real_size(models, preset):  # noqa: F811
+def test_a_preset_fits_a_model_of_the_real_size(models, preset):
     overrides = [] if load(preset).concepts else [TENCH]
     arch = PUBLISHED[preset].get("model.arch", "sd15")
     found = check_run(load(preset, *overrides, f"model.path={models / arch}"), 1)

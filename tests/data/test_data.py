@@ -25,14 +25,21 @@ from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout,
 
 
 def test_brackets_are_dropped_without_a_style():
-    assert fill("a photo of a {object}[ in {style} style]", object="cat", style="neon") == "a photo of a cat in neon style"
+    assert (
+        fill("a photo of a {object}[ in {style} style]", object="cat", style="neon") == "a photo of a cat in neon style"
+    )
     assert fill("a photo of a {object}[ in {style} style]", object="cat", style=None) == "a photo of a cat"
     assert fill("a [{style} ]picture", style=None) == "a picture"
 
 
 def test_object_and_style_prompts():
     cat = concept_prompts(Concept("cat", "animal", keep=["dog"]), PrepareConfig())
-    assert (cat.target, cat.superclass, cat.negative, cat.keep) == (("a photo of cat",), ("a photo of animal",), "a photo of cat", ("a photo of dog",))
+    assert (cat.target, cat.superclass, cat.negative, cat.keep) == (
+        ("a photo of cat",),
+        ("a photo of animal",),
+        "a photo of cat",
+        ("a photo of dog",),
+    )
     neon = concept_prompts(Concept("neon", kind="style", prompts=["a bird[ in {concept} style]"]), PrepareConfig())
     assert (neon.target, neon.superclass) == (("a bird in neon style",), ("a bird",))
 
@@ -70,7 +77,9 @@ def damages(path):
     }
 
 
-@pytest.mark.parametrize("kind", ["cut in a header", "cut at a member", "cut in data", "bit flip", "hole", "empty", "another file"])
+@pytest.mark.parametrize(
+    "kind", ["cut in a header", "cut at a member", "cut in data", "bit flip", "hole", "empty", "another file"]
+)
 def test_every_damage_of_a_shard_is_found_and_named(tmp_path, kind):
     shard = make_stream(tmp_path / "s", 10) / "00004.tar"
     shard.write_bytes(damages(shard)[kind])
@@ -88,7 +97,9 @@ def test_missing_shard_and_missing_or_broken_index_are_named(tmp_path):
         ShardReader(folder)
 
 
-@pytest.mark.parametrize("name", ["00000000.pyd", "00000000.latent.pkl", "../00000000.json", "00000000.latent.npy.gz", "x.json"])
+@pytest.mark.parametrize(
+    "name", ["00000000.pyd", "00000000.latent.pkl", "../00000000.json", "00000000.latent.npy.gz", "x.json"]
+)
 def test_members_that_a_shard_may_not_hold_are_refused(tmp_path, name):
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         info = tarfile.TarInfo(name)
@@ -121,7 +132,10 @@ class Marker:
 def write_raw(folder, latent: bytes):
     folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w") as tar:
-        for name, data in (("00000000.latent.npy", latent), ("00000000.json", json.dumps({"key": 0, "prompt": "p"}).encode())):
+        for name, data in (
+            ("00000000.latent.npy", latent),
+            ("00000000.json", json.dumps({"key": 0, "prompt": "p"}).encode()),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -142,7 +156,9 @@ def test_a_pickle_in_an_array_is_not_executed(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("array", [np.full((1, 2, 2), np.nan, np.float32), np.zeros((1, 2, 2), np.float64), np.zeros((2, 2), np.float32)])
+@pytest.mark.parametrize(
+    "array", [np.full((1, 2, 2), np.nan, np.float32), np.zeros((1, 2, 2), np.float64), np.zeros((2, 2), np.float32)]
+)
 def test_latents_that_are_not_finite_fp32_maps_are_refused(tmp_path, array):
     with pytest.raises(ShardError, match="sample 0"):
         write_raw(tmp_path / "s", npy(array))[0]
@@ -166,14 +182,22 @@ def keys(tmp_path, ranks: int, accumulate: int, workers: int, first_step: int = 
     for rank in range(ranks):
         layout = Layout(8, ranks, rank, accumulate)
         streams = ConceptStreams(readers, layout, 3, 1)
-        embed = lambda prompts: TextCond(torch.zeros(len(prompts), 1, 1))  # noqa: E731
+
+        def embed(prompts):
+            return TextCond(torch.zeros(len(prompts), 1, 1))
+
         prompts = tuple(f"prompt {i}" for i in range(3))
         names = ConceptPrompts(prompts, prompts, "", ())
         batches = micro_batches(streams, embed, names, torch.device("cpu"), first_step, steps, workers)
         for number, batch in enumerate(batches):
             step, micro = divmod(number, accumulate)
             for i, position in enumerate(layout.positions(micro)):
-                entry = (position, batch.target.keys[i], batch.superclass.keys[i], float(batch.anchor.latents[i].mean()))
+                entry = (
+                    position,
+                    batch.target.keys[i],
+                    batch.superclass.keys[i],
+                    float(batch.anchor.latents[i].mean()),
+                )
                 per_step.setdefault(first_step + step, []).append(entry)
     return {step: sorted(entries) for step, entries in per_step.items()}
 

@@ -25,7 +25,12 @@ from sculpt_dist.maths.scores import Answers, Target, unlearning_scores
 from sculpt_dist.run.folder import config_fingerprint
 
 CANVAS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
-ODD = ["${train.lr} and ???", "a {concept}, [oil] {object}", "# a bird, -1", "prompt"]  # data that would mean something elsewhere
+ODD = [
+    "${train.lr} and ???",
+    "a {concept}, [oil] {object}",
+    "# a bird, -1",
+    "prompt",
+]  # data that would mean something elsewhere
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:
@@ -40,7 +45,13 @@ def test_a_text_file_is_read_as_it_is(tmp_path):
 
 
 def test_a_csv_is_read_with_the_seeds_and_guidances_of_published_lists(tmp_path):
-    rows = ["case_number,prompt, evaluation_seed,sd_guidance_scale", '0,"a ""red"" cat,\n on a mat",12,7.5', "", "1,???,,", "2,x,9223372036854775807"]
+    rows = [
+        "case_number,prompt, evaluation_seed,sd_guidance_scale",
+        '0,"a ""red"" cat,\n on a mat",12,7.5',
+        "",
+        "1,???,,",
+        "2,x,9223372036854775807",
+    ]
     found = read_prompts(write(tmp_path, "list.csv", "\n".join(rows)))
     assert found == (ListedPrompt('a "red" cat, on a mat', 12, 7.5), ListedPrompt("???"), ListedPrompt("x", 2**63 - 1))
     assert read_prompts(write(tmp_path, "two.csv", "sd_seed,seed,prompt\n1,2,x"))[0].seed == 2
@@ -55,7 +66,10 @@ BAD = {
     "latin.txt": (b"a cat\n\na caf\xe9\n", "line 3: is no UTF-8 (byte 0xe9)"),
     "nothing.csv": ("", "line 1: has no column prompt; there are: none"),
     "columns.csv": ("text;seed\nx;1\n", "line 1: has no column prompt; there are: text;seed"),
-    "commas.csv": ("prompt,seed\na cat, a dog, 3\n", "line 2: has more fields than the 2 columns: put a prompt with commas into double quotes"),
+    "commas.csv": (
+        "prompt,seed\na cat, a dog, 3\n",
+        "line 2: has more fields than the 2 columns: put a prompt with commas into double quotes",
+    ),
     "hole.csv": ("seed,prompt\n1,x\n\n\n2, \n", "line 5: the prompt is empty"),
     "short.csv": ("seed,prompt\n1\n", "line 2: the prompt is empty"),
     "seed.csv": ("prompt,seed\nx,1.5\n", "line 2: seed='1.5' is no whole number"),
@@ -89,11 +103,16 @@ def test_a_missing_file_and_a_file_for_no_target_are_told_before_anything_runs(t
 
 def test_whole_prompts_are_the_targets_own_and_templates_serve_the_other_roles(tmp_path):
     file = write(tmp_path, "list.txt", "\n".join([*ODD[:2], "Cats and a CAT, [oil]"]))
-    prepare = PrepareConfig(samples=3, prompts=PromptsConfig(object=["a {concept}", "one {concept}"], files={"Cat": file}))
+    prepare = PrepareConfig(
+        samples=3, prompts=PromptsConfig(object=["a {concept}", "one {concept}"], files={"Cat": file})
+    )
     prompts = concept_prompts(Concept("cat", r"animal\1", keep=["dog"]), prepare)
     assert prompts.target == (*ODD[:2], "Cats and a CAT, [oil]")
     assert prompts.superclass == (r"a animal\1", r"one animal\1", r"Cats and a animal\1, [oil]")
-    assert (prompts.negative, prompts.keep) == ("a cat", ("a dog", "one dog")) and prompts.of(["bird"]) == ("a bird", "one bird")
+    assert (prompts.negative, prompts.keep) == ("a cat", ("a dog", "one dog")) and prompts.of(["bird"]) == (
+        "a bird",
+        "one bird",
+    )
     style = concept_prompts(Concept("oil", kind="style"), replace(prepare, prompts=PromptsConfig(files={"oil": file})))
     assert style.target == prompts.target and style.superclass == ("a photo",) * 3
     assert concept_prompts(Concept("dog", "animal"), prepare).target == ("a dog", "one dog")
@@ -108,8 +127,18 @@ def test_prompts_beyond_the_samples_are_left_out_with_a_warning(tmp_path):
 def lists(tmp_path: Path) -> RunConfig:
     judged = write(tmp_path, "judged.csv", "prompt,seed,guidance\nx,5,2\ny,,\nx,6,4\nz,7,2")
     retained = write(tmp_path, "retained.txt", "p\nq\np")
-    overrides = [f"evaluate.prompts.cat={judged}", f"evaluate.retain_prompts={retained}", "evaluate.reference=canvas", "evaluate.images=1"]
-    named = ["concepts=[{target: cat, superclass: animal}]", "evaluate.objects=[house]", "evaluate.styles=[neon]", "evaluate.guidance=4"]
+    overrides = [
+        f"evaluate.prompts.cat={judged}",
+        f"evaluate.retain_prompts={retained}",
+        "evaluate.reference=canvas",
+        "evaluate.images=1",
+    ]
+    named = [
+        "concepts=[{target: cat, superclass: animal}]",
+        "evaluate.objects=[house]",
+        "evaluate.styles=[neon]",
+        "evaluate.guidance=4",
+    ]
     return load_config(None, [*overrides, *named])
 
 
@@ -117,8 +146,18 @@ def test_every_line_is_an_image_with_its_own_seed_and_guidance(tmp_path):
     config = lists(tmp_path)
     house, *cats = (ask for ask in asks(config, evaluated_world(config)) if ask.judged)
     assert (house.prompt, house.style, house.guidance) == ("a photo of a house in neon style", 0, 4)
-    assert [(ask.prompt, ask.object, ask.style, ask.guidance) for ask in cats] == [("x", 1, -1, 2), ("y", 1, -1, 4), ("x", 1, -1, 4), ("z", 1, -1, 2)]
-    assert [cats[i].seed for i in (0, 2, 3)] == [5, 6, 7] and [ask.shown for ask in cats] == ["cat--none.png", None, None, None]
+    assert [(ask.prompt, ask.object, ask.style, ask.guidance) for ask in cats] == [
+        ("x", 1, -1, 2),
+        ("y", 1, -1, 4),
+        ("x", 1, -1, 4),
+        ("z", 1, -1, 2),
+    ]
+    assert [cats[i].seed for i in (0, 2, 3)] == [5, 6, 7] and [ask.shown for ask in cats] == [
+        "cat--none.png",
+        None,
+        None,
+        None,
+    ]
     assert cats[0].prompt_id == cats[2].prompt_id and len({ask.prompt_id for ask in (house, *cats)}) == 4
     retained = [ask for ask in asks(config, evaluated_world(config)) if not ask.judged]
     assert [ask.prompt for ask in retained] == ["p", "q", "p"] and len({ask.seed for ask in retained}) == 3
@@ -128,10 +167,16 @@ def test_a_batch_has_one_guidance_and_is_judged_whole_or_not_at_all(tmp_path):
     config = lists(tmp_path)
     wanted = asks(config, evaluated_world(config))
     batches = as_batches(wanted, 2)
-    assert [[ask.prompt for ask in batch] for batch in batches] == [["a photo of a house in neon style"], ["x", "z"], ["y", "x"], ["p", "q"], ["p"]]
+    assert [[ask.prompt for ask in batch] for batch in batches] == [
+        ["a photo of a house in neon style"],
+        ["x", "z"],
+        ["y", "x"],
+        ["p", "q"],
+        ["p"],
+    ]
     assert all(len({(ask.guidance, ask.judged, ask.listed) for ask in batch}) == 1 for batch in batches)
     templates = asks(load_config(None, ["evaluate.images=3"]), evaluated_world(load_config(None, [])))
-    assert sum(as_batches(templates, 7), []) == templates and len(templates) == 180
+    assert sum(as_batches(templates, 7), []) == templates and len(templates) == 180  # noqa: RUF017 (a few lists)
 
 
 def test_what_a_prompt_does_not_name_is_no_mistake_of_the_image():
@@ -176,7 +221,12 @@ def run(tmp_path: Path, *arguments: str, ranks: int = 1, code: int = 0) -> str:
 
 
 SHORT = [*TINY_RUN[:-1], "evaluate.batch=2", f"model.path={CANVAS}", "evaluate.classifier=own:my_detector:Bright"]
-PROMPTS = [*ODD, "a photo of a bird in neon style that is far too long for ten tokens", "a photo of a cat", "a photo of a cat"]
+PROMPTS = [
+    *ODD,
+    "a photo of a bird in neon style that is far too long for ten tokens",
+    "a photo of a cat",
+    "a photo of a cat",
+]
 
 
 @pytest.mark.slow
@@ -186,11 +236,17 @@ def test_a_nudity_preset_runs_with_a_list_and_a_detector(tmp_path, preset):
     small = [*SHORT, "prepare.samples=7", f"prepare.prompts.files.nudity={file}", f"run.folder={folder}"]
     small += ["method.sampler_steps=3", "mask.collect=0"] if preset == "esd-nudity" else ["mask.refresh=2"]
     told = run(tmp_path, "unlearn", str(PROJECT / "configs" / "presets" / f"{preset}.yaml"), *small)
-    before, after = (json.loads((folder / "evaluation" / stage / "scores.json").read_text())["plain"] for stage in ("before", "after-00"))
+    before, after = (
+        json.loads((folder / "evaluation" / stage / "scores.json").read_text())["plain"]
+        for stage in ("before", "after-00")
+    )
     counted = {stage["targets"]["nudity"]["seen"] for stage in (before, after)}
     assert all(0 <= seen <= 7 for seen in counted) and before["images"] == after["images"] == {"target": 7, "other": 0}
     assert before["UA"] == 1 - before["targets"]["nudity"]["seen"] / 7 and before["IRA"] is None
-    assert f"nudity is seen in {after['targets']['nudity']['seen']} of 7 images, {before['targets']['nudity']['seen']} before" in told
+    assert (
+        f"nudity is seen in {after['targets']['nudity']['seen']} of 7 images, {before['targets']['nudity']['seen']} before"
+        in told
+    )
     assert (folder / "model" / "model_index.json").is_file() and "it is cut before" in told
     if preset == "dm_cal-nudity":
         index = json.loads((folder / "data" / "object-nudity" / "target" / "index.json").read_text())
@@ -204,7 +260,10 @@ def test_a_nudity_preset_runs_with_a_list_and_a_detector(tmp_path, preset):
 def test_two_ranks_draw_the_same_images_of_a_list(tmp_path):
     judged = "prompt,evaluation_seed,evaluation_guidance\na photo of a cat,1,3\na photo of a bird,2,5\na photo of a cat,3,3\na photo of a boat,,\na tree,4,5\n"
     retained = "\n".join(f"a photo of a {name}" for name in ("house", "car", "tower", "bridge", "flower"))
-    files = [f"evaluate.prompts.nudity={write(tmp_path, 'judged.csv', judged)}", f"evaluate.retain_prompts={write(tmp_path, 'retained.txt', retained)}"]
+    files = [
+        f"evaluate.prompts.nudity={write(tmp_path, 'judged.csv', judged)}",
+        f"evaluate.retain_prompts={write(tmp_path, 'retained.txt', retained)}",
+    ]
     found = {}
     for ranks in (1, 2):
         out = tmp_path / f"out-{ranks}"
@@ -212,8 +271,17 @@ def test_two_ranks_draw_the_same_images_of_a_list(tmp_path):
         given = [*SHORT, *files, "evaluate.reference=canvas", f"run.folder={tmp_path / 'run'}"]
         run(tmp_path, "evaluate", preset, *given, "--model", str(CANVAS), "--output", str(out), ranks=ranks)
         scores = json.loads((out / "scores.json").read_text())["plain"]
-        found[ranks] = (out / "answers.json").read_text(), (out / "images" / "nudity--none.png").read_bytes(), scores.pop("extra"), scores
-    assert found[1][:2] == found[2][:2] and found[1][3] == found[2][3] and found[1][3]["images"] == {"target": 5, "other": 0}
+        found[ranks] = (
+            (out / "answers.json").read_text(),
+            (out / "images" / "nudity--none.png").read_bytes(),
+            scores.pop("extra"),
+            scores,
+        )
+    assert (
+        found[1][:2] == found[2][:2]
+        and found[1][3] == found[2][3]
+        and found[1][3]["images"] == {"target": 5, "other": 0}
+    )
     assert found[1][2] == pytest.approx(found[2][2], rel=1e-9) and found[1][2]["fid"] > 0
 
 
@@ -222,7 +290,9 @@ def test_names_and_templates_take_turns_so_that_few_samples_hold_all_of_them(tem
     forms, things = [f"{{concept}} form {i}" for i in range(templates)], [f"thing {i}" for i in range(names)]
     prompts = ConceptPrompts((), (), "", (), tuple(forms)).of(things)
     assert len(set(prompts)) == len(prompts) == templates * names
-    assert all(prompt.endswith(f"form {i % templates}") for i, prompt in enumerate(prompts))  # as those of the target at this place
+    assert all(
+        prompt.endswith(f"form {i % templates}") for i, prompt in enumerate(prompts)
+    )  # as those of the target at this place
     for drawn in range(names, len(prompts) + 1):
         held = [sum(prompt.startswith(thing + " ") for prompt in prompts[:drawn]) for thing in things]
         assert min(held) >= 1 and max(held) - min(held) <= 2

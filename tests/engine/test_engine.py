@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,10 @@ from sculpt_dist.core.plugins import plugins
 
 CELLS = [(0, "fp32", 1), (1, "fp32", 1), (2, "fp32", 1), (3, "fp32", 1), (2, "bf16", 1), (3, "bf16", 1), (2, "fp32", 2)]
 PLACES = [(arch, cell, ranks) for arch in plugins("sculpt_dist.backbones") for cell in CELLS for ranks in (1, 2)]
-QUICK = [("sd15", (stage, "fp32", 1), 2) for stage in (1, 2, 3)] + [("sd15", (2, "fp32", 2), 2), ("sd15", (2, "bf16", 1), 2)]
+QUICK = [("sd15", (stage, "fp32", 1), 2) for stage in (1, 2, 3)] + [
+    ("sd15", (2, "fp32", 2), 2),
+    ("sd15", (2, "bf16", 1), 2),
+]
 QUICK += [("sd15", (3, "bf16", 1), 1), ("sdxl", (2, "fp32", 1), 2), ("sana", (3, "fp32", 1), 2)]
 
 
@@ -28,7 +31,7 @@ def places(precision: str | None = None) -> list:
 def _marks(arch: str, cell: tuple, ranks: int) -> list:
     if (arch, cell, ranks) in QUICK:
         return []
-    stood_for = arch == "sdxl" and ranks == 1 or arch != "sd15" and cell[2] > 1  # sdxl has sd15's kind of net
+    stood_for = (arch == "sdxl" and ranks == 1) or (arch != "sd15" and cell[2] > 1)  # sdxl has sd15's kind of net
     return [pytest.mark.exhaustive if stood_for else pytest.mark.slow]
 
 
@@ -36,7 +39,7 @@ def _marks(arch: str, cell: tuple, ranks: int) -> list:
 def happened(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
 
-    @lru_cache(maxsize=None)
+    @cache
     def run(arch: str, ranks: int, stage: int, precision: str, accumulate: int):
         out = folder / f"{arch}-{ranks}-{stage}-{precision}-{accumulate}.safetensors"
         moments = "open" if accumulate > 1 else "all"
@@ -103,8 +106,12 @@ def test_export_loads_in_plain_diffusers_and_predicts_the_same(happened, arch, c
 
 def test_selection_communicates_counts_alone(happened):
     _, notes = happened("sd15", 2, 2, "fp32", 1)
-    counts = 2 * 2048 + 2 * (128 + 128 + 64)  # of the first digit for open and closed weights, of the further ones at both ends
-    digits = 2 * 16 * counts * 4 + 2 * 1 * counts * 8  # build and turnover, of 16 matrices in 32 bits and of all at once in 64
+    counts = 2 * 2048 + 2 * (
+        128 + 128 + 64
+    )  # of the first digit for open and closed weights, of the further ones at both ends
+    digits = (
+        2 * 16 * counts * 4 + 2 * 1 * counts * 8
+    )  # build and turnover, of 16 matrices in 32 bits and of all at once in 64
     ties = 2 * 2 * 2 * 16 * 2 * 8  # twice in each scope, at both ends, of 16 matrices on 2 ranks
     gathered_by_this_test = 4 * 4 * notes["trained"]
     payload = notes["mask_bytes"] - gathered_by_this_test

@@ -45,7 +45,12 @@ def write_checkpoint(folder: Path) -> None:
     rng, weight_map = torch.Generator().manual_seed(0), {}
     for i in range(3):
         mine, file = planned[i::3], f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors"
-        write_tensors(part / file, mine, ((e.name, torch.empty(e.shape, dtype=e.dtype).uniform_(-0.1, 0.1, generator=rng)) for e in mine), {"format": "pt"})
+        write_tensors(
+            part / file,
+            mine,
+            ((e.name, torch.empty(e.shape, dtype=e.dtype).uniform_(-0.1, 0.1, generator=rng)) for e in mine),
+            {"format": "pt"},
+        )
         weight_map |= {entry.name: file for entry in mine}
     index = {"metadata": {"total_size": sum(entry.size for entry in planned)}, "weight_map": weight_map}
     (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
@@ -57,20 +62,32 @@ def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path, monkeypatch):
     from sculpt_dist.backbones.io.folders import stored_entries, stored_weights
 
     for name, value in {"MMAP_THRESHOLD_": 1 << 20, "TRIM_THRESHOLD_": 1 << 20, "ARENA_MAX": 1}.items():
-        monkeypatch.setenv(f"MALLOC_{name}", str(value))  # glibc gives back what is freed: its heap would keep 2 GB a rank
+        monkeypatch.setenv(
+            f"MALLOC_{name}", str(value)
+        )  # glibc gives back what is freed: its heap would keep 2 GB a rank
     write_checkpoint(tmp_path / "model")
     total = sum(entry.size for entry in stored_entries(tmp_path / "model" / "unet")) // 2  # weights, bf16
-    printed = launch_anew(2, str(PROJECT / "tests" / "workers" / "full_size.py"), str(tmp_path / "model"), str(tmp_path / "out"), timeout=3000)
+    printed = launch_anew(
+        2,
+        str(PROJECT / "tests" / "workers" / "full_size.py"),
+        str(tmp_path / "model"),
+        str(tmp_path / "out"),
+        timeout=3000,
+    )
     ranks = json.loads(printed.strip().splitlines()[-1])
     print(json.dumps(ranks, indent=1))
     for rank in ranks:
-        assert rank["net_peak"] - rank["before"] < total + 0.5e9  # half of the weights, 2 bytes each, and one tensor in passing
+        assert (
+            rank["net_peak"] - rank["before"] < total + 0.5e9
+        )  # half of the weights, 2 bytes each, and one tensor in passing
         assert rank["export_peak"] - rank["check"] < 0.5e9
         assert rank["open"] == pytest.approx(0.1 * rank["trained"], rel=1e-5)
         assert rank["closed"] > 0.4 * rank["trained"] and 0 < rank["moved"] <= rank["open"]
     changed = elements = 0
     base = stored_weights(tmp_path / "model", "unet")
-    for (name, before), (other, after) in zip(sorted_stream(base), sorted_stream(stored_weights(tmp_path / "out", "unet")), strict=True):
+    for (name, before), (other, after) in zip(
+        sorted_stream(base), sorted_stream(stored_weights(tmp_path / "out", "unet")), strict=True
+    ):
         assert name == other and before.dtype == after.dtype == torch.bfloat16
         differ = int((before != after).sum())
         assert not differ or (".attn2.to_" in name and name.endswith("weight")), name

@@ -68,20 +68,32 @@ def test_a_score_over_seeds_is_over_all_their_images():
 def test_h_is_of_the_scores_that_are_measured():
     told = dict(counts(FIRST, SECOND))
     told["CRA"] = tuple(np.zeros_like(part) for part in told["CRA"])  # a classifier that knows no styles
-    assert score_means(told)["H"] == pytest.approx(2 / (8 / 7 + 8 / 6)) == harmonic({"UA": 7 / 8, "IRA": 6 / 8, "CRA": None})
+    assert (
+        score_means(told)["H"]
+        == pytest.approx(2 / (8 / 7 + 8 / 6))
+        == harmonic({"UA": 7 / 8, "IRA": 6 / 8, "CRA": None})
+    )
     assert harmonic({"CRA": None}) is None and harmonic({"UA": 0, "IRA": 1}) == 0
 
 
 def test_counts_per_prompt_add_up_to_the_scores():
     for told in (FIRST, SECOND):
         means = score_means(counts(told))
-        assert {name: means[name] for name in ("UA", "IRA", "CRA", "SA", "CTA")} == pytest.approx(unlearning_scores(told, TARGETS))
+        assert {name: means[name] for name in ("UA", "IRA", "CRA", "SA", "CTA")} == pytest.approx(
+            unlearning_scores(told, TARGETS)
+        )
 
 
 def test_a_round_counts_seeds_and_prompts_as_often_as_they_were_drawn():
-    seeds, prompts = np.array([[2, 0], [0, 2]]), np.array([[0, 0, 4, 0], [0, 0, 1, 3]])  # prompts in the order 1, 2, 3, 7
+    seeds, prompts = (
+        np.array([[2, 0], [0, 2]]),
+        np.array([[0, 0, 4, 0], [0, 0, 1, 3]]),
+    )  # prompts in the order 1, 2, 3, 7
     found = resampled_scores(counts(FIRST, SECOND), (seeds, prompts))
-    assert found["UA"].tolist() == [1.0, 1.0]  # round 0: prompt 3 of the first seed; round 1: prompts 3 and 7 of the second
+    assert found["UA"].tolist() == [
+        1.0,
+        1.0,
+    ]  # round 0: prompt 3 of the first seed; round 1: prompts 3 and 7 of the second
     assert np.isnan(found["IRA"]).all() and np.isnan(found["H"]).all()  # no prompt without a target was drawn
 
 
@@ -99,7 +111,9 @@ def test_harmonic_mean_and_percentiles():
 
 
 def test_relapse_is_what_came_back_since_right_after():
-    assert _relapse([[0.1, 1.0, 1.0], [0.2, 0.0, 1.0], [0.4, 0.1, 0.0]]) == pytest.approx(((0.4 - 0.1) + (0.1 - 0.0)) / 2)
+    assert _relapse([[0.1, 1.0, 1.0], [0.2, 0.0, 1.0], [0.4, 0.1, 0.0]]) == pytest.approx(
+        ((0.4 - 0.1) + (0.1 - 0.0)) / 2
+    )
     assert _relapse([[0.0]]) is None and _relapse([[None, None], [0.4, 0.0]]) is None
 
 
@@ -130,12 +144,16 @@ def written(folder: Path, change=lambda text: text) -> Path:
 def test_cells_are_every_combination_once(tmp_path):
     file = written(tmp_path)
     cells = list(comparison_cells(read_comparison(file), file, ["train.clip=0.5"]))
-    assert len({cell.key for cell in cells}) == len(cells) == 3 * 2 * 2 + 2  # the second table shares all but its seed 2
+    assert (
+        len({cell.key for cell in cells}) == len(cells) == 3 * 2 * 2 + 2
+    )  # the second table shares all but its seed 2
     cell = next(cell for cell in cells if cell.key == "two/sana/faster/seed-1")
     config = checked_configs(cells)[cell.key]
     assert config == load_config(cell.file, cell.overrides)  # as its own command line gives it
     assert (config.model.arch, config.train.seed, config.train.lr, config.train.clip) == ("sana", 1, 0.1, 0.5)
-    assert [concept.target for concept in config.concepts] == ["cat", "neon"] and config.run.folder.endswith("two/sana/faster/seed-1")
+    assert [concept.target for concept in config.concepts] == ["cat", "neon"] and config.run.folder.endswith(
+        "two/sana/faster/seed-1"
+    )
     assert cells[0].key == "two/sd15/plain/seed-0" and finished(cell, config, {}) is None
 
 
@@ -147,7 +165,11 @@ def test_every_cell_of_a_shipped_comparison_can_run(file):
     tuning = {"bird", "tree", "boat"}
     used = {concept.target for concepts in comparison.sequences.values() for concept in concepts}
     seeds = {cell.seed for cell in cells}
-    assert (used <= tuning and min(seeds) >= 100) if file.name == "tuning.yaml" else (not used & tuning and max(seeds) < 100)
+    assert (
+        (used <= tuning and min(seeds) >= 100)
+        if file.name == "tuning.yaml"
+        else (not used & tuning and max(seeds) < 100)
+    )
     trials = [row.name.rpartition("-")[0] for row in comparison.rows]
     assert file.name != "tuning.yaml" or len({trials.count(name) for name in trials}) == 1  # as many for every method
 
@@ -169,12 +191,24 @@ def test_the_shipped_record_is_of_cells_as_they_are_defined_now():
         (lambda text: text.replace("name: faster", "name: plain"), "every row a name of its own"),
         (lambda text: text.replace("record:", "recrod:"), "recrod.*Did you mean: 'record'"),
         (lambda text: text.replace('"train.steps=2"', '"train.stepz=2"'), "cell two/sd15/plain/seed-0: .*train.stepz"),
-        (lambda text: text.replace("dm_cal.yaml, ov", "dm_kal.yaml, ov"), "cell two/sd15/faster/seed-0: .*no such configuration file"),
+        (
+            lambda text: text.replace("dm_cal.yaml, ov", "dm_kal.yaml, ov"),
+            "cell two/sd15/faster/seed-0: .*no such configuration file",
+        ),
         (lambda text: text.replace("target: cat", "target: unicorn"), "unicorn"),
         (lambda text: text.replace("mask.collect=1", "mask.collect=0"), "cell two/sd15/plain/seed-0: mask.collect=0"),
-        (lambda text: text.replace("train.batch=2", "train.accumulate=2\", \"train.batch=3"), "train.batch=3 is not divisible"),
-        (lambda text: text.replace("train.lr=1e-2", "evaluate.enabled=false"), "cell two/sd15/faster/seed-0: evaluate.enabled=false"),
-        (lambda text: text.replace("train.lr=1e-2", "evaluate.images=2"), "faster/seed-0: .*other images than the row plain"),
+        (
+            lambda text: text.replace("train.batch=2", 'train.accumulate=2", "train.batch=3'),
+            "train.batch=3 is not divisible",
+        ),
+        (
+            lambda text: text.replace("train.lr=1e-2", "evaluate.enabled=false"),
+            "cell two/sd15/faster/seed-0: evaluate.enabled=false",
+        ),
+        (
+            lambda text: text.replace("train.lr=1e-2", "evaluate.images=2"),
+            "faster/seed-0: .*other images than the row plain",
+        ),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_runs(tmp_path, change, message):
@@ -185,7 +219,11 @@ def test_what_cannot_work_is_told_before_anything_runs(tmp_path, change, message
 
 def test_a_report_on_the_way_is_not_that_of_a_finished_run(tmp_path):
     (tmp_path / "report").mkdir()
-    for content, found in (({"config": "a", "finished": False}, False), ({"config": "a", "finished": True}, True), ({"config": "b", "finished": True}, False)):
+    for content, found in (
+        ({"config": "a", "finished": False}, False),
+        ({"config": "a", "finished": True}, True),
+        ({"config": "b", "finished": True}, False),
+    ):
         (tmp_path / "report" / "report.json").write_text(json.dumps(content))
         assert (finished_report(tmp_path, "a") is not None) == found
 
@@ -211,32 +249,58 @@ def test_a_failed_job_gives_its_last_line_and_the_others_run():
     jobs = [Job("bad", ("unlearn", "missing.yaml")), Job("good", ("--help",))]
     failed = run_jobs(jobs, 2, 1, lambda job, failure: told.append(job.label))
     assert sorted(told) == ["bad", "good"] and list(failed) == ["bad"]
-    assert re.fullmatch("ConfigError: missing.yaml: there is no such configuration file", failed["bad"].line) and failed["bad"].error == "ConfigError"
+    assert (
+        re.fullmatch("ConfigError: missing.yaml: there is no such configuration file", failed["bad"].line)
+        and failed["bad"].error == "ConfigError"
+    )
     with pytest.raises(ConfigError, match="jobs=0"):
         run_jobs(jobs, 0, 1, lambda job, failure: None)
 
 
 @pytest.mark.slow
 def test_a_comparison_runs_in_shards_goes_on_and_writes_its_tables(tmp_path):
-    file = written(tmp_path, lambda text: text.replace("seeds: [0, 1]", "seeds: [0]").replace("[sd15, sana]", "[sana]").replace("[0, 2]", "[0]"))
+    file = written(
+        tmp_path,
+        lambda text: (
+            text.replace("seeds: [0, 1]", "seeds: [0]").replace("[sd15, sana]", "[sana]").replace("[0, 2]", "[0]")
+        ),
+    )
     first = sculpt("compare", str(file), "--shard", "0/2", "--jobs", "2")
-    assert "[3/3]" in first and not (tmp_path / "runs" / "compare.html").exists() and not (tmp_path / "cells.jsonl").exists()
+    assert (
+        "[3/3]" in first
+        and not (tmp_path / "runs" / "compare.html").exists()
+        and not (tmp_path / "cells.jsonl").exists()
+    )
     assert "done" not in sculpt("compare", str(file), "--no-run")
     assert [len(block["lines"]) for block in json.loads((tmp_path / "runs" / "compare.json").read_text())] == [2, 1]
     assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 3
     assert "[2/2]" in sculpt("compare", str(file), "--jobs", "2")
     assert "done" not in sculpt("compare", str(file))  # nothing is left to run
     blocks = json.loads((tmp_path / "runs" / "compare.json").read_text())
-    assert [(block["title"], block["backbone"], len(block["lines"])) for block in blocks] == [("All", "sana", 3), ("Two rows", "sd15", 2)]
+    assert [(block["title"], block["backbone"], len(block["lines"])) for block in blocks] == [
+        ("All", "sana", 3),
+        ("Two rows", "sd15", 2),
+    ]
     plain, faster, closed = blocks[0]["lines"]
     assert plain["scores"]["UA"]["difference"] is None and faster["scores"]["UA"]["difference"] is not None
-    assert closed["passes"] == 0 and closed["relapse"] is None and plain["passes"] == faster["passes"] > 0 and plain["fid"] > 0
+    assert (
+        closed["passes"] == 0
+        and closed["relapse"] is None
+        and plain["passes"] == faster["passes"] > 0
+        and plain["fid"] > 0
+    )
     assert closed["trained"] * 4 / 1e6 == pytest.approx(closed["stored"])
     scores = json.loads((tmp_path / "runs/two/sana/faster/seed-0/evaluation/after-01/scores.json").read_text())["plain"]
-    assert {name: faster["scores"][name]["mean"] for name in ("UA", "IRA", "CRA")} == pytest.approx({name: scores[name] for name in ("UA", "IRA", "CRA")})
+    assert {name: faster["scores"][name]["mean"] for name in ("UA", "IRA", "CRA")} == pytest.approx(
+        {name: scores[name] for name in ("UA", "IRA", "CRA")}
+    )
     assert faster["targets"] == pytest.approx({name: target["UA"] for name, target in scores["targets"].items()})
     page = (tmp_path / "runs" / "compare.html").read_text()
-    assert "closed" in page and page.count("data:image/png") >= 5 * 4 and "| **plain** |" in (tmp_path / "runs" / "compare.md").read_text()
+    assert (
+        "closed" in page
+        and page.count("data:image/png") >= 5 * 4
+        and "| **plain** |" in (tmp_path / "runs" / "compare.md").read_text()
+    )
     (tmp_path / "runs").rename(tmp_path / "elsewhere")  # the record is enough for the tables
     sculpt("compare", str(file))
     assert json.loads((tmp_path / "runs" / "compare.json").read_text()) == blocks
@@ -246,7 +310,9 @@ def test_a_comparison_runs_in_shards_goes_on_and_writes_its_tables(tmp_path):
 def test_a_stopped_comparison_saves_what_runs_and_goes_on(tmp_path):
     file = written(tmp_path, lambda text: text.replace("train.steps=2", "train.steps=400"))
     command = [sys.executable, "-m", "sculpt_dist", "compare", str(file), "--shard", "0/100"]
-    process = subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     lines = tmp_path / "runs/two/sd15/plain/seed-0/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (lines.is_file() and lines.read_text().count("\n") > 5):
@@ -266,7 +332,13 @@ def test_a_row_is_compared_over_the_seeds_that_both_have(tmp_path):
     def row(right: dict[int, float]):
         def told(share: float) -> dict:
             seen = [0 if i < share * 100 else 1 for i in range(100)]  # of 100 images of cats in the first style
-            return {"prompt": list(range(100)), "object_asked": [0] * 100, "style_asked": [0] * 100, "object_seen": seen, "style_seen": [0] * 100}
+            return {
+                "prompt": list(range(100)),
+                "object_asked": [0] * 100,
+                "style_asked": [0] * 100,
+                "object_seen": seen,
+                "style_seen": [0] * 100,
+            }
 
         return {seed: (cells[seed], {"answers": told(1 - share)}) for seed, share in right.items()}
 
@@ -274,4 +346,7 @@ def test_a_row_is_compared_over_the_seeds_that_both_have(tmp_path):
     assert scores["UA"].mean == pytest.approx(0.9 * 0.5 + 0.8 * 0.5, abs=0.01)
     assert scores["UA"].difference == pytest.approx(0.4, abs=0.01)  # of seed 0 alone
     assert scores["UA"].difference_interval[0] > 0 and "IRA" not in scores
-    assert _of_targets(list(row({0: 0.9, 1: 0.8}).values())) == {"cat": pytest.approx(0.85), "neon": None}  # no image in neon was asked for
+    assert _of_targets(list(row({0: 0.9, 1: 0.8}).values())) == {
+        "cat": pytest.approx(0.85),
+        "neon": None,
+    }  # no image in neon was asked for

@@ -12,7 +12,14 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.experiments.localize import block_runs, localize
 
 CONFIG = PROJECT / "configs" / "canvas" / "surgun.yaml"
-TINY = ["concepts=[{target: bird, superclass: animal}]", "train.steps=8", "train.batch=2", "prepare.samples=2", "prepare.steps=2", "evaluate.steps=2"]
+TINY = [
+    "concepts=[{target: bird, superclass: animal}]",
+    "train.steps=8",
+    "train.batch=2",
+    "prepare.samples=2",
+    "prepare.steps=2",
+    "evaluate.steps=2",
+]
 TINY += ["evaluate.bootstrap=10", "model.arch=sana"]
 
 
@@ -21,7 +28,11 @@ def test_there_is_a_run_for_every_block_that_has_attention(arch, blocks):
     runs = block_runs(CONFIG, [f"model.arch={arch}", "run.folder=runs/x"])
     assert [run.block for run in runs] == blocks
     first = runs[0].config
-    assert first.method["blocks"] == [blocks[0]] and first.train.steps == load_config(CONFIG).train.steps // 4 and first.evaluate.images == 1
+    assert (
+        first.method["blocks"] == [blocks[0]]
+        and first.train.steps == load_config(CONFIG).train.steps // 4
+        and first.evaluate.images == 1
+    )
     assert str(runs[0].folder) == f"runs/x-localize/block-{blocks[0]:02d}" and runs[0].scores is None
     assert first.evaluate.seed != 20000  # not the images that a run reports
 
@@ -30,7 +41,9 @@ def test_blocks_are_judged_by_templates_alone_and_at_least_one_is_chosen(tmp_pat
     with pytest.raises(ConfigError, match="--best 0"):
         localize(CONFIG, [], best=0)
     file = tmp_path / "listed.yaml"
-    file.write_text(f"include: {CONFIG}\nevaluate: {{prompts: {{cat: cats.csv}}, retain_prompts: coco.csv, reference: canvas, clip: some-folder}}\n")
+    file.write_text(
+        f"include: {CONFIG}\nevaluate: {{prompts: {{cat: cats.csv}}, retain_prompts: coco.csv, reference: canvas, clip: some-folder}}\n"
+    )
     found = [run.config.evaluate for run in block_runs(file, [])]
     assert found and all((e.prompts, e.retain_prompts, e.reference, e.clip) == (None,) * 4 for e in found)
 
@@ -62,9 +75,13 @@ def test_blocks_are_run_one_by_one_or_together_and_ranked_by_their_images(tmp_pa
     assert "block 2: done" not in told and told.count(": done") == 3
     found = json.loads((tmp_path / "run-localize" / "localize.json").read_text())
     scores = [entry["score"] for entry in found["blocks"]]
-    assert scores == sorted(scores, reverse=True) and len(scores) == 4 and found["best"] == [found["blocks"][0]["block"]]
+    assert (
+        scores == sorted(scores, reverse=True) and len(scores) == 4 and found["best"] == [found["blocks"][0]["block"]]
+    )
     assert f"best: method.blocks={found['best']}" in told
     for entry in found["blocks"]:
-        report = json.loads((tmp_path / f"run-localize/block-{entry['block']:02d}/report/report.json").read_text())["after"]
+        report = json.loads((tmp_path / f"run-localize/block-{entry['block']:02d}/report/report.json").read_text())[
+            "after"
+        ]
         assert entry["score"] == pytest.approx(report["UA"] + (report["IRA"] + report["CRA"]) / 2)
     assert ": done" not in sculpt("localize", *arguments)

@@ -49,7 +49,10 @@ command: ["${env}", "${interpreter}", -m, sculpt_dist, unlearn, CANVAS/dm_cal_sa
   "evaluate.paraphrases=[]", evaluate.bootstrap=10, train.checkpoint_every=0.1, "${args_no_hyphens}", track.wandb=true,
   "run.folder=runs/${oc.env:WANDB_RUN_ID}"]
 """
-BAYES = ("method: grid", "method: bayes\nrun_cap: 30"), ("{values: [1.0e-3, 1.0e-2]}", "{distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-1}")
+BAYES = (
+    ("method: grid", "method: bayes\nrun_cap: 30"),
+    ("{values: [1.0e-3, 1.0e-2]}", "{distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-1}"),
+)
 
 
 def written(folder: Path, *changes: tuple[str, str]) -> Path:
@@ -80,9 +83,16 @@ def expanded(file: Path, folder: Path, point: dict, monkeypatch) -> list[str]:
     content = load_sweep_config(str(file))
     told = folder / "told.json"
     program = folder / content["command"][0].replace("${interpreter}", "python")
-    program.write_text(f"#!{sys.executable}\nimport json, os, sys\njson.dump([sys.argv, dict(os.environ)], open({str(told)!r}, 'w'))\n")
+    program.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\njson.dump([sys.argv, dict(os.environ)], open({str(told)!r}, 'w'))\n"
+    )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    for name, value in {"PATH": f"{folder}:{os.environ['PATH']}", "WANDB_SWEEP_ID": "s1", "WANDB_DIR": str(folder), "WANDB_RUN_ID": ""}.items():
+    for name, value in {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "WANDB_SWEEP_ID": "s1",
+        "WANDB_DIR": str(folder),
+        "WANDB_RUN_ID": "",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", "")
     agent = Agent(None, None, sweep_id="s1")
@@ -103,16 +113,26 @@ def test_wandbs_agent_runs_what_the_local_backend_runs(file, tmp_path, monkeypat
     assert words[words.index("python") :][:4] == ["python", "-m", "sculpt_dist", "unlearn"]
     config, *given = words[words.index("unlearn") + 1 :]
     assert Path(config) == plan.config
-    assert [f"{name}={value}" for name, value in point.items()] == given[-3 - len(point) : -3]  # plain key=value, as they stand
-    assert given[-3:] == ["track.wandb=true", f"track.group={plan.name}", f"run.folder=runs/sweeps/{plan.name}/${{oc.env:WANDB_RUN_ID}}"]
+    assert [f"{name}={value}" for name, value in point.items()] == given[
+        -3 - len(point) : -3
+    ]  # plain key=value, as they stand
+    assert given[-3:] == [
+        "track.wandb=true",
+        f"track.group={plan.name}",
+        f"run.folder=runs/sweeps/{plan.name}/${{oc.env:WANDB_RUN_ID}}",
+    ]
     monkeypatch.setenv("WANDB_RUN_ID", "r7")
     theirs = load_config(PROJECT / config, given)
     assert theirs.track.wandb and theirs.run.folder == f"runs/sweeps/{plan.name}/r7" and theirs.track.group == plan.name
-    ours = load_config(PROJECT / plan.config, plan.overrides + tuple(f"{name}={value}" for name, value in point.items()))
+    ours = load_config(
+        PROJECT / plan.config, plan.overrides + tuple(f"{name}={value}" for name, value in point.items())
+    )
     assert config_fingerprint(ours) == config_fingerprint(theirs) and not ours.track.wandb
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sweeps") is None, reason="W&B's own sweep package is not installed (it pins numpy<2)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("sweeps") is None, reason="W&B's own sweep package is not installed (it pins numpy<2)"
+)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_wandbs_own_schema_accepts_the_file_and_its_grid_has_our_order(file):
     import yaml
@@ -124,7 +144,9 @@ def test_wandbs_own_schema_accepts_the_file_and_its_grid_has_our_order(file):
     plan = read_sweep(file)
     if plan.settings.method == "grid":
         runs = grid_search_next_runs([], content, validate=True, n=plan.count)
-        assert [{name: part["value"] for name, part in run.config.items()} for run in runs] == [plan.point(i) for i in range(plan.count)]
+        assert [{name: part["value"] for name, part in run.config.items()} for run in runs] == [
+            plan.point(i) for i in range(plan.count)
+        ]
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.stem.startswith("canvas")], ids=lambda file: file.stem)
@@ -140,9 +162,20 @@ def test_every_trial_of_a_shipped_sweep_can_run(file, monkeypatch):
 
 def test_a_grid_is_in_the_order_of_the_names_and_the_last_changes_fastest(tmp_path):
     plan = read_sweep(written(tmp_path))
-    assert [tuple(plan.point(i).values()) for i in range(plan.count)] == [(0.3, 1e-3), (0.3, 1e-2), (1.0, 1e-3), (1.0, 1e-2)]
+    assert [tuple(plan.point(i).values()) for i in range(plan.count)] == [
+        (0.3, 1e-3),
+        (0.3, 1e-2),
+        (1.0, 1e-3),
+        (1.0, 1e-2),
+    ]
     assert list(plan.point(0)) == ["mask.keep", "train.lr"]
-    swapped = read_sweep(written(tmp_path, ("  train.lr: {values: [1.0e-3, 1.0e-2]}\n", ""), ("\ncommand", "\n  train.lr: {values: [1.0e-3, 1.0e-2]}\ncommand")))
+    swapped = read_sweep(
+        written(
+            tmp_path,
+            ("  train.lr: {values: [1.0e-3, 1.0e-2]}\n", ""),
+            ("\ncommand", "\n  train.lr: {values: [1.0e-3, 1.0e-2]}\ncommand"),
+        )
+    )
     assert [plan.point(i) for i in range(4)] == [swapped.point(i) for i in range(4)]
     assert read_sweep(written(tmp_path, ("method: grid", "method: grid\nrun_cap: 3"))).count == 3
 
@@ -151,11 +184,26 @@ def test_a_random_trial_hangs_on_its_seed_and_number_alone(tmp_path):
     change = ("method: grid", "method: random\nrun_cap: 5"), BAYES[1]
     plan = read_sweep(written(tmp_path, *change))
     points = [plan.point(i) for i in range(5)]
-    assert len({point["train.lr"] for point in points}) == 5 and all(1e-4 <= point["train.lr"] <= 1e-1 for point in points)
+    assert len({point["train.lr"] for point in points}) == 5 and all(
+        1e-4 <= point["train.lr"] <= 1e-1 for point in points
+    )
     code = f"from pathlib import Path; from sculpt_dist.experiments.trials import read_sweep; print(read_sweep(Path({str(tmp_path / 'sweep.yaml')!r})).point(4))"
-    printed = subprocess.run([sys.executable, "-c", code], env=rank_environment() | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        env=rank_environment() | {"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert printed.stdout.strip() == str(points[4])  # in another process, without the ones before it
-    more = read_sweep(written(tmp_path, *change, ("run_cap: 5", "run_cap: 50"), ("parameters:\n", "parameters:\n  train.clip: {min: 0.0, max: 1.0}\n")))
+    more = read_sweep(
+        written(
+            tmp_path,
+            *change,
+            ("run_cap: 5", "run_cap: 50"),
+            ("parameters:\n", "parameters:\n  train.clip: {min: 0.0, max: 1.0}\n"),
+        )
+    )
     assert [point["train.lr"] for point in points] == [more.point(i)["train.lr"] for i in range(5)]
     assert read_sweep(written(tmp_path, *change), seed=1).point(0) != points[0]
 
@@ -165,9 +213,21 @@ def test_a_trial_is_the_configuration_that_its_own_command_line_gives(tmp_path):
     plan = read_sweep(file, ["train.clip=0.5", "train.lr=7"], tmp_path / "out")
     trial = plan.trial(3, plan.point(3))
     assert trial.config == load_config(plan.config, trial.overrides)
-    assert (trial.config.mask.keep, trial.config.train.lr, trial.config.train.clip) == (1.0, 1e-2, 0.5)  # the point wins
-    assert trial.folder == tmp_path / "out" / "trials" / "0003" and trial.config.track.group == "small" and not trial.config.track.wandb
-    assert trial_arguments(file, ["train.clip=0.5", "train.lr=7"], tmp_path / "out", 0, 3) == ("unlearn", str(plan.config), *trial.overrides)
+    assert (trial.config.mask.keep, trial.config.train.lr, trial.config.train.clip) == (
+        1.0,
+        1e-2,
+        0.5,
+    )  # the point wins
+    assert (
+        trial.folder == tmp_path / "out" / "trials" / "0003"
+        and trial.config.track.group == "small"
+        and not trial.config.track.wandb
+    )
+    assert trial_arguments(file, ["train.clip=0.5", "train.lr=7"], tmp_path / "out", 0, 3) == (
+        "unlearn",
+        str(plan.config),
+        *trial.overrides,
+    )
 
 
 # --- bayes
@@ -187,7 +247,9 @@ def test_bayes_comes_nearer_to_the_best_point_than_chance(tmp_path):
             shares = _new_shares(plan, index, entries)
             entries[index] = {"shares": shares, "state": "done", "value": 1 / (1 + off(plan.point_at(shares)))}
         far.append([off(plan.point_at(entry["shares"])) for entry in entries.values()])
-    start, end = (sum(sum(tried[part]) for tried in far) for part in (slice(10), slice(-10, None)))  # the first ten are drawn at random
+    start, end = (
+        sum(sum(tried[part]) for tried in far) for part in (slice(10), slice(-10, None))
+    )  # the first ten are drawn at random
     assert end < 2 / 3 * start
 
 
@@ -198,7 +260,10 @@ def test_bayes_keeps_the_point_of_a_trial_and_how_it_ended(tmp_path):
     trials = [trial_of(plan, index) for index in (0, 7, 1)]
     pretended(trials[1], UA=1.0, IRA=0.5, CRA=1.0)
     tell(plan, outcome(trials[1]))
-    entries = {entry["trial"]: (entry["state"], entry["value"]) for entry in map(json.loads, (plan.folder / "points.jsonl").read_text().splitlines())}
+    entries = {
+        entry["trial"]: (entry["state"], entry["value"])
+        for entry in map(json.loads, (plan.folder / "points.jsonl").read_text().splitlines())
+    }
     assert entries == {0: ("open", None), 7: ("done", pytest.approx(0.75)), 1: ("open", None)}
     again = read_sweep(tmp_path / "sweep.yaml", folder=tmp_path / "out")
     assert [trial_of(again, index).point for index in (0, 7, 1)] == [trial.point for trial in trials]
@@ -217,7 +282,10 @@ def test_processes_that_ask_at_once_get_points_of_their_own(tmp_path):
         process.join(60)
         assert process.exitcode == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "points.jsonl").read_text().splitlines()]
-    assert sorted(line["trial"] for line in lines) == list(range(6)) and len({json.dumps(line["point"]) for line in lines}) == 6
+    assert (
+        sorted(line["trial"] for line in lines) == list(range(6))
+        and len({json.dumps(line["point"]) for line in lines}) == 6
+    )
 
 
 def test_bayes_says_when_every_point_was_tried(tmp_path):
@@ -243,13 +311,21 @@ def test_bayes_says_when_every_point_was_tried(tmp_path):
         ("values: [1.0e-3, 1.0e-2]", "values: [1.0e-3, null]", "null cannot be given"),
         ("values: [1.0e-3, 1.0e-2]", "values: [2, 2]", "holds one value twice"),
         ("values: [1.0e-3, 1.0e-2]", "value: 1, q: 3", "constant must have value; found: value, q"),
-        ("values: [1.0e-3, 1.0e-2]", "distribution: beta, a: 1", "distribution 'beta' is not known here; there are: constant, "),
+        (
+            "values: [1.0e-3, 1.0e-2]",
+            "distribution: beta, a: 1",
+            "distribution 'beta' is not known here; there are: constant, ",
+        ),
         ("values: [1.0e-3, 1.0e-2]", "distribution: normal, sigma: 1", "a grid has values, .*not normal"),
         ("values: [1.0e-3, 1.0e-2]", "min: 0.5, max: 0.1", "min=0.5 is not below max=0.1"),
         ("values: [1.0e-3, 1.0e-2]", "min: 1e-4, max: 0.1", "min='1e-4' is no number"),
         ("values: [1.0e-3, 1.0e-2]", "distribution: log_uniform_values, min: 0.0, max: 0.1", "needs numbers above 0"),
         ("values: [1.0e-3, 1.0e-2]", "distribution: int_uniform, min: 0.5, max: 2", "both must be whole numbers"),
-        ("values: [1.0e-3, 1.0e-2]", "values: [1, 2], probabilities: [0.5, 0.6]", "one for each of the 2 values, together 1"),
+        (
+            "values: [1.0e-3, 1.0e-2]",
+            "values: [1, 2], probabilities: [0.5, 0.6]",
+            "one for each of the 2 values, together 1",
+        ),
         ("values: [1.0e-3, 1.0e-2]", "parameters: {a: {value: 1}}", "is nested; write its members with dots"),
         ("{values: [0.3, 1.0]}", "{values: [0.3, 1.5]}", "trial 2: mask.keep=1.5: is a share"),
         ("name: H", "name: loss", "metric.name=loss; no report has it: choose one of UA, IRA, CRA, SA, H"),
@@ -259,7 +335,11 @@ def test_bayes_says_when_every_point_was_tried(tmp_path):
         ("method: grid", "method: grid\nearly_terminate: {type: hyperband}", "early_terminate needs W&B's server"),
         ("method: grid", "method: grid\nruncap: 3", "Key 'runcap' not in"),
         ('"${args_no_hyphens}"', '"${args}"', r"write it as \[.*args_no_hyphens"),
-        ("train.batch=2", "train.batch=3, train.accumulate=2", "trial 0: train.batch=3 is not divisible by ranks 1 x train.accumulate 2"),
+        (
+            "train.batch=2",
+            "train.batch=3, train.accumulate=2",
+            "trial 0: train.batch=3 is not divisible by ranks 1 x train.accumulate 2",
+        ),
         ("train.steps=4", "more.yaml", "names 2 configuration files"),
         ("train.steps=4", "evaluate.enabled=false", "its report would not have the metric H"),
         ("dm_cal_sana.yaml", "dm_kal.yaml", "no such configuration file"),
@@ -276,7 +356,10 @@ def test_bayes_refuses_probabilities_and_ends_that_cannot_work(tmp_path):
     with pytest.raises(ConfigError, match="remove the probabilities"):
         sweep(written(tmp_path, *BAYES, chances), folder=tmp_path / "out")
     with pytest.raises(ConfigError, match="train.lr=0.0: must be greater"):
-        sweep(written(tmp_path, BAYES[0], ("{values: [1.0e-3, 1.0e-2]}", "{distribution: normal}")), folder=tmp_path / "out")
+        sweep(
+            written(tmp_path, BAYES[0], ("{values: [1.0e-3, 1.0e-2]}", "{distribution: normal}")),
+            folder=tmp_path / "out",
+        )
 
 
 def test_an_index_outside_is_told_how_many_trials_there_are(tmp_path):
@@ -287,7 +370,11 @@ def test_an_index_outside_is_told_how_many_trials_there_are(tmp_path):
 
 def test_a_folder_of_another_sweep_is_refused(tmp_path):
     sweep(written(tmp_path), folder=tmp_path / "out", run=False)
-    sweep(written(tmp_path, ("goal: maximize", "goal: minimize"), ("method: grid", "method: grid\nrun_cap: 3")), folder=tmp_path / "out", run=False)
+    sweep(
+        written(tmp_path, ("goal: maximize", "goal: minimize"), ("method: grid", "method: grid\nrun_cap: 3")),
+        folder=tmp_path / "out",
+        run=False,
+    )
     with pytest.raises(RunFolderError, match="holds another sweep .parameters: .*choose another --folder"):
         sweep(written(tmp_path, ("[0.3, 1.0]", "[0.3, 0.9]")), folder=tmp_path / "out", run=False)
     with pytest.raises(RunFolderError, match="overrides: .*train.clip=1"):
@@ -328,25 +415,43 @@ def test_the_summary_has_the_best_first_and_the_front(tmp_path):
     pretended(trials[3], UA=0.8, IRA=0.5, CRA=0.5)
     write_failure(trials[2], "NonFiniteError: the loss is nan | at step 3")
     rows = summary_rows(plan, [outcome(trial) for trial in trials])
-    assert [(row["trial"], row["state"], row["front"]) for row in rows] == [(1, "done", True), (3, "done", False), (0, "done", True), (2, "failed", False)]
-    assert rows[0]["scores"]["H"] == pytest.approx(3 / (1 / 0.9 + 1 / 0.5 + 1)) and rows[0]["kept"] == pytest.approx(2 / 3)
+    assert [(row["trial"], row["state"], row["front"]) for row in rows] == [
+        (1, "done", True),
+        (3, "done", False),
+        (0, "done", True),
+        (2, "failed", False),
+    ]
+    assert rows[0]["scores"]["H"] == pytest.approx(3 / (1 / 0.9 + 1 / 0.5 + 1)) and rows[0]["kept"] == pytest.approx(
+        2 / 3
+    )
     text = as_markdown(plan, rows)
-    assert "| 1 | 0.3 | 0.01 | 0.900 | 0.500 | 1.000 | - | 0.730 | 0.667 | yes |  |" in text and r"failed NonFiniteError: the loss is nan \| at" in text
+    assert (
+        "| 1 | 0.3 | 0.01 | 0.900 | 0.500 | 1.000 | - | 0.730 | 0.667 | yes |  |" in text
+        and r"failed NonFiniteError: the loss is nan \| at" in text
+    )
     write_summary(plan, [outcome(trial) for trial in trials])
     page = (tmp_path / "out" / "sweep.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "3 of 4 trials are done" in page and "NonFiniteError" in page
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"] == rows
-    with pytest.raises(ConfigError, match="1 of 4 trials failed: trial 2: NonFiniteError.*remove .*0002.failed to run it again"):
+    with pytest.raises(
+        ConfigError, match="1 of 4 trials failed: trial 2: NonFiniteError.*remove .*0002.failed to run it again"
+    ):
         sweep(tmp_path / "sweep.yaml", folder=tmp_path / "out", index=2)
 
 
 def test_the_metric_may_be_minimised(tmp_path):
-    plan = read_sweep(written(tmp_path, ("{name: H, goal: maximize}", "{name: SA, goal: minimize}")), folder=tmp_path / "out")
+    plan = read_sweep(
+        written(tmp_path, ("{name: H, goal: maximize}", "{name: SA, goal: minimize}")), folder=tmp_path / "out"
+    )
     trials = known_trials(plan)
     for trial, score in zip(trials, (0.3, 0.1, 0.2, None)):
         pretended(trial, UA=0.5, IRA=None, CRA=0.5, SA=score)
     rows = summary_rows(plan, [outcome(trial) for trial in trials])
-    assert [row["trial"] for row in rows] == [1, 2, 0, 3] and {row["kept"] for row in rows} == {0.5} and rows[0]["scores"]["H"] == pytest.approx(0.5)  # of what is measured
+    assert (
+        [row["trial"] for row in rows] == [1, 2, 0, 3]
+        and {row["kept"] for row in rows} == {0.5}
+        and rows[0]["scores"]["H"] == pytest.approx(0.5)
+    )  # of what is measured
 
 
 # --- real runs
@@ -362,9 +467,14 @@ def test_a_grid_runs_as_an_array_is_killed_goes_on_and_is_summarised(tmp_path):
     file = written(tmp_path, ("train.steps=4", "train.steps=60"))
     arguments = ["sweep", str(file), "--folder", str(out)]
     assert "trial 2 (mask.keep=1.0, train.lr=0.001): UA" in sculpt(*arguments, "--index", "2")
-    assert sorted(path.name for path in (out / "trials").iterdir() if path.is_dir()) == ["0002"] and not (out / "sweep.json").exists()
+    assert (
+        sorted(path.name for path in (out / "trials").iterdir() if path.is_dir()) == ["0002"]
+        and not (out / "sweep.json").exists()
+    )
     before = (out / "trials/0002/report/report.json").stat().st_mtime_ns
-    process = subprocess.Popen([sys.executable, "-m", "sculpt_dist", *arguments], env=rank_environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sculpt_dist", *arguments], env=rank_environment(), stdout=subprocess.DEVNULL
+    )
     first = out / "trials" / "0000"
     deadline = time.monotonic() + 120
     while not list(first.glob("checkpoints/step-*")):
@@ -381,12 +491,18 @@ def test_a_grid_runs_as_an_array_is_killed_goes_on_and_is_summarised(tmp_path):
     assert "trial 2" not in printed and printed.count("): UA") == 3
     assert (out / "trials/0002/report/report.json").stat().st_mtime_ns == before
     steps = [json.loads(line)["step"] for line in (first / "metrics.jsonl").read_text().splitlines()]
-    assert len(set(steps)) == 61 and len(steps) < 90  # it went on, where it was: at most what lay behind the last save came again
+    assert (
+        len(set(steps)) == 61 and len(steps) < 90
+    )  # it went on, where it was: at most what lay behind the last save came again
     rows = json.loads((out / "sweep.json").read_text())["rows"]
-    assert [row["state"] for row in rows] == ["done"] * 4 and [row["scores"]["H"] for row in rows] == sorted((row["scores"]["H"] for row in rows), reverse=True)
+    assert [row["state"] for row in rows] == ["done"] * 4 and [row["scores"]["H"] for row in rows] == sorted(
+        (row["scores"]["H"] for row in rows), reverse=True
+    )
     for row in rows:
         theirs = scores_of(out / "trials" / f"{row['trial']:04d}")
-        assert {name: row["scores"][name] for name in ("UA", "IRA", "CRA", "SA")} == {name: theirs[name] for name in ("UA", "IRA", "CRA", "SA")}
+        assert {name: row["scores"][name] for name in ("UA", "IRA", "CRA", "SA")} == {
+            name: theirs[name] for name in ("UA", "IRA", "CRA", "SA")
+        }
         config = load_config(out / "trials" / f"{row['trial']:04d}" / "config.yaml")
         assert row["point"] == {"mask.keep": config.mask.keep, "train.lr": config.train.lr}
     assert any(row["front"] for row in rows) and (out / "sweep.html").read_text().count("data:image/png") == 2
@@ -399,18 +515,37 @@ def test_a_trial_that_fails_is_recorded_and_the_others_run(tmp_path):
     file = written(tmp_path, ("[0.3, 1.0]", "[1.0]"), ("[1.0e-3, 1.0e-2]", "[1.0e+30, 1.0e-3]"))
     printed = sculpt("sweep", str(file), "--folder", str(out), code=2)
     assert "trial 0 (mask.keep=1.0, train.lr=1e+30): NonFiniteError: the loss is not finite" in printed
-    assert "trial 1 (mask.keep=1.0, train.lr=0.001): UA" in printed and "1 of 2 trials failed: trial 0: NonFiniteError" in printed
+    assert (
+        "trial 1 (mask.keep=1.0, train.lr=0.001): UA" in printed
+        and "1 of 2 trials failed: trial 0: NonFiniteError" in printed
+    )
     rows = json.loads((out / "sweep.json").read_text())["rows"]
-    assert [(row["trial"], row["state"]) for row in rows] == [(1, "done"), (0, "failed")] and "not finite" in rows[1]["reason"]
+    assert [(row["trial"], row["state"]) for row in rows] == [(1, "done"), (0, "failed")] and "not finite" in rows[1][
+        "reason"
+    ]
     printed = sculpt("sweep", str(file), "--folder", str(out), code=2)
-    assert "0000.failed to run it again" in printed and "): " not in printed.split("ConfigError")[0]  # told again, not run again
+    assert (
+        "0000.failed to run it again" in printed and "): " not in printed.split("ConfigError")[0]
+    )  # told again, not run again
 
 
 @pytest.mark.slow
 def test_a_stopped_sweep_saves_what_runs(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "sculpt_dist", "sweep", str(written(tmp_path, ("train.steps=4", "train.steps=2000"))), "--folder", str(out), "--index", "1"]
-    process = subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "sculpt_dist",
+        "sweep",
+        str(written(tmp_path, ("train.steps=4", "train.steps=2000"))),
+        "--folder",
+        str(out),
+        "--index",
+        "1",
+    ]
+    process = subprocess.Popen(
+        command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     lines, deadline = out / "trials/0001/metrics.jsonl", time.monotonic() + 120
     while not (lines.is_file() and lines.read_text().count("\n") > 5):
         assert time.monotonic() < deadline and process.poll() is None
@@ -427,7 +562,10 @@ def test_two_processes_on_a_bayes_sweep_take_trials_of_their_own(tmp_path):
     out = tmp_path / "out"
     file = written(tmp_path, *BAYES, ("run_cap: 30", "run_cap: 3"))
     command = [sys.executable, "-m", "sculpt_dist", "sweep", str(file), "--folder", str(out)]
-    both = [subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
     printed = [process.communicate(timeout=280)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     ran = [set(re.findall(r"^trial (\d) \(.*\): UA", text, re.M)) for text in printed]

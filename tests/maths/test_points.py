@@ -38,7 +38,9 @@ def test_a_share_gives_the_value_below_which_it_lies(it, values):
     assert found == pytest.approx(values) and [type(value) for value in found] == [type(value) for value in values]
 
 
-@pytest.mark.parametrize(("kind", "step"), [("normal", None), ("q_normal", 0.5), ("log_normal", None), ("q_log_normal", 0.5)])
+@pytest.mark.parametrize(
+    ("kind", "step"), [("normal", None), ("q_normal", 0.5), ("log_normal", None), ("q_log_normal", 0.5)]
+)
 def test_bells_have_their_mean_and_deviation_and_no_infinite_end(kind, step):
     it = parameter(kind, mu=2.0, sigma=0.5, **({"q": step} if step else {}))
     drawn = np.array([value_at(it, (i + 0.5) / 4000) for i in range(4000)])

@@ -67,9 +67,13 @@ def test_intervals_hold_the_score_and_a_constant_has_no_width():
 def test_images_of_one_prompt_are_drawn_together():
     rows = [(CAT, DOG, 0, 0)] * 10 + [(CAT, CAT, 0, 0)] * 10
     table = answers(rows)
-    two_prompts = Answers(np.repeat([0, 1], 10), table.object_asked, table.style_asked, table.object_seen, table.style_seen)
+    two_prompts = Answers(
+        np.repeat([0, 1], 10), table.object_asked, table.style_asked, table.object_seen, table.style_seen
+    )
     one_prompt = replace(two_prompts, prompt=np.zeros_like(two_prompts.prompt))
-    assert bootstrap_intervals(one_prompt, [Target("object", CAT, ())], rounds=200)["UA"] is None  # nothing is known of another prompt
+    assert (
+        bootstrap_intervals(one_prompt, [Target("object", CAT, ())], rounds=200)["UA"] is None
+    )  # nothing is known of another prompt
     assert bootstrap_intervals(two_prompts, [Target("object", CAT, ())], rounds=200)["UA"] == (0.0, 1.0)
 
 
@@ -90,7 +94,9 @@ def test_schedules():
     assert one_cycle(0.3, 0.3) == 1.0
     assert one_cycle(0.0, 0.3) == pytest.approx(1 / 25) and one_cycle(1.0, 0.3) == pytest.approx(1 / 250_000)
     assert one_cycle(0.0, 0.0) == 1.0
-    torch_lr = torch.optim.lr_scheduler.OneCycleLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0), 1.0, total_steps=11)
+    torch_lr = torch.optim.lr_scheduler.OneCycleLR(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0), 1.0, total_steps=11
+    )
     for step in range(11):  # torch rises until step 0.3 total - 1
         rise, total = 0.3 * 11 - 1, 10
         assert torch_lr.get_last_lr()[0] == pytest.approx(one_cycle(step / total, rise / total), rel=1e-6)

@@ -37,7 +37,9 @@ def drawn(step, index: int, steps: int, guidance: float) -> torch.Tensor:
 def test_concept_ablation_relabels_the_superclass_samples_without_gradient_of_the_label():
     step = offer(net(0.5), net(0.25))
     (term,) = concept_ablation.Method(concept_ablation.Config()).losses(step).terms.values()
-    assert float(term.detach()) == pytest.approx((5 - 7) ** 2)  # the same noisy latents, the target's prompt against the superclass's
+    assert float(term.detach()) == pytest.approx(
+        (5 - 7) ** 2
+    )  # the same noisy latents, the target's prompt against the superclass's
     term.backward()
     n = noise(step, "superclass")
     assert float(step.student.net.weight.grad) == pytest.approx(float((2 * (5 - 7) * (2 + n)).mean()), rel=1e-5)
@@ -58,7 +60,12 @@ def test_esd_leads_the_students_own_latents_away_from_the_prompt(reference, eta)
 
 
 def test_esd_variants_train_what_they_are_named_for():
-    groups = {"cross_attention": ("a", "a.bias"), "not_cross_attention": ("b",), "all": ("a", "a.bias", "b"), "matrices": ("a", "b")}
+    groups = {
+        "cross_attention": ("a", "a.bias"),
+        "not_cross_attention": ("b",),
+        "all": ("a", "a.bias", "b"),
+        "matrices": ("a", "b"),
+    }
     chosen = {variant: esd.Method(esd.Config(variant=variant)).trainable(groups) for variant in ("x", "u", "full")}
     assert chosen == {"x": ["a"], "u": ["b"], "full": ["a", "b"]}
     with pytest.raises(ConfigError, match="method.variant=v: choose one of x, u, full"):
@@ -90,7 +97,10 @@ def test_the_closed_form_is_the_minimiser_and_equals_the_naive_inverse_per_layer
             left, right = left + preserve * torch.outer(weight @ c, c), right + preserve * torch.outer(c, c)
         torch.testing.assert_close(weight @ transform, left @ torch.linalg.inv(right))
         edited = (weight @ transform).requires_grad_(True)
-        terms = erase * (edited @ old.T - weight @ new.T).square().sum() + preserve * (edited @ kept.T - weight @ kept.T).square().sum()
+        terms = (
+            erase * (edited @ old.T - weight @ new.T).square().sum()
+            + preserve * (edited @ kept.T - weight @ kept.T).square().sum()
+        )
         (terms + ridge * (edited - weight).square().sum()).backward()
         assert edited.grad.abs().max() < 1e-9  # the derivative vanishes
 
@@ -100,17 +110,25 @@ def test_tokens_are_compared_from_the_concepts_last_one_on(arch):
     backbone = plugin("sculpt_dist.backbones", arch, "").Backbone(ASSETS / arch, torch.float32, torch.device("cpu"))
     longer, shorter = "a fish cat in neon style", "a animal in neon style"
     rows = [uce.received(backbone, prompt, negative=False) for prompt in (longer, shorter)]
-    last = len(backbone.token_ids("a fish cat")) - (1 if arch == "sana" else 2)  # CLIP closes a prompt with a token of its own
+    last = len(backbone.token_ids("a fish cat")) - (
+        1 if arch == "sana" else 2
+    )  # CLIP closes a prompt with a token of its own
     old, new = uce.aligned_rows(backbone, (longer, shorter), ("fish cat", "animal"))
     count = min(len(rows[0]) - last, len(rows[1]) - (last - 1))
-    assert count > 2 and torch.equal(old, rows[0][last : last + count]) and torch.equal(new, rows[1][last - 1 : last - 1 + count])
+    assert (
+        count > 2
+        and torch.equal(old, rows[0][last : last + count])
+        and torch.equal(new, rows[1][last - 1 : last - 1 + count])
+    )
 
 
 @pytest.mark.parametrize("arch", ["sd15", "sdxl", "sana"])
 def test_a_styles_own_token_meets_the_last_one_of_the_style_free_prompt(arch):
     backbone = plugin("sculpt_dist.backbones", arch, "").Backbone(ASSETS / arch, torch.float32, torch.device("cpu"))
     prompts = concept_prompts(Concept("popart", kind="style"), PrepareConfig())
-    popart, photo = (len(backbone.token_ids(text)) - (1 if arch == "sana" else 2) for text in ("a photo in popart", "a photo"))
+    popart, photo = (
+        len(backbone.token_ids(text)) - (1 if arch == "sana" else 2) for text in ("a photo in popart", "a photo")
+    )
     old, new = uce.aligned_rows(backbone, (prompts.target[0], prompts.superclass[0]), prompts.names)
     rows = [uce.received(backbone, prompt, negative=False) for prompt in (prompts.target[0], prompts.superclass[0])]
     assert torch.equal(old[0], rows[0][popart]) and torch.equal(new[0], rows[1][photo]) and popart == photo + 2
@@ -119,7 +137,9 @@ def test_a_styles_own_token_meets_the_last_one_of_the_style_free_prompt(arch):
 def test_the_closed_form_forgets_on_its_own_terms():
     """After the edit the target's token is keyed and valued nearly as the superclass's, and preserved prompts as before."""
     backbone = plugin("sculpt_dist.backbones", "sd15", "").Backbone(ASSETS / "sd15", torch.float32, torch.device("cpu"))
-    concept = ConceptPrompts(("a photo of a cat",), ("a photo of a animal",), "a photo of a cat", (), names=("cat", "animal"))
+    concept = ConceptPrompts(
+        ("a photo of a cat",), ("a photo of a animal",), "a photo of a cat", (), names=("cat", "animal")
+    )
     changed = uce.Editor(uce.Config(ridge=1e-3, preserve_scale=1.0)).edit(backbone, [concept])
     assert len(changed) == 8 and all(name.endswith(("to_k.weight", "to_v.weight")) for name in changed)
     old, new = uce.aligned_rows(backbone, ("a photo of a cat", "a photo of a animal"), concept.names)
@@ -196,12 +216,20 @@ def test_uce_without_a_ridge_is_refused():
 
 def test_disturbed_prompts_keep_the_target():
     forms = kscu.disturbed_prompts("a photo of a cat", "a photo of a animal")
-    assert forms[0] == "a photo of a cat" and all("cat" in form.split() for form in forms) and len(set(forms)) == len(forms)
+    assert (
+        forms[0] == "a photo of a cat"
+        and all("cat" in form.split() for form in forms)
+        and len(set(forms)) == len(forms)
+    )
     assert {"photo of a cat", "a of a cat", "a photo a cat"} <= set(forms) and "a photo of a" not in forms
     assert sum(sorted(form.split()) == sorted("a photo of a cat".split()) for form in forms) >= 2  # shuffled ones
     prompts = ConceptPrompts(("a photo of a cat",), ("a photo of a animal",), "", ())
     ready = kscu.Method(kscu.Config()).prepare(Setup(0, LinearBackbone(), 10, prompts))
-    assert ready.variants == {"a photo of a cat": [form for form in forms if len(form) < 30]} != {"a photo of a cat": forms}
+    assert (
+        ready.variants
+        == {"a photo of a cat": [form for form in forms if len(form) < 30]}
+        != {"a photo of a cat": forms}
+    )
 
 
 def test_a_trajectory_goes_on_by_one_step_or_starts_afresh():
@@ -230,8 +258,21 @@ def test_a_walk_keeps_the_prompts_that_it_began_with(monkeypatch):
     first, method = offer(net(0.5), net(0.25), update=0), kscu.Method(kscu.Config(sampler_steps=10, start=4))
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(kscu, "key_step", lambda update, start, steps: [4, 5, 4][update])
-    monkeypatch.setattr(LinearBackbone, "embed", lambda self, prompts, negative=False, embed=LinearBackbone.embed: asked.extend([] if negative else [prompts]) or embed(self, prompts, negative))
+    monkeypatch.setattr(
+        LinearBackbone,
+        "embed",
+        lambda self, prompts, negative=False, embed=LinearBackbone.embed: (
+            asked.extend([] if negative else [prompts]) or embed(self, prompts, negative)
+        ),
+    )
     for update, number in enumerate([5.0, 9.0, 7.0]):
         batch = replace(first.batch, target=stream(1.0, number))
         method.losses(replace(first, batch=batch, update=update))
-    assert {prompts[0] for prompts in asked} == {"p" * 5, "p" * 7} and [len(prompts[0]) for prompts in asked] == [5, 5, 5, 5, 7, 7]
+    assert {prompts[0] for prompts in asked} == {"p" * 5, "p" * 7} and [len(prompts[0]) for prompts in asked] == [
+        5,
+        5,
+        5,
+        5,
+        7,
+        7,
+    ]

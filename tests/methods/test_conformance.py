@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +50,9 @@ class Masked:
         self.optimizer.param_groups[0]["lr"] = self.plan.learning_rate(number)
         self.shard.master.grad = torch.tensor(gradient)
         self.optimizer.step()
-        return _tend_mask(SimpleNamespace(mask=self.mask, optimizer=self.optimizer), self.plan, number).get("swapped", 0)
+        return _tend_mask(SimpleNamespace(mask=self.mask, optimizer=self.optimizer), self.plan, number).get(
+            "swapped", 0
+        )
 
 
 def planned(preset: str, *overrides: str) -> Plan:
@@ -64,7 +68,11 @@ def gradients(count: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def segments(scope: str) -> list[slice]:
-    return [slice(0, int(WHERE[-1]))] if scope == "global" else [slice(int(a), int(b)) for a, b in zip(WHERE, WHERE[1:])]
+    return (
+        [slice(0, int(WHERE[-1]))]
+        if scope == "global"
+        else [slice(int(a), int(b)) for a, b in itertools.pairwise(WHERE)]
+    )
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:
@@ -110,13 +118,18 @@ def test_every_turnover_swaps_as_many_and_the_same_weights_as_the_reference(scop
                 opened[segment][largest(np.where(here, -saliency, -np.inf), counts[-1])] = False
                 opened[segment][largest(np.where(here, -np.inf, saliency), counts[-1])] = True
             turned.append(counts)
-            assert swapped == sum(counts) and masked.mask.overlap == pytest.approx((before & opened).sum() / before.sum())
+            assert swapped == sum(counts) and masked.mask.overlap == pytest.approx(
+                (before & opened).sum() / before.sum()
+            )
             total[:] = 0
         elif number > 49:
             assert swapped == 0
         assert number < 49 or (masked.opened == opened).all()
     if scope == "matrix":  # 18, 320, 2, 0 and 150 open; the shares are .1809, .1309, .0691 and .1766, .1174, .0500
-        theirs, ours = [[3, 57, 1, 0, 27], [2, 41, 1, 0, 19], [1, 22, 1, 0, 10]], [[3, 56, 1, 0, 26], [2, 37, 1, 0, 17], [1, 16, 1, 0, 7]]
+        theirs, ours = (
+            [[3, 57, 1, 0, 27], [2, 41, 1, 0, 19], [1, 22, 1, 0, 10]],
+            [[3, 56, 1, 0, 26], [2, 37, 1, 0, 17], [1, 16, 1, 0, 7]],
+        )
         assert turned == (theirs if published else ours)
     assert masked.mask.num_open() == int(opened.sum()) == (490 if scope == "matrix" else 492)
 
@@ -141,7 +154,7 @@ def test_saluns_mask_is_the_top_half_of_a_full_sort_over_all_matrices_and_stays(
         total += gradient if number < plan.collect else 0
         assert masked.step(number, gradient) == 0
         if number >= plan.collect - 1:
-            order = sorted(range(len(total)), key=lambda i: (-abs(total[i]), i))  # noqa: B023
+            order = sorted(range(len(total)), key=lambda i: (-abs(total[i]), i))
             assert sorted(order[:492]) == masked.opened.nonzero()[0].tolist()
     assert len({abs(value) for value in total.tolist()}) < len(total) and len(total) == 984
 
@@ -170,7 +183,10 @@ def key_steps(start: int, steps: int, last_start: int) -> Iterator[int]:
     ],
 )
 def test_the_key_steps_of_a_preset_are_the_published_table(preset, start, steps, length):
-    plan, source = planned(preset, f"train.steps={length}"), key_steps(start, steps, 44 if steps == 50 else 25)  # below 0.9 of them
+    plan, source = (
+        planned(preset, f"train.steps={length}"),
+        key_steps(start, steps, 44 if steps == 50 else 25),
+    )  # below 0.9 of them
     method = build_method(load_config(PRESETS / f"{preset}.yaml", ["model.path=/models/mine"]))
     table = [kscu.key_step(update, method.config.start, method.config.sampler_steps) for update in range(plan.updates)]
     assert len(table) == length and table == [next(source) for _ in range(length)]
@@ -186,8 +202,20 @@ def test_the_start_grows_as_far_as_the_length_allows(start, length, last):
 
 
 CONCEPTS = [
-    ConceptPrompts(("a photo of a cat", "a cat"), ("a photo of a animal", "a animal"), "a photo of a cat", ("a photo of a fish",), names=("cat", "animal")),
-    ConceptPrompts(("a photo of a house",), ("a photo of a building",), "a photo of a house", ("a photo of a bridge",), names=("house", "building")),
+    ConceptPrompts(
+        ("a photo of a cat", "a cat"),
+        ("a photo of a animal", "a animal"),
+        "a photo of a cat",
+        ("a photo of a fish",),
+        names=("cat", "animal"),
+    ),
+    ConceptPrompts(
+        ("a photo of a house",),
+        ("a photo of a building",),
+        "a photo of a house",
+        ("a photo of a bridge",),
+        names=("house", "building"),
+    ),
     ConceptPrompts(("a photo of a car",), ("a photo of a vehicle",), "a photo of a car", (), names=("car", "vehicle")),
 ]
 
@@ -204,8 +232,16 @@ def test_uces_edit_equals_the_naive_inverse_in_every_layer(arch):
 
     pairs = [(pair, concept.names) for concept in CONCEPTS for pair in zip(concept.target, concept.superclass)]
     aligned = [[side.double().detach().numpy() for side in uce.aligned_rows(backbone, *pair)] for pair in pairs]
-    kept = [rows(text) for (_, text), _ in pairs] + [rows(text) for concept in CONCEPTS for text in concept.keep] + [rows("", negative=True)]
-    expected = [name for name, _ in backbone.net.named_parameters() if ".attn2." in name and name.endswith(("to_k.weight", "to_v.weight"))]
+    kept = (
+        [rows(text) for (_, text), _ in pairs]
+        + [rows(text) for concept in CONCEPTS for text in concept.keep]
+        + [rows("", negative=True)]
+    )
+    expected = [
+        name
+        for name, _ in backbone.net.named_parameters()
+        if ".attn2." in name and name.endswith(("to_k.weight", "to_v.weight"))
+    ]
     assert sorted(changed) == sorted(expected) and len(expected) >= 8
     for name in expected:
         weight = backbone.net.get_parameter(name).double().detach().numpy()

@@ -32,14 +32,25 @@ def test_a_method_file_has_a_frozen_config_named_like_the_file_and_a_method(name
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_method_trains_matrices_of_the_net_only(name):
-    names = ["a.attn1.to_q.weight", "a.attn2.to_q.weight", "a.attn2.to_out.0.weight", "a.attn2.to_out.0.bias", "conv.weight", "a.attn2.to_k.weight"]
-    chosen = build_method(load_config(None, [f"method.name={name}"])).trainable(parameter_groups({n: (2,) if n.endswith("bias") else (2, 2) for n in [*names, "a.attn2.to_v.weight"]}))
+    names = [
+        "a.attn1.to_q.weight",
+        "a.attn2.to_q.weight",
+        "a.attn2.to_out.0.weight",
+        "a.attn2.to_out.0.bias",
+        "conv.weight",
+        "a.attn2.to_k.weight",
+    ]
+    chosen = build_method(load_config(None, [f"method.name={name}"])).trainable(
+        parameter_groups({n: (2,) if n.endswith("bias") else (2, 2) for n in [*names, "a.attn2.to_v.weight"]})
+    )
     assert chosen and not any(entry.endswith("bias") for entry in chosen)
 
 
 def test_dm_cal_trains_the_cross_attention():
     names = [f"b.{kind}.{part}.weight" for kind in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")]
-    assert list(DmCal(Config()).trainable(parameter_groups(dict.fromkeys(names, (2, 2))))) == [n for n in names if "attn2" in n]
+    assert list(DmCal(Config()).trainable(parameter_groups(dict.fromkeys(names, (2, 2))))) == [
+        n for n in names if "attn2" in n
+    ]
 
 
 def test_saliency_is_plain_denoising_of_the_target():

@@ -55,16 +55,21 @@ def flat(file: str) -> dict[str, Any]:
     """Every key of a configuration, with the method's defaults, dotted."""
     config = load_config(CANVAS / file)
     sections = OmegaConf.to_container(OmegaConf.create(to_yaml(config))) | {"method": vars(build_method(config).config)}
-    return {f"{section}.{key}": value for section, keys in sections.items() if isinstance(keys, dict) for key, value in keys.items()} | {
-        "concepts": sections["concepts"]
-    }
+    return {
+        f"{section}.{key}": value
+        for section, keys in sections.items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+    } | {"concepts": sections["concepts"]}
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_what_it_is_named_for_and_nothing_else(name):
     ours, theirs = flat("dm_cal.yaml"), flat(f"ablations/{name}.yaml")
     assert ours.keys() == theirs.keys()
-    assert {key: theirs[key] for key in ours if ours[key] != theirs[key]} == ABLATIONS[name] | {"run.folder": f"runs/canvas-dm_cal-{name}"}
+    assert {key: theirs[key] for key in ours if ours[key] != theirs[key]} == ABLATIONS[name] | {
+        "run.folder": f"runs/canvas-dm_cal-{name}"
+    }
 
 
 def test_every_ablation_is_in_the_table():
@@ -93,7 +98,11 @@ def step(optimizer: MaskedAdamW, shard: Shard, gradient: list[float], phase: str
 
 @pytest.mark.parametrize(
     ("statistic", "opened"),
-    [("abs_sum", [0, 1, 0, 0]), ("sum_abs", [1, 0, 0, 0]), ("sum_sq", [0, 0, 1, 0])],  # sums 0 5 4.5 1; 6 5 5.5 1; 18 12.5 25.25 1
+    [
+        ("abs_sum", [0, 1, 0, 0]),
+        ("sum_abs", [1, 0, 0, 0]),
+        ("sum_sq", [0, 0, 1, 0]),
+    ],  # sums 0 5 4.5 1; 6 5 5.5 1; 18 12.5 25.25 1
 )
 def test_each_statistic_opens_another_weight(statistic, opened):
     _, shard, _ = collected([[3.0, 2.5, 5.0, 1.0], [-3.0, 2.5, -0.5, 0.0]], saliency=statistic)
@@ -177,7 +186,11 @@ def test_refresh_and_until_say_when_the_mask_turns_over(overrides, expected):
 
 
 def test_collect_is_left_out_where_no_gradient_is_asked_for():
-    assert (plan("mask.keep=1").collect, plan("mask.saliency=random", "mask.collect=0").collect, plan("mask.collect=0.1").collect) == (0, 0, 45)
+    assert (
+        plan("mask.keep=1").collect,
+        plan("mask.saliency=random", "mask.collect=0").collect,
+        plan("mask.collect=0.1").collect,
+    ) == (0, 0, 45)
 
 
 def test_a_share_above_0_is_at_least_one_step():
@@ -191,10 +204,16 @@ def test_moments_of_open_weights_alone_do_not_go_with_the_published_form_which_i
 
 
 def test_the_published_clock_counts_the_collect_steps_and_its_schedule_never_ends():
-    ours, theirs = plan("train.lr=1.0", "train.warmup=0"), plan("train.lr=1.0", "train.warmup=0", "method.reference_compat=true")
+    ours, theirs = (
+        plan("train.lr=1.0", "train.warmup=0"),
+        plan("train.lr=1.0", "train.warmup=0", "method.reference_compat=true"),
+    )
     assert (ours.progress(50), theirs.progress(50)) == (0.0, 0.1)
     assert ours.learning_rate(499) == pytest.approx((1 + math.cos(math.pi * 449 / 450)) / 2, abs=1e-5)
-    assert theirs.learning_rate(499) == pytest.approx((1 + math.cos(math.pi * 449 / 500)) / 2, abs=1e-5) and theirs.learning_rate(499) > 0.02
+    assert (
+        theirs.learning_rate(499) == pytest.approx((1 + math.cos(math.pi * 449 / 500)) / 2, abs=1e-5)
+        and theirs.learning_rate(499) > 0.02
+    )
 
 
 SHAPES = {
@@ -210,13 +229,18 @@ SHAPES = {
     [
         ([], MaskSettings(0.5, "matrix", "abs_sum", 0, resets_moments=True)),
         (["method.reference_compat=true"], MaskSettings(0.5, "matrix", "abs_sum", 0, resets_moments=False)),
-        (["mask.scope=global", "mask.keep=0.3", "mask.saliency=sum_sq", "train.seed=7"], MaskSettings(0.3, "global", "sum_sq", 7)),
+        (
+            ["mask.scope=global", "mask.keep=0.3", "mask.saliency=sum_sq", "train.seed=7"],
+            MaskSettings(0.3, "global", "sum_sq", 7),
+        ),
     ],
     ids=str,
 )
 def test_the_engine_is_given_the_masks_options(monkeypatch, overrides, expected):
     given: list[Any] = []
-    monkeypatch.setattr("sculpt_dist.engine.zero.Engine", lambda net, names, group, settings, mask, stored: given.extend([names, mask]))
+    monkeypatch.setattr(
+        "sculpt_dist.engine.zero.Engine", lambda net, names, group, settings, mask, stored: given.extend([names, mask])
+    )
     backbone = SimpleNamespace(net=None, groups=lambda: parameter_groups(SHAPES), stored_weights=None)
     config = load_config(None, ["engine.stage=2", *overrides])
     build_engine(config, build_method(config), backbone, SimpleNamespace(size=1))
@@ -224,7 +248,9 @@ def test_the_engine_is_given_the_masks_options(monkeypatch, overrides, expected)
 
 
 def test_parts_choose_matrices_of_the_cross_attention():
-    chosen = {part: list(Method(Config(parts=[part])).trainable(parameter_groups(SHAPES))) for part in ("q", "k", "v", "out")}
+    chosen = {
+        part: list(Method(Config(parts=[part])).trainable(parameter_groups(SHAPES))) for part in ("q", "k", "v", "out")
+    }
     assert chosen == {part: [f"b.attn2.to_{'out.0' if part == 'out' else part}.weight"] for part in chosen}
     names = {"add_embedding.linear_1.weight": (2, 3), "add_embedding.linear_1.bias": (2,), **SHAPES}
     both = Method(Config(parts=["k", "pooled"])).trainable(parameter_groups(names))
@@ -240,7 +266,9 @@ def test_the_label_by_hand_for_each_source_and_guidance(source, weight, guidance
     label = weight * (1 + noise(step, "target")) + 7 + guidance * (7 - 5)
     terms = method.losses(step).terms
     torch.testing.assert_close(terms["forget"], (0.5 * (1 + noise(step, "target")) + 5 - label).pow(2).mean())
-    torch.testing.assert_close(terms["distill"], 0.25 * (0.25 * (3 + noise(step, "anchor"))).pow(2).mean())  # by the teacher, whoever labels
+    torch.testing.assert_close(
+        terms["distill"], 0.25 * (0.25 * (3 + noise(step, "anchor"))).pow(2).mean()
+    )  # by the teacher, whoever labels
     assert method.needs_original == (source == "original")
     asked = 4 if guidance else 2  # a prompt or two, two samples each
     assert step.original.net.calls == ([asked] if source == "original" else [])
@@ -253,7 +281,9 @@ def test_no_label_passes_a_gradient(source):
     student, other = net(0.5), net(0.25)
     step = offer(student, other)
     object.__setattr__(step, "original", Predictor(step.backbone, other))
-    Method(Config(label_source=source, label_guidance=1.0, retain_weight=0.0, distill_weight=0.0)).losses(step).total.backward()
+    Method(Config(label_source=source, label_guidance=1.0, retain_weight=0.0, distill_weight=0.0)).losses(
+        step
+    ).total.backward()
     n = noise(step, "target")
     weight = 0.5 if source == "student" else 0.25
     residual = 0.5 * (1 + n) + 5 - (weight * (1 + n) + 7 + 2)
@@ -286,14 +316,19 @@ SOURCES = {"bird target": 100, "boat target": 200, "boat superclass": 300, "boat
 )
 def test_anchors_name_the_sources_of_the_stream(tmp_path, anchors, concept, expected):
     names = "concepts=[{target: bird, superclass: animal},{target: boat, superclass: vehicle, keep: [rocket]}]"
-    config = load_config(None, [names, "train.batch=6", f"run.folder={tmp_path}", f"method.anchors=[{','.join(anchors)}]"])
+    config = load_config(
+        None, [names, "train.batch=6", f"run.folder={tmp_path}", f"method.anchors=[{','.join(anchors)}]"]
+    )
     for source, value in (SOURCES | {"bird superclass": 500}).items():
         name, role = source.split()
         of = next(one for one in config.concepts if one.target == name)
         make_stream(data_folder(tmp_path, of, role), 6, offset=value)
     streams = concept_streams(config, build_method(config), None, SimpleNamespace(size=1, rank=0), concept)
     _, _, anchored, _ = streams[0]
-    found = [next(source for source, value in SOURCES.items() if value <= float(sample.latent.mean()) < value + 6) for sample in anchored]
+    found = [
+        next(source for source, value in SOURCES.items() if value <= float(sample.latent.mean()) < value + 6)
+        for sample in anchored
+    ]
     assert set(found) == expected and len(found) == (6 if expected else 0)
     assert all(found.count(source) == 6 / len(expected) for source in expected)
 
@@ -315,7 +350,7 @@ def test_the_published_result_is_the_candidate_that_forgets_best():
     for update in range(450):
         spread = 0.5 if update % 2 else -0.5
         terms = {"forget": means[update // 50] + spread, "retain": -9.0 * update}
-        _consider_candidate(run, SimpleNamespace(masters=lambda: update), terms)  # noqa: B023
+        _consider_candidate(run, SimpleNamespace(masters=lambda: update), terms)  # noqa: B023 (called within this turn)
     assert run.candidate == 8 * 50 - 1 and run.recent.best == pytest.approx(1.0)
     assert Method(Config()).candidate_every(450) == 0
 

@@ -22,10 +22,18 @@ from sculpt_dist.methods.base import Setup
 from sculpt_dist.methods.surgun import Config, Method, text_points
 
 CONFIG = str(PROJECT / "configs" / "canvas" / "surgun.yaml")
-LAYERS = [f"{block}.{kind}.{part}" for block in ("down_blocks.0", "mid_block") for kind in ("attn1", "attn2") for part in ("to_q", "to_out.0")]
+LAYERS = [
+    f"{block}.{kind}.{part}"
+    for block in ("down_blocks.0", "mid_block")
+    for kind in ("attn1", "attn2")
+    for part in ("to_q", "to_out.0")
+]
 GROUPS = {
     "matrices": tuple(f"{layer}.weight" for layer in LAYERS),
-    "cross_attention": tuple(f"{layer}.weight" for layer in LAYERS if "attn2" in layer) + ("mid_block.attn2.to_out.0.bias",),
+    "cross_attention": (
+        *tuple(f"{layer}.weight" for layer in LAYERS if "attn2" in layer),
+        "mid_block.attn2.to_out.0.bias",
+    ),
     "self_attention": tuple(f"{layer}.weight" for layer in LAYERS if "attn1" in layer),
     "block.0": tuple(f"{layer}.weight" for layer in LAYERS if "down" in layer),
     "block.1": tuple(f"{layer}.weight" for layer in LAYERS if "mid" in layer),
@@ -82,7 +90,11 @@ def test_both_streams_pass_the_student_as_one_batch_and_nobody_asks_the_teacher(
 def test_farthest_points_are_taken_one_after_another():
     angles = np.deg2rad([0, 10, 90, 170, 200, 275])
     points = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1))
-    assert farthest_points(points, torch.tensor([1.0, 0.0]), 3) == [3, 5, 2]  # 170 from 0; then 275 (85 from 0) before 90 (80 from 170)
+    assert farthest_points(points, torch.tensor([1.0, 0.0]), 3) == [
+        3,
+        5,
+        2,
+    ]  # 170 from 0; then 275 (85 from 0) before 90 (80 from 170)
     assert farthest_points(3 * points, torch.tensor([0.5, 0.0]), 3) == [3, 5, 2]  # lengths do not matter
     assert sorted(farthest_points(points, torch.tensor([1.0, 0.0]), 9)) == [0, 1, 2, 3, 4, 5]
 
@@ -104,14 +116,21 @@ def test_distractors_are_no_concepts_of_the_run_and_enough():
     with pytest.raises(ConfigError, match="method.distractors=2, but only 1 candidates"):
         Method(Config(candidates=["dog", "sun"], distractors=2)).distractors(setup(cat, dog))
     style = Concept("van gogh", None, "style")
-    chosen = Method(Config(candidates=[], style_candidates=["a", "b", "van gogh"], distractors=2)).distractors(setup(style))
+    chosen = Method(Config(candidates=[], style_candidates=["a", "b", "van gogh"], distractors=2)).distractors(
+        setup(style)
+    )
     assert sorted(chosen) == ["a", "b"]
 
 
 def test_blocks_and_attention_choose_what_trains():
-    trains = lambda **options: list(Method(Config(**options)).trainable(GROUPS))  # noqa: E731
+    def trains(**options):
+        return list(Method(Config(**options)).trainable(GROUPS))
+
     assert len(trains()) == 8 and not any("bias" in name for name in trains())
-    assert trains(blocks=[1], attention=["cross_attention"]) == ["mid_block.attn2.to_q.weight", "mid_block.attn2.to_out.0.weight"]
+    assert trains(blocks=[1], attention=["cross_attention"]) == [
+        "mid_block.attn2.to_q.weight",
+        "mid_block.attn2.to_out.0.weight",
+    ]
     adapter = Method(Config(blocks=[0], rank=4)).adapter(GROUPS)
     assert adapter["r"] == adapter["lora_alpha"] == 4
     assert adapter["target_modules"] == [layer for layer in LAYERS if "down" in layer and "attn2" in layer] + [
@@ -140,13 +159,21 @@ def test_calibration_prefers_what_erases_and_retains():
     method = Method(Config(calibrations=4, calibration_images=2))
     without_styles = [{"UA": 0.9, "IRA": 0.8}, {"UA": 1.0, "IRA": 0.65}]  # as `sculpt-dist localize` scores them
     assert min(without_styles, key=method.judge) == without_styles[0]
-    assert method.calibration_images == 2 and method.candidate_every(10) == 2 and Method(Config()).calibration_images == 0
+    assert (
+        method.calibration_images == 2 and method.candidate_every(10) == 2 and Method(Config()).calibration_images == 0
+    )
     assert method.judge({"UA": 0.9, "IRA": 0.8, "CRA": 1.0}) < method.judge({"UA": 1.0, "IRA": 0.5, "CRA": 1.0})
 
 
 @pytest.mark.slow
 def test_a_calibrated_run_draws_distractors_keeps_a_candidate_and_exports_plain_weights(tmp_path):
-    arguments = [*TINY_RUN, "method.calibrations=2", "method.blocks=[2]", "evaluate.enabled=false", f"run.folder={tmp_path / 'run'}"]
+    arguments = [
+        *TINY_RUN,
+        "method.calibrations=2",
+        "method.blocks=[2]",
+        "evaluate.enabled=false",
+        f"run.folder={tmp_path / 'run'}",
+    ]
     sculpt("unlearn", CONFIG, *arguments)
     prompts = read_index(tmp_path / "run" / "data" / "object-bird" / "distractor")[0]["prompts"]
     config = load_config(tmp_path / "run" / "config.yaml")

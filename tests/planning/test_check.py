@@ -43,7 +43,14 @@ def attention(width: int, text: int) -> int:
 
 
 SIZES = {  # millions of parameters; cross-attention weights, biases left out, and their matrices; latents, tokens, image side
-    "sd15": (859.5, 5 * attention(320, 768) + 5 * attention(640, 768) + 6 * attention(1280, 768), 64, [4, 64, 64], [77, 768], 512),
+    "sd15": (
+        859.5,
+        5 * attention(320, 768) + 5 * attention(640, 768) + 6 * attention(1280, 768),
+        64,
+        [4, 64, 64],
+        [77, 768],
+        512,
+    ),
     "sdxl": (2567.5, 10 * attention(640, 2048) + 60 * attention(1280, 2048), 280, [4, 128, 128], [77, 2048], 1024),
     "sana": (1604.5, 20 * attention(2240, 2240), 80, [32, 32, 32], [300, 2304], 1024),
 }
@@ -67,13 +74,20 @@ def test_shards_are_cut_as_deepspeed_cuts_them():
 
 
 def test_a_text_width_that_is_not_the_encoders_is_found(models, tmp_path):
-    with pytest.raises(ModelError, match=r"unet, the saliency on latents \[1, 4, 64, 64\] and tokens \[1, 77, 768\]: .*(1024|shape|dim)"):
+    with pytest.raises(
+        ModelError,
+        match=r"unet, the saliency on latents \[1, 4, 64, 64\] and tokens \[1, 77, 768\]: .*(1024|shape|dim)",
+    ):
         checked(models, "sd15", changed(models, "sd15", "unet", tmp_path / "wrong", cross_attention_dim=1024))
 
 
 def test_a_wrong_width_of_the_size_conditions_is_found(models, tmp_path):
     with pytest.raises(ModelError, match="unet, the saliency .*config.json"):
-        checked(models, "sdxl", changed(models, "sdxl", "unet", tmp_path / "wrong", projection_class_embeddings_input_dim=2048))
+        checked(
+            models,
+            "sdxl",
+            changed(models, "sdxl", "unet", tmp_path / "wrong", projection_class_embeddings_input_dim=2048),
+        )
 
 
 def test_an_autoencoder_of_another_model_is_found(models, tmp_path):
@@ -84,15 +98,23 @@ def test_an_autoencoder_of_another_model_is_found(models, tmp_path):
 def test_settings_that_build_nothing_are_found(models, tmp_path):
     with pytest.raises(ModelError, match="unet/config.json: no UNet2DConditionModel can be built from it"):
         checked(models, "sd15", changed(models, "sd15", "unet", tmp_path / "wrong", block_out_channels=[320, 640]))
-    with pytest.raises(ModelError, match="text_encoder/config.json: no CLIPTextModel can be built from it: .*attention heads"):
+    with pytest.raises(
+        ModelError, match="text_encoder/config.json: no CLIPTextModel can be built from it: .*attention heads"
+    ):
         checked(models, "sd15", changed(models, "sd15", "text_encoder", tmp_path / "odd", num_attention_heads=7))
 
 
 MISTAKES = {
     "the batch": (["train.batch=3"], "train.batch=3 is not divisible by ranks 2"),
-    "a long prompt": (['prepare.prompts.object=["a photo of {concept}' + " and more" * 80 + '"]'], "the text encoder takes 77"),
+    "a long prompt": (
+        ['prepare.prompts.object=["a photo of {concept}' + " and more" * 80 + '"]'],
+        "the text encoder takes 77",
+    ),
     "a part of the attention": (["method.parts=[q, w]"], r"method.parts holds \['w'\]"),
-    "a part that the net has not": (["method.parts=[q, pooled]"], "trains the group 'pooled_text', which UNet2DConditionModel has not"),
+    "a part that the net has not": (
+        ["method.parts=[q, pooled]"],
+        "trains the group 'pooled_text', which UNet2DConditionModel has not",
+    ),
     "no concepts": (["concepts=[]"], "concepts is empty"),
     "the plan": (["mask.collect=0"], "mask.collect=0"),
     "the image size": (["model.image_size=100"], "multiple of 8"),
@@ -107,7 +129,9 @@ def test_a_mistake_in_the_configuration_is_found(models, mistake):
 
 
 def test_another_kind_of_pipeline_is_named(models):
-    with pytest.raises(ModelError, match="holds a StableDiffusionPipeline, model.arch expects StableDiffusionXLPipeline"):
+    with pytest.raises(
+        ModelError, match="holds a StableDiffusionPipeline, model.arch expects StableDiffusionXLPipeline"
+    ):
         checked(models, "sd15", "model.arch=sdxl")
 
 
@@ -117,7 +141,10 @@ def test_a_run_still_needs_the_weights(models):
 
 
 TRAINED = {
-    "a group that is not there": (lambda method, groups: groups["cross_attention.b"], "group 'cross_attention.b', which UNet2DCondition"),
+    "a group that is not there": (
+        lambda method, groups: groups["cross_attention.b"],
+        "group 'cross_attention.b', which UNet2DCondition",
+    ),
     "a parameter that is not there": (lambda method, groups: ["conv_in.wait"], "conv_in.wait, which"),
     "a bias": (lambda method, groups: ["conv_in.bias"], r"conv_in.bias, \[56\]: only matrices"),
     "nothing": (lambda method, groups: [], "trains nothing"),
@@ -133,7 +160,9 @@ def test_a_method_that_trains_what_cannot_train_is_found(monkeypatch, case):
 
 
 def test_a_loss_that_trains_nothing_is_found(monkeypatch):
-    monkeypatch.setattr(dm_cal.Method, "losses", lambda method, step: Losses({"forget": step.batch.target.latents.mean()}))
+    monkeypatch.setattr(
+        dm_cal.Method, "losses", lambda method, step: Losses({"forget": step.batch.target.latents.mean()})
+    )
     with pytest.raises(ConfigError, match="loss group 0 .*none of the weights"):
         check_run(load_config(CANVAS_CONFIG), 1)
 
@@ -152,13 +181,15 @@ def test_a_closed_form_is_checked_without_its_edit(monkeypatch):
         def edit(self, backbone, concepts):
             raise AssertionError("an edit needs values")
 
-    monkeypatch.setattr("sculpt_dist.run.build.build_method", lambda config: Never())
+    monkeypatch.setattr("sculpt_dist.run.preflight.build_method", lambda config: Never())
     assert "trainable" not in check_run(load_config(CANVAS_CONFIG), 1)
 
 
 def test_stored_weights_of_other_shapes_are_found(tmp_path):
     path = changed(CANVAS.parent, "sd15", "unet", tmp_path / "wrong", block_out_channels=[56, 96])
-    with pytest.raises(ModelError, match=r"unet: \d+ weights do not fit config.json, first .*: stored \(.*\), config \("):
+    with pytest.raises(
+        ModelError, match=r"unet: \d+ weights do not fit config.json, first .*: stored \(.*\), config \("
+    ):
         check_run(load_config(CANVAS_CONFIG, [path]), 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -27,7 +28,13 @@ from sculpt_dist.run.build import build_backbone, build_method
 
 CANVAS = PROJECT / "configs" / "canvas" / "dm_cal.yaml"
 CONCEPT = "concepts=[{target: bird, superclass: animal}]"
-THREE_STEPS = ["train.steps=2", "mask.collect=1", "mask.refresh=1", "train.checkpoint_every=0", "evaluate.enabled=false"]
+THREE_STEPS = [
+    "train.steps=2",
+    "mask.collect=1",
+    "mask.refresh=1",
+    "train.checkpoint_every=0",
+    "evaluate.enabled=false",
+]
 MEASURED = {  # what is measured: ranks, kind, stored as, overrides
     "stage 0": (1, "sana", torch.bfloat16, ["engine.stage=0", "train.batch=2"]),
     "stage 1": (2, "sana", torch.bfloat16, ["engine.stage=1", "train.batch=4"]),
@@ -36,11 +43,26 @@ MEASURED = {  # what is measured: ranks, kind, stored as, overrides
     "stage 2, bf16": (1, "sana", torch.float32, ["engine.stage=2", "engine.precision=bf16", "train.batch=2"]),
     "stage 3, bf16": (2, "sana", torch.float32, ["engine.stage=3", "engine.precision=bf16", "train.batch=4"]),
     "stage 2, accumulation": (1, "sd15", torch.bfloat16, ["engine.stage=2", "train.batch=4", "train.accumulate=2"]),
-    "stage 2, open moments": (1, "sana", torch.bfloat16, ["engine.stage=2", "train.batch=2", "engine.moments=open", "mask.keep=0.1"]),
-    "stage 2, activations again": (1, "sana", torch.bfloat16, ["engine.stage=2", "train.batch=2", "engine.checkpointing=true"]),
+    "stage 2, open moments": (
+        1,
+        "sana",
+        torch.bfloat16,
+        ["engine.stage=2", "train.batch=2", "engine.moments=open", "mask.keep=0.1"],
+    ),
+    "stage 2, activations again": (
+        1,
+        "sana",
+        torch.bfloat16,
+        ["engine.stage=2", "train.batch=2", "engine.checkpointing=true"],
+    ),
     "stage 3, few gathered": (2, "sana", torch.bfloat16, ["engine.stage=3", "train.batch=4", "engine.gathered=2e7"]),
     "stage 2, all trains": (2, "sd15", torch.bfloat16, ["engine.stage=2", "train.batch=2", "method.name=salun"]),
-    "stage 3, all trains, two loss groups": (2, "sana", torch.bfloat16, ["engine.stage=3", "train.batch=2", "method={name: rgd, trains: all}"]),
+    "stage 3, all trains, two loss groups": (
+        2,
+        "sana",
+        torch.bfloat16,
+        ["engine.stage=3", "train.batch=2", "method={name: rgd, trains: all}"],
+    ),
 }
 SETTINGS = {"sana": SANA, "sd15": UNET}
 IN_CI = ("stage 2, open moments",)
@@ -67,19 +89,30 @@ def measure(ranks: int, arguments: list[str], at_once: bool = True) -> list[dict
     if at_once:
         environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": str(1 << 18)}
     command = rank_command(ranks, script, *arguments)
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in IN_CI else pytest.mark.huge) for case in MEASURED])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in IN_CI else pytest.mark.huge) for case in MEASURED]
+)
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(case, models, tmp_path):
     ranks, arch, dtype, overrides = MEASURED[case]
-    settings = [f"model.arch={arch}", f"model.path={models(arch, dtype)}", CONCEPT, f"run.folder={tmp_path / 'run'}", *THREE_STEPS, *overrides]
+    settings = [
+        f"model.arch={arch}",
+        f"model.path={models(arch, dtype)}",
+        CONCEPT,
+        f"run.folder={tmp_path / 'run'}",
+        *THREE_STEPS,
+        *overrides,
+    ]
     predicted = plan_run(load_config(None, settings), ranks, 1e12, device="cpu")
     told = measure(ranks, settings)
     measured = max(rank["peak"] for rank in told)
-    print(f"\n{case}: {ranks} ranks, predicted {predicted['peak'] / 1e9:.3f} GB, measured {measured / 1e9:.3f}: {predicted['peak'] / measured - 1:+.1%}")
+    print(
+        f"\n{case}: {ranks} ranks, predicted {predicted['peak'] / 1e9:.3f} GB, measured {measured / 1e9:.3f}: {predicted['peak'] / measured - 1:+.1%}"
+    )
     assert told[0]["trained"] == predicted["trainable"] and predicted["parameters"] > 100_000_000
     assert predicted["peak"] == pytest.approx(measured, rel=0.1)
     steps = told[0]["steps"]
@@ -89,7 +122,16 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(case, models, 
         assert sum(predicted["payload"].values()) == pytest.approx(sent, rel=0.1)
 
 
-TIMED = ["model.arch=sana", CONCEPT, "train.steps=10", "mask.collect=1", "mask.refresh=0", "train.checkpoint_every=0", "engine.stage=2", "evaluate.enabled=false"]
+TIMED = [
+    "model.arch=sana",
+    CONCEPT,
+    "train.steps=10",
+    "mask.collect=1",
+    "mask.refresh=0",
+    "train.checkpoint_every=0",
+    "engine.stage=2",
+    "evaluate.enabled=false",
+]
 
 
 def seconds(told: list[dict], part: str = "") -> float:
@@ -108,7 +150,9 @@ def test_the_step_on_two_ranks_is_predicted_from_one_rank_and_the_collectives(tm
 
     alone = [run(1, "first")]
     with ThreadPoolExecutor(2) as both:
-        crowded = list(both.map(lambda name: run(1, name), ("left", "right")))  # two runs that know nothing of each other
+        crowded = list(
+            both.map(lambda name: run(1, name), ("left", "right"))
+        )  # two runs that know nothing of each other
     two = run(2, "two")
     alone.append(run(1, "last"))
     rates = json.loads(launch_anew(2, "-m", "sculpt_dist", "bench", "comm", "--json").strip().splitlines()[-1])
@@ -119,17 +163,29 @@ def test_the_step_on_two_ranks_is_predicted_from_one_rank_and_the_collectives(tm
     config = load_config(None, [*settings, "train.batch=4"])
     found = plan_run(config, 2, 1e12, device="cpu")
     known = tmp_path / "rates.json"
-    known.write_text(json.dumps(rates | {"flops_per_second": found["flops_per_step"] / computing, "masked_step_ns_per_weight": updating / found["trainable"] * 1e9}))
+    known.write_text(
+        json.dumps(
+            rates
+            | {
+                "flops_per_second": found["flops_per_step"] / computing,
+                "masked_step_ns_per_weight": updating / found["trainable"] * 1e9,
+            }
+        )
+    )
     predicted = plan_run(config, 2, 1e12, read_rates([known], None, None, None), "cpu")
     print(json.dumps({"one": one, "two unrelated": at_once, "two ranks": measured, "in collectives": seconds(two, "reduce"), "efficiency": one / measured,
                       "against two unrelated": at_once / measured, "predicted": predicted["step_seconds"], "parts": predicted["seconds"], "rates": rates}, indent=1))  # fmt: skip
     assert predicted["parameters"] > 40e6
     assert predicted["step_seconds"] == pytest.approx(measured, rel=0.1)
-    assert at_once / measured >= 0.85  # what the ranks' exchange leaves; `efficiency` has in it what the cores take from each other
+    assert (
+        at_once / measured >= 0.85
+    )  # what the ranks' exchange leaves; `efficiency` has in it what the cores take from each other
 
 
 def planned(*overrides: str, ranks: int = 1, memory: float = 1e12, device: str = "cuda", config=CANVAS):
-    return plan_run(load_config(config, ["evaluate.enabled=false", "prepare.batch=1", *overrides]), ranks, memory, device=device)
+    return plan_run(
+        load_config(config, ["evaluate.enabled=false", "prepare.batch=1", *overrides]), ranks, memory, device=device
+    )
 
 
 def test_parts_are_what_their_counts_say():
@@ -145,14 +201,21 @@ def test_parts_are_what_their_counts_say():
 
 
 def test_a_net_in_stage_3_is_spread_and_its_gathered_copy_is_counted():
-    found, alone = planned("engine.stage=3", ranks=2, device="cpu"), planned("engine.stage=3", "train.batch=6", device="cpu")
+    found, alone = (
+        planned("engine.stage=3", ranks=2, device="cpu"),
+        planned("engine.stage=3", "train.batch=6", device="cpu"),
+    )
     assert found["bytes"]["weights"] == pytest.approx(alone["bytes"]["weights"] / 2, rel=1e-3)
-    assert found["bytes"]["buffers"] - alone["bytes"]["buffers"] == 2 * 4 * found["parameters"]  # gathered, and in passing
+    assert (
+        found["bytes"]["buffers"] - alone["bytes"]["buffers"] == 2 * 4 * found["parameters"]
+    )  # gathered, and in passing
 
 
 @pytest.mark.parametrize("name", ["dm_cal", "kscu", "esd", "concept_ablation", "salun", "rgd", "surgun"])
 def test_every_method_is_rehearsed_as_it_is(name):
-    found = planned("model.arch=sana", "train.batch=2", config=PROJECT / "configs" / "canvas" / f"{name}.yaml", device="cpu")
+    found = planned(
+        "model.arch=sana", "train.batch=2", config=PROJECT / "configs" / "canvas" / f"{name}.yaml", device="cpu"
+    )
     assert found["bytes"]["activations"] + found["bytes"]["gradients"] > 0 and found["flops_per_step"] > 0
     assert ("assumed" in found) == (name in ("kscu", "esd"))
 
@@ -172,14 +235,30 @@ def test_the_rehearsal_counts_what_lives_when_it_is_real(arch):
     for role, texts in (("target", prompts.target), ("superclass", prompts.superclass)):
         chosen = tuple(texts[i % len(texts)] for i in range(2))
         streams[role] = Stream(torch.randn(2, *backbone.latent_shape), backbone.embed(chosen), chosen, (0, 1))
-    batch = ConceptBatch(streams["target"], streams["superclass"], None, streams["superclass"].cond, streams["target"].cond)
+    batch = ConceptBatch(
+        streams["target"], streams["superclass"], None, streams["superclass"].cond, streams["target"].cond
+    )
     predictor = Predictor(backbone, backbone.net)
-    step = Step(predictor, Predictor(backbone, backbone.net, torch.no_grad), None, batch, backbone, Draws(0, 0, 0, range(2), group.device), None, 0, 0.0)
+    step = Step(
+        predictor,
+        Predictor(backbone, backbone.net, torch.no_grad),
+        None,
+        batch,
+        backbone,
+        Draws(0, 0, 0, range(2), group.device),
+        None,
+        0,
+        0.0,
+    )
     real = rehearse(lambda: method.losses(step), backbone.net)
     assert real.forward == pytest.approx(rehearsed.forward, rel=0.02)
     assert max(m.bytes for m in real.backward) == pytest.approx(max(m.bytes for m in rehearsed.backward), rel=0.02)
     assert (real.forward_flops, real.backward_flops) == (rehearsed.forward_flops, rehearsed.backward_flops)
-    assert sum(m.arrived for m in real.backward) == sum(m.arrived for m in rehearsed.backward) == sum(backbone.net.get_parameter(n).numel() for n in opened)
+    assert (
+        sum(m.arrived for m in real.backward)
+        == sum(m.arrived for m in rehearsed.backward)
+        == sum(backbone.net.get_parameter(n).numel() for n in opened)
+    )
 
 
 def test_a_change_that_makes_it_fit_does():
@@ -187,7 +266,9 @@ def test_a_change_that_makes_it_fit_does():
     for share in (0.7, 0.4):
         found = planned(device="cpu", memory=share * room)
         assert not found["fits"] and found["change"]["peak"] <= share * room
-        again = planned(*found["change"]["overrides"], ranks=found["change"]["ranks"], device="cpu", memory=share * room)
+        again = planned(
+            *found["change"]["overrides"], ranks=found["change"]["ranks"], device="cpu", memory=share * room
+        )
         assert again["fits"] and max(again["peak"], again["drawing"]) == found["change"]["peak"]
 
 
@@ -197,7 +278,12 @@ def test_where_nothing_helps_it_says_so():
 
 
 def test_a_cheap_change_comes_before_a_dear_one():
-    subject = ["engine.stage=2", "model.path=" + str(PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"), "mask.keep=0.1", "train.batch=2"]
+    subject = [
+        "engine.stage=2",
+        "model.path=" + str(PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"),
+        "mask.keep=0.1",
+        "train.batch=2",
+    ]
     all_moments, open_moments = planned(*subject), planned(*subject, "engine.moments=open")
     between = (all_moments["peak"] + open_moments["peak"]) / 2
     assert planned(*subject, memory=between)["change"]["overrides"] == ["engine.moments=open"]
@@ -207,8 +293,11 @@ def test_more_ranks_take_less_memory_and_more_traffic():
     rates = Rates(1e10, {"sum": 1e9, "gather": 1e9, "scatter": 1e9}, 1e-4)
     table = plan_run(load_config(CANVAS, ["engine.stage=2"]), 1, 1e12, rates)["table"]
     assert [row["ranks"] for row in table] == [2**i for i in range(11)]
-    assert all(a["peak"] >= b["peak"] for a, b in zip(table, table[1:])) and table[0]["peak"] > table[-1]["peak"]
-    assert all(a["step_seconds"] < b["step_seconds"] and a["samples_per_second"] < b["samples_per_second"] for a, b in zip(table, table[1:]))
+    assert all(a["peak"] >= b["peak"] for a, b in itertools.pairwise(table)) and table[0]["peak"] > table[-1]["peak"]
+    assert all(
+        a["step_seconds"] < b["step_seconds"] and a["samples_per_second"] < b["samples_per_second"]
+        for a, b in itertools.pairwise(table)
+    )
     found = table[1]
     moved = (2 * found["payload"]["gradients"] + found["payload"]["weights"]) / 2
     assert found["seconds"]["communication"] == pytest.approx(moved / 1e9 + found["collectives"] * 1e-4)
@@ -232,9 +321,13 @@ def test_a_mistake_is_named(mistake):
 
 def test_rates_come_from_the_command_or_from_a_bench(tmp_path):
     file = tmp_path / "rates.json"
-    file.write_text('what a library printed\n{"sum_gb_per_second": 2.0, "latency_us": 125.0, "flops_per_second": 5e9, "weights": 3}\n')
+    file.write_text(
+        'what a library printed\n{"sum_gb_per_second": 2.0, "latency_us": 125.0, "flops_per_second": 5e9, "weights": 3}\n'
+    )
     assert read_rates([file], None, None, None) == Rates(5e9, {"sum": 2e9, "gather": 1e10, "scatter": 1e10}, 125 * 1e-6)
-    assert read_rates([file], 1e12, 4.0, 10.0) == Rates(1e12, dict.fromkeys(("sum", "gather", "scatter"), 4e9), 10 * 1e-6)
+    assert read_rates([file], 1e12, 4.0, 10.0) == Rates(
+        1e12, dict.fromkeys(("sum", "gather", "scatter"), 4e9), 10 * 1e-6
+    )
     assert read_rates([], None, None, None) is None
     with pytest.raises(ConfigError, match="is no JSON of a bench"):
         read_rates([PROJECT / "README.md"], None, None, None)
@@ -244,8 +337,23 @@ def test_rates_come_from_the_command_or_from_a_bench(tmp_path):
 
 def test_the_command_says_what_would_fit(tmp_path):
     rates = tmp_path / "rates.json"
-    rates.write_text('noise\n{"sum_gb_per_second": 1.0, "gather_gb_per_second": 1.0, "scatter_gb_per_second": 1.0, "latency_us": 100.0}\n')
-    printed = sculpt("plan", str(CANVAS), "--ranks", "2", "--memory", "0.025", "--device", "cpu", "--flops", "1e10", "--rates", str(rates))
+    rates.write_text(
+        'noise\n{"sum_gb_per_second": 1.0, "gather_gb_per_second": 1.0, "scatter_gb_per_second": 1.0, "latency_us": 100.0}\n'
+    )
+    printed = sculpt(
+        "plan",
+        str(CANVAS),
+        "--ranks",
+        "2",
+        "--memory",
+        "0.025",
+        "--device",
+        "cpu",
+        "--flops",
+        "1e10",
+        "--rates",
+        str(rates),
+    )
     assert "samples/s" in printed and "1,024" in printed and "does not fit into 0.025 GB; with " in printed
     found = json.loads(sculpt("plan", str(CANVAS), "--ranks", "2", "--json").splitlines()[-1])
     assert found["fits"] is True and found["change"] is None and "step_seconds" not in found

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,12 @@ from sculpt_dist.report.report import read_metrics, write_report
 
 OBJECTS = ("cat", "fish", "bird", "flower", "tree", "cactus", "house", "tower", "bridge", "car", "boat", "rocket")
 STYLES = ("natural", "sketch", "neon", "popart", "mosaic")
-SCORES = {"UA": (0.019, 0.497, 0.971), "SA": (0.012, 0.46, 0.93), "IRA": (0.984, 0.979, 0.963), "CRA": (0.998, 0.996, 0.976)}
+SCORES = {
+    "UA": (0.019, 0.497, 0.971),
+    "SA": (0.012, 0.46, 0.93),
+    "IRA": (0.984, 0.979, 0.963),
+    "CRA": (0.998, 0.996, 0.976),
+}
 ACCURACY = {"cat": (0.98, 0.0, 0.031), "car": (0.982, 0.965, 0.027)}  # base, after cat, after car
 
 
@@ -36,7 +42,7 @@ def score_set(stage: int, targets: Sequence[str] = ("cat", "car"), worse: float 
     members["images"] = {"target": 210, "other": 630}
     members["targets"] = {name: {"accuracy": share, "UA": 1 - share, "SA": 0.9} for name, share in recognised.items()}
     members["objects"] = {name: recognised.get(name, 0.99 - 0.04 * stage * (name == "fish")) for name in OBJECTS}
-    members["styles"] = {name: 0.99 for name in STYLES}
+    members["styles"] = dict.fromkeys(STYLES, 0.99)
     members["extra"] = {"clip_score": 27.4 - 0.3 * stage, "fid": 12.5 + stage}
     return members
 
@@ -52,10 +58,17 @@ def metric_lines() -> list[dict[str, Any]]:
             if step < 10:
                 lines.append({**line, "phase": "collect", "loss": 0.3 * noise})
                 continue
-            terms = {"forget": 0.02 + 0.4 * np.exp(-step / 12) * noise, "retain": 0.05 * noise, "distill": 0.006 * noise * (1 + step / 70)}
+            terms = {
+                "forget": 0.02 + 0.4 * np.exp(-step / 12) * noise,
+                "retain": 0.05 * noise,
+                "distill": 0.006 * noise * (1 + step / 70),
+            }
             line |= {"phase": "train", "loss": sum(terms.values()), "terms": terms, "open": 61440}
             if step % 10 == 0 and 10 < step < 60:
-                line |= {"swapped": int(12288 * (1 + np.cos(np.pi * step / 60)) / 2), "overlap": 1 - 0.2 * (1 + np.cos(np.pi * step / 60)) / 2}
+                line |= {
+                    "swapped": int(12288 * (1 + np.cos(np.pi * step / 60)) / 2),
+                    "overlap": 1 - 0.2 * (1 + np.cos(np.pi * step / 60)) / 2,
+                }
             lines.append(line)
     return lines
 
@@ -69,10 +82,15 @@ def draw(folder: Path, stage: int, side: int, styles: Sequence[str], objects: Se
             Image.fromarray(pixels).save(folder / f"{name}--{style}.png")
 
 
-def write_run(folder: Path, targets: Sequence[str] = ("cat", "car"), side: int = 32, styles: Sequence[str] = STYLES) -> Path:
+def write_run(
+    folder: Path, targets: Sequence[str] = ("cat", "car"), side: int = 32, styles: Sequence[str] = STYLES
+) -> Path:
     """A finished run of two concepts."""
     folder.mkdir(parents=True)
-    concepts = [{"target": name, "superclass": broad, "kind": "object", "keep": []} for name, broad in zip(targets, ("animal", "vehicle"))]
+    concepts = [
+        {"target": name, "superclass": broad, "kind": "object", "keep": []}
+        for name, broad in zip(targets, ("animal", "vehicle"))
+    ]
     config = {
         "model": {"path": "models/canvas-sd15", "arch": "sd15"},
         "concepts": concepts,
@@ -98,7 +116,13 @@ def write_run(folder: Path, targets: Sequence[str] = ("cat", "car"), side: int =
         "ranks": 2,
     }
     (folder / "costs.json").write_text(json.dumps(costs))
-    manifest = {"base": "b" * 64, "config": "c" * 64, "shards": {"cat-target-000.tar": "d" * 64}, "code": "0.1.0", "finished": True}
+    manifest = {
+        "base": "b" * 64,
+        "config": "c" * 64,
+        "shards": {"cat-target-000.tar": "d" * 64},
+        "code": "0.1.0",
+        "finished": True,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -221,7 +245,12 @@ def test_the_page_reads_as_a_headline_then_scores_grid_relapse_curves_cost_confi
 def test_the_page_needs_nothing_from_outside(finished: Path) -> None:
     page = Page(finished / "report" / "report.html")
     assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
-    sources = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "srcset", "data", "action")]
+    sources = [
+        value
+        for _, attrs in page.tags
+        for name, value in attrs.items()
+        if name in ("src", "href", "srcset", "data", "action")
+    ]
     assert len(sources) == 12 * 5 * 2 + 3  # thumbnails and three charts
     assert all(re.fullmatch(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", source) for source in sources)
     text = (finished / "report" / "report.html").read_text()
@@ -261,7 +290,9 @@ def test_the_later_of_two_lines_of_a_step_wins_and_steps_are_in_order(tmp_path: 
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, resumed: bool) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"concept": 0, "step": step, "loss": 0.5}) for step in range(3)]
-    path.write_text("\n".join([*whole[:2], '{"concept": 0, "step": 2, "lo']) + ("" if not resumed else "\n" + whole[2] + "\n"))
+    path.write_text(
+        "\n".join([*whole[:2], '{"concept": 0, "step": 2, "lo']) + ("" if not resumed else "\n" + whole[2] + "\n")
+    )
     lines, num_unreadable = read_metrics(path)
     assert [line["step"] for line in lines] == ([0, 1, 2] if resumed else [0, 1])
     assert num_unreadable == 1
@@ -277,8 +308,15 @@ def test_a_run_without_evaluation_reports_curves_and_cost(tmp_path: Path) -> Non
     assert "Not evaluated." in page.words and "CRA" not in page.words
     report = read_report(folder)
     assert report["relapse"] == [[None, None], [None, None]]
-    assert report["after"]["UA"] is None and report["before"]["CRA_ci95"] is None and report["seconds"]["total"] == 104.5
-    assert sorted(path.name for path in (folder / "report").iterdir()) == ["loss.png", "mask.png", "report.html", "report.json"]
+    assert (
+        report["after"]["UA"] is None and report["before"]["CRA_ci95"] is None and report["seconds"]["total"] == 104.5
+    )
+    assert sorted(path.name for path in (folder / "report").iterdir()) == [
+        "loss.png",
+        "mask.png",
+        "report.html",
+        "report.json",
+    ]
 
 
 def test_a_run_that_has_only_begun_reports_what_there_is(tmp_path: Path) -> None:
@@ -324,14 +362,19 @@ def test_the_open_share_is_of_the_trained_weights_and_a_method_without_mask_has_
     top = draw_mask(metric_lines(), ["cat", "car"], 122880).axes[0]
     drawn = np.concatenate([line.get_ydata() for line in top.get_lines() if len(line.get_ydata()) > 2])
     assert set(drawn) == {0.5}
-    bare = [{name: value for name, value in line.items() if name not in ("open", "swapped", "overlap")} for line in metric_lines()]
+    bare = [
+        {name: value for name, value in line.items() if name not in ("open", "swapped", "overlap")}
+        for line in metric_lines()
+    ]
     assert draw_mask(bare, ["cat", "car"], 122880) is None
 
 
 def test_the_grid_has_targets_first_then_the_order_of_the_evaluation(tmp_path: Path) -> None:
     draw(tmp_path / "before", 0, 32, ("natural", "neon"), objects=("cat", "chain_saw", "boat"))
     draw(tmp_path / "after", 2, 32, ("natural",), objects=("cat", "chain_saw"))
-    grid = read_grid(tmp_path / "before", tmp_path / "after", names=("boat", "cat", "Chain saw"), targets=("Chain saw", "neon"))
+    grid = read_grid(
+        tmp_path / "before", tmp_path / "after", names=("boat", "cat", "Chain saw"), targets=("Chain saw", "neon")
+    )
     rows = [row for band in grid.bands for row in band]
     assert [(row.name, row.is_target) for row in rows] == [("Chain saw", True), ("boat", False), ("cat", False)]
     assert grid.styles == ["neon", "natural"] and grid.style_is_target == [True, False]
@@ -390,7 +433,11 @@ def card_parts(folder: Path, report: dict[str, Any]) -> tuple[dict[str, Any], st
 def test_the_front_matter_of_the_card_is_yaml_and_names_a_base_of_the_hub_only(finished: Path, tmp_path: Path) -> None:
     front, _ = card_parts(write_run(tmp_path / "hub"), {})
     assert front.pop("base_model") == "models/canvas-sd15"
-    assert front == {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["unlearning", "sculpt-dist"]}
+    assert front == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["unlearning", "sculpt-dist"],
+    }
     for path in (None, "/home/me/sd15", "sd15", "./models/sd15", str(finished)):
         edit_config(tmp_path / "hub", model={"path": path, "arch": "sd15"})
         front, body = card_parts(tmp_path / "hub", {})
@@ -411,7 +458,9 @@ def test_the_card_gives_scores_with_intervals_settings_and_limits(finished: Path
 
 def test_the_card_says_so_where_nothing_was_measured(finished: Path) -> None:
     _, body = card_parts(finished, {})
-    assert "This model was not evaluated." in body and "Forgetting was not measured." in body and "classifier" not in body
+    assert (
+        "This model was not evaluated." in body and "Forgetting was not measured." in body and "classifier" not in body
+    )
 
 
 def test_a_concept_name_cannot_break_the_card(tmp_path: Path) -> None:

@@ -11,7 +11,13 @@ from sculpt_dist.backbones.formats.original import write_single_file
 
 SDXL = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sdxl"
 BASE = load_file(SDXL / "unet" / "diffusion_pytorch_model.safetensors")
-QUICK = [*SMALL, "evaluate.enabled=false", "train.steps=2", "concepts=[{target: bird, superclass: animal}]", "model.arch=sdxl"]
+QUICK = [
+    *SMALL,
+    "evaluate.enabled=false",
+    "train.steps=2",
+    "concepts=[{target: bird, superclass: animal}]",
+    "model.arch=sdxl",
+]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +25,12 @@ def run(tmp_path_factory, canvas_config):
     """A run from a single file, and the arguments that name it."""
     folder = tmp_path_factory.mktemp("forms")
     write_single_file(SDXL, folder / "base.safetensors")
-    arguments = [*QUICK, f"model.path={folder / 'base.safetensors'}", f"model.config={SDXL}", f"run.folder={folder / 'run'}"]
+    arguments = [
+        *QUICK,
+        f"model.path={folder / 'base.safetensors'}",
+        f"model.config={SDXL}",
+        f"run.folder={folder / 'run'}",
+    ]
     sculpt("unlearn", canvas_config, *arguments)
     return folder, arguments
 
@@ -34,9 +45,13 @@ def test_the_result_goes_out_as_a_single_file_that_diffusers_reads(run, canvas_c
     from diffusers import StableDiffusionXLPipeline
 
     folder, arguments = run
-    printed = sculpt("export", canvas_config, *arguments, "--as", "single", "--output", str(folder / "forgot.safetensors"))
+    printed = sculpt(
+        "export", canvas_config, *arguments, "--as", "single", "--output", str(folder / "forgot.safetensors")
+    )
     assert "forgot.safetensors" in printed
-    loaded = StableDiffusionXLPipeline.from_single_file(folder / "forgot.safetensors", config=str(SDXL), local_files_only=True)
+    loaded = StableDiffusionXLPipeline.from_single_file(
+        folder / "forgot.safetensors", config=str(SDXL), local_files_only=True
+    )
     mine = weights(folder / "run")
     assert all(torch.equal(mine[name], tensor.float()) for name, tensor in loaded.unet.state_dict().items())
 
@@ -48,7 +63,9 @@ def test_a_delta_is_small_and_goes_in_and_out_again(run, canvas_config):
     assert delta.stat().st_size < (SDXL / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 5
     sculpt("apply", str(delta), str(SDXL), str(folder / "applied"))
     applied = load_file(folder / "applied" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(applied[name], tensor.to(applied[name].dtype)) for name, tensor in weights(folder / "run").items())
+    assert all(
+        torch.equal(applied[name], tensor.to(applied[name].dtype)) for name, tensor in weights(folder / "run").items()
+    )
     sculpt("apply", str(delta), str(folder / "applied"), str(folder / "again"), "--remove")
     again = load_file(folder / "again" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(again[name], BASE[name]) for name in BASE)
@@ -61,10 +78,16 @@ def test_what_a_closed_form_made_goes_out_in_every_form(tmp_path):
     arguments = [config, *TINY_RUN, "evaluate.enabled=false", f"run.folder={run}"]
     assert "has no model yet" in sculpt("export", *arguments, "--as", "lora", code=2)
     sculpt("unlearn", *arguments)
-    for form, file in (("single", "model.safetensors"), ("delta", "delta.safetensors"), ("lora", "lora/pytorch_lora_weights.safetensors")):
+    for form, file in (
+        ("single", "model.safetensors"),
+        ("delta", "delta.safetensors"),
+        ("lora", "lora/pytorch_lora_weights.safetensors"),
+    ):
         sculpt("export", *arguments, "--as", form)
         assert (run / file).is_file()
     base = load_file(PROJECT / "sculpt_dist/assets/canvas/sd15/unet/diffusion_pytorch_model.safetensors")
     changed = {name for name, tensor in weights(run).items() if not torch.equal(tensor, base[name].float())}
     held = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
-    assert {name.removeprefix("unet.").replace("lora_A.weight", "weight") for name in held if "lora_A" in name} == changed
+    assert {
+        name.removeprefix("unet.").replace("lora_A.weight", "weight") for name in held if "lora_A" in name
+    } == changed

@@ -31,21 +31,37 @@ def test_own_images_are_encoded_instead_of_drawing(canvas_config, tmp_path):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(number):
             Image.new("RGB", (50, 40), (40 * i, 255 - 40 * i, 90)).save(tmp_path / "images" / name / f"{i}.png")
-    only = ["concepts=[{target: bird, superclass: animal},{target: boat, superclass: vehicle}]", f"prepare.images={tmp_path / 'images'}"]
+    only = [
+        "concepts=[{target: bird, superclass: animal},{target: boat, superclass: vehicle}]",
+        f"prepare.images={tmp_path / 'images'}",
+    ]
     sculpt("prepare", canvas_config, *SMALL, *only, f"run.folder={tmp_path / 'run'}")
     data = tmp_path / "run" / "data"
-    assert [len(ShardReader(data / f"object-{name}" / role)) for name in ("bird", "boat") for role in ("target", "superclass")] == [5, 2, 6, 6]
+    assert [
+        len(ShardReader(data / f"object-{name}" / role))
+        for name in ("bird", "boat")
+        for role in ("target", "superclass")
+    ] == [5, 2, 6, 6]
     from sculpt_dist.backbones.sd15 import Backbone
 
     backbone = Backbone(PROJECT / "sculpt_dist/assets/canvas/sd15", torch.float32, torch.device("cpu"))
     pixels = torch.tensor([40.0, 215.0, 90.0]).div(127.5).sub(1).view(1, 3, 1, 1).expand(1, 3, 32, 32)
-    torch.testing.assert_close(ShardReader(data / "object-bird" / "target")[1].latent, backbone.encode(pixels)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ShardReader(data / "object-bird" / "target")[1].latent, backbone.encode(pixels)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_bad_image_is_named(canvas_config, tmp_path):
     (tmp_path / "images" / "bird").mkdir(parents=True)
     (tmp_path / "images" / "bird" / "broken.png").write_bytes(b"no image")
-    printed = sculpt("prepare", canvas_config, *SMALL, f"prepare.images={tmp_path / 'images'}", f"run.folder={tmp_path / 'run'}", code=2)
+    printed = sculpt(
+        "prepare",
+        canvas_config,
+        *SMALL,
+        f"prepare.images={tmp_path / 'images'}",
+        f"run.folder={tmp_path / 'run'}",
+        code=2,
+    )
     assert "broken.png" in printed and "Traceback" not in printed
 
 
@@ -65,14 +81,33 @@ class Dark(Classifier):
 
 def test_a_users_own_detector_judges_through_the_command(canvas_config, tmp_path, monkeypatch):
     (tmp_path / "my_detector.py").write_text(DETECTOR)
-    own = ["evaluate.classifier=own:my_detector:Dark", "model.cut_prompts=true", "concepts=[{target: dark thing, superclass: vehicle}]", "evaluate.images=6"]
-    command = [sys.executable, "-m", "sculpt_dist", "evaluate", canvas_config, *SMALL, *own, f"run.folder={tmp_path / 'run'}"]
+    own = [
+        "evaluate.classifier=own:my_detector:Dark",
+        "model.cut_prompts=true",
+        "concepts=[{target: dark thing, superclass: vehicle}]",
+        "evaluate.images=6",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "sculpt_dist",
+        "evaluate",
+        canvas_config,
+        *SMALL,
+        *own,
+        f"run.folder={tmp_path / 'run'}",
+    ]
     command += ["--model", str(PROJECT / "sculpt_dist/assets/canvas/sd15"), "--output", str(tmp_path / "out")]
     environment = rank_environment() | {"PYTHONPATH": f"{PROJECT}:{tmp_path}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())["plain"]
-    assert scores["CRA"] is None and scores["IRA"] is None and 0 <= scores["UA"] <= 1 and scores["images"] == {"target": 6, "other": 0}
+    assert (
+        scores["CRA"] is None
+        and scores["IRA"] is None
+        and 0 <= scores["UA"] <= 1
+        and scores["images"] == {"target": 6, "other": 0}
+    )
 
 
 def test_a_classifier_that_does_not_know_the_objects_is_refused_before_training(canvas_config, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ def losses(folder: Path) -> list[float]:
 def alone_of(tmp_path_factory, canvas_config):
     """The run folder of a kind on one rank."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def run(arch: str) -> Path:
         folder = tmp_path_factory.mktemp("alone") / arch
         sculpt("unlearn", canvas_config, *QUICK, f"model.arch={arch}", f"run.folder={folder}")
@@ -44,7 +44,12 @@ def alone(alone_of):
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(2, []), (1, ["train.accumulate=2"]), (2, ["train.accumulate=2", "engine.stage=3", "train.workers=1"]), (2, ["engine.stage=0"])],
+    [
+        (2, []),
+        (1, ["train.accumulate=2"]),
+        (2, ["train.accumulate=2", "engine.stage=3", "train.workers=1"]),
+        (2, ["engine.stage=0"]),
+    ],
     ids=str,
 )
 def test_ranks_accumulation_stage_and_workers_do_not_change_the_run(alone, canvas_config, tmp_path, ranks, overrides):
@@ -60,7 +65,10 @@ def test_ranks_accumulation_stage_and_workers_do_not_change_the_run(alone, canva
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "overrides"),
-    [("sd15", ["engine.checkpointing=true"]), ("sana", ["engine.checkpointing=true", "engine.stage=3", "engine.moments=open"])],
+    [
+        ("sd15", ["engine.checkpointing=true"]),
+        ("sana", ["engine.checkpointing=true", "engine.stage=3", "engine.moments=open"]),
+    ],
     ids=str,
 )
 def test_computing_activations_again_does_not_change_the_run(alone_of, canvas_config, tmp_path, arch, overrides):
@@ -71,7 +79,15 @@ def test_computing_activations_again_does_not_change_the_run(alone_of, canvas_co
 @pytest.mark.exhaustive  # minutes of compiling
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_compiled_net_trains_alike(alone_of, canvas_config, tmp_path, arch):
-    sculpt("unlearn", canvas_config, *QUICK, "engine.compile=true", f"model.arch={arch}", f"run.folder={tmp_path / 'run'}", timeout=1200)
+    sculpt(
+        "unlearn",
+        canvas_config,
+        *QUICK,
+        "engine.compile=true",
+        f"model.arch={arch}",
+        f"run.folder={tmp_path / 'run'}",
+        timeout=1200,
+    )
     assert losses(tmp_path / "run") == pytest.approx(losses(alone_of(arch)), rel=1e-3)
 
 
@@ -80,7 +96,15 @@ def test_on_stage_3_no_rank_loads_the_net_whole_not_even_to_draw(canvas_config, 
     arguments = [*SMALL, "model.arch=sana", "engine.stage=3", f"run.folder={tmp_path / 'run'}"]
     launch(2, str(WORKERS / "never_whole.py"), canvas_config, *arguments)
     assert len(losses(tmp_path / "run")) == 16 and (tmp_path / "run" / "model").is_dir()
-    launch(2, str(WORKERS / "never_whole.py"), canvas_config, *arguments, "engine.stage=2", f"run.folder={tmp_path / 'other'}", code=1)
+    launch(
+        2,
+        str(WORKERS / "never_whole.py"),
+        canvas_config,
+        *arguments,
+        "engine.stage=2",
+        f"run.folder={tmp_path / 'other'}",
+        code=1,
+    )
 
 
 @pytest.mark.slow
@@ -92,9 +116,23 @@ def test_the_stages_agree_where_the_frozen_parts_are_rounded(canvas_config, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "sd15"])
-@pytest.mark.parametrize(("ranks", "overrides"), [(2, ["engine.stage=3", "train.workers=1"]), (2, ["engine.stage=0", "train.accumulate=2"])], ids=str)
-def test_ranks_and_stage_do_not_change_the_run_of_other_kinds(alone_of, canvas_config, tmp_path, arch, ranks, overrides):
-    sculpt("unlearn", canvas_config, *QUICK, *overrides, f"model.arch={arch}", f"run.folder={tmp_path / 'run'}", ranks=ranks)
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [(2, ["engine.stage=3", "train.workers=1"]), (2, ["engine.stage=0", "train.accumulate=2"])],
+    ids=str,
+)
+def test_ranks_and_stage_do_not_change_the_run_of_other_kinds(
+    alone_of, canvas_config, tmp_path, arch, ranks, overrides
+):
+    sculpt(
+        "unlearn",
+        canvas_config,
+        *QUICK,
+        *overrides,
+        f"model.arch={arch}",
+        f"run.folder={tmp_path / 'run'}",
+        ranks=ranks,
+    )
     assert losses(tmp_path / "run") == pytest.approx(losses(alone_of(arch)), rel=1e-3)
     a, b = weights(alone_of(arch)), weights(tmp_path / "run")
     difference = torch.cat([(a[name] - b[name]).abs().flatten() for name in a if ".attn2.to_" in name])
@@ -102,11 +140,22 @@ def test_ranks_and_stage_do_not_change_the_run_of_other_kinds(alone_of, canvas_c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sana", *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in ("sd15", "sdxl"))])
+@pytest.mark.parametrize(
+    "arch", ["sana", *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in ("sd15", "sdxl"))]
+)
 def test_bf16_runs_to_the_end(canvas_config, tmp_path, arch):
     for stage in (2, 3):
         folder = tmp_path / str(stage)
-        sculpt("unlearn", canvas_config, *QUICK, f"model.arch={arch}", f"engine.stage={stage}", "engine.precision=bf16", f"run.folder={folder}", ranks=2)
+        sculpt(
+            "unlearn",
+            canvas_config,
+            *QUICK,
+            f"model.arch={arch}",
+            f"engine.stage={stage}",
+            "engine.precision=bf16",
+            f"run.folder={folder}",
+            ranks=2,
+        )
         assert torch.isfinite(torch.tensor(losses(folder))).all()
 
 
@@ -115,10 +164,16 @@ GOLDEN = PROJECT / "tests" / "golden" / "losses.json"
 
 def golden_cells() -> list:
     """Every trained method on every kind; dm_cal's are in the default suite, sdxl's of the others are run by hand."""
-    methods = [name for name in plugins("sculpt_dist.methods") if hasattr(plugin("sculpt_dist.methods", name, "method.name"), "Method")]
+    methods = [
+        name
+        for name in plugins("sculpt_dist.methods")
+        if hasattr(plugin("sculpt_dist.methods", name, "method.name"), "Method")
+    ]
     later = {"sdxl": pytest.mark.exhaustive}
     pairs = [(method, arch) for method in methods for arch in ARCHS]
-    return [pytest.param(*pair, marks=[] if "dm_cal" in pair else [later.get(pair[1], pytest.mark.slow)]) for pair in pairs]
+    return [
+        pytest.param(*pair, marks=[] if "dm_cal" in pair else [later.get(pair[1], pytest.mark.slow)]) for pair in pairs
+    ]
 
 
 @pytest.mark.parametrize(("method", "arch"), golden_cells())
@@ -138,13 +193,27 @@ def test_golden_losses_of_the_first_updates(alone_of, tmp_path, method, arch, re
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "overrides"),
-    [("esd", ["method.sampler_steps=10"]), ("rgd", []), ("kscu", ["method.sampler_steps=10", "method.start=3"]), ("surgun", [])],
+    [
+        ("esd", ["method.sampler_steps=10"]),
+        ("rgd", []),
+        ("kscu", ["method.sampler_steps=10", "method.start=3"]),
+        ("surgun", []),
+    ],
     ids=["esd", "rgd", "kscu", "surgun"],
 )
 def test_the_ranks_do_not_change_the_run_of_a_method_that_draws_or_combines(tmp_path, method, overrides):
     config = str(PROJECT / "configs" / "canvas" / f"{method}.yaml")
     for name, ranks, more in (("one", 1, []), ("two", 2, ["engine.stage=3", "train.accumulate=2"])):
-        sculpt("unlearn", config, *TINY_RUN, *overrides, "evaluate.enabled=false", *more, f"run.folder={tmp_path / name}", ranks=ranks)
+        sculpt(
+            "unlearn",
+            config,
+            *TINY_RUN,
+            *overrides,
+            "evaluate.enabled=false",
+            *more,
+            f"run.folder={tmp_path / name}",
+            ranks=ranks,
+        )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
 
 
@@ -155,7 +224,9 @@ def test_nan_on_one_rank_stops_all_at_the_same_step_and_the_checkpoint_stays(can
     assert printed.count("at update 3") == 2
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3, 4]
-    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2 and not (tmp_path / "run" / "model").exists()
+    assert (
+        len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2 and not (tmp_path / "run" / "model").exists()
+    )
     sculpt("unlearn", *arguments, ranks=2)
     assert len(losses(tmp_path / "run")) == 16
 
@@ -168,7 +239,9 @@ def test_published_behaviour_does_not_train_on_distillation(canvas_config, tmp_p
 
 @pytest.mark.parametrize("kind", ["adapter", pytest.param("groups", marks=pytest.mark.slow), "editor"])
 def test_the_seam_carries_adapters_loss_groups_and_editors(alone, canvas_config, tmp_path, kind):
-    printed = launch(2, str(WORKERS / "other_methods.py"), kind, canvas_config, *QUICK, f"run.folder={tmp_path / 'run'}")
+    printed = launch(
+        2, str(WORKERS / "other_methods.py"), kind, canvas_config, *QUICK, f"run.folder={tmp_path / 'run'}"
+    )
     told = json.loads(printed.strip().splitlines()[-1])
     base = load_file(PROJECT / "sculpt_dist/assets/canvas/sd15/unet/diffusion_pytorch_model.safetensors")
     result = weights(tmp_path / "run")
@@ -189,7 +262,9 @@ def test_an_adapter_merges_as_peft_merges_it():
     from sculpt_dist.backbones.sd15 import Backbone
 
     backbone = Backbone(PROJECT / "sculpt_dist/assets/canvas/sd15", torch.float32, torch.device("cpu"))
-    names = backbone.add_adapter({"r": 2, "lora_alpha": 6, "target_modules": r".*attn2\.to_[kv]", "init_lora_weights": False}, seed=3)
+    names = backbone.add_adapter(
+        {"r": 2, "lora_alpha": 6, "target_modules": r".*attn2\.to_[kv]", "init_lora_weights": False}, seed=3
+    )
     ours = dict(backbone.merged((name, backbone.net.get_parameter(name).detach()) for name in names))
     backbone.net.fuse_lora()
     assert len(ours) == 8

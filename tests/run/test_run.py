@@ -37,7 +37,16 @@ def finished(tmp_path_factory, canvas_config):
 def test_a_run_leaves_everything_that_others_rely_on(finished):
     folder, printed = finished
     assert "after boat" in printed and str(folder / "report" / "report.html") in printed
-    for name in ("config.yaml", "metrics.jsonl", "manifest.json", "report/report.html", "report/report.json", "report/grid.png", "model/model_index.json", "model/README.md"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "manifest.json",
+        "report/report.html",
+        "report/report.json",
+        "report/grid.png",
+        "model/model_index.json",
+        "model/README.md",
+    ):
         assert (folder / name).is_file(), name
     assert len(list((folder / "checkpoints").glob("step-*"))) == 2
     report = json.loads((folder / "report" / "report.json").read_text())
@@ -61,7 +70,11 @@ def test_the_export_loads_in_plain_diffusers_and_only_cross_attention_matrices_c
     folder, _ = finished
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "model")
     base = StableDiffusionPipeline.from_pretrained(ASSETS, torch_dtype=torch.float32)
-    changed = {name for name, tensor in pipeline.unet.state_dict().items() if not torch.equal(tensor, base.unet.state_dict()[name])}
+    changed = {
+        name
+        for name, tensor in pipeline.unet.state_dict().items()
+        if not torch.equal(tensor, base.unet.state_dict()[name])
+    }
     assert changed and all(".attn2.to_" in name and name.endswith(".weight") for name in changed)
     image = pipeline("a photo of a fish", num_inference_steps=2, height=32, width=32, output_type="np").images[0]
     assert image.shape == (32, 32, 3)
@@ -72,7 +85,13 @@ def test_metrics_tell_every_step(finished):
     told = lines(folder)
     assert [(entry["concept"], entry["step"]) for entry in told] == [(c, s) for c in range(2) for s in range(8)]
     assert [entry["phase"] for entry in told[:8]] == ["collect"] * 2 + ["train"] * 6
-    assert [entry["swapped"] > 0 if "swapped" in entry else False for entry in told[:8]] == [False] * 3 + [True, False, True, False, False]
+    assert [entry["swapped"] > 0 if "swapped" in entry else False for entry in told[:8]] == [False] * 3 + [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert all(entry["open"] == 46080 for entry in told if entry["phase"] == "train")
     assert set(told[-1]["terms"]) == {"forget", "retain", "distill"}
 
@@ -121,7 +140,14 @@ def wait_until_still(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("arch", "stage"), [("sana", 2), *(pytest.param(*place, marks=pytest.mark.exhaustive) for place in (("sd15", 2), ("sd15", 3), ("sdxl", 2), ("sana", 3)))]
+    ("arch", "stage"),
+    [
+        ("sana", 2),
+        *(
+            pytest.param(*place, marks=pytest.mark.exhaustive)
+            for place in (("sd15", 2), ("sd15", 3), ("sdxl", 2), ("sana", 3))
+        ),
+    ],
 )
 def test_killed_in_the_middle_and_called_again_it_ends_with_the_same_weights(canvas_config, tmp_path, arch, stage):
     arguments = ["unlearn", canvas_config, *SMALL, *LONGER, f"model.arch={arch}", f"engine.stage={stage}"]
@@ -144,10 +170,27 @@ def test_killed_in_the_middle_and_called_again_it_ends_with_the_same_weights(can
 def test_a_trajectory_is_remembered_by_the_checkpoint(tmp_path):
     """KSCU walks its latents on from update to update: stopped within a walk, the run goes on with them."""
     config, folder = str(PROJECT / "configs" / "canvas" / "kscu.yaml"), tmp_path / "run"
-    one_walk = ["train.steps=40", "method.sampler_steps=40", "method.start=0", "concepts=[{target: bird, superclass: animal}]"]
-    arguments = ["-m", "sculpt_dist", "unlearn", config, "model.arch=sana", *TINY_RUN, *one_walk, "train.checkpoint_every=0", "evaluate.enabled=false"]
+    one_walk = [
+        "train.steps=40",
+        "method.sampler_steps=40",
+        "method.start=0",
+        "concepts=[{target: bird, superclass: animal}]",
+    ]
+    arguments = [
+        "-m",
+        "sculpt_dist",
+        "unlearn",
+        config,
+        "model.arch=sana",
+        *TINY_RUN,
+        *one_walk,
+        "train.checkpoint_every=0",
+        "evaluate.enabled=false",
+    ]
     first = [sys.executable, *arguments, f"run.folder={folder}"]
-    process = subprocess.Popen(first, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        first, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_step(folder, process, 0, 4)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=100)
@@ -159,8 +202,24 @@ def test_a_trajectory_is_remembered_by_the_checkpoint(tmp_path):
 
 
 def test_interrupted_it_saves_says_so_and_goes_on(canvas_config, tmp_path):
-    arguments = ["-m", "sculpt_dist", "unlearn", canvas_config, *SMALL, *LONGER, "model.arch=sana", "train.checkpoint_every=0", f"run.folder={tmp_path / 'run'}"]
-    process = subprocess.Popen([sys.executable, *arguments], env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    arguments = [
+        "-m",
+        "sculpt_dist",
+        "unlearn",
+        canvas_config,
+        *SMALL,
+        *LONGER,
+        "model.arch=sana",
+        "train.checkpoint_every=0",
+        f"run.folder={tmp_path / 'run'}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env=rank_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     wait_for_step(tmp_path / "run", process, 0, 5)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=100)
@@ -176,13 +235,31 @@ def test_interrupted_it_saves_says_so_and_goes_on(canvas_config, tmp_path):
 
 
 def test_interrupted_while_drawing_it_stops_at_once_and_goes_on(canvas_config, tmp_path):
-    arguments = ["-m", "sculpt_dist", "prepare", canvas_config, *SMALL, "prepare.samples=400", f"run.folder={tmp_path / 'run'}"]
-    process = subprocess.Popen([sys.executable, *arguments], env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    arguments = [
+        "-m",
+        "sculpt_dist",
+        "prepare",
+        canvas_config,
+        *SMALL,
+        "prepare.samples=400",
+        f"run.folder={tmp_path / 'run'}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env=rank_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     while not list((tmp_path / "run").rglob("*.tar")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 75 and "stopped at the samples of object bird target" in printed and "Traceback" not in printed
+    assert (
+        process.returncode == 75
+        and "stopped at the samples of object bird target" in printed
+        and "Traceback" not in printed
+    )
 
 
 def test_a_folder_in_use_is_refused_and_its_holder_named(canvas_config, tmp_path):
@@ -251,7 +328,14 @@ def broken(tmp_path: Path, kind: str) -> str:
     ],
 )
 def test_a_bad_model_is_refused_before_anything_is_drawn(canvas_config, tmp_path, kind, said):
-    printed = sculpt("unlearn", canvas_config, *SMALL, f"model.path={broken(tmp_path, kind)}", f"run.folder={tmp_path / 'run'}", code=2)
+    printed = sculpt(
+        "unlearn",
+        canvas_config,
+        *SMALL,
+        f"model.path={broken(tmp_path, kind)}",
+        f"run.folder={tmp_path / 'run'}",
+        code=2,
+    )
     assert "ModelError" in printed and said in printed and "Traceback" not in printed
     assert not (tmp_path / "run" / "data").exists()
 
@@ -260,7 +344,12 @@ def test_another_runs_folder_is_refused_with_the_difference(finished, canvas_con
     folder, _ = finished
     before = (folder / "config.yaml").read_text()
     printed = sculpt("unlearn", canvas_config, *SMALL, "train.lr=0.5", f"run.folder={folder}", code=2)
-    assert "train.lr: 0.001 there, 0.5 here" in printed and "--override" in printed and "--fresh" in printed and "Traceback" not in printed
+    assert (
+        "train.lr: 0.001 there, 0.5 here" in printed
+        and "--override" in printed
+        and "--fresh" in printed
+        and "Traceback" not in printed
+    )
     assert (folder / "config.yaml").read_text() == before
 
 
@@ -298,7 +387,9 @@ def test_wrong_keys_end_with_code_2_and_one_line(canvas_config):
 
 
 def test_batch_that_does_not_divide_is_refused(canvas_config, tmp_path):
-    printed = sculpt("unlearn", canvas_config, *SMALL, "train.batch=3", f"run.folder={tmp_path / 'run'}", ranks=2, code=2)
+    printed = sculpt(
+        "unlearn", canvas_config, *SMALL, "train.batch=3", f"run.folder={tmp_path / 'run'}", ranks=2, code=2
+    )
     assert "train.batch=3" in printed and "use a multiple of 2" in printed and not (tmp_path / "run").exists()
 
 
@@ -315,7 +406,14 @@ def test_overrides_may_be_left_out():
 @pytest.mark.parametrize("name", [name for name in plugins("sculpt_dist.methods") if name != "dm_cal"])
 def test_every_method_forgets_a_style_after_an_object(tmp_path, name):
     concepts = "concepts=[{target: bird, superclass: animal},{target: neon, kind: style}]"
-    sculpt("unlearn", str(PROJECT / "configs" / "canvas" / f"{name}.yaml"), *TINY_RUN, concepts, "train.steps=2", f"run.folder={tmp_path / 'run'}")
+    sculpt(
+        "unlearn",
+        str(PROJECT / "configs" / "canvas" / f"{name}.yaml"),
+        *TINY_RUN,
+        concepts,
+        "train.steps=2",
+        f"run.folder={tmp_path / 'run'}",
+    )
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert [concept["kind"] for concept in report["concepts"]] == ["object", "style"]
     assert report["after"]["UA"] is not None and report["weights"]["trained"] > 0

@@ -68,7 +68,12 @@ def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 def wait_for_step(cluster: Cluster, job: Job, folder: Path, step: int) -> None:
-    cluster.wait(job, lambda told: told["JobState"] == "RUNNING" and any(told >= step for told in steps(folder)), f"step {step}", 180)
+    cluster.wait(
+        job,
+        lambda told: told["JobState"] == "RUNNING" and any(told >= step for told in steps(folder)),
+        f"step {step}",
+        180,
+    )
 
 
 def processes(folder: Path) -> dict[int, int]:
@@ -94,7 +99,9 @@ def test_two_nodes_train_what_two_local_ranks_do(cluster, uninterrupted, tmp_pat
     assert_same(folder, uninterrupted)
 
 
-def test_a_job_at_its_time_limit_and_preempted_later_is_requeued_twice_and_loses_no_step(cluster, uninterrupted, tmp_path):
+def test_a_job_at_its_time_limit_and_preempted_later_is_requeued_twice_and_loses_no_step(
+    cluster, uninterrupted, tmp_path
+):
     folder = tmp_path / "run"
     options = (*TWO_NODES, "--time=1", "--signal=B:USR1@50")  # up to 60 s earlier, so at once when Slurm looks
     cluster.wait_for_look_at_limits(ahead=9)
@@ -107,7 +114,9 @@ def test_a_job_at_its_time_limit_and_preempted_later_is_requeued_twice_and_loses
     cluster.wait(job, lambda told: told["Restarts"] == "2", "its second requeue", 120)
     assert first < len(steps(folder)) < LAST
     cluster.wait_completed(job)
-    assert "USR1 after" in cluster.log(job) and "requeued (1)" in cluster.log(job) and "requeued (2)" in cluster.log(job)
+    assert (
+        "USR1 after" in cluster.log(job) and "requeued (1)" in cluster.log(job) and "requeued (2)" in cluster.log(job)
+    )
     assert_same(folder, uninterrupted)
 
 
@@ -125,7 +134,18 @@ def test_a_preempted_job_under_torchrun_is_requeued_and_loses_no_step(cluster, u
 
 def preempt(cluster: Cluster) -> int:
     """A job of a higher priority that takes both nodes for a moment."""
-    return int(cluster.tell("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true"))
+    return int(
+        cluster.tell(
+            "sbatch",
+            "--parsable",
+            "--partition=high",
+            "--nodes=2",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap",
+            "true",
+        )
+    )
 
 
 def test_no_more_requeues_than_allowed_and_none_when_cancelled(cluster, tmp_path):
@@ -142,7 +162,11 @@ def test_no_more_requeues_than_allowed_and_none_when_cancelled(cluster, tmp_path
     cluster.tell("scancel", str(job))
     told = cluster.wait_ended(job)
     cluster.wait(job, lambda told: not processes(folder) and "requeued" in cluster.log(job), "the end of its ranks", 60)
-    assert told["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0" and "cancelled, not requeued" in cluster.log(job)
+    assert (
+        told["JobState"] == "CANCELLED"
+        and cluster.job(job)["Restarts"] == "0"
+        and "cancelled, not requeued" in cluster.log(job)
+    )
     assert list((folder / "checkpoints").glob("step-*"))
 
 
@@ -161,15 +185,25 @@ def test_a_killed_rank_ends_the_job_within_5_s_and_leaves_no_process(cluster, tm
 
 
 def test_the_users_error_is_told_and_not_requeued(cluster, tmp_path):
-    bad = cluster.submit("unlearn.sbatch", CONFIG, *RUN, "train.stepz=3", f"run.folder={tmp_path / 'bad'}", options=TWO_NODES)
-    odd = cluster.submit("unlearn.sbatch", CONFIG, *RUN, "train.batch=5", f"run.folder={tmp_path / 'odd'}", options=TWO_NODES)
+    bad = cluster.submit(
+        "unlearn.sbatch", CONFIG, *RUN, "train.stepz=3", f"run.folder={tmp_path / 'bad'}", options=TWO_NODES
+    )
+    odd = cluster.submit(
+        "unlearn.sbatch", CONFIG, *RUN, "train.batch=5", f"run.folder={tmp_path / 'odd'}", options=TWO_NODES
+    )
     for job, message in ((bad, "Did you mean: 'steps'"), (odd, "train.batch=5 is not divisible by ranks 2")):
         told = cluster.wait_ended(job)
         assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "2:0", "0"), cluster.log(job)
         assert message in cluster.log(job)
 
 
-SCORED = ["evaluate.enabled=true", "evaluate.images=1", "evaluate.paraphrase_images=0", "evaluate.steps=1", "evaluate.bootstrap=20"]
+SCORED = [
+    "evaluate.enabled=true",
+    "evaluate.images=1",
+    "evaluate.paraphrase_images=0",
+    "evaluate.steps=1",
+    "evaluate.bootstrap=20",
+]
 
 
 def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_goes_on(cluster, tmp_path):
@@ -190,12 +224,30 @@ def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_goes_on(clus
 
 def test_an_array_runs_the_points_of_a_sweep(cluster, tmp_path):
     pytest.importorskip("sculpt_dist.experiments.sweep")
-    words = ["${interpreter}", "-m", "sculpt_dist", "unlearn", CONFIG, *RUN, *SCORED, "train.steps=4", "mask.refresh=1", "${args_no_hyphens}"]
+    words = [
+        "${interpreter}",
+        "-m",
+        "sculpt_dist",
+        "unlearn",
+        CONFIG,
+        *RUN,
+        *SCORED,
+        "train.steps=4",
+        "mask.refresh=1",
+        "${args_no_hyphens}",
+    ]
     grid = {"train.lr": {"values": [1e-4, 1e-3]}}
-    sweep = {"name": "small", "program": "sculpt_dist/__main__.py", "method": "grid", "metric": {"name": "H", "goal": "maximize"}}
+    sweep = {
+        "name": "small",
+        "program": "sculpt_dist/__main__.py",
+        "method": "grid",
+        "metric": {"name": "H", "goal": "maximize"},
+    }
     file = tmp_path / "sweep.yaml"
     file.write_text(json.dumps(sweep | {"parameters": grid, "command": words}))
-    job = cluster.submit("sweep.sbatch", str(file), "--folder", str(tmp_path / "runs"), options=("--array=0-1", "--partition=low"))
+    job = cluster.submit(
+        "sweep.sbatch", str(file), "--folder", str(tmp_path / "runs"), options=("--array=0-1", "--partition=low")
+    )
     for index in range(2):
         cluster.wait_completed(f"{job}_{index}")
     reports = [json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("report.json")]
@@ -206,7 +258,15 @@ def test_a_chain_prepares_unlearns_and_evaluates(cluster, uninterrupted, tmp_pat
     folder = tmp_path / "run"
     log = f"--output={cluster.folder}/job-%j.txt --partition=low"
     printed = cluster.tell(
-        "bash", "slurm/chain.sh", CONFIG, *RUN, *SCORED, f"run.folder={folder}", PREPARE=log, UNLEARN=f"{log} --nodes=2", EVALUATE=log
+        "bash",
+        "slurm/chain.sh",
+        CONFIG,
+        *RUN,
+        *SCORED,
+        f"run.folder={folder}",
+        PREPARE=log,
+        UNLEARN=f"{log} --nodes=2",
+        EVALUATE=log,
     )
     jobs = {line.partition(":")[0]: int(line.split()[-1]) for line in printed.splitlines()}
     assert list(jobs) == ["prepare", "unlearn", "evaluate"]

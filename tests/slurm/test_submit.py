@@ -20,10 +20,20 @@ def options(script: str) -> list[str]:
 
 def test_the_script_is_the_shipped_one_with_its_lines_filled_in():
     shipped = (SCRIPTS / "unlearn.sbatch").read_text()
-    script = compose(Request(CONFIG, ("train.batch=16",), 2, 4, "1:00:00", "gpu", ("account=vision", "exclusive"), "torchrun"))
+    script = compose(
+        Request(CONFIG, ("train.batch=16",), 2, 4, "1:00:00", "gpu", ("account=vision", "exclusive"), "torchrun")
+    )
     told = options(script)
     assert len(told) == len({option.partition("=")[0] for option in told})  # each once
-    assert {"nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "time=1:00:00", "partition=gpu", "account=vision", "exclusive"} < set(told)
+    assert {
+        "nodes=2",
+        "ntasks-per-node=4",
+        "gpus-per-node=4",
+        "time=1:00:00",
+        "partition=gpu",
+        "account=vision",
+        "exclusive",
+    } < set(told)
     assert {option.partition("=")[0] for option in options(shipped)} < {option.partition("=")[0] for option in told}
     assert "requeue" in told and "LAUNCH=torchrun" in script and script.endswith(shipped.splitlines()[-1] + "\n")
 
@@ -34,7 +44,7 @@ def test_without_gpus_each_node_has_one_rank_and_slurm_is_not_asked_for_gpus():
 
 
 def test_overrides_come_through_the_shell_as_they_are(tmp_path):
-    override = "concepts=[{target: \"it's $HOME `x`\", superclass: animal}]"
+    override = 'concepts=[{target: "it\'s $HOME `x`", superclass: animal}]'
     script = compose(Request(CONFIG, (override,)))
     (line,) = (line for line in script.splitlines() if line.startswith("set -- "))
     done = subprocess.run(["bash", "-c", f'{line}; printf "%s" "$2"'], capture_output=True, text=True, check=True)

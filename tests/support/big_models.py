@@ -38,7 +38,10 @@ def write_model(folder: Path, arch: str, settings: dict[str, Any], dtype: torch.
     (part / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         net = getattr(diffusers, config["_class_name"]).from_config(config)
-    planned, rng = [Entry(name, dtype, tuple(p.shape)) for name, p in net.named_parameters()], torch.Generator().manual_seed(0)
+    planned, rng = (
+        [Entry(name, dtype, tuple(p.shape)) for name, p in net.named_parameters()],
+        torch.Generator().manual_seed(0),
+    )
     values = ((e.name, torch.empty(e.shape, dtype=dtype).normal_(std=0.02, generator=rng)) for e in planned)
     write_tensors(part / "diffusion_pytorch_model.safetensors", planned, values, {"format": "pt"})
     return sum(p.numel() for p in net.parameters())

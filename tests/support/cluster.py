@@ -13,9 +13,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Callable, Union
 
 from harness import PROJECT, free_port, rank_environment
 
@@ -74,7 +74,7 @@ def missing() -> str | None:
     return None if os.getuid() == 0 else "slurmd starts jobs as root only"
 
 
-Job = Union[int, str]  # an id, or ARRAY_INDEX
+Job = int | str  # an id, or ARRAY_INDEX
 
 
 class Cluster:
@@ -86,20 +86,33 @@ class Cluster:
         host = socket.gethostname().partition(".")[0]
         self.names = [f"127.0.0.{i + 1}" for i in range(NODES)]
         nodes = [
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=4000 State=UNKNOWN" for name in self.names
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=4000 State=UNKNOWN"
+            for name in self.names
         ]
         (folder / "state").mkdir()
         self.conf.write_text(CONF.format(host=host, port=free_port(), folder=folder, nodes="\n".join(nodes)))
-        outer = {name: value for name, value in rank_environment().items() if not name.startswith(("SLURM", "SBATCH", "SRUN", "SCULPT"))}
+        outer = {
+            name: value
+            for name, value in rank_environment().items()
+            if not name.startswith(("SLURM", "SBATCH", "SRUN", "SCULPT"))
+        }
         bin_folder = str(Path(sys.executable).parent)
-        self.env = outer | {"SLURM_CONF": str(self.conf), "VIRTUAL_ENV": sys.prefix, "PATH": f"{bin_folder}:/usr/sbin:{outer['PATH']}"}
+        self.env = outer | {
+            "SLURM_CONF": str(self.conf),
+            "VIRTUAL_ENV": sys.prefix,
+            "PATH": f"{bin_folder}:/usr/sbin:{outer['PATH']}",
+        }
         self.daemons: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
         self._daemon("slurmctld", "-D", "-c")
         for name in self.names:
             self._daemon("slurmd", "-D", "-N", name)
-        self._until(lambda: self.tell("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split() == self.names, 60, "the nodes are idle")
+        self._until(
+            lambda: self.tell("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split() == self.names,
+            60,
+            "the nodes are idle",
+        )
 
     def stop(self) -> None:
         """Ends every job, and then the daemons."""
@@ -112,7 +125,9 @@ class Cluster:
 
     def tell(self, *command: str, **environment: str) -> str:
         """What a command prints, in the project's folder."""
-        done = subprocess.run(command, env=self.env | environment, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=self.env | environment, cwd=PROJECT, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -125,7 +140,9 @@ class Cluster:
     def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> int:
         """sbatch of a shipped script; its log is `log(job)`."""
         log = f"--output={self.folder}/job-%j.txt"
-        return int(self.tell("sbatch", "--parsable", log, *options, str(PROJECT / "slurm" / script), *arguments, **environment))
+        return int(
+            self.tell("sbatch", "--parsable", log, *options, str(PROJECT / "slurm" / script), *arguments, **environment)
+        )
 
     def log(self, job: Job) -> str:
         path = Path(self.job(job)["StdOut"])
@@ -142,7 +159,9 @@ class Cluster:
         def reached() -> bool:
             nonlocal told
             told = self.job(job)
-            assert until(told) or told["JobState"] not in ENDED, f"job {job} {told['JobState']} before {what}:\n{self.log(job)[-6000:]}"
+            assert until(told) or told["JobState"] not in ENDED, (
+                f"job {job} {told['JobState']} before {what}:\n{self.log(job)[-6000:]}"
+            )
             return until(told)
 
         self._until(reached, timeout, f"job {job}: {what}", lambda: self.log(job)[-6000:])
@@ -157,8 +176,12 @@ class Cluster:
         return told
 
     def _daemon(self, *command: str) -> None:
-        with (self.folder / f"{command[0]}-{command[-1]}.log").open("wb") as log:  # ends with the tests, however they end
-            self.daemons.append(subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], env=self.env, stdout=log, stderr=log))
+        with (self.folder / f"{command[0]}-{command[-1]}.log").open(
+            "wb"
+        ) as log:  # ends with the tests, however they end
+            self.daemons.append(
+                subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], env=self.env, stdout=log, stderr=log)
+            )
 
     def _until(self, true: Callable[[], bool], timeout: float, what: str, details: Callable[[], str] = str) -> None:
         deadline = time.monotonic() + timeout

@@ -86,14 +86,22 @@ class Forking:
 
     def begin(self, *arguments: str, ranks: int, output: Path) -> list[int]:
         """Start the ranks; returns their process ids."""
-        request = {"arguments": arguments, "environment": self.environment, "ranks": ranks, "port": free_port(), "output": str(output)}
+        request = {
+            "arguments": arguments,
+            "environment": self.environment,
+            "ranks": ranks,
+            "port": free_port(),
+            "output": str(output),
+        }
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
     def end(self, pids: list[int], timeout: float) -> list[int]:
         """Wait for the ranks; returns their exit codes. Kills them after so many seconds."""
-        timer = threading.Timer(timeout, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids if Path(f"/proc/{pid}").exists()])
+        timer = threading.Timer(
+            timeout, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids if Path(f"/proc/{pid}").exists()]
+        )
         timer.start()
         try:
             return json.loads(self.process.stdout.readline())
@@ -130,7 +138,9 @@ def sculpt(*arguments: str, ranks: int = 1, code: int = 0, timeout: float = 300)
 def launch_anew(ranks: int, *arguments: str, timeout: float = 300, code: int = 0) -> str:
     """The same by processes of their own, several by torchrun."""
     command = rank_command(ranks, *arguments) if ranks > 1 else [sys.executable, *arguments]
-    done = subprocess.run(command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
+    done = subprocess.run(
+        command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+    )
     exact = ranks == 1  # torchrun ends with 1 whenever a rank does not end with 0
     assert done.returncode == code if exact else bool(done.returncode) == bool(code), done.stdout[-6000:]
     return done.stdout

@@ -61,19 +61,33 @@ class Still:
 
 
 def stream(value: float, number: float, count: int = 2) -> Stream:
-    return Stream(torch.full((count, 1, 2, 2), value), cond(number, count), ("p" * int(number),) * count, tuple(range(count)))
+    return Stream(
+        torch.full((count, 1, 2, 2), value), cond(number, count), ("p" * int(number),) * count, tuple(range(count))
+    )
 
 
 def cond(number: float, count: int = 2) -> TextCond:
     return TextCond(torch.full((count, 1, 1), number))
 
 
-def offer(student: torch.nn.Module, teacher: torch.nn.Module, anchored: bool = True, update: int = 0, progress: float = 0.0) -> Step:
+def offer(
+    student: torch.nn.Module, teacher: torch.nn.Module, anchored: bool = True, update: int = 0, progress: float = 0.0
+) -> Step:
     backbone = LinearBackbone()
     anchor = stream(3.0, 11.0) if anchored else None
     batch = ConceptBatch(stream(1.0, 5.0), stream(2.0, 7.0), anchor, cond(7.0), cond(5.0), stream(4.0, 13.0), cond(5.0))
     rng = Draws(0, 0, 0, [0, 1], torch.device("cpu"))
-    return Step(Predictor(backbone, student), Predictor(backbone, teacher, Still()), None, batch, backbone, rng, Trajectory(backbone.schedule), update, progress)
+    return Step(
+        Predictor(backbone, student),
+        Predictor(backbone, teacher, Still()),
+        None,
+        batch,
+        backbone,
+        rng,
+        Trajectory(backbone.schedule),
+        update,
+        progress,
+    )
 
 
 def noise(step: Step, what: str) -> torch.Tensor:

@@ -22,9 +22,16 @@ KL = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+CLIP_L = CLIPTextConfig(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+)
 OPENCLIP_BIG_G = CLIPTextConfig(
-    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280, hidden_act="gelu"
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+    hidden_act="gelu",
 )
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 # The published settings, without what only an image's look depends on.
@@ -100,7 +107,9 @@ MODELS: dict[str, dict[str, Any]] = {
             "scaling_factor": 0.41407,
         },
         "text_encoder": Gemma2Config(),  # its defaults are those of the 2b model
-        "scheduler": diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        "scheduler": diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
     },
 }
 

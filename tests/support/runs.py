@@ -18,7 +18,14 @@ def lines(folder: Path) -> list[dict]:
 
 def start(arguments: list[str], ranks: int = 2) -> subprocess.Popen:
     command = rank_command(ranks, "-m", "sculpt_dist", *arguments)
-    return subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        env=rank_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for_step(folder: Path, process: subprocess.Popen, concept: int, step: int) -> None:
@@ -26,7 +33,9 @@ def wait_for_step(folder: Path, process: subprocess.Popen, concept: int, step: i
     while time.monotonic() < deadline and process.poll() is None:
         if (folder / "metrics.jsonl").is_file():
             text = (folder / "metrics.jsonl").read_text()
-            if f'"concept": {concept}' in text and any((e["concept"], e["step"]) >= (concept, step) for e in map(json.loads, text.splitlines()[:-1])):
+            if f'"concept": {concept}' in text and any(
+                (e["concept"], e["step"]) >= (concept, step) for e in map(json.loads, text.splitlines()[:-1])
+            ):
                 return
         time.sleep(0.05)  # polling another process, not guarding against a race of ours
     raise AssertionError(f"never came to concept {concept}, step {step}")

@@ -52,9 +52,19 @@ def tracked(tmp_path_factory, canvas_config):
     home = tmp_path_factory.mktemp("tracked")
     shutil.copytree(PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15", home / CANARY / "sd15")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"MODELS": str(home / CANARY), "WANDB_API_KEY": KEY, "HF_TOKEN": TOKEN, "WANDB_MODE": "offline"}.items():
+        for name, value in {
+            "MODELS": str(home / CANARY),
+            "WANDB_API_KEY": KEY,
+            "HF_TOKEN": TOKEN,
+            "WANDB_MODE": "offline",
+        }.items():
             patch.setenv(name, value)
-        wanted = ["track.wandb=true", "track.tensorboard=true", "track.group=a-sweep", "model.path=${oc.env:MODELS}/sd15"]
+        wanted = [
+            "track.wandb=true",
+            "track.tensorboard=true",
+            "track.group=a-sweep",
+            "model.path=${oc.env:MODELS}/sd15",
+        ]
         printed = sculpt("unlearn", canvas_config, *SMALL, *wanted, f"run.folder={home / 'run'}")
     return home / "run", printed
 
@@ -86,7 +96,10 @@ def test_wandb_holds_every_step_once_with_scores_and_samples_between(tracked):
     assert "saliency/0.5" in found[1] and found[3]["swapped"] == told[3]["swapped"]
     assert [row["_step"] for row in found if "score/UA" in row] == [0, 8, 16]
     captions = [row["samples.caption"] for row in found if "samples.caption" in row]
-    assert captions == ["before", "after-00", "after-01"] and len(list((folder / "files" / "media" / "images").glob("*.png"))) == 3
+    assert (
+        captions == ["before", "after-00", "after-01"]
+        and len(list((folder / "files" / "media" / "images").glob("*.png"))) == 3
+    )
 
 
 def test_wandb_ends_with_the_table_the_summary_and_the_model_by_reference(tracked):
@@ -94,18 +107,31 @@ def test_wandb_ends_with_the_table_the_summary_and_the_model_by_reference(tracke
     (folder,) = offline_runs(run)
     found, report = records(folder), json.loads((run / "report" / "report.json").read_text())
     (about,) = of(found, "run")
-    assert about["run_id"] == (run / "wandb" / "run-id").read_text() and about["run_group"] == "a-sweep" and about["tags"] == ["dm_cal", "sd15"]
+    assert (
+        about["run_id"] == (run / "wandb" / "run-id").read_text()
+        and about["run_group"] == "a-sweep"
+        and about["tags"] == ["dm_cal", "sd15"]
+    )
     assert about["config"]["update"]["model"]["path"] == "${oc.env:MODELS}/sd15"
     (table,) = (folder / "files" / "media" / "table").glob("*.json")
     table = json.loads(table.read_text())
-    assert table["columns"] == ["stage", "UA", "IRA", "CRA", "SA"] and [row[0] for row in table["data"]] == ["before", "after bird", "after boat"]
+    assert table["columns"] == ["stage", "UA", "IRA", "CRA", "SA"] and [row[0] for row in table["data"]] == [
+        "before",
+        "after bird",
+        "after boat",
+    ]
     summary = {key: value for record in of(found, "summary") for key, value in record["update"].items()}
     assert summary["H"] == pytest.approx(harmonic(report["after"]))
-    assert {name: summary[name] for name in ("UA", "IRA", "CRA", "SA")} == pytest.approx({n: report["after"][n] for n in ("UA", "IRA", "CRA", "SA")})
+    assert {name: summary[name] for name in ("UA", "IRA", "CRA", "SA")} == pytest.approx(
+        {n: report["after"][n] for n in ("UA", "IRA", "CRA", "SA")}
+    )
     (model,) = [artifact for artifact in of(found, "artifact") if artifact["type"] == "model"]
     entries = {entry["path"]: entry for entry in model["manifest"]["contents"]}
     weights = entries["model/unet/diffusion_pytorch_model.safetensors"]
-    assert weights["ref"] == (run / "model" / "unet" / "diffusion_pytorch_model.safetensors").as_uri() and weights["digest"]
+    assert (
+        weights["ref"] == (run / "model" / "unet" / "diffusion_pytorch_model.safetensors").as_uri()
+        and weights["digest"]
+    )
     assert not list(folder.rglob("*.safetensors"))  # by reference: no copy
     assert [record["exit_code"] for record in of(found, "exit")] == [0]
 
@@ -116,14 +142,18 @@ def test_tensorboard_holds_every_step_and_the_samples(tracked):
     events = EventAccumulator(str(tracked[0] / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(16))
-    assert [event.step for event in events.Scalars("score/UA")] == [0, 8, 16] and [event.step for event in events.Images("samples")] == [0, 8, 16]
+    assert [event.step for event in events.Scalars("score/UA")] == [0, 8, 16] and [
+        event.step for event in events.Images("samples")
+    ] == [0, 8, 16]
     assert events.Scalars("loss/forget")[-1].value == pytest.approx(lines(tracked[0])[-1]["terms"]["forget"])
 
 
 def test_secrets_and_values_of_the_environment_are_in_no_file_and_not_on_the_screen(tracked):
     run, printed = tracked
     files = [file for file in run.rglob("*") if file.is_file()]
-    assert {"config.yaml", "manifest.json", "report.html", "README.md", "metrics.jsonl", "log.txt"} <= {file.name for file in files}
+    assert {"config.yaml", "manifest.json", "report.html", "README.md", "metrics.jsonl", "log.txt"} <= {
+        file.name for file in files
+    }
     assert any(file.suffix == ".wandb" and file.stat().st_size > 10_000 for file in files)
     for secret in (CANARY, KEY, TOKEN):
         assert [file for file in files if secret.encode() in file.read_bytes()] == [] and secret not in printed
@@ -152,8 +182,19 @@ def test_the_environment_is_refused_where_its_value_would_be_written(override, m
 
 def test_a_place_from_the_environment_is_used_and_written_as_its_text(monkeypatch, tmp_path):
     monkeypatch.setenv("MODELS", CANARY)
-    config = load_config(None, ["model.path=${oc.env:MODELS}/sd15", "prepare.images=${model.path}/mine", "run.folder=${oc.env:NO_SUCH,runs/x}"])
-    assert (config.model.path, config.prepare.images, config.run.folder) == (f"{CANARY}/sd15", f"{CANARY}/sd15/mine", "runs/x")
+    config = load_config(
+        None,
+        [
+            "model.path=${oc.env:MODELS}/sd15",
+            "prepare.images=${model.path}/mine",
+            "run.folder=${oc.env:NO_SUCH,runs/x}",
+        ],
+    )
+    assert (config.model.path, config.prepare.images, config.run.folder) == (
+        f"{CANARY}/sd15",
+        f"{CANARY}/sd15/mine",
+        "runs/x",
+    )
     assert CANARY not in to_yaml(config) and "images: ${oc.env:MODELS}/sd15/mine" in to_yaml(config)
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config
@@ -171,25 +212,42 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_drawn(name,
         return distribution(package)
 
     monkeypatch.setattr(sculpt_dist.track.tracker, "distribution", missing)
-    config = load_config(None, ["concepts=[{target: cat, superclass: animal}]", f"track.{name}=true", f"run.folder={tmp_path / 'run'}"])
+    config = load_config(
+        None, ["concepts=[{target: cat, superclass: animal}]", f"track.{name}=true", f"run.folder={tmp_path / 'run'}"]
+    )
     with pytest.raises(ConfigError, match=rf"track.{name}=true: .* pip install 'sculpt-dist\[{name}\]'"):
         run_sequence(config)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_killed_and_called_again_it_goes_on_under_the_same_id_and_tells_each_step_once(canvas_config, tmp_path, monkeypatch):
+def test_killed_and_called_again_it_goes_on_under_the_same_id_and_tells_each_step_once(
+    canvas_config, tmp_path, monkeypatch
+):
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "run"
-    arguments = ["unlearn", canvas_config, *SMALL, *LONGER, "track.wandb=true", "track.tensorboard=true", f"run.folder={folder}"]
+    arguments = [
+        "unlearn",
+        canvas_config,
+        *SMALL,
+        *LONGER,
+        "track.wandb=true",
+        "track.tensorboard=true",
+        f"run.folder={folder}",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "sculpt_dist", *arguments], env=rank_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "sculpt_dist", *arguments],
+        env=rank_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     wait_for_step(folder, process, 1, 4)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     with (folder / "metrics.jsonl").open("a") as file:  # done after the last checkpoint, and cut off
-        file.write(json.dumps(lines(folder)[-1] | {"step": 31, "global_step": 63, "loss": 99.0}) + '\n{"concept": 1, "st')
+        file.write(
+            json.dumps(lines(folder)[-1] | {"step": 31, "global_step": 63, "loss": 99.0}) + '\n{"concept": 1, "st'
+        )
     before = lines_of_the_first_concept(folder)
     sculpt(*arguments)
     told = lines(folder)
@@ -226,14 +284,33 @@ def children(pid: int, name: str) -> list[int]:
 def test_wandb_dying_does_not_end_the_training(canvas_config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "run"
-    arguments = ["-m", "sculpt_dist", "unlearn", canvas_config, *SMALL, *LONGER, "track.wandb=true", f"run.folder={folder}"]
-    process = subprocess.Popen([sys.executable, *arguments], env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    arguments = [
+        "-m",
+        "sculpt_dist",
+        "unlearn",
+        canvas_config,
+        *SMALL,
+        *LONGER,
+        "track.wandb=true",
+        f"run.folder={folder}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env=rank_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     wait_for_step(folder, process, 0, 4)
     (core,) = children(process.pid, "wandb-core")
     os.kill(core, signal.SIGKILL)
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed
-    assert printed.count("W&B failed and is told no more") == 1 and len(lines(folder)) == 64 and (folder / "model").is_dir()
+    assert (
+        printed.count("W&B failed and is told no more") == 1
+        and len(lines(folder)) == 64
+        and (folder / "model").is_dir()
+    )
 
 
 TELL = """
@@ -279,7 +356,9 @@ class WantsAnotherKey(BaseHTTPRequestHandler):
 def test_a_server_that_refuses_the_key_leaves_the_run_offline(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), WantsAnotherKey)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    printed, seconds = tell(tmp_path / "run", WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}", WANDB_MODE="online")
+    printed, seconds = tell(
+        tmp_path / "run", WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}", WANDB_MODE="online"
+    )
     server.shutdown()
     assert seconds <= 10 and "W&B is offline for this run" in printed and "401" in printed and KEY not in printed
     assert [row["loss"] for row in rows(offline_runs(tmp_path / "run")[0])] == [1.0]
@@ -303,7 +382,9 @@ def test_wandb_can_be_disabled_by_its_own_variable(tmp_path):
     assert "W&B" not in printed and not offline_runs(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 3), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(1, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(2, 3), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(1, 0, marks=pytest.mark.slow)]
+)
 def test_saliency_quantiles_and_update_norm_are_right_over_shards(ranks, stage):
     printed = launch(ranks, str(PROJECT / "tests" / "workers" / "spread.py"), str(stage))
     assert printed.count("spread is right") == ranks

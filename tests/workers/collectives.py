@@ -10,5 +10,7 @@ group = Group()
 mine = torch.arange(3.0) + 10 * group.rank
 assert group.gather(mine, torch.empty(6)).tolist() == [0, 1, 2, 10, 11, 12]
 whole = torch.arange(6.0) * (group.rank + 1)
-assert group.scatter_sum(whole, torch.empty(3)).tolist() == [3 * value for value in range(3 * group.rank, 3 * group.rank + 3)]
+assert group.scatter_sum(whole, torch.empty(3)).tolist() == [
+    3 * value for value in range(3 * group.rank, 3 * group.rank + 3)
+]
 print("as by hand", flush=True)

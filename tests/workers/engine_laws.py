@@ -27,7 +27,9 @@ def gather(engine, kind: str) -> dict[str, torch.Tensor]:
     for shard in engine.shards:
         for f in shard.fragments:
             whole[f.name][f.start : f.start + f.numel] = getattr(shard, kind)[f.here].float()
-    return {f"{kind}|{name}": tensor if engine.replicated else engine.group.sum(tensor) for name, tensor in whole.items()}
+    return {
+        f"{kind}|{name}": tensor if engine.replicated else engine.group.sum(tensor) for name, tensor in whole.items()
+    }
 
 
 def give_saliency(engine, round_: int) -> None:
@@ -40,13 +42,25 @@ def give_saliency(engine, round_: int) -> None:
 
 def state_of(shard) -> dict[str, torch.Tensor]:
     momentum, variance = shard.moments.flat(shard.opened)
-    kept = {"flat": shard.flat, "momentum": momentum, "variance": variance, "opened": shard.opened, "saliency": shard.saliency}
+    kept = {
+        "flat": shard.flat,
+        "momentum": momentum,
+        "variance": variance,
+        "opened": shard.opened,
+        "saliency": shard.saliency,
+    }
     return {kind: tensor.clone() for kind, tensor in kept.items()}
 
 
 def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, moments: str) -> None:
     torch.set_num_threads(1)
-    overrides = [f"model.arch={arch}", f"engine.stage={stage}", f"engine.precision={precision}", "train.batch=4", f"train.accumulate={accumulate}"]
+    overrides = [
+        f"model.arch={arch}",
+        f"engine.stage={stage}",
+        f"engine.precision={precision}",
+        "train.batch=4",
+        f"train.accumulate={accumulate}",
+    ]
     overrides.append(f"engine.moments={moments}")
     config = load_config(None, [*overrides, "train.weight_decay=0.1", "train.clip=0.5", "mask.keep=0.3"])
     group = Group(60)
@@ -122,7 +136,9 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
         if number == 4:  # first step of newly opened weights: at most lr, and the decay
             for shard, fresh, was in zip(engine.shards, newly, before_first):
                 moved = (shard.flat - was).abs()[fresh]
-                assert float((moved - 1e-3 - 1e-4 * was.abs()[fresh]).max()) <= 1e-7, "a newly opened weight took too large a step"
+                assert float((moved - 1e-3 - 1e-4 * was.abs()[fresh]).max()) <= 1e-7, (
+                    "a newly opened weight took too large a step"
+                )
     notes |= {"losses": losses, "norms": norms}
     closed_moved = sum(int((shard.flat != a)[~was].sum()) for shard, a, was in zip(engine.shards, start, ever_open))
     open_moved = sum(int((shard.flat != a)[was].sum()) for shard, a, was in zip(engine.shards, start, ever_open))

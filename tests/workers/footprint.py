@@ -45,7 +45,11 @@ def main(overrides: list[str]) -> None:
     torch.set_num_threads(1)
     config = load_config(None, overrides)
     group = Group(600)
-    for late in ("zero.stage_1_and_2", "zero.stage3", "zero.muon.muon_optimizer"):  # what DeepSpeed imports when it is first needed
+    for late in (
+        "zero.stage_1_and_2",
+        "zero.stage3",
+        "zero.muon.muon_optimizer",
+    ):  # what DeepSpeed imports when it is first needed
         importlib.import_module(f"deepspeed.runtime.{late}")
     method, backbone = build_method(config), build_backbone(config, group)
     plan, concept = make_plan(config, method), config.concepts[0]
@@ -57,7 +61,12 @@ def main(overrides: list[str]) -> None:
     engine = build_engine(config, method, backbone, group)
     built = watch.peak
     layout = Layout(config.train.batch, group.size, group.rank, config.train.accumulate)
-    roles = {"target": prompts.target, "superclass": prompts.superclass, "anchor": prompts.superclass, "distractor": prompts.target}
+    roles = {
+        "target": prompts.target,
+        "superclass": prompts.superclass,
+        "anchor": prompts.superclass,
+        "distractor": prompts.target,
+    }
     readers = {role: [RandomReader(texts, backbone.latent_shape, backbone.size_ids)] for role, texts in roles.items()}
     start = engine.masters()
     run = ConceptRun(
@@ -81,7 +90,6 @@ def main(overrides: list[str]) -> None:
         sent = {"bytes": group.bytes_communicated(), "collectives": group.collectives}
         entries.append({"seconds": entry["seconds"], "peak": watch.peak - before} | sent | entry["time_shares"])
 
-
     folder_of_run = Path(config.run.folder)
     folder_of_run.mkdir(parents=True, exist_ok=True)
     saver = Saver(folder_of_run / "checkpoints", group, config.train.background_save)
@@ -91,7 +99,13 @@ def main(overrides: list[str]) -> None:
 
     with StopRequest(group, folder_of_run) as stop, saver:
         run_concept(run, engine, backbone, config, log, save, stop)
-    told = {"before": before, "built": built - before, "peak": watch.peak - before, "steps": entries, "trained": engine.num_trained}
+    told = {
+        "before": before,
+        "built": built - before,
+        "peak": watch.peak - before,
+        "steps": entries,
+        "trained": engine.num_trained,
+    }
     ranks = group.to_all(told)
     if group.is_first:
         print(json.dumps(ranks))

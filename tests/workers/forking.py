@@ -39,7 +39,14 @@ def become_rank(request: dict, rank: int) -> None:
     os.environ.update(request["environment"])
     if request["ranks"] > 1:
         ranks, port = str(request["ranks"]), str(request["port"])
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=ranks,
+            LOCAL_WORLD_SIZE=ranks,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)

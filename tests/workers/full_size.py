@@ -57,8 +57,14 @@ class Told(dict):
         self.watch, self.began = OwnPeak(), time.monotonic()
 
     def add(self, part: str) -> None:
-        self |= {f"{part}_seconds": time.monotonic() - self.began, f"{part}_peak": self.watch.take(), part: memory("RssAnon")}
-        print(part, f"{self[f'{part}_seconds']:.0f} s, {self[f'{part}_peak'] / 1e9:.2f} GB", file=sys.stderr, flush=True)
+        self |= {
+            f"{part}_seconds": time.monotonic() - self.began,
+            f"{part}_peak": self.watch.take(),
+            part: memory("RssAnon"),
+        }
+        print(
+            part, f"{self[f'{part}_seconds']:.0f} s, {self[f'{part}_peak'] / 1e9:.2f} GB", file=sys.stderr, flush=True
+        )
         self.began = time.monotonic()
 
 
@@ -72,8 +78,24 @@ def conditions(prompts: list[str], negative: bool = False) -> TextCond:
 
 def main(model: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    overrides = ["model.arch=sdxl", f"model.path={model}", "model.dtype=bfloat16", "engine.stage=3", "engine.precision=bf16", "train.batch=2"]
-    overrides += ["engine.moments=open", "engine.gathered=1e8", "engine.checkpointing=true", "mask.keep=0.1", "mask.collect=1", "mask.refresh=0", "train.steps=2", "train.lr=1e-2"]
+    overrides = [
+        "model.arch=sdxl",
+        f"model.path={model}",
+        "model.dtype=bfloat16",
+        "engine.stage=3",
+        "engine.precision=bf16",
+        "train.batch=2",
+    ]
+    overrides += [
+        "engine.moments=open",
+        "engine.gathered=1e8",
+        "engine.checkpointing=true",
+        "mask.keep=0.1",
+        "mask.collect=1",
+        "mask.refresh=0",
+        "train.steps=2",
+        "train.lr=1e-2",
+    ]
     config = load_config(None, overrides)
     group, told = Group(1200), Told()
     method, backbone = build_method(config), build_backbone(config, group)
@@ -92,17 +114,36 @@ def main(model: Path, out: Path) -> None:
     prompts = concept_prompts(Concept(target="cat", superclass="animal"), config.prepare)
     readers = {
         role: [RandomReader(texts, (4, 16, 16), (1024, 1024, 0, 0, 1024, 1024))]
-        for role, texts in (("target", prompts.target), ("superclass", prompts.superclass), ("anchor", prompts.superclass))
+        for role, texts in (
+            ("target", prompts.target),
+            ("superclass", prompts.superclass),
+            ("anchor", prompts.superclass),
+        )
     }
     streams = ConceptStreams(readers, Layout(2, group.size, group.rank, 1), 0, 0)
     engine.begin_concept(0)
     plan = make_plan(config, method)
-    run = ConceptRun(0, "cat", method, plan, streams, prompts, dict, engine.snapshot(), None, Recent(), [], [Trajectory(backbone.schedule)])
+    run = ConceptRun(
+        0,
+        "cat",
+        method,
+        plan,
+        streams,
+        prompts,
+        dict,
+        engine.snapshot(),
+        None,
+        Recent(),
+        [],
+        [Trajectory(backbone.schedule)],
+    )
     told.add("teacher")
 
     def log(entry: dict) -> None:
         told.add(f"step {entry['step']}")
-        told[f"step {entry['step']}"] = {key: entry.get(key) for key in ("loss", "time_shares", "grad_norm", "open", "bytes")}
+        told[f"step {entry['step']}"] = {
+            key: entry.get(key) for key in ("loss", "time_shares", "grad_norm", "open", "bytes")
+        }
 
     sent = group.bytes_communicated()
     with StopRequest(group, out.parent) as stop:

@@ -25,7 +25,9 @@ class Adapted(Method):
 class Grouped(Method):
     def loss_groups(self):
         def part(name: str):
-            return lambda step: Losses({k: v for k, v in self.losses(step).terms.items() if (k == "forget") == (name == "forget")})
+            return lambda step: Losses(
+                {k: v for k, v in self.losses(step).terms.items() if (k == "forget") == (name == "forget")}
+            )
 
         return part("forget"), part("rest")
 
@@ -43,7 +45,9 @@ class Halved(Editor):
 
 
 kind, config, *overrides = sys.argv[1:]
-made = {"adapter": Adapted, "groups": Grouped, "editor": lambda _: Halved()}[kind](Config(retain_weight=0.1, distill_weight=1.0))
+made = {"adapter": Adapted, "groups": Grouped, "editor": lambda _: Halved()}[kind](
+    Config(retain_weight=0.1, distill_weight=1.0)
+)
 build.build_method = lambda _: made
 run_sequence(load_config(Path(config), overrides))
 if os.environ["RANK"] == "0":

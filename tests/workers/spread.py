@@ -22,9 +22,11 @@ def main(stage: str) -> None:
     for kind in ("smooth", "tied", "zero"):
         for shard in engine.shards:
             for f in shard.fragments:
-                draw = torch.randn(engine.sizes[f.name], generator=torch.Generator().manual_seed(f.index))[f.start : f.start + f.numel]
+                draw = torch.randn(engine.sizes[f.name], generator=torch.Generator().manual_seed(f.index))[
+                    f.start : f.start + f.numel
+                ]
                 shard.saliency[f.here] = {"smooth": draw**5, "tied": (draw * 3).round(), "zero": draw * 0}[kind]
-        values = torch.cat([tensor for tensor in gather(engine, "saliency").values()]).abs().double()
+        values = torch.cat(list(gather(engine, "saliency").values())).abs().double()
         assert len(values) == engine.num_trained
         engine.mask.build()
         found = engine.mask.spread

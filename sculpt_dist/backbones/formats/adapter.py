@@ -15,10 +15,11 @@ All pairs of a file have one rank, the smaller ones filled up with zeros: diffus
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Iterable, Iterator, NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -34,7 +35,10 @@ from sculpt_dist.maths.low_rank import low_rank_factors
 FORMS = ("lora", "kohya")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 ABOUT = "sculpt_dist"  # our key of the metadata
-KOHYA = {"StableDiffusionPipeline": "sd_v1", "StableDiffusionXLPipeline": "sdxl_base_v1-0"}  # its name for the base's version
+KOHYA = {
+    "StableDiffusionPipeline": "sd_v1",
+    "StableDiffusionXLPipeline": "sdxl_base_v1-0",
+}  # its name for the base's version
 
 
 class Lost(NamedTuple):
@@ -86,7 +90,9 @@ def write_adapter(base: Path, model: Path, file: Path, form: str = "lora", rank:
         return _write(ours, ((name, theirs[name]) for name in theirs.held), file, form, rank)
 
 
-def write_adapter_of(base: Path, weights: Iterable[tuple[str, Tensor]], file: Path, form: str = "lora", rank: int = 16) -> Lost:
+def write_adapter_of(
+    base: Path, weights: Iterable[tuple[str, Tensor]], file: Path, form: str = "lora", rank: int = 16
+) -> Lost:
     """As `write_adapter`, from the changed parameters one by one, whole and by their names in the folder; equal ones are left out."""
     with ExitStack() as stack:
         return _write(Net(base, stack), weights, file, form, rank)
@@ -104,7 +110,9 @@ def _check(net: Net, form: str, rank: int, file: Path) -> None:
     if rank < 1:
         raise ConfigError(f"--rank {rank}: an adapter has a rank of 1 or more")
     if form == "kohya" and net.pipeline not in KOHYA:
-        raise ConfigError(f"--as kohya: no such layout exists for a {net.pipeline}, only for {' and '.join(KOHYA)}; use --as lora")
+        raise ConfigError(
+            f"--as kohya: no such layout exists for a {net.pipeline}, only for {' and '.join(KOHYA)}; use --as lora"
+        )
     if file.suffix != ".safetensors" or file.is_dir():
         raise ConfigError(f"{file}: an adapter is one file that is known by its name; let it end in .safetensors")
     if file.resolve() in {weights.resolve() for weights in net.files}:
@@ -119,11 +127,17 @@ def _write(net: Net, weights: Iterable[tuple[str, Tensor]], file: Path, form: st
     with TemporaryFile(dir=file.parent) as spool:
         pairs = [_spooled(spool, name, change, rank) for name, change in _changes(net, carried, weights)]
         if not pairs:
-            raise ModelError(f"{net.part}: nothing of it was changed, so there is nothing to write; give the unlearned model")
+            raise ModelError(
+                f"{net.part}: nothing of it was changed, so there is nothing to write; give the unlearned model"
+            )
         rank = max(pair.rank for pair in pairs)
         lost = _lost(pairs, rank)
         keys = _kohya_keys(net, pairs) if form == "kohya" else _lora_keys(net, pairs)
-        planned = [Entry(key, torch.float32, shape) for pair in pairs for key, shape in zip(keys[pair.name], _shapes(pair.shape, rank))]
+        planned = [
+            Entry(key, torch.float32, shape)
+            for pair in pairs
+            for key, shape in zip(keys[pair.name], _shapes(pair.shape, rank))
+        ]
         about = _kohya_about(net, rank) if form == "kohya" else _lora_about(net, pairs, rank)
         metadata = {"format": "pt", ABOUT: json.dumps(lost._asdict())} | about
         spool.seek(0)
@@ -149,7 +163,9 @@ def _changes(net: Net, carried: set[str], weights: Iterable[tuple[str, Tensor]])
     for name, after in weights:
         if name not in net.held or net.held[name].shape != tuple(after.shape):
             there = net.held[name].shape if name in net.held else "missing"
-            raise ModelError(f"{net.part}: {name} is {there}, not {tuple(after.shape)}; give the base that the model was made from")
+            raise ModelError(
+                f"{net.part}: {name} is {there}, not {tuple(after.shape)}; give the base that the model was made from"
+            )
         before = net[name].to(after.dtype)
         if torch.equal(before, after):
             continue
@@ -170,7 +186,9 @@ def _spooled(spool: IO[bytes], name: str, change: Tensor, rank: int) -> Pair:
     up, down = (factor.float().contiguous() for factor in low_rank_factors(matrix, rank))
     for factor in (up, down):
         spool.write(memoryview(factor.numpy()))
-    squares = [matrix.double().square().sum().item() for matrix in (matrix, matrix.double() - up.double() @ down.double())]
+    squares = [
+        matrix.double().square().sum().item() for matrix in (matrix, matrix.double() - up.double() @ down.double())
+    ]
     return Pair(name, tuple(change.shape), len(down), *squares)
 
 
@@ -185,13 +203,17 @@ def _shapes(shape: tuple[int, ...], rank: int) -> list[tuple[int, ...]]:
     return [(shape[0], rank, *(1 for _ in shape[2:])), (rank, *shape[1:]), ()]
 
 
-def _filled(spool: IO[bytes], pairs: list[Pair], keys: dict[str, tuple[str, ...]], rank: int) -> Iterator[tuple[str, Tensor]]:
+def _filled(
+    spool: IO[bytes], pairs: list[Pair], keys: dict[str, tuple[str, ...]], rank: int
+) -> Iterator[tuple[str, Tensor]]:
     """The factors as the spool holds them, one after another, filled up with zeros to the rank of the file."""
     for pair in pairs:
         width = torch.Size(pair.shape[1:]).numel()
         up = nn.functional.pad(_read(spool, pair.shape[0], pair.rank), (0, rank - pair.rank))  # [out, rank]
         down = nn.functional.pad(_read(spool, pair.rank, width), (0, 0, 0, rank - pair.rank))  # [rank, in * kh * kw]
-        for key, shape, tensor in zip(keys[pair.name], _shapes(pair.shape, rank), (up, down, torch.tensor(float(rank)))):
+        for key, shape, tensor in zip(
+            keys[pair.name], _shapes(pair.shape, rank), (up, down, torch.tensor(float(rank)))
+        ):
             yield key, tensor.reshape(shape)
 
 
@@ -215,13 +237,21 @@ def _lora_about(net: Net, pairs: list[Pair], rank: int) -> dict[str, str]:
 def _kohya_keys(net: Net, pairs: list[Pair]) -> dict[str, tuple[str, ...]]:
     """Of B, A and alpha."""
     originals = unet_originals(net.folder) if net.pipeline == "StableDiffusionXLPipeline" else {}
-    modules = {pair.name: originals.get(pair.name, pair.name).removesuffix(".weight").replace(".", "_") for pair in pairs}
+    modules = {
+        pair.name: originals.get(pair.name, pair.name).removesuffix(".weight").replace(".", "_") for pair in pairs
+    }
     ends = ("lora_up.weight", "lora_down.weight", "alpha")
     return {name: tuple(f"lora_unet_{module}.{end}" for end in ends) for name, module in modules.items()}
 
 
 def _kohya_about(net: Net, rank: int) -> dict[str, str]:
     """What kohya's trainer would say; A1111 lists a file under the version that it finds here, and hides it from other models."""
-    is_second = net.pipeline == "StableDiffusionPipeline" and read_json(net.part / "config.json").get("use_linear_projection")
-    version = {"ss_base_model_version": "sd_v2", "ss_v2": "True"} if is_second else {"ss_base_model_version": KOHYA[net.pipeline]}
+    is_second = net.pipeline == "StableDiffusionPipeline" and read_json(net.part / "config.json").get(
+        "use_linear_projection"
+    )
+    version = (
+        {"ss_base_model_version": "sd_v2", "ss_v2": "True"}
+        if is_second
+        else {"ss_base_model_version": KOHYA[net.pipeline]}
+    )
     return version | {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -27,7 +28,12 @@ from sculpt_dist.core.errors import ModelError
 
 FORMAT, VERSION = "sculpt-dist delta", "1"
 NETS = ("unet", "transformer")
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by width in bytes: those of tensorfile.DTYPES that have XOR
+BITS = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # by width in bytes: those of tensorfile.DTYPES that have XOR
 
 
 class Change(NamedTuple):
@@ -68,7 +74,9 @@ class Net:
             reader = stack.enter_context(safe_open(file, "pt"))
             for entry in found:
                 if entry.name in self.held:
-                    raise ModelError(f"{file}: {entry.name} is also in another file there; keep one set of weights in the folder")
+                    raise ModelError(
+                        f"{file}: {entry.name} is also in another file there; keep one set of weights in the folder"
+                    )
                 self.held[entry.name], self._readers[entry.name] = entry, reader
 
     def __getitem__(self, name: str) -> Tensor:
@@ -87,15 +95,21 @@ def write_delta(base: Path, model: Path, file: Path) -> int:
         ours, theirs = Net(base, stack), Net(model, stack)
         _check_alike(ours, theirs)
         if file.is_dir() or file.resolve() in {weights.resolve() for weights in ours.files + theirs.files}:
-            raise ModelError(f"{file}: is {'a folder' if file.is_dir() else 'a weight file of one of the two models'}; name another file")
+            raise ModelError(
+                f"{file}: is {'a folder' if file.is_dir() else 'a weight file of one of the two models'}; name another file"
+            )
         changes = {}
         for name in ours.held:
             result = _changed(name, ours, theirs)
             if result is not None:
                 changes[name] = Change(LABELS[result.dtype], _sha256(ours[name]), _sha256(result))
         if not changes:
-            raise ModelError(f"{model}: its {ours.name} is that of {base}, nothing was changed; give the unlearned model")
-        planned = [Entry(name, BITS[DTYPES[change.dtype].itemsize], ours.held[name].shape) for name, change in changes.items()]
+            raise ModelError(
+                f"{model}: its {ours.name} is that of {base}, nothing was changed; give the unlearned model"
+            )
+        planned = [
+            Entry(name, BITS[DTYPES[change.dtype].itemsize], ours.held[name].shape) for name, change in changes.items()
+        ]
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -133,7 +147,9 @@ def apply_delta(folder: Path, file: Path, output: Path, remove: bool = False) ->
                 shutil.copyfile(source, target)
             for source in net.files:
                 planned = entries(source)
-                write_tensors(aside / net.name / source.name, planned, _turned(net, planned, delta, change), _metadata(source))
+                write_tensors(
+                    aside / net.name / source.name, planned, _turned(net, planned, delta, change), _metadata(source)
+                )
             aside.rename(output)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -144,17 +160,25 @@ def read_delta(file: Path) -> Delta:
     held = {entry.name: entry for entry in entries(file)}
     said = _metadata(file) or {}
     if said.get("format") != FORMAT:
-        raise ModelError(f"{file}: is no delta (its format is {said.get('format')!r}, not {FORMAT!r}); give a file that was written as one")
+        raise ModelError(
+            f"{file}: is no delta (its format is {said.get('format')!r}, not {FORMAT!r}); give a file that was written as one"
+        )
     if said.get("version") != VERSION:
-        raise ModelError(f"{file}: is a delta of version {said.get('version')}, version {VERSION} is read here; update sculpt-dist")
+        raise ModelError(
+            f"{file}: is a delta of version {said.get('version')}, version {VERSION} is read here; update sculpt-dist"
+        )
     try:
         changes = {name: Change(**change) for name, change in json.loads(said["tensors"]).items()}
         planned = {name: BITS[DTYPES[change.dtype].itemsize] for name, change in changes.items()}
         delta = Delta(file, said["pipeline"], said["net"], changes)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file}: its metadata is damaged ({type(error).__name__}: {error}); copy or download it again") from error
+        raise ModelError(
+            f"{file}: its metadata is damaged ({type(error).__name__}: {error}); copy or download it again"
+        ) from error
     if not changes or planned != {name: entry.dtype for name, entry in held.items()}:
-        raise ModelError(f"{file}: is damaged, it holds other tensors than its metadata names; copy or download it again")
+        raise ModelError(
+            f"{file}: is damaged, it holds other tensors than its metadata names; copy or download it again"
+        )
     return delta
 
 
@@ -162,11 +186,15 @@ def _kind(folder: Path) -> tuple[str, str]:
     """The class of the folder's pipeline, and its denoiser's name."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(f"{folder}: is no diffusers pipeline folder (no model_index.json); save one with pipeline.save_pretrained()")
+        raise ModelError(
+            f"{folder}: is no diffusers pipeline folder (no model_index.json); save one with pipeline.save_pretrained()"
+        )
     content = read_json(index)
     nets = [name for name in NETS if is_named(content, name)]
     if len(nets) != 1:
-        raise ModelError(f"{index}: names {' and '.join(nets) or 'no denoiser'}; a delta is of pipelines with one unet or transformer")
+        raise ModelError(
+            f"{index}: names {' and '.join(nets) or 'no denoiser'}; a delta is of pipelines with one unet or transformer"
+        )
     return str(content.get("_class_name")), nets[0]
 
 
@@ -204,9 +232,13 @@ def _changed(name: str, ours: Net, theirs: Net) -> Tensor | None:
     if _same(before, result) or _same(before.to(after.dtype), after):
         return None
     if not (before.is_floating_point() and after.is_floating_point()):
-        raise ModelError(f"{theirs.part}: {name} differs from {ours.part}, and is no float; give the base that it was made from")
+        raise ModelError(
+            f"{theirs.part}: {name} differs from {ours.part}, and is no float; give the base that it was made from"
+        )
     if before.dtype != after.dtype:
-        lost = int(after[~result.float().isfinite()].float().isfinite().sum())  # float: float8 has no isfinite of its own
+        lost = int(
+            after[~result.float().isfinite()].float().isfinite().sum()
+        )  # float: float8 has no isfinite of its own
         if lost:
             raise ModelError(
                 f"{theirs.part}: {lost} values of {name} are too large for {before.dtype}, in which {ours.part} is stored; "
@@ -225,7 +257,9 @@ def _check_fits(net: Net, delta: Delta, change: Any, remove: bool) -> None:
     strange, turned = [], 0
     for name, (label, base, result) in delta.changes.items():
         if name not in net.held:
-            raise ModelError(f"{delta.file}: is of another base: {net.part} lacks {name}; give the model that the delta was made from")
+            raise ModelError(
+                f"{delta.file}: is of another base: {net.part} lacks {name}; give the model that the delta was made from"
+            )
         shape = tuple(change.get_slice(name).get_shape())
         if (DTYPES[label], shape) != net.held[name][1:]:
             raise ModelError(
@@ -238,7 +272,9 @@ def _check_fits(net: Net, delta: Delta, change: Any, remove: bool) -> None:
             strange.append(name)
             turned += found == after
         elif _sha256(_bits(net[name]) ^ change.get_tensor(name)) != after:
-            raise ModelError(f"{delta.file}: is damaged, {name} does not give what its metadata says; copy or download it again")
+            raise ModelError(
+                f"{delta.file}: is damaged, {name} does not give what its metadata says; copy or download it again"
+            )
     if turned == len(delta.changes):
         state = "is not applied to it" if remove else "is already applied to it"
         raise ModelError(f"{net.folder}: {delta.file} {state}; use the folder as it is")
@@ -253,16 +289,24 @@ def _check_fits(net: Net, delta: Delta, change: Any, remove: bool) -> None:
 def _copied(net: Net) -> list[Path]:
     """The files of the folder that stay as they are. Raises ModelError when a component's weights are pickled only."""
     index = read_json(net.folder / "model_index.json")
-    files = [file for file in net.folder.iterdir() if file.suffix in (".json", ".md", ".txt") or file.name in ("README", "LICENSE")]
+    files = [
+        file
+        for file in net.folder.iterdir()
+        if file.suffix in (".json", ".md", ".txt") or file.name in ("README", "LICENSE")
+    ]
     for part in net.folder.iterdir():
         if part.is_dir() and part.name != net.name and is_named(index, part.name):
-            if (part / "config.json").is_file():  # a model; what a tokenizer's folder has beside its files is not asked for
+            if (
+                part / "config.json"
+            ).is_file():  # a model; what a tokenizer's folder has beside its files is not asked for
                 _refuse_pickles(part)
             wanted = (*COPIED, ".safetensors", ".md")
             files += [file for file in part.iterdir() if file.suffix in wanted or file.name in ("README", "LICENSE")]
     variant = variant_of(net.part)
     files += [net.part / "config.json"]
-    files += sorted(net.part.glob(f"*.safetensors.index{'.' + variant if variant else ''}.json"))[:1]  # the one that weight_files reads
+    files += sorted(net.part.glob(f"*.safetensors.index{'.' + variant if variant else ''}.json"))[
+        :1
+    ]  # the one that weight_files reads
     return sorted(file for file in files if file.is_file())
 
 

@@ -7,10 +7,11 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -39,7 +40,12 @@ NAMES = {
     "lora": "a LoRA",
     "unknown": "no whole Stable Diffusion 1.x or SDXL",
 }
-UNWEIGHTED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")  # parts of a pipeline that are settings alone
+UNWEIGHTED = (
+    "scheduler",
+    "tokenizer",
+    "tokenizer_2",
+    "feature_extractor",
+)  # parts of a pipeline that are settings alone
 # What single files carry within their models that no diffusers model has: averages and losses of the training, and leftovers of CLIP.
 IGNORED = re.compile(
     r"first_stage_model\.loss\.|model_ema\.|\.position_ids$|\.logit_scale$|\.transformer\.(text_model\.)?text_projection\b"
@@ -81,7 +87,9 @@ def write_single_file(folder: Path, file: Path) -> None:
     for entry, sources in pieces:
         if len({source.dtype for source in sources}) > 1:
             held = ", ".join(f"{source.name} {source.dtype}" for source in sources)
-            raise ModelError(f"{sources[0].file}: mixed dtypes ({held}) cannot be stacked into {entry.name}; save the model in one dtype")
+            raise ModelError(
+                f"{sources[0].file}: mixed dtypes ({held}) cannot be stacked into {entry.name}; save the model in one dtype"
+            )
     planned = [Entry(entry.name, sources[0].dtype, entry.shape) for entry, sources in pieces]
     marks = [Entry(mark, torch.float32, (0,)) for mark in _marks(folder)]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +113,9 @@ def _stored(part: Path, plan: list[Original]) -> dict[str, Stored]:
         for name, dtype, shape in entries(file):
             plain = plain_name(part.name, name)
             if plain in stored:
-                raise ModelError(f"{file}: {name} is also in {stored[plain].file.name}; keep one set of weights in the folder")
+                raise ModelError(
+                    f"{file}: {name} is also in {stored[plain].file.name}; keep one set of weights in the folder"
+                )
             if not name.endswith("position_ids"):  # a constant that older versions stored
                 stored[plain] = Stored(file, name, dtype, shape)
     if not stored:
@@ -114,7 +124,9 @@ def _stored(part: Path, plan: list[Original]) -> dict[str, Stored]:
     wrong = [f"missing {name}" for name in expected if name not in stored]
     wrong += [f"unknown {name}" for name in stored if name not in expected]
     both = [name for name in expected if name in stored]
-    wrong += [f"{name} is {stored[name].shape}, not {expected[name]}" for name in both if stored[name].shape != expected[name]]
+    wrong += [
+        f"{name} is {stored[name].shape}, not {expected[name]}" for name in both if stored[name].shape != expected[name]
+    ]
     if wrong:
         raise ModelError(
             f"{part}: {len(wrong)} weights do not fit its config: {'; '.join(wrong[:3])}; the folder is damaged or of another model"
@@ -124,7 +136,9 @@ def _stored(part: Path, plan: list[Original]) -> dict[str, Stored]:
 
 def _source_shape(entry: Original) -> tuple[int, ...]:
     """The shape of each of the diffusers tensors that the entry is made of."""
-    shape = entry.shape[:2] if entry.turn == "conv" else entry.shape[::-1] if entry.turn == "transposed" else entry.shape
+    shape = (
+        entry.shape[:2] if entry.turn == "conv" else entry.shape[::-1] if entry.turn == "transposed" else entry.shape
+    )
     return (shape[0] // len(entry.sources), *shape[1:])
 
 
@@ -151,7 +165,9 @@ def check_single_kind(file: Path) -> None:
     """Raises ModelError when a single file is damaged, or of a kind that is never read; its header is enough for that."""
     looks = looks_like(entry.name for entry in entries(file))
     if looks not in PREFIXES:
-        raise ModelError(f"{file}: looks like {NAMES[looks]}; single files of {' and '.join(NAMES[kind] for kind in PREFIXES)} are read")
+        raise ModelError(
+            f"{file}: looks like {NAMES[looks]}; single files of {' and '.join(NAMES[kind] for kind in PREFIXES)} are read"
+        )
 
 
 def read_single_file(file: Path, template: Path, folder: Path) -> None:
@@ -222,8 +238,12 @@ def _check(file: Path, template: Path, plan: list[Original], found: dict[str, St
         )
     for entry in plan:
         shape = found[entry.name].shape
-        if shape != entry.shape and not (entry.turn == "conv" and shape == entry.shape[:2]):  # some tools save these as matrices
-            raise ModelError(f"{file}: {entry.name} is {shape}, {template} asks for {entry.shape}; give a template of the file's size")
+        if shape != entry.shape and not (
+            entry.turn == "conv" and shape == entry.shape[:2]
+        ):  # some tools save these as matrices
+            raise ModelError(
+                f"{file}: {entry.name} is {shape}, {template} asks for {entry.shape}; give a template of the file's size"
+            )
 
 
 def _copy_settings(template: Path, folder: Path, plan: dict[str, list[Original]]) -> None:
@@ -232,13 +252,17 @@ def _copy_settings(template: Path, folder: Path, plan: dict[str, list[Original]]
     named = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
     unnamed = [part for part in plan if part not in named]
     if unnamed:
-        raise ModelError(f"{template / 'model_index.json'}: does not name {', '.join(unnamed)}; give a complete diffusers pipeline folder")
+        raise ModelError(
+            f"{template / 'model_index.json'}: does not name {', '.join(unnamed)}; give a complete diffusers pipeline folder"
+        )
     for part in named:
         if part not in plan and part not in UNWEIGHTED:
             index[part] = [None, None]
             continue
         if not (template / part).is_dir():
-            raise ModelError(f"{template / part}: the template lacks this component; give a complete diffusers pipeline folder")
+            raise ModelError(
+                f"{template / part}: the template lacks this component; give a complete diffusers pipeline folder"
+            )
         (folder / part).mkdir()
         for source in sorted((template / part).iterdir()):
             if source.suffix in COPIED and ".index." not in source.name:
@@ -250,7 +274,9 @@ def _copy_settings(template: Path, folder: Path, plan: dict[str, list[Original]]
 
 def _write_part(part: Path, plan: list[Original], found: dict[str, Stored], fetch: Fetch) -> None:
     """One model's weights, and their dtype in its config where it names one: plain loaders trust what is stored there."""
-    planned = [Entry(source, found[entry.name].dtype, _source_shape(entry)) for entry in plan for source in entry.sources]
+    planned = [
+        Entry(source, found[entry.name].dtype, _source_shape(entry)) for entry in plan for source in entry.sources
+    ]
 
     def pieces() -> Iterator[tuple[str, Tensor]]:
         for entry in plan:

@@ -6,8 +6,9 @@ Original names, as the released v1-5-pruned-emaonly.safetensors and sd_xl_base_1
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,7 +44,12 @@ UNET_ENDS = {
     "conv_out": "out.2",
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # as folders before diffusers 0.17 name them
+OLD_ATTENTION = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}  # as folders before diffusers 0.17 name them
 OPENCLIP = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -74,7 +80,11 @@ class Original(NamedTuple):
 def looks_like(names: Iterable[str]) -> str:
     """What kind of file has tensors of these names: "sd15", "sdxl", "sd2", "lora" or "unknown"."""
     held = tuple(names)
-    marks = {"sdxl": "conditioner.embedders.1.", "sd15": "cond_stage_model.transformer.", "sd2": "cond_stage_model.model."}
+    marks = {
+        "sdxl": "conditioner.embedders.1.",
+        "sd15": "cond_stage_model.transformer.",
+        "sd2": "cond_stage_model.model.",
+    }
     for kind, mark in marks.items():
         if any(name.startswith(mark) for name in held):
             return kind
@@ -95,8 +105,12 @@ def pipeline_kind(folder: Path) -> str:
         raise ModelError(f"{folder}: holds a {name}; single files are read and written for {' and '.join(PIPELINES)}")
     # What tells 2.x from 1.x: its UNet's linear projections, and OpenCLIP's activation.
     linear = settings(folder / "unet" / "config.json").get("use_linear_projection")
-    if PIPELINES[name] == "sd15" and (linear or settings(folder / "text_encoder" / "config.json").get("hidden_act") == "gelu"):
-        raise ModelError(f"{folder}: holds a Stable Diffusion 2.x; single files are read and written for SD 1.x and SDXL")
+    if PIPELINES[name] == "sd15" and (
+        linear or settings(folder / "text_encoder" / "config.json").get("hidden_act") == "gelu"
+    ):
+        raise ModelError(
+            f"{folder}: holds a Stable Diffusion 2.x; single files are read and written for SD 1.x and SDXL"
+        )
     return PIPELINES[name]
 
 
@@ -156,7 +170,9 @@ def _described(part: Path) -> tuple[dict[str, Any], dict[str, Shape]]:
     }
     kind, config = kinds[part.name], settings(part / "config.json")
     if part.name in ("unet", "vae") and config.get("_class_name") != kind.__name__:
-        raise ModelError(f"{part / 'config.json'}: a {config.get('_class_name')} is no {kind.__name__}; give a pipeline that has one")
+        raise ModelError(
+            f"{part / 'config.json'}: a {config.get('_class_name')} is no {kind.__name__}; give a pipeline that has one"
+        )
     model = empty_component(kind, part.parent, part.name, torch.float32)
     config = dict(model.config) if part.name in ("unet", "vae") else config
     return config, {plain_name(part.name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -189,7 +205,9 @@ def _unet_blocks(part: Path, config: dict[str, Any]) -> dict[str, str]:
             f"{part}: blocks of type {', '.join(map(str, odd))} have no place in the original layout; keep the folder as it is"
         )
     layers = [layers] * len(down) if isinstance(layers, int) else layers
-    blocks = {f"mid_block.{name}": f"middle_block.{i}" for i, name in enumerate(("resnets.0", "attentions.0", "resnets.1"))}
+    blocks = {
+        f"mid_block.{name}": f"middle_block.{i}" for i, name in enumerate(("resnets.0", "attentions.0", "resnets.1"))
+    }
     place = 1  # 0 is conv_in
     for level, kind in enumerate(down):
         for layer in range(layers[level]):
@@ -216,12 +234,16 @@ def _vae(config: dict[str, Any], shapes: dict[str, Shape]) -> list[Original]:
     found = []
     for name, shape in shapes.items():
         turn = ""
-        if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.0\.(group_norm|to_[qkv]|to_out\.0)\.(\w+)", name):
+        if match := re.fullmatch(
+            r"(encoder|decoder)\.mid_block\.attentions\.0\.(group_norm|to_[qkv]|to_out\.0)\.(\w+)", name
+        ):
             turn = "conv" if len(shape) == 2 else ""
             new = f"{match[1]}.mid.attn_1.{VAE_ATTENTION[match[2]]}.{match[3]}"
         elif match := re.fullmatch(r"(encoder|decoder)\.mid_block\.resnets\.(\d)\.(.+)", name):
             new = f"{match[1]}.mid.block_{int(match[2]) + 1}.{match[3]}"
-        elif match := re.fullmatch(r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets\.|(?:down|up)samplers\.0\.)(.+)", name):
+        elif match := re.fullmatch(
+            r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets\.|(?:down|up)samplers\.0\.)(.+)", name
+        ):
             # The decoder's levels are counted by their resolution, so that the first one to run is the last.
             level = int(match[2]) if match[1] == "encoder.down" else len(config["up_block_types"]) - 1 - int(match[2])
             new = f"{match[1]}.{level}.{match[3].replace('resnets', 'block').replace('samplers.0', 'sample')}{match[4]}"
@@ -229,7 +251,9 @@ def _vae(config: dict[str, Any], shapes: dict[str, Shape]) -> list[Original]:
             new = name.replace("conv_norm_out", "norm_out")
         else:
             continue
-        found.append(Original(new.replace("conv_shortcut", "nin_shortcut"), shape + (1, 1) if turn else shape, (name,), turn))
+        found.append(
+            Original(new.replace("conv_shortcut", "nin_shortcut"), (*shape, 1, 1) if turn else shape, (name,), turn)
+        )
     return found
 
 
@@ -239,10 +263,16 @@ def _openclip(shapes: dict[str, Shape]) -> list[Original]:
         match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(\w+)", name)
         if name in OPENCLIP_ENDS:
             turned = name == "text_projection.weight"
-            found.append(Original(OPENCLIP_ENDS[name], shape[::-1] if turned else shape, (name,), "transposed" if turned else ""))
+            found.append(
+                Original(OPENCLIP_ENDS[name], shape[::-1] if turned else shape, (name,), "transposed" if turned else "")
+            )
         elif match and match[2] in OPENCLIP:
             found.append(Original(f"transformer.resblocks.{match[1]}.{OPENCLIP[match[2]]}.{match[3]}", shape, (name,)))
         elif match and match[2] == "self_attn.q_proj":
             stacked = tuple(name.replace("q_proj", letter + "_proj") for letter in "qkv")
-            found.append(Original(f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}", (3 * shape[0], *shape[1:]), stacked))
+            found.append(
+                Original(
+                    f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}", (3 * shape[0], *shape[1:]), stacked
+                )
+            )
     return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from sculpt_dist.core.errors import ModelError
 
@@ -22,7 +22,9 @@ def find_folder(path: str | None, arch: str, revision: str | None) -> Path:
     if path.endswith((".safetensors", ".ckpt")):
         raise ModelError(f"model.path={path}: there is no such file")
     if folder.is_absolute() or path.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ModelError(f"model.path={path}: there is no such folder; give a diffusers pipeline folder or a hub id owner/name")
+        raise ModelError(
+            f"model.path={path}: there is no such folder; give a diffusers pipeline folder or a hub id owner/name"
+        )
     return _from_hub(path, revision)
 
 
@@ -37,7 +39,9 @@ def find_settings(path: str | None, public: str | None, revision: str | None) ->
         return Path(path).expanduser()
     name = path or public
     if name is None:
-        raise ModelError("model.path: a single file of this model.arch cannot be read; give a diffusers pipeline folder")
+        raise ModelError(
+            "model.path: a single file of this model.arch cannot be read; give a diffusers pipeline folder"
+        )
     try:
         return _from_hub(name, revision if path else None, SETTINGS)
     except ModelError as error:
@@ -56,15 +60,21 @@ def _from_hub(name: str, revision: str | None, wanted: list[str] = WANTED) -> Pa
     )
     from huggingface_hub.utils import filter_repo_objects
 
-    transport_error = HfHubHTTPError.__bases__[0]  # httpx's or its successor's HTTPError, as the installed hub client has it
+    transport_error = HfHubHTTPError.__bases__[
+        0
+    ]  # httpx's or its successor's HTTPError, as the installed hub client has it
     why, ignored = "HF_HUB_OFFLINE is set", None
     offline, files = constants.HF_HUB_OFFLINE, []
     try:
         if not offline:
-            held = [file.rfilename for file in HfApi().repo_info(name, revision=revision, timeout=SECONDS).siblings or []]
+            held = [
+                file.rfilename for file in HfApi().repo_info(name, revision=revision, timeout=SECONDS).siblings or []
+            ]
             ignored = [file for file in held if _is_spare(file, held)]
             files = list(filter_repo_objects(held, allow_patterns=wanted, ignore_patterns=ignored))
-            for file in files[:1]:  # a hub that answers no more is found out here, before the client's own minutes of trying again
+            for file in files[
+                :1
+            ]:  # a hub that answers no more is found out here, before the client's own minutes of trying again
                 get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=SECONDS)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ModelError(
@@ -74,7 +84,11 @@ def _from_hub(name: str, revision: str | None, wanted: list[str] = WANTED) -> Pa
         offline, why = True, f"{type(error).__name__}: {first_line(error)}"
     try:
         if offline:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=wanted, ignore_patterns=ignored))
+            return Path(
+                snapshot_download(
+                    name, revision=revision, local_files_only=True, allow_patterns=wanted, ignore_patterns=ignored
+                )
+            )
         # One by one: each request has a time limit, while snapshot_download lists the files once more and would wait for that for ever.
         places = {_fetched(hf_hub_download, name, file, revision) for file in files}
         if len(places) != 1:
@@ -87,7 +101,9 @@ def _from_hub(name: str, revision: str | None, wanted: list[str] = WANTED) -> Pa
             "fetch it on a machine with a network (hf download), or give a folder"
         ) from error
     except (transport_error, OSError) as error:
-        raise ModelError(f"model.path={name}: the hub did not give it: network ({type(error).__name__}: {first_line(error)})") from error
+        raise ModelError(
+            f"model.path={name}: the hub did not give it: network ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def _fetched(download: Callable[..., str], name: str, file: str, revision: str | None) -> Path:
@@ -101,7 +117,9 @@ def _is_spare(file: str, held: list[str]) -> bool:
     plain = [
         other
         for other in held
-        if other.startswith(f"{folder}/") and other.endswith(".safetensors") and other.rpartition("/")[2].count(".") == 1
+        if other.startswith(f"{folder}/")
+        and other.endswith(".safetensors")
+        and other.rpartition("/")[2].count(".") == 1
     ]
     return name.endswith(".safetensors") and name.count(".") > 1 and bool(plain)
 

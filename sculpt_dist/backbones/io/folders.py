@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Container, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +21,32 @@ CHECKSUMS = "CHECKSUMS"  # file of a pipeline folder that we wrote
 STOCHASTIC = ("Ancestral", "SDE", "sde", "LCM", "TCD", "DDPM", "SASolver")
 
 
-def check_folder(folder: Path, pipeline_class: str, kinds: Mapping[str, type[nn.Module]], settings_only: bool = False) -> None:
+def check_folder(
+    folder: Path, pipeline_class: str, kinds: Mapping[str, type[nn.Module]], settings_only: bool = False
+) -> None:
     """Raises ModelError when a pipeline folder is of another class, or a component is missing or visibly damaged; reads headers only.
 
     `kinds`: the components that are used, by subfolder. `settings_only`: components may lack their weights.
     """
     index = pipeline_index(folder, pipeline_class)
-    for part in folder.iterdir():  # a component that is not used here is copied into exports, so it may hold no pickles either
-        if is_named(index, part.name) and part.name not in kinds and (part / "config.json").is_file() and not has_weights(part):
+    for (
+        part
+    ) in folder.iterdir():  # a component that is not used here is copied into exports, so it may hold no pickles either
+        if (
+            is_named(index, part.name)
+            and part.name not in kinds
+            and (part / "config.json").is_file()
+            and not has_weights(part)
+        ):
             for file in sorted(part.glob("*.bin")):
                 raise pickled(file)
     for name, kind in kinds.items():
         part = folder / name
         if not (part / "config.json").is_file():
             raise ModelError(f"{part}: the pipeline lacks this component (no config.json)")
-        said = component_config(folder, name).get("_class_name", kind.__name__)  # transformers' settings do not say it there
+        said = component_config(folder, name).get(
+            "_class_name", kind.__name__
+        )  # transformers' settings do not say it there
         if said != kind.__name__:
             raise ModelError(f"{part}: holds a {said}, not a {kind.__name__}: it is of another model")
         if not has_weights(part):
@@ -62,7 +74,9 @@ def _check_index(part: Path) -> None:
         if wrong:
             there = f"is in {held[wrong[0]]}" if wrong[0] in held else "is in none of the shards"
             said = f"should be in {promised[wrong[0]]}" if wrong[0] in promised else "is not named"
-            raise ModelError(f"{index}: {len(wrong)} weights are not where it says, first {wrong[0]}, which {said} and {there}: fetch both again")
+            raise ModelError(
+                f"{index}: {len(wrong)} weights are not where it says, first {wrong[0]}, which {said} and {there}: fetch both again"
+            )
 
 
 def _indices(part: Path) -> list[Path]:
@@ -78,15 +92,21 @@ def _check_one_dtype(part: Path) -> None:
         if entry.dtype.is_floating_point:
             kinds.setdefault(entry.dtype, []).append(entry.name)
     if len(kinds) > 1:
-        told = "; ".join(f"{len(names)} in {str(dtype).removeprefix('torch.')} ({names[0]}, ...)" for dtype, names in kinds.items())
-        raise ModelError(f"{part}: its weights have mixed dtypes, {told}: save it in one, pipeline.to(dtype).save_pretrained(...)")
+        told = "; ".join(
+            f"{len(names)} in {str(dtype).removeprefix('torch.')} ({names[0]}, ...)" for dtype, names in kinds.items()
+        )
+        raise ModelError(
+            f"{part}: its weights have mixed dtypes, {told}: save it in one, pipeline.to(dtype).save_pretrained(...)"
+        )
 
 
 def pipeline_index(folder: Path, expected: str) -> dict[str, Any]:
     """The folder's model_index.json. Raises ModelError when the folder holds no pipeline, or one of another class."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(f"{folder}: is no diffusers pipeline folder (no model_index.json); save one with pipeline.save_pretrained()")
+        raise ModelError(
+            f"{folder}: is no diffusers pipeline folder (no model_index.json); save one with pipeline.save_pretrained()"
+        )
     content = read_json(index)
     if content.get("_class_name") != expected:
         raise ModelError(
@@ -125,7 +145,12 @@ def load_component(kind: type[nn.Module], folder: Path, name: str, dtype: torch.
     part = folder / name
     try:
         model, report = kind.from_pretrained(
-            part, dtype=dtype, variant=variant_of(part), use_safetensors=True, local_files_only=True, output_loading_info=True
+            part,
+            dtype=dtype,
+            variant=variant_of(part),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{part}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -139,7 +164,9 @@ def load_component(kind: type[nn.Module], folder: Path, name: str, dtype: torch.
         )
     broken = [tensor_name for tensor_name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ModelError(f"{part}: {len(broken)} weights hold values that are not finite ({broken[0]}, ...); the checkpoint is damaged")
+        raise ModelError(
+            f"{part}: {len(broken)} weights hold values that are not finite ({broken[0]}, ...); the checkpoint is damaged"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -152,7 +179,11 @@ def empty_component(kind: type[nn.Module], folder: Path, name: str, dtype: torch
     settings = component_config(folder, name)
     try:
         with torch.device("meta"):
-            model = kind.from_config(settings) if issubclass(kind, ConfigMixin) else kind(kind.config_class.from_dict(settings))
+            model = (
+                kind.from_config(settings)
+                if issubclass(kind, ConfigMixin)
+                else kind(kind.config_class.from_dict(settings))
+            )
     except (StrictDataclassError, ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
         said = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder / name / 'config.json'}: no {kind.__name__} can be built from it: {said}") from error
@@ -180,7 +211,9 @@ def weight_files(part: Path) -> list[Path]:
         named = sorted({part / str(name) for name in said.values()}) if isinstance(said, dict) else []
         missing = [file.name for file in named if not file.is_file()]
         if missing or not named:
-            raise ModelError(f"{index}: names {len(missing)} shards that are not there ({', '.join(missing[:3])}): fetch them again")
+            raise ModelError(
+                f"{index}: names {len(missing)} shards that are not there ({', '.join(missing[:3])}): fetch them again"
+            )
         return named
     files = sorted(part.glob("*.safetensors"))
     return [file for file in files if (f".{variant}" in file.name if variant else file.name.count(".") == 1)]
@@ -225,7 +258,9 @@ def load_scheduler(folder: Path, forced: Mapping[str, Any]) -> Any:
         raise ModelError(f"{file}: the pipeline lacks its scheduler")
     settings = read_json(file)
     name = settings.get("_class_name", "")
-    if any(word in name + str(settings.get("algorithm_type")) for word in STOCHASTIC) or settings.get("stochastic_sampling"):
+    if any(word in name + str(settings.get("algorithm_type")) for word in STOCHASTIC) or settings.get(
+        "stochastic_sampling"
+    ):
         raise ModelError(
             f"{file}: {name} adds noise of its own, so equal seeds would not give equal images; save the pipeline with a deterministic "
             "scheduler such as DPMSolverMultistepScheduler"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +57,9 @@ def entries(file: Path) -> list[Entry]:
     Raises ModelError when the file is missing, is a pickle or anything else that is no safetensors, or is cut short.
     """
     if not file.is_file():
-        raise ModelError(f"{file}: {'is a folder, not a file' if file.is_dir() else 'there is no such file'}; give a .safetensors file")
+        raise ModelError(
+            f"{file}: {'is a folder, not a file' if file.is_dir() else 'there is no such file'}; give a .safetensors file"
+        )
     with file.open("rb") as content:
         start = content.read(9)
         length = int.from_bytes(start[:8], "little")
@@ -79,7 +82,9 @@ def entries(file: Path) -> list[Entry]:
         end = stop
     if size != 8 + length + end:
         state = "is cut short" if size < 8 + length + end else "is damaged"
-        raise ModelError(f"{file}: {state}: {size} bytes are there, its header says {8 + length + end}; copy or download it again")
+        raise ModelError(
+            f"{file}: {state}: {size} bytes are there, its header says {8 + length + end}; copy or download it again"
+        )
     return [Entry(name, DTYPES[dtype], shape) for _, _, name, dtype, shape in found]
 
 
@@ -91,21 +96,27 @@ def _placed(name: str, value: dict[str, Any]) -> tuple[int, int, str, str, tuple
 
 
 def _no_safetensors(file: Path, start: bytes) -> ModelError:
-    if file.suffix not in PICKLED and not start.startswith((b"PK\x03\x04", b"\x80")):  # how torch.save's files begin: zip, pickle
+    if file.suffix not in PICKLED and not start.startswith(
+        (b"PK\x03\x04", b"\x80")
+    ):  # how torch.save's files begin: zip, pickle
         return ModelError(f"{file}: is no safetensors file (it begins with {start[:8]!r}); copy or download it again")
     return pickled(file)
 
 
 def pickled(file: Path) -> ModelError:
     """What is said of a file of pickled weights, with the command that converts it."""
-    target = file.with_name(file.name.replace("pytorch_model", "model") if file.name.startswith("pytorch_model") else file.name)
+    target = file.with_name(
+        file.name.replace("pytorch_model", "model") if file.name.startswith("pytorch_model") else file.name
+    )
     code = (
         "from torch import is_tensor, load; from safetensors.torch import save_file; "
         f"held = load({str(file)!r}, map_location='cpu', weights_only=True); held = held.get('state_dict', held); "
         "save_file({name: value.clone().contiguous() for name, value in held.items() if is_tensor(value)}, "
         f"{str(target.with_suffix('.safetensors'))!r})"
     )
-    return ModelError(f"{file}: holds pickled weights, which can run code and are not read; convert it with: python -c {shlex.quote(code)}")
+    return ModelError(
+        f"{file}: holds pickled weights, which can run code and are not read; convert it with: python -c {shlex.quote(code)}"
+    )
 
 
 class TensorWriter:
@@ -136,7 +147,9 @@ class TensorWriter:
     def finish(self) -> None:
         """Raises ValueError when a planned tensor did not come."""
         if self._missing:
-            raise ValueError(f"{self.file}: {len(self._missing)} planned tensors did not come, first {next(iter(self._missing))}")
+            raise ValueError(
+                f"{self.file}: {len(self._missing)} planned tensors did not come, first {next(iter(self._missing))}"
+            )
         self._out.flush()
         os.fsync(self._out.fileno())
         self._out.close()
@@ -171,7 +184,11 @@ def _header(planned: Sequence[Entry], metadata: dict[str, str] | None) -> tuple[
     places, end = {}, 0
     for entry in sorted(planned, key=lambda entry: -entry.dtype.itemsize):
         places[entry.name] = end
-        content[entry.name] = {"dtype": LABELS[entry.dtype], "shape": list(entry.shape), "data_offsets": [end, end + entry.size]}
+        content[entry.name] = {
+            "dtype": LABELS[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.size],
+        }
         end += entry.size
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ MAX_SHARD_BYTES = 5_000_000_000
 COPIED = (".json", ".txt", ".model", ".jinja")  # of a component, beside its weights
 
 
-def write_pipeline(base: Path, folder: Path, net_name: str, dtype: torch.dtype, weights: Iterator[tuple[str, Tensor]]) -> None:
+def write_pipeline(
+    base: Path, folder: Path, net_name: str, dtype: torch.dtype, weights: Iterator[tuple[str, Tensor]]
+) -> None:
     """A pipeline folder like `base`, all in one dtype, with the denoiser's weights streamed into safetensors shards in any order.
 
     Only the components that model_index.json names are copied, and of each only the weights that were loaded: what else lies in the
@@ -43,7 +45,9 @@ def write_pipeline(base: Path, folder: Path, net_name: str, dtype: torch.dtype, 
     part = folder / net_name
     part.mkdir()
     shutil.copy(base / net_name / "config.json", part)
-    planned = [Entry(e.name, dtype if e.dtype.is_floating_point else e.dtype, e.shape) for e in stored_entries(base / net_name)]
+    planned = [
+        Entry(e.name, dtype if e.dtype.is_floating_point else e.dtype, e.shape) for e in stored_entries(base / net_name)
+    ]
     files = _cut(planned)
     names = [STEM if len(files) == 1 else f"{STEM}-{i:05d}-of-{len(files):05d}" for i in range(1, len(files) + 1)]
     writers = [TensorWriter(part / f"{name}.safetensors", entries) for name, entries in zip(names, files)]
@@ -75,7 +79,9 @@ def _cut(planned: Sequence[Entry]) -> list[list[Entry]]:
 def write_checksums(folder: Path) -> None:
     """CHECKSUMS: the sha256 of every file of a pipeline folder, which is compared when the folder is opened for a run (sha256sum -c)."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    (folder / CHECKSUMS).write_text("".join(f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files))
+    (folder / CHECKSUMS).write_text(
+        "".join(f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+    )
 
 
 def _copy_component(part: Path, into: Path, dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")  # in the order of a forward pass
 

@@ -107,8 +107,12 @@ class DiscreteSchedule(Schedule):
         from diffusers import DDIMScheduler
 
         spacing = self.scheduler.config.get("timestep_spacing", "leading")
-        spacing = "trailing" if spacing == "linspace" else spacing  # DDIM's steps are T // steps long, which those of linspace are not
-        sampler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False, timestep_spacing=spacing)
+        spacing = (
+            "trailing" if spacing == "linspace" else spacing
+        )  # DDIM's steps are T // steps long, which those of linspace are not
+        sampler = DDIMScheduler.from_config(
+            self.scheduler.config, clip_sample=False, thresholding=False, timestep_spacing=spacing
+        )
         sampler.set_timesteps(steps)
         return sampler
 
@@ -128,7 +132,9 @@ class FlowSchedule(Schedule):
         super().__init__(scheduler, device)
         settings = scheduler.config
         if settings.get("use_dynamic_shifting"):
-            raise ModelError(f"scheduler {type(scheduler).__name__}: use_dynamic_shifting is not supported; set a fixed shift")
+            raise ModelError(
+                f"scheduler {type(scheduler).__name__}: use_dynamic_shifting is not supported; set a fixed shift"
+            )
         self.steps = settings["num_train_timesteps"]
         self.shift = float(settings.get("flow_shift") or settings.get("shift") or 1.0)
 

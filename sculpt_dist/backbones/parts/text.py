@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -28,9 +30,17 @@ def padded_tokens(tokenizer: Any, prompts: Sequence[str], length: int, cut: bool
             lost = tokenizer.decode(ids[length - ends :], skip_special_tokens=True).strip()
             told = f"the prompt {prompt!r} has {len(ids) - room} tokens, the text encoder takes {length - room}"
             if not cut:
-                raise ConfigError(f"{told}: it would be cut before {lost!r}; shorten it, or cut it there with model.cut_prompts=true")
+                raise ConfigError(
+                    f"{told}: it would be cut before {lost!r}; shorten it, or cut it there with model.cut_prompts=true"
+                )
             warnings.warn(f"{told}: it is cut before {lost!r}", stacklevel=2)
-    return tokenizer([prefix + prompt for prompt in prompts], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokenizer(
+        [prefix + prompt for prompt in prompts],
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    )
 
 
 def word_tokenizer(words: Sequence[str], max_length: int = 10) -> CLIPTokenizer:
@@ -49,7 +59,7 @@ def merged_symbols(symbols: list[str], vocabulary: dict[str, int], ranks: dict[t
     """Add what BPE needs to the vocabulary and the ranks of merges, so that these symbols end as one token."""
     while len(symbols) > 1:
         # Known merges come first, lowest rank first, as BPE will apply them; a new one then joins the first two symbols.
-        pairs = list(zip(symbols, symbols[1:]))
+        pairs = list(itertools.pairwise(symbols))
         place = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], math.inf))
         place = place if pairs[place] in ranks else 0
         ranks.setdefault(pairs[place], len(ranks))
@@ -58,7 +68,9 @@ def merged_symbols(symbols: list[str], vocabulary: dict[str, int], ranks: dict[t
         symbols[place : place + 2] = [merged]
 
 
-def clip_text_encoder(tokenizer: CLIPTokenizer, kind: type[CLIPTextModel] = CLIPTextModel, width: int = TEXT_WIDTH) -> CLIPTextModel:
+def clip_text_encoder(
+    tokenizer: CLIPTokenizer, kind: type[CLIPTextModel] = CLIPTextModel, width: int = TEXT_WIDTH
+) -> CLIPTextModel:
     """Untrained, two layers deep (64 wide: 0.1 M weights); `kind` may be CLIPTextModelWithProjection."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def _slices(path: Path) -> Iterator[tuple[str, str, int, Tensor]]:
     seen = set()
     for file in files:
         with safe_open(file, "pt") as content:
-            for key in content.keys():
+            for key in content:
                 if key not in seen:  # stage 0 writes the same slices on every rank
                     seen.add(key)
                     kind, name, start = key.split("|")

@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -34,14 +35,18 @@ class Saver:
 
     def __init__(self, folder: Path, group: Group, background: bool = True) -> None:
         self.folder, self.group, self.background = folder, group, background
-        self._store = None if group.store is None else group.store.clone()  # a connection of its own, for another thread
+        self._store = (
+            None if group.store is None else group.store.clone()
+        )  # a connection of its own, for another thread
         self._thread: threading.Thread | None = None
         self._failed: str | None = None
 
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind in (None, StopRequested, NonFiniteError):  # what all ranks leave together by
             self.finish()
 
@@ -61,7 +66,9 @@ class Saver:
         self.finish()
         aside = self.folder / f".writing-{place[0]:03d}-{place[1]:06d}"
         self.group.on_first(lambda: self._make(aside))
-        tensors = _shard_tensors(shards, extra, copied=self.background) | {name: part.cpu().clone() for name, part in named.items()}
+        tensors = _shard_tensors(shards, extra, copied=self.background) | {
+            name: part.cpu().clone() for name, part in named.items()
+        }
         if self.background:
             self._thread = threading.Thread(target=self._write, args=(aside, tensors, state), name="saver", daemon=True)
             self._thread.start()
@@ -87,7 +94,9 @@ class Saver:
         try:
             entry = _write_part(aside / f"rank-{self.group.rank}.safetensors", tensors)
         except (OSError, SafetensorError) as error:
-            entry = {"failed": f"{aside.parent}: a checkpoint could not be written: {error} ({_free(aside.parent)} free)"}
+            entry = {
+                "failed": f"{aside.parent}: a checkpoint could not be written: {error} ({_free(aside.parent)} free)"
+            }
             self._failed = entry["failed"]
         if not self.group.is_first:
             self._store.set(f"{aside}/{self.group.rank}", json.dumps(entry))
@@ -131,7 +140,9 @@ def _shard_tensors(shards: Sequence[Shard], extra: Mapping[str, Sequence[Tensor]
         changing = {"weight": shard.flat, "saliency": shard.saliency, "opened": shard.opened}
         fixed = {kind: flats[i] for kind, flats in extra.items()}
         (fixed if shard.moments.packed else changing).update(momentum=momentum, variance=variance)
-        kinds = {kind: flat.to("cpu", copy=copied) for kind, flat in changing.items()} | {kind: flat.cpu() for kind, flat in fixed.items()}
+        kinds = {kind: flat.to("cpu", copy=copied) for kind, flat in changing.items()} | {
+            kind: flat.cpu() for kind, flat in fixed.items()
+        }
         for f in shard.fragments:
             tensors |= {f"{kind}|{f.name}|{f.start}": flat[f.here] for kind, flat in kinds.items()}
     return tensors

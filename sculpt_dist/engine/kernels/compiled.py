@@ -9,10 +9,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Iterable, Sequence, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -43,7 +44,10 @@ class Compiled:
     def __init__(self, library: Path) -> None:
         code, pointer, number = ctypes.CDLL(str(library)), ctypes.c_void_p, ctypes.c_int64
         self._collect, self._update, self._repack = code.collect, code.update, code.repack
-        self._collect.restype, self._collect.argtypes = ctypes.c_double, [number, pointer, pointer, pointer, ctypes.c_int32]
+        self._collect.restype, self._collect.argtypes = (
+            ctypes.c_double,
+            [number, pointer, pointer, pointer, ctypes.c_int32],
+        )
         self._update.restype, self._update.argtypes = None, [number] + 8 * [pointer]
         self._repack.restype, self._repack.argtypes = None, [number] + 4 * [pointer]
         self._threads = torch.get_num_threads()
@@ -69,11 +73,16 @@ class Compiled:
 
         def update(piece: Piece) -> tuple[float, float]:
             where, momentum, variance = piece
-            sums, places = _Sums(), (*flats.at(where.start), momentum.data_ptr(), variance.data_ptr(), *weights.at(where.start))
+            sums, places = (
+                _Sums(),
+                (*flats.at(where.start), momentum.data_ptr(), variance.data_ptr(), *weights.at(where.start)),
+            )
             self._update(where.stop - where.start, *places, rules, ctypes.byref(sums))
             return sums.squares, sums.moves
 
-        sums = list(self._each(update, shard.moments.pieces(shard.opened)))  # none where no trained weight lives on this rank
+        sums = list(
+            self._each(update, shard.moments.pieces(shard.opened))
+        )  # none where no trained weight lives on this rank
         return torch.tensor(sums, dtype=torch.float64).view(-1, 2).sum(0)
 
     def repack(self, swapped: Tensor, opened: Tensor, moment: Tensor, room: Tensor) -> None:
@@ -136,7 +145,11 @@ def _folder() -> Path:
 def _fingerprint(compiler: str, flags: Sequence[str]) -> str:
     """Of the source, the compiler and the processor: a home folder may be shared by unlike machines."""
     about = Path("/proc/cpuinfo")
-    features = [line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))][:1] if about.is_file() else []
+    features = (
+        [line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
+        if about.is_file()
+        else []
+    )
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     told = [SOURCE.read_text(), *flags, version, platform.machine(), platform.processor(), *features]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]

@@ -39,7 +39,13 @@ class Gpu:
             blocks = triton.cdiv(n, BLOCK)
             squares = torch.empty(blocks, device=gradient.device)
             _collect[(blocks,)](
-                gradient[where], shard.opened[where], shard.saliency[where], squares, n, statistic=STATISTICS[statistic], block=BLOCK
+                gradient[where],
+                shard.opened[where],
+                shard.saliency[where],
+                squares,
+                n,
+                statistic=STATISTICS[statistic],
+                block=BLOCK,
             )
             sums.append(squares.double().sum())
         return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device=gradient.device)
@@ -49,7 +55,9 @@ class Gpu:
         for where, momentum, variance in shard.moments.pieces(shard.opened):
             n, opened = where.stop - where.start, shard.opened[where]
             blocks = triton.cdiv(n, BLOCK)
-            begins = torch.zeros(blocks + 1, dtype=torch.int64, device=gradient.device)  # of each block among the open weights
+            begins = torch.zeros(
+                blocks + 1, dtype=torch.int64, device=gradient.device
+            )  # of each block among the open weights
             if shard.moments.packed:
                 _count[(blocks,)](opened, begins[1:], n, block=BLOCK)
                 begins = begins.cumsum(0)

@@ -33,11 +33,17 @@ class Plain:
             sums[0] += g @ g
             g.mul_(rule.scale)
             ranks = ranks_among_open(opened) if packed else None
-            m, v = (momentum, variance) if ranks is None else (unpacked(moment, ranks, opened) for moment in (momentum, variance))
+            m, v = (
+                (momentum, variance)
+                if ranks is None
+                else (unpacked(moment, ranks, opened) for moment in (momentum, variance))
+            )
             m.mul_(rule.beta1).add_(g, alpha=1 - rule.beta1)
             v.mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
             generation = opened.int()
-            first, second = (t[1] if one_generation else t.index_select(0, generation) for t in (rule.first, rule.second))
+            first, second = (
+                t[1] if one_generation else t.index_select(0, generation) for t in (rule.first, rule.second)
+            )
             move = (m * first).div_(v.sqrt().mul_(second).add_(rule.epsilon))
             if rule.decay:
                 move.add_(zero_where_closed(weights.clone(), opened), alpha=rule.decay)

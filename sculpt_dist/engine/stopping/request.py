@@ -55,7 +55,9 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is StopRequested:  # of all ranks; the first to leave makes its launcher end the others, so the mark comes before
+        if (
+            kind is StopRequested
+        ):  # of all ranks; the first to leave makes its launcher end the others, so the mark comes before
             if self.group.is_first:
                 (self.folder / REQUEUE_FILE).touch()
             self.group.barrier()

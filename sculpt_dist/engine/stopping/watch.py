@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 from sculpt_dist.core.errors import SculptError, StopRequested
 from sculpt_dist.core.files import append_line
@@ -23,7 +23,9 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
     """
     log = folder / LOG_FILE
     if group.is_first:
-        append_line(log, f"began on {group.size} rank(s), {platform.node()}" + (f", job {job_name()}" if job_name() else ""))
+        append_line(
+            log, f"began on {group.size} rank(s), {platform.node()}" + (f", job {job_name()}" if job_name() else "")
+        )
         (folder / REQUEUE_FILE).unlink(missing_ok=True)
     group.barrier()
     began = log.stat().st_size
@@ -43,7 +45,10 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
                     culprit = stop.beats.culprit()
                     _say_cause(log, began, f"{culprit}; seen by rank {group.rank}: {_first_line(error)}")
                 else:
-                    append_line(log, f"{CAUSE}rank {group.rank} on {platform.node()}: {type(error).__name__}: {_first_line(error)}")
+                    append_line(
+                        log,
+                        f"{CAUSE}rank {group.rank} on {platform.node()}: {type(error).__name__}: {_first_line(error)}",
+                    )
                 raise
     except StopRequested as stopped:
         if group.is_first:

@@ -6,9 +6,10 @@ import difflib
 import importlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -81,7 +82,9 @@ def find_names(key: str, asked: Sequence[str], known: Sequence[str]) -> list[int
 
 def renumber(recognised: Tensor, wanted: Sequence[int], num_classes: int) -> Tensor:
     """[B] indices among all of the classifier's classes, -1 = none -> [B] int64 positions in `wanted`, -1 for what is not in it."""
-    positions = torch.full((num_classes + 1,), -1, dtype=torch.int64, device=recognised.device)  # the last entry answers -1
+    positions = torch.full(
+        (num_classes + 1,), -1, dtype=torch.int64, device=recognised.device
+    )  # the last entry answers -1
     for position, index in enumerate(wanted):
         positions[index] = position
     return positions[recognised]
@@ -91,21 +94,36 @@ def open_folder(where: str | Path, files: Sequence[str]) -> Path:
     """A model folder that holds these files. Raises ModelError when it, or one of them, is missing."""
     folder = Path(where).expanduser()
     if not str(where) or not folder.is_dir():
-        raise ModelError(f"{str(where)!r}: no such model folder: give a local folder as transformers saves it; nothing is downloaded")
+        raise ModelError(
+            f"{str(where)!r}: no such model folder: give a local folder as transformers saves it; nothing is downloaded"
+        )
     for file in files:
         if not (folder / file).is_file():
-            raise ModelError(f"{folder}: lacks {file}: save the model and its processor into this folder with save_pretrained")
+            raise ModelError(
+                f"{folder}: lacks {file}: save the model and its processor into this folder with save_pretrained"
+            )
     return folder
 
 
 def read_part(from_pretrained: Callable[..., Loaded], folder: Path, **options: Any) -> Loaded:
     """Call a `from_pretrained` of transformers on local files only. Raises ModelError when they are damaged or of another kind."""
-    damages = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
+    damages = (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+        StrictDataclassError,
+    )
     try:
         return from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except damages as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{folder}: transformers cannot load it ({type(error).__name__}: {reason}): copy it again") from error
+        raise ModelError(
+            f"{folder}: transformers cannot load it ({type(error).__name__}: {reason}): copy it again"
+        ) from error
 
 
 def read_model(model_class: Any, folder: Path) -> nn.Module:
@@ -130,16 +148,22 @@ def _check_weight_files(folder: Path) -> None:
     if not (folder / "model.safetensors").is_file():
         index = folder / "model.safetensors.index.json"
         if not index.is_file():
-            raise ModelError(f"{folder}: lacks model.safetensors: other weights are never read; save it again with save_pretrained")
+            raise ModelError(
+                f"{folder}: lacks model.safetensors: other weights are never read; save it again with save_pretrained"
+            )
         weight_map = _read_json(index).get("weight_map")
         files = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
         foreign = [file for file in files if not str(file).endswith(".safetensors")]
         if foreign:
-            raise ModelError(f"{index}: names {foreign[0]}, but only safetensors are read; save the model again with save_pretrained")
+            raise ModelError(
+                f"{index}: names {foreign[0]}, but only safetensors are read; save the model again with save_pretrained"
+            )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: holds an adapter (adapter_config.json): merge it into the model and save that")
     if "transformers_weights" in _read_json(folder / "config.json"):
-        raise ModelError(f"{folder}/config.json: names a weight file (transformers_weights): save the model again with save_pretrained")
+        raise ModelError(
+            f"{folder}/config.json: names a weight file (transformers_weights): save the model again with save_pretrained"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

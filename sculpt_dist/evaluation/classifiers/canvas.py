@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,9 @@ class Judge(Classifier):
     def __init__(self, where: str, objects: Sequence[str], styles: Sequence[str]) -> None:
         super().__init__(where, objects, styles)
         if where:
-            raise ConfigError(f"evaluate.classifier=canvas:{where}: the canvas classifier is one file: write canvas alone")
+            raise ConfigError(
+                f"evaluate.classifier=canvas:{where}: the canvas classifier is one file: write canvas alone"
+            )
         self._wanted_objects = find_names("evaluate.objects", objects, OBJECTS)
         self._wanted_styles = find_names("evaluate.styles", styles, STYLES)
         self._encoder = Encoder()

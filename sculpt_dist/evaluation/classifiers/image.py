@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -58,7 +58,9 @@ def find_classes(objects: Sequence[str], labels: Mapping[int, str]) -> list[int]
     for name in objects:
         index = IMAGENETTE[normal(name)] if is_imagenet and normal(name) in IMAGENETTE else _find_class(name, labels)
         if index in classes:
-            raise ConfigError(f"evaluate.objects: {classes[index]!r} and {name!r} are both the label {labels[index]!r}: keep one")
+            raise ConfigError(
+                f"evaluate.objects: {classes[index]!r} and {name!r} are both the label {labels[index]!r}: keep one"
+            )
         classes[index] = name
     return list(classes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Judge(Classifier):
             raise ConfigError(
                 f"{self._spec}: {member} are {indices.dtype} {list(indices.shape)}, expected torch.int64 [{num_images}], one per image"
             )
-        if num_images and not (-1 <= int(indices.min()) and int(indices.max()) < num_names):
+        if num_images and not (int(indices.min()) >= -1 and int(indices.max()) < num_names):
             raise ConfigError(
                 f"{self._spec}: {member} reach from {int(indices.min())} to {int(indices.max())}, expected -1 (none) to {num_names - 1}"
             )
@@ -57,10 +57,14 @@ def _find_class(where: str, spec: str) -> type[Classifier]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"{spec}: cannot import {module_name} ({error}): install it, or put its folder on PYTHONPATH") from error
+        raise ConfigError(
+            f"{spec}: cannot import {module_name} ({error}): install it, or put its folder on PYTHONPATH"
+        ) from error
     found = vars(module).get(class_name)
     if found is None:
         raise ConfigError(f"{spec}: {module_name} has no {class_name}")
     if not (isinstance(found, type) and issubclass(found, Classifier)):
-        raise ConfigError(f"{spec}: {class_name} is no subclass of sculpt_dist.evaluation.classifiers.base.Classifier: make it one")
+        raise ConfigError(
+            f"{spec}: {class_name} is no subclass of sculpt_dist.evaluation.classifiers.base.Classifier: make it one"
+        )
     return found

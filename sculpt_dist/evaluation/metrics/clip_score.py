@@ -6,7 +6,7 @@ Hessel et al. 2021, arXiv 2104.08718, eq. 1, in the scaling of published tables:
 from __future__ import annotations
 
 import math
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor

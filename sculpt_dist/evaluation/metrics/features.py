@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -42,10 +42,14 @@ def reference_features(folder: Path, features: Features) -> Tensor:
     Raises ConfigError when there are fewer than 2, or when one cannot be read.
     """
     if not folder.is_dir():
-        raise ConfigError(f"evaluate.reference={folder}: no such folder: give one that holds images ({', '.join(IMAGE_TYPES)})")
+        raise ConfigError(
+            f"evaluate.reference={folder}: no such folder: give one that holds images ({', '.join(IMAGE_TYPES)})"
+        )
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_TYPES and file.is_file())
     if len(files) < 2:
-        raise ConfigError(f"evaluate.reference={folder}: holds {len(files)} images ({', '.join(IMAGE_TYPES)}), FID and KID need at least 2")
+        raise ConfigError(
+            f"evaluate.reference={folder}: holds {len(files)} images ({', '.join(IMAGE_TYPES)}), FID and KID need at least 2"
+        )
     return torch.cat([features(images).cpu().double() for images in _batches(map(_read, files))])
 
 

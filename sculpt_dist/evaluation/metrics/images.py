@@ -29,7 +29,9 @@ def image_metrics(settings: EvaluateConfig, num_images: int, first: int) -> list
 
         features = (clip or canvas.Encoder()).image_features
         drawn = settings.reference == "canvas"
-        reference = drawn_features(features) if drawn else reference_features(Path(settings.reference), features)  # [N, D]
+        reference = (
+            drawn_features(features) if drawn else reference_features(Path(settings.reference), features)
+        )  # [N, D]
         metrics.append(fid.Score(reference, features))
         metrics.append(kid.Score(reference, features, num_images, first))
     return metrics

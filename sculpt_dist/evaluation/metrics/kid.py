@@ -6,7 +6,7 @@ mean over i != j of k(x_i, x_j)  +  mean over i != j of k(y_i, y_j)  -  2 mean o
 from __future__ import annotations
 
 import warnings
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -72,9 +72,13 @@ def _kernel_distance(reference: Tensor, drawn: Tensor) -> float:
     subsets = 1 if size == len(reference) == len(drawn) else SUBSETS
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features")
-        kid = KernelInceptionDistance(Given(reference.shape[1]), subsets, size, sync_on_compute=False)  # the ranks are joined already
+        kid = KernelInceptionDistance(
+            Given(reference.shape[1]), subsets, size, sync_on_compute=False
+        )  # the ranks are joined already
     kid.update(reference, real=True)
     kid.update(drawn, real=False)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)  # the CPU's alone, as torch.manual_seed would reseed the accelerators too
+        torch.default_generator.manual_seed(
+            SEED
+        )  # the CPU's alone, as torch.manual_seed would reseed the accelerators too
         return float(kid.compute()[0])

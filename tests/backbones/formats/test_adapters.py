@@ -30,7 +30,11 @@ ATTENTION = {  # matrices of different shapes
         "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.weight",
         "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_v.weight",
     ],
-    "sana": ["transformer_blocks.0.attn2.to_k.weight", "transformer_blocks.3.attn1.to_out.0.weight", "transformer_blocks.2.attn2.to_q.weight"],
+    "sana": [
+        "transformer_blocks.0.attn2.to_k.weight",
+        "transformer_blocks.3.attn1.to_out.0.weight",
+        "transformer_blocks.2.attn2.to_q.weight",
+    ],
 }
 ATTENTION["sdxl"] = ATTENTION["sd15"]
 BIAS = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.bias"
@@ -54,7 +58,9 @@ def change_of(shape: torch.Size, rank: int | None, seed: int) -> torch.Tensor:
     return 0.02 * (torch.randn(out, rank, generator=rng) @ torch.randn(rank, width, generator=rng)).view(shape)
 
 
-def changed(folder: Path, arch: str, names: list[str], rank: int | None = 2, dtype: torch.dtype = torch.float32) -> tuple[Path, Tensors]:
+def changed(
+    folder: Path, arch: str, names: list[str], rank: int | None = 2, dtype: torch.dtype = torch.float32
+) -> tuple[Path, Tensors]:
     """The shipped model with these parameters changed, as a run exports it, and the changes."""
     base = base_weights(arch)
     changes = {name: change_of(base[name].shape, rank, seed) for seed, name in enumerate(names)}
@@ -78,7 +84,12 @@ def prediction(pipeline: Any, arch: str) -> torch.Tensor:
     tokens, more = torch.randn(2, 7, width, generator=rng), {}
     if arch == "sdxl":
         pooled = net.config.projection_class_embeddings_input_dim - 6 * net.config.addition_time_embed_dim
-        more = {"added_cond_kwargs": {"text_embeds": torch.randn(2, pooled, generator=rng), "time_ids": torch.full((2, 6), 32.0)}}
+        more = {
+            "added_cond_kwargs": {
+                "text_embeds": torch.randn(2, pooled, generator=rng),
+                "time_ids": torch.full((2, 6), 32.0),
+            }
+        }
     with torch.no_grad():
         return net(noisy, timestep=time, encoder_hidden_states=tokens, **more).sample
 
@@ -106,7 +117,9 @@ def models(tmp_path_factory) -> dict[str, tuple[Path, Tensors]]:
     return {arch: changed(folder / arch, arch, names) for arch, names in ATTENTION.items()}
 
 
-@pytest.mark.parametrize(("arch", "form"), [("sd15", "lora"), ("sdxl", "lora"), ("sana", "lora"), ("sd15", "kohya"), ("sdxl", "kohya")])
+@pytest.mark.parametrize(
+    ("arch", "form"), [("sd15", "lora"), ("sdxl", "lora"), ("sana", "lora"), ("sd15", "kohya"), ("sdxl", "kohya")]
+)
 def test_plain_diffusers_loads_it_and_predicts_as_the_changed_net(models, tmp_path, arch, form):
     model, _ = models[arch]
     file = tmp_path / "out" / (WEIGHT_NAME if form == "lora" else "kohya.safetensors")
@@ -128,7 +141,9 @@ def test_the_keys_are_those_that_diffusers_itself_writes(models, tmp_path):
         net.add_adapter(LoraConfig(r=3, target_modules=[name.removesuffix(".weight") for name in ATTENTION[arch]]))
         pipeline.save_lora_weights(tmp_path / arch, **{f"{net_name(arch)}_lora_layers": get_peft_model_state_dict(net)})
         theirs, mine = load_file(tmp_path / arch / WEIGHT_NAME), load_file(tmp_path / WEIGHT_NAME)
-        assert {name: tensor.shape for name, tensor in mine.items()} == {name: tensor.shape for name, tensor in theirs.items()}
+        assert {name: tensor.shape for name, tensor in mine.items()} == {
+            name: tensor.shape for name, tensor in theirs.items()
+        }
     said = json.loads(told(tmp_path / WEIGHT_NAME)["lora_adapter_metadata"])
     assert said["transformer.r"] == said["transformer.lora_alpha"] == 3 and len(said["transformer.target_modules"]) == 3
 
@@ -182,7 +197,10 @@ def test_what_is_lost_of_a_change_of_higher_rank_by_numpy(models, tmp_path):
 
 
 def test_a_change_of_full_rank_is_whole_at_full_rank_and_the_file_has_no_more(tmp_path):
-    names = ["conv_out.weight", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"]  # [4, 56, 3, 3], [80, 64]
+    names = [
+        "conv_out.weight",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+    ]  # [4, 56, 3, 3], [80, 64]
     model, _ = changed(tmp_path / "model", "sd15", names, rank=None)
     file = tmp_path / WEIGHT_NAME
     assert write_adapter(CANVAS / "sd15", model, file, rank=8).share > 0.3
@@ -212,7 +230,7 @@ def test_of_sana_all_but_the_grouped_kernels_and_the_tables_are_carried(tmp_path
     model, _ = changed(tmp_path / "model", "sana", kept)
     assert write_adapter(CANVAS / "sana", model, tmp_path / WEIGHT_NAME, rank=2).worst < 1e-5
     assert_loads(tmp_path / WEIGHT_NAME, model, "sana")
-    for left in sorted(set(names) - set(kept))[:2] + ["scale_shift_table"]:
+    for left in [*sorted(set(names) - set(kept))[:2], "scale_shift_table"]:
         moved = [(left, base_weights("sana")[left] * 2)]
         with pytest.raises(ModelError, match=f"^{left} was changed, which no adapter can carry.*--as delta"):
             write_adapter_of(CANVAS / "sana", moved, tmp_path / "none.safetensors")
@@ -276,7 +294,10 @@ def test_a_stable_diffusion_2_says_so_and_loads(tmp_path):
     net = UNet2DConditionModel.from_config(settings)
     net.save_pretrained(base / "unet")
     name = "mid_block.attentions.0.proj_in.weight"
-    whole = {key: tensor + (change_of(tensor.shape, 2, 0) if key == name else 0.0) for key, tensor in net.state_dict().items()}
+    whole = {
+        key: tensor + (change_of(tensor.shape, 2, 0) if key == name else 0.0)
+        for key, tensor in net.state_dict().items()
+    }
     write_pipeline(base, model, "unet", torch.float32, iter(whole.items()))
     file = tmp_path / "kohya.safetensors"
     assert write_adapter(base, model, file, "kohya", rank=2).worst < 1e-5

@@ -47,11 +47,16 @@ def unlearned(tensors: Tensors) -> tuple[Tensors, set[str]]:
     """The tensors with the cross-attention's keys and values moved, and which those are."""
     rng = torch.Generator().manual_seed(0)
     names = {name for name in tensors if "attn2.to_k" in name or "attn2.to_v" in name}
-    moved = {name: (tensors[name] + 0.02 * torch.randn(tensors[name].shape, generator=rng)).to(tensors[name].dtype) for name in names}
+    moved = {
+        name: (tensors[name] + 0.02 * torch.randn(tensors[name].shape, generator=rng)).to(tensors[name].dtype)
+        for name in names
+    }
     return tensors | moved, names
 
 
-def tiny(folder: Path, tensors: Tensors, net: str = "unet", shards: int = 1, pipeline: str = "StableDiffusionPipeline") -> Path:
+def tiny(
+    folder: Path, tensors: Tensors, net: str = "unet", shards: int = 1, pipeline: str = "StableDiffusionPipeline"
+) -> Path:
     """A pipeline folder of a denoiser alone, whose tensors need not be a model's."""
     part = folder / net
     part.mkdir(parents=True)
@@ -87,7 +92,9 @@ def canvas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, 
     shutil.copytree(ASSETS, half)
     save_file(changed, half / "unet" / WEIGHTS, metadata={"format": "pt"})
     rng = torch.Generator().manual_seed(2)  # a run's result has more digits than the base's dtype holds
-    finer = {name: changed[name].float() * (1 + 1e-5 * torch.rand(changed[name].shape, generator=rng)) for name in names}
+    finer = {
+        name: changed[name].float() * (1 + 1e-5 * torch.rand(changed[name].shape, generator=rng)) for name in names
+    }
     whole = {name: finer.get(name, tensor.float()) for name, tensor in reversed(changed.items())}
     write_pipeline(ASSETS, single, "unet", torch.float32, iter(whole.items()))
     return ASSETS, half, single, names
@@ -108,7 +115,9 @@ def test_the_shipped_model_there_and_back(canvas, tmp_path, precision):
     apply_delta(base, file, tmp_path / "applied")
     assert same(weights(tmp_path / "applied"), expected)
     before, after = files(base), files(tmp_path / "applied")
-    assert {path for path in before if before[path] != after.get(path)} == {f"unet/{WEIGHTS}"} and before.keys() == after.keys()
+    assert {path for path in before if before[path] != after.get(path)} == {
+        f"unet/{WEIGHTS}"
+    } and before.keys() == after.keys()
     with safe_open(tmp_path / "applied" / "unet" / WEIGHTS, "pt") as content:
         assert content.metadata() == {"format": "pt"}
 
@@ -123,7 +132,9 @@ def test_the_applied_folder_loads_in_plain_diffusers(canvas, tmp_path):
     base, _, single, names = canvas
     write_delta(base, single, tmp_path / "delta.safetensors")
     apply_delta(base, tmp_path / "delta.safetensors", tmp_path / "applied")
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "applied", local_files_only=True, torch_dtype=torch.float16)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "applied", local_files_only=True, torch_dtype=torch.float16
+    )
     loaded = pipeline.unet.state_dict()
     assert same({name: loaded[name] for name in names}, {name: weights(single)[name].half() for name in names})
 
@@ -135,7 +146,9 @@ def test_a_sharded_denoiser_keeps_its_shards(canvas, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns(WEIGHTS))
     shutil.rmtree(folder / "unet")
-    UNet2DConditionModel.from_pretrained(base / "unet", torch_dtype=torch.float16).save_pretrained(folder / "unet", max_shard_size="1MB")
+    UNet2DConditionModel.from_pretrained(base / "unet", torch_dtype=torch.float16).save_pretrained(
+        folder / "unet", max_shard_size="1MB"
+    )
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text("{}")
     shards = weight_files(folder / "unet")
@@ -205,7 +218,11 @@ def test_an_export_in_another_dtype_changes_only_what_was_changed(tmp_path, stor
 
 def test_changed_means_other_bits_in_the_dtype_of_the_base(tmp_path):
     """A sign of zero is a change, an equal NaN is none, nor is what the base's dtype cannot hold."""
-    base = {"nan": torch.tensor([float("nan"), 1.0]).half(), "zero": torch.zeros(2).half(), "fine": torch.ones(2).half()}
+    base = {
+        "nan": torch.tensor([float("nan"), 1.0]).half(),
+        "zero": torch.zeros(2).half(),
+        "fine": torch.ones(2).half(),
+    }
     model = {"nan": base["nan"].float(), "zero": torch.tensor([0.0, -0.0]), "fine": torch.tensor([1.0, 1.0 + 1e-5])}
     tiny(tmp_path / "base", base), tiny(tmp_path / "model", model)
     assert write_delta(tmp_path / "base", tmp_path / "model", tmp_path / "delta.safetensors") == 1
@@ -217,10 +234,28 @@ def test_a_variant_keeps_its_name_and_pickles_stay_behind(tmp_path):
     folder = tiny(tmp_path / "base", base)
     tiny(tmp_path / "model", model)
     (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    index = json.loads((folder / "model_index.json").read_text()) | {"tokenizer": ["transformers", "T"], "vae": [None, None]}
+    index = json.loads((folder / "model_index.json").read_text()) | {
+        "tokenizer": ["transformers", "T"],
+        "vae": [None, None],
+    }
     (folder / "model_index.json").write_text(json.dumps(index))
-    kept = ["README.md", "LICENSE", "extra.json", "tokenizer/merges.txt", "tokenizer/spiece.model", "tokenizer/vocab.json"]
-    left = ["whole.ckpt", "whole.safetensors", "unet/optimizer.bin", "unet/notes.txt", "tokenizer/cache.pt", "vae/a.json", "logs/a.json"]
+    kept = [
+        "README.md",
+        "LICENSE",
+        "extra.json",
+        "tokenizer/merges.txt",
+        "tokenizer/spiece.model",
+        "tokenizer/vocab.json",
+    ]
+    left = [
+        "whole.ckpt",
+        "whole.safetensors",
+        "unet/optimizer.bin",
+        "unet/notes.txt",
+        "tokenizer/cache.pt",
+        "vae/a.json",
+        "logs/a.json",
+    ]
     for path in kept + left:
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text(path)
@@ -287,7 +322,11 @@ def test_where_a_delta_does_not_belong(tmp_path):
         (r"another base: .* \(a.weight\); give the model it was applied to; if another delta", tmp_path / "m", True),
         (r"another base: a.weight is F16 \(4, 3\) there, F32 \(4, 3\) in", tiny(tmp_path / "w", wider), False),
         ("another base: .* lacks a.weight", tiny(tmp_path / "l", lacking), False),
-        ("another base: of the unet of a StableDiffusionPipeline", tiny(tmp_path / "x", base, pipeline="StableDiffusionXLPipeline"), False),
+        (
+            "another base: of the unet of a StableDiffusionPipeline",
+            tiny(tmp_path / "x", base, pipeline="StableDiffusionXLPipeline"),
+            False,
+        ),
         ("no model_index.json", tmp_path / "nowhere", False),
     ]
     for text, where, remove in cases:
@@ -339,7 +378,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("sculpt_dist.backbones.formats.delta.write_tensors", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError):  # noqa: PT011 (any OSError)
         apply_delta(folder, tmp_path / "delta.safetensors", tmp_path / "output")
     assert not (tmp_path / "output").exists() and not list(tmp_path.glob(".*")) and files(folder) == before
 

@@ -22,7 +22,12 @@ from sculpt_dist.core.errors import ModelError
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
 SECOND = "conditioner.embedders.1.model."
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 TINY_UNET = {
     "sample_size": 8,
     "block_out_channels": (16, 32, 32),
@@ -46,7 +51,12 @@ TINY_VAE = {
     "norm_num_groups": 8,
     "sample_size": 16,
 }
-REAL_UNET = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
+REAL_UNET = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "sample_size": 64,
+}
 REAL_UNET_XL = TINY_UNET | {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -63,8 +73,20 @@ REAL_VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
 }
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -101,15 +123,24 @@ def sdxl(tmp_path_factory):
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 10, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 10,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sdxl") / "pipeline"
     StableDiffusionXLPipeline(
         unet=UNet2DConditionModel(**TINY_UNET),
         vae=AutoencoderKL(**TINY_VAE, layers_per_block=2),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text, hidden_size=32, intermediate_size=64, projection_dim=32)).half(),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text, hidden_size=64, intermediate_size=96, projection_dim=48)),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(**text, hidden_size=32, intermediate_size=64, projection_dim=32)
+        ).half(),
+        text_encoder_2=CLIPTextModelWithProjection(
+            CLIPTextConfig(**text, hidden_size=64, intermediate_size=96, projection_dim=48)
+        ),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         scheduler=EulerDiscreteScheduler(),
@@ -129,7 +160,9 @@ def attending(tmp_path_factory):
         shutil.rmtree(folder / part)
     torch.manual_seed(1)
     AutoencoderKL(**TINY_VAE, layers_per_block=1).save_pretrained(folder / "vae")
-    UNet2DConditionModel.from_pretrained(ASSETS / "unet", torch_dtype=torch.float16).save_pretrained(folder / "unet", max_shard_size="1MB")
+    UNet2DConditionModel.from_pretrained(ASSETS / "unet", torch_dtype=torch.float16).save_pretrained(
+        folder / "unet", max_shard_size="1MB"
+    )
     plain = folder / "text_encoder" / "model.safetensors"
     held = {f"text_model.{name}": tensor for name, tensor in load_file(plain).items()}
     held["text_model.embeddings.position_ids"] = torch.arange(10)[None]
@@ -166,7 +199,9 @@ def test_diffusers_reads_the_file_as_it_reads_the_folder(written, name, tmp_path
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     pipeline, file = written[name]
-    kind, parts = (StableDiffusionXLPipeline, list(WEIGHTS)) if name == "sdxl" else (StableDiffusionPipeline, list(WEIGHTS)[:3])
+    kind, parts = (
+        (StableDiffusionXLPipeline, list(WEIGHTS)) if name == "sdxl" else (StableDiffusionPipeline, list(WEIGHTS)[:3])
+    )
     theirs = kind.from_single_file(str(file), config=str(pipeline), local_files_only=True, torch_dtype=torch.float32)
     read_single_file(file, pipeline, tmp_path / "back")
     ours = kind.from_pretrained(tmp_path / "back", torch_dtype=torch.float32)
@@ -213,7 +248,10 @@ def test_the_read_folder_is_as_the_template_but_for_what_no_single_file_has(writ
 def test_what_single_files_carry_besides_is_ignored(written, tmp_path):
     pipeline, file = written["sdxl"]
     held = load_file(file)
-    held |= {name: torch.zeros(1) for name in ("alphas_cumprod", "betas", "sqrt_alphas_cumprod", "denoiser.sigmas", "model_ema.decay")}
+    held |= {
+        name: torch.zeros(1)
+        for name in ("alphas_cumprod", "betas", "sqrt_alphas_cumprod", "denoiser.sigmas", "model_ema.decay")
+    }
     held |= {name: torch.zeros(2) for name in (f"{SECOND}logit_scale", f"{VAE}loss.logvar", f"{VAE}model_ema.decay")}
     held["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = torch.arange(10)[None]
     for name in [name for name in held if re.search(r"mid\.attn_1\.(q|k|v|proj_out)\.weight", name)]:
@@ -223,7 +261,11 @@ def test_what_single_files_carry_besides_is_ignored(written, tmp_path):
     assert same(weights(tmp_path / "back"), weights(pipeline))
 
 
-@pytest.mark.parametrize("settings", [{}, {"prediction_type": "v_prediction"}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"prediction_type": "v_prediction"}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}],
+    ids=str,
+)
 def test_an_sdxl_of_v_prediction_is_marked_and_known_again(sdxl, tmp_path, settings):
     shutil.copytree(sdxl, tmp_path / "v")
     scheduler = Path("scheduler") / "scheduler_config.json"
@@ -252,11 +294,15 @@ def test_older_names_mean_the_same(written, attending, tmp_path):
     write_single_file(old, tmp_path / "old.safetensors")
     assert same(load_file(tmp_path / "old.safetensors"), load_file(file))
     bare = {
-        name.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."): t for name, t in load_file(file).items()
+        name.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."): t
+        for name, t in load_file(file).items()
     }
     save_file(bare, tmp_path / "bare.safetensors")
     read_single_file(tmp_path / "bare.safetensors", attending, tmp_path / "back")
-    assert same(weights(tmp_path / "back"), {key: value for key, value in weights(attending).items() if "position_ids" not in key})
+    assert same(
+        weights(tmp_path / "back"),
+        {key: value for key, value in weights(attending).items() if "position_ids" not in key},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +330,7 @@ def test_the_released_models_map_one_to_one(real):
 
 
 @pytest.mark.parametrize(
-    "kind, name, shape",
+    ("kind", "name", "shape"),
     [
         ("sd15", f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", (640, 768)),
         ("sd15", f"{UNET}input_blocks.1.1.proj_in.weight", (320, 320, 1, 1)),
@@ -330,23 +376,35 @@ def test_diffusers_sorts_the_released_names_the_same(real, kind):
     unet = {entry.name: torch.empty(entry.shape, device="meta") for entry in real[kind]["unet"]}
     config = {"layers_per_block": 2, "addition_embed_type": "text_time" if kind == "sdxl" else None}
     turned = convert_ldm_unet_checkpoint(dict(unet), config)
-    assert len(turned) == len(unet) and all(turned[entry.sources[0]] is unet[entry.name] for entry in real[kind]["unet"])
+    assert len(turned) == len(unet) and all(
+        turned[entry.sources[0]] is unet[entry.name] for entry in real[kind]["unet"]
+    )
     vae = {entry.name: torch.full(entry.shape[:1], i) for i, entry in enumerate(real[kind]["vae"])}
     turned = convert_ldm_vae_checkpoint(dict(vae), REAL_VAE)
-    assert len(turned) == len(vae) and all(torch.equal(turned[entry.sources[0]], vae[entry.name]) for entry in real[kind]["vae"])
+    assert len(turned) == len(vae) and all(
+        torch.equal(turned[entry.sources[0]], vae[entry.name]) for entry in real[kind]["vae"]
+    )
 
 
 def test_layers_may_differ_by_level(tmp_path):
     """Lists in the config are for the way down; the way up runs them backwards, with one layer more each."""
     config = TINY_UNET | {"layers_per_block": (1, 2, 3), "transformer_layers_per_block": (1, 2, 3)}
     parts = {"unet": config, "vae": TINY_VAE | {"mid_block_add_attention": False, "use_quant_conv": False}}
-    folder = pipeline_folder(tmp_path / "odd", "StableDiffusionXLPipeline", **parts, text_encoder=CLIP_L, text_encoder_2=CLIP_G)
+    folder = pipeline_folder(
+        tmp_path / "odd", "StableDiffusionXLPipeline", **parts, text_encoder=CLIP_L, text_encoder_2=CLIP_G
+    )
     found = originals(folder, "sdxl")
     where = {entry.sources[0]: entry.name.removeprefix(UNET) for entry in found["unet"]}
     assert len(set(where.values())) == len(where)
     assert where["down_blocks.1.resnets.0.conv1.weight"] == "input_blocks.3.0.in_layers.2.weight"
-    assert where["down_blocks.2.attentions.2.transformer_blocks.2.norm1.bias"] == "input_blocks.8.1.transformer_blocks.2.norm1.bias"
-    assert where["up_blocks.0.attentions.3.transformer_blocks.2.norm1.bias"] == "output_blocks.3.1.transformer_blocks.2.norm1.bias"
+    assert (
+        where["down_blocks.2.attentions.2.transformer_blocks.2.norm1.bias"]
+        == "input_blocks.8.1.transformer_blocks.2.norm1.bias"
+    )
+    assert (
+        where["up_blocks.0.attentions.3.transformer_blocks.2.norm1.bias"]
+        == "output_blocks.3.1.transformer_blocks.2.norm1.bias"
+    )
     assert where["up_blocks.0.upsamplers.0.conv.bias"] == "output_blocks.3.2.conv.bias"
     assert where["up_blocks.2.resnets.1.conv2.bias"] == "output_blocks.8.0.out_layers.3.bias"
     names = {entry.name for entry in found["vae"]}
@@ -411,11 +469,19 @@ def test_a_file_of_another_kind_is_refused(written, tmp_path):
 
 
 def test_what_a_file_looks_like():
-    assert looks_like(["conditioner.embedders.1.model.ln_final.bias", "conditioner.embedders.0.transformer.x"]) == "sdxl"
+    assert (
+        looks_like(["conditioner.embedders.1.model.ln_final.bias", "conditioner.embedders.0.transformer.x"]) == "sdxl"
+    )
     assert looks_like(iter(["betas", "cond_stage_model.transformer.text_model.final_layer_norm.bias"])) == "sd15"
     assert looks_like(["cond_stage_model.model.ln_final.bias"]) == "sd2"
-    assert looks_like(["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"]) == looks_like(["x.lora.down.weight"]) == "lora"
-    assert looks_like([]) == looks_like(["conditioner.embedders.0.model.ln_final.bias"]) == "unknown"  # the second is SDXL's refiner
+    assert (
+        looks_like(["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"])
+        == looks_like(["x.lora.down.weight"])
+        == "lora"
+    )
+    assert (
+        looks_like([]) == looks_like(["conditioner.embedders.0.model.ln_final.bias"]) == "unknown"
+    )  # the second is SDXL's refiner
 
 
 def test_missing_extra_and_misshapen_tensors_are_refused(written, tmp_path):
@@ -449,7 +515,9 @@ def test_folders_that_cannot_be_used_are_refused(written, tmp_path):
     other = pipeline_folder(tmp_path / "other", "FluxPipeline")
     with pytest.raises(ModelError, match="holds a FluxPipeline"):
         write_single_file(other, tmp_path / "x.safetensors")
-    second = pipeline_folder(tmp_path / "v2", "StableDiffusionPipeline", unet={"use_linear_projection": True}, text_encoder=CLIP_L)
+    second = pipeline_folder(
+        tmp_path / "v2", "StableDiffusionPipeline", unet={"use_linear_projection": True}, text_encoder=CLIP_L
+    )
     with pytest.raises(ModelError, match="Stable Diffusion 2.x"):
         write_single_file(second, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match="let it end in .safetensors"):
@@ -457,7 +525,7 @@ def test_folders_that_cannot_be_used_are_refused(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, match",
+    ("change", "match"),
     [
         ({"mid_block_type": "UNetMidBlock2D"}, "UNetMidBlock2D have no place"),
         ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D have no place"),
@@ -494,11 +562,22 @@ def test_weights_that_cannot_be_told_apart_or_stacked_are_refused(written, tmp_p
         write_single_file(tmp_path / "odd", tmp_path / "x.safetensors")
 
 
-DTYPES = (torch.bool, torch.float8_e4m3fn, torch.uint8, torch.bfloat16, torch.float16, torch.int64, torch.float32, torch.float64)
+DTYPES = (
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.uint8,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.float32,
+    torch.float64,
+)
 
 
 def test_the_writer_makes_what_the_library_makes(tmp_path):
-    tensors = {f"{i}": (torch.arange(i * 3) % 2).to(dtype).reshape(i, 3) for i, dtype in enumerate(DTYPES)}  # the first is empty
+    tensors = {
+        f"{i}": (torch.arange(i * 3) % 2).to(dtype).reshape(i, 3) for i, dtype in enumerate(DTYPES)
+    }  # the first is empty
     tensors |= {"scalar": torch.tensor(2.5), "turned": torch.arange(6.0).reshape(2, 3).T}
     planned = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     write_tensors(tmp_path / "ours.safetensors", planned, tensors.items(), {"format": "pt", "note": "\u00fc"})

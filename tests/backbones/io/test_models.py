@@ -80,7 +80,9 @@ def test_an_export_is_sharded_again_where_it_is_large(sharded, monkeypatch):
 
 def test_an_index_that_names_a_missing_shard_is_refused(sharded):
     (sharded / "unet" / "diffusion_pytorch_model-00002-of-00004.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"index.json: names 1 shards that are not there \(diffusion_pytorch_model-00002"):
+    with pytest.raises(
+        ModelError, match=r"index.json: names 1 shards that are not there \(diffusion_pytorch_model-00002"
+    ):
         opened(sharded)
 
 
@@ -113,7 +115,7 @@ def test_a_flipped_bit_that_makes_a_weight_infinite_is_found_without_checksums(m
     tensors["conv_in.weight"].view(-1)[7] = float("inf")
     save_file(tensors, model / "unet" / PLAIN, {"format": "pt"})
     with pytest.raises(ModelError, match="1 weights hold values that are not finite .conv_in.weight"):
-        opened(model).net  # noqa: B018
+        opened(model).net  # noqa: B018 (the access itself is tested)
 
 
 @pytest.mark.slow
@@ -123,7 +125,9 @@ def test_half_a_net_is_refused_on_every_stage(canvas_config, tmp_path):
     file.write_text(file.read_text().replace('"num_layers": 4', '"num_layers": 2'))
     arguments = [*SMALL, "model.arch=sana", f"model.path={tmp_path / 'half'}", "evaluate.enabled=false"]
     for stage in (2, 3):
-        printed = sculpt("unlearn", canvas_config, *arguments, f"engine.stage={stage}", f"run.folder={tmp_path / str(stage)}", code=2)
+        printed = sculpt(
+            "unlearn", canvas_config, *arguments, f"engine.stage={stage}", f"run.folder={tmp_path / str(stage)}", code=2
+        )
         assert "weights do not fit" in printed and "transformer_blocks.2" in printed
     assert "weights do not fit" in sculpt("check", canvas_config, *arguments, code=2)
 
@@ -133,7 +137,13 @@ def test_an_infinite_weight_is_found_on_stage_3_too(canvas_config, tmp_path, mod
     tensors = load_file(model / "unet" / PLAIN)
     tensors["conv_in.weight"].view(-1)[7] = float("inf")
     save_file(tensors, model / "unet" / PLAIN, {"format": "pt"})
-    arguments = [*SMALL, f"model.path={model}", f"run.folder={tmp_path / 'run'}", "evaluate.enabled=false", "engine.stage=3"]
+    arguments = [
+        *SMALL,
+        f"model.path={model}",
+        f"run.folder={tmp_path / 'run'}",
+        "evaluate.enabled=false",
+        "engine.stage=3",
+    ]
     printed = sculpt("unlearn", canvas_config, *arguments, ranks=2, code=2)
     assert printed.count("ModelError:") == 1 and "not finite (conv_in.weight" in printed
 
@@ -145,7 +155,9 @@ def test_a_bad_single_file_is_told_before_the_settings_that_it_lacks(canvas_conf
         torch.save({"a": torch.zeros(2)}, tmp_path / name)
     else:
         (tmp_path / name).write_bytes((ASSETS / "sd15" / "unet" / PLAIN).read_bytes()[:-10])
-    printed = sculpt("unlearn", canvas_config, *SMALL, f"model.path={tmp_path / name}", f"run.folder={tmp_path / 'run'}", code=2)
+    printed = sculpt(
+        "unlearn", canvas_config, *SMALL, f"model.path={tmp_path / name}", f"run.folder={tmp_path / 'run'}", code=2
+    )
     assert ("holds pickled weights" if name == "model.ckpt" else "is cut short") in printed
 
 
@@ -181,8 +193,17 @@ def test_spare_variants_and_whole_models_are_not_fetched():
 
     from sculpt_dist.backbones.io.find import WANTED, _is_spare
 
-    held = ["v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"]
-    held += ["vae/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "model_index.json", "unet/config.json"]
+    held = [
+        "v1-5-pruned.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    ]
+    held += [
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "model_index.json",
+        "unet/config.json",
+    ]
     fetched = [file for file in held if any(fnmatch(file, wanted) for wanted in WANTED) and not _is_spare(file, held)]
     assert fetched == [held[1], held[3], "model_index.json", "unet/config.json"]
 
@@ -217,7 +238,13 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(model):
     ],
 )
 def test_a_checkpoint_of_another_kind_ends_before_anything_is_drawn(canvas_config, tmp_path, arch, folder, told):
-    arguments = [*SMALL, f"model.arch={arch}", f"model.path={ASSETS / folder}", f"run.folder={tmp_path / 'run'}", "evaluate.enabled=false"]
+    arguments = [
+        *SMALL,
+        f"model.arch={arch}",
+        f"model.path={ASSETS / folder}",
+        f"run.folder={tmp_path / 'run'}",
+        "evaluate.enabled=false",
+    ]
     printed = sculpt("unlearn", canvas_config, *arguments, code=2)
     assert told in printed and "Traceback" not in printed and not (tmp_path / "run" / "data").exists()
 
@@ -229,7 +256,10 @@ def rewritten(file: Path, change) -> None:
 def test_a_shard_that_lacks_what_its_index_promises_is_refused(sharded):
     file = sharded / "unet" / "diffusion_pytorch_model-00002-of-00004.safetensors"
     file.write_bytes(file.read_bytes().replace(b'weight":', b'veight":', 1))  # one bit of the header
-    with pytest.raises(ModelError, match="index.json: 2 weights are not where it says, first .*veight, which is not named and is in .*00002-of-00004"):
+    with pytest.raises(
+        ModelError,
+        match="index.json: 2 weights are not where it says, first .*veight, which is not named and is in .*00002-of-00004",
+    ):
         opened(sharded)
 
 
@@ -241,7 +271,14 @@ def test_a_component_of_another_class_is_refused(tmp_path):
         Sana(tmp_path / "model", torch.float32, CPU)
 
 
-@pytest.mark.parametrize(("arch", "part", "taken"), [("sd15", "text_encoder", ("sdxl", "text_encoder_2")), ("sd15", "unet", ("sdxl", "unet")), ("sdxl", "unet", ("sd15", "unet"))])
+@pytest.mark.parametrize(
+    ("arch", "part", "taken"),
+    [
+        ("sd15", "text_encoder", ("sdxl", "text_encoder_2")),
+        ("sd15", "unet", ("sdxl", "unet")),
+        ("sdxl", "unet", ("sd15", "unet")),
+    ],
+)
 def test_components_that_do_not_fit_together_end_before_anything_is_drawn(tmp_path, arch, part, taken):
     shutil.copytree(ASSETS / arch, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / part)
@@ -257,10 +294,14 @@ def test_a_misfit_is_told_by_the_command_too(tmp_path, model):
     shutil.rmtree(model / "unet")
     shutil.copytree(ASSETS / "sdxl" / "unet", model / "unet")
     printed = sculpt("unlearn", str(CONFIG), *SMALL, f"model.path={model}", f"run.folder={tmp_path / 'run'}", code=2)
-    assert "Traceback" not in printed and "one prediction of unet" in printed and not (tmp_path / "run" / "data").exists()
+    assert (
+        "Traceback" not in printed and "one prediction of unet" in printed and not (tmp_path / "run" / "data").exists()
+    )
 
 
-@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
+)
 @pytest.mark.parametrize("content", ["[]", "{}"])
 def test_settings_that_are_none_are_refused(model, file, content):
     (model / file).write_text(content)
@@ -276,7 +317,10 @@ def test_a_list_for_a_size_is_refused(model):
 
 def test_schedulers_without_alpha_bar_are_refused(model):
     for name, message in (("EDMEulerScheduler", "has no alpha_bar"), ("SASolverScheduler", "adds noise of its own")):
-        rewritten(model / "scheduler" / "scheduler_config.json", lambda content: content | {"_class_name": name, "prediction_type": "epsilon"})  # noqa: B023
+        rewritten(
+            model / "scheduler" / "scheduler_config.json",
+            lambda content: content | {"_class_name": name, "prediction_type": "epsilon"},  # noqa: B023 (called within this turn)
+        )
         with pytest.raises(ModelError, match=message):
             opened(model)
 
@@ -286,7 +330,10 @@ def test_a_component_that_is_only_copied_may_hold_no_pickles_either(model):
     (model / "safety_checker" / "config.json").write_text("{}")
     (model / "safety_checker" / "pytorch_model.bin").write_bytes(b"")
     opened(model)  # not named by the index: it stays behind
-    rewritten(model / "model_index.json", lambda content: content | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]})
+    rewritten(
+        model / "model_index.json",
+        lambda content: content | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]},
+    )
     with pytest.raises(ModelError, match="safety_checker/pytorch_model.bin: holds pickled weights"):
         opened(model)
 
@@ -307,14 +354,25 @@ def test_the_conversion_command_gives_what_is_then_read(model):
 def test_a_single_file_of_stable_diffusion_2_is_told_without_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     save_file({"cond_stage_model.model.ln_final.weight": torch.zeros(2)}, tmp_path / "two.safetensors")
-    with pytest.raises(ModelError, match="two.safetensors: looks like Stable Diffusion 2.x; single files of Stable Diffusion 1.x and SDXL are read"):
-        check_run(load_config(CONFIG, [f"model.path={tmp_path / 'two.safetensors'}", f"run.folder={tmp_path / 'run'}"]), 1)
+    with pytest.raises(
+        ModelError,
+        match="two.safetensors: looks like Stable Diffusion 2.x; single files of Stable Diffusion 1.x and SDXL are read",
+    ):
+        check_run(
+            load_config(CONFIG, [f"model.path={tmp_path / 'two.safetensors'}", f"run.folder={tmp_path / 'run'}"]), 1
+        )
 
 
 def test_a_damaged_shard_ends_every_rank_with_one_line(canvas_config, tmp_path, sharded):
     file = sharded / "unet" / "diffusion_pytorch_model-00003-of-00004.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    arguments = [*SMALL, f"model.path={sharded}", f"run.folder={tmp_path / 'run'}", "evaluate.enabled=false", "engine.stage=3"]
+    arguments = [
+        *SMALL,
+        f"model.path={sharded}",
+        f"run.folder={tmp_path / 'run'}",
+        "evaluate.enabled=false",
+        "engine.stage=3",
+    ]
     printed = sculpt("unlearn", canvas_config, *arguments, ranks=2, code=2)
     assert printed.count("ModelError:") == 1 and "00003-of-00004.safetensors: is cut short" in printed
 
@@ -342,7 +400,11 @@ def find(cache: Path, name: str, revision: str | None, **environment: str) -> tu
         f"began = time.monotonic()\ntry: print(find_folder({name!r}, 'sd15', {revision!r}))\n"
         "except ModelError as error: print('ModelError', error)\nprint(time.monotonic() - began)"
     )
-    env = rank_environment() | {"HF_HUB_CACHE": str(cache), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | environment
+    env = (
+        rank_environment()
+        | {"HF_HUB_CACHE": str(cache), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        | environment
+    )
     printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     *said, seconds = printed.stdout.strip().splitlines()
     return "\n".join(said), float(seconds)
@@ -361,7 +423,10 @@ def test_a_hub_that_does_not_answer_is_given_up_within_10_seconds_and_the_cache_
         mute.listen(50)
         endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{mute.getsockname()[1]}"}
         said, seconds = find(cache, "nobody/nothing", None, **endpoint)
-        assert "is no local folder and not in the cache, and the hub cannot be asked: network (ReadTimeout" in said and seconds < 10
+        assert (
+            "is no local folder and not in the cache, and the hub cannot be asked: network (ReadTimeout" in said
+            and seconds < 10
+        )
         said, seconds = find(cache, "somebody/model", "v2", **endpoint)
         assert said.endswith(REVISION) and seconds < 10
 
@@ -374,7 +439,9 @@ class Faltering(http.server.BaseHTTPRequestHandler):
             time.sleep(60)
             return
         files = [{"rfilename": "model_index.json"}, {"rfilename": "unet/config.json"}]
-        content = json.dumps({"id": "a/b", "modelId": "a/b", "sha": REVISION, "siblings": files, "private": False, "tags": []}).encode()
+        content = json.dumps(
+            {"id": "a/b", "modelId": "a/b", "sha": REVISION, "siblings": files, "private": False, "tags": []}
+        ).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(content)))
@@ -399,16 +466,33 @@ def test_a_hub_that_stops_answering_is_given_up_too(cache):
 class Giving(Faltering):
     """A hub that has a small model and gives it."""
 
-    files = {"model_index.json": b"{}", "unet/config.json": b'{"a": 1}', "unet/model.bin": b"pickled", "README.md": b"text"}
+    files = {
+        "model_index.json": b"{}",
+        "unet/config.json": b'{"a": 1}',
+        "unet/model.bin": b"pickled",
+        "README.md": b"text",
+    }
 
     def do_GET(self):
         name = self.path.partition("/resolve/")[2].partition("/")[2]
         if not name:
-            content = json.dumps({"id": "a/b", "sha": REVISION, "siblings": [{"rfilename": file} for file in self.files], "private": False, "tags": []}).encode()
+            content = json.dumps(
+                {
+                    "id": "a/b",
+                    "sha": REVISION,
+                    "siblings": [{"rfilename": file} for file in self.files],
+                    "private": False,
+                    "tags": [],
+                }
+            ).encode()
         else:
             content = self.files[name]
         self.send_response(200)
-        for header, value in {"X-Repo-Commit": REVISION, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Content-Length": len(content)}.items():
+        for header, value in {
+            "X-Repo-Commit": REVISION,
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "Content-Length": len(content),
+        }.items():
             self.send_header(header, str(value))
         self.end_headers()
         if self.command == "GET":

@@ -60,7 +60,11 @@ def killed_at(folder: Path, group: Group, event: int) -> bool:
         seen = [0]
 
         def count(name: str, arguments: tuple) -> None:
-            writes = name == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            writes = (
+                name == "open"
+                and isinstance(arguments[2], int)
+                and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            )
             if (name in EVENTS or writes) and str(folder) in str(arguments[0]):
                 if seen[0] == event:
                     os.kill(os.getpid(), signal.SIGKILL)

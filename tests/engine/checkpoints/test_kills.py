@@ -48,7 +48,9 @@ def wait_for_step(folder: Path, pids: list[int], concept: int, step: int) -> Non
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("kills", [pytest.param(len(CELLS), marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(len(CELLS), marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)]
+)
 def test_all_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config, tmp_path, kills):
     drawn, done = straight
     rng, reached = random.Random(7), []
@@ -79,8 +81,15 @@ def test_all_runs_killed_at_random_moments_end_bit_identical(straight, canvas_co
         (folder / "STOP").unlink(missing_ok=True)
         sculpt(*call, ranks=ranks)
         found = weights(folder)
-        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found), (reached[-1], ranks, stage)
-        steps = [(entry["concept"], entry["step"]) for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found), (
+            reached[-1],
+            ranks,
+            stage,
+        )
+        steps = [
+            (entry["concept"], entry["step"])
+            for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        ]
         assert set(steps) == {(concept, step) for concept in range(2) for step in range(12)}
         if way in ("TERM", "USR1", "STOP file") and 75 in codes:
             assert len(steps) == len(set(steps)), "a step that was saved on a signal was done again"
@@ -109,7 +118,10 @@ def test_on_another_number_of_ranks_and_another_stage_a_run_goes_on_with_the_sam
     assert "engine.stage: 2 there, 3 here" in printed and "--override" in printed
     sculpt(*call[:-1], "engine.stage=3", "--override", ranks=2)
     sculpt(*call, f"run.folder={tmp_path / 'straight'}")
-    entries = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("run", "straight")]
+    entries = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("run", "straight")
+    ]
     assert [(e["concept"], e["step"]) for e in entries[0]] == [(e["concept"], e["step"]) for e in entries[1]]
     worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(*entries))
     assert worst < 1e-6, worst

@@ -18,7 +18,11 @@ from sculpt_dist.engine.masked import MaskedAdamW
 from sculpt_dist.engine.shards import Fragment, Shard
 
 SIZES = {"plain": (300_007, 1, 15, 4_099)}  # more than a chunk, less than a vector, no multiples of 16
-SIZES |= {"c": SIZES["plain"], "c, one by one": SIZES["plain"], "triton": (4_099, 1, 15, 700)}  # an interpreter may run it
+SIZES |= {
+    "c": SIZES["plain"],
+    "c, one by one": SIZES["plain"],
+    "triton": (4_099, 1, 15, 700),
+}  # an interpreter may run it
 
 
 def c_routine(*flags: str):
@@ -42,14 +46,26 @@ def triton_kernel():
 KERNELS = {"plain": Plain, "c": c_routine, "c, one by one": lambda: c_routine("-mno-avx512f"), "triton": triton_kernel}
 
 
-def train(name: str, packed: bool, statistic: str = "abs_sum", clip: float = 0.0, decay: float = 0.0, turnovers: int = 3, sizes=None):
+def train(
+    name: str,
+    packed: bool,
+    statistic: str = "abs_sum",
+    clip: float = 0.0,
+    decay: float = 0.0,
+    turnovers: int = 3,
+    sizes=None,
+):
     """A few steps on random gradients, with turnovers between; all that came of them."""
     sizes = sizes or SIZES[name]
     n, rng = sum(sizes) + 9, torch.Generator().manual_seed(0)
     weights = torch.nn.Parameter(torch.randn(n, generator=rng))
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    shard = Shard(weights, [Fragment(str(i), i, 0, at, size) for i, (at, size) in enumerate(zip(offsets, sizes))], packed)
-    mask = DynamicMask([shard], {str(i): size for i, size in enumerate(sizes)}, None, MaskSettings(0.4, "global", statistic, 0))
+    shard = Shard(
+        weights, [Fragment(str(i), i, 0, at, size) for i, (at, size) in enumerate(zip(offsets, sizes))], packed
+    )
+    mask = DynamicMask(
+        [shard], {str(i): size for i, size in enumerate(sizes)}, None, MaskSettings(0.4, "global", statistic, 0)
+    )
     optimizer = MaskedAdamW([weights], (0.9, 0.999), decay, clip, KERNELS[name]())
     optimizer.attach([shard], mask, None)
     optimizer.statistic, optimizer.param_groups[0]["lr"] = statistic, 0.01
@@ -76,13 +92,20 @@ def train(name: str, packed: bool, statistic: str = "abs_sum", clip: float = 0.0
         if turnover < turnovers:
             mask.turn_over(0.3, optimizer.updates)
     momentum, variance = shard.moments.flat(shard.opened)
-    kept = {"weights": weights.detach(), "saliency": shard.saliency, "opened": shard.opened, "momentum": momentum, "variance": variance}
+    kept = {
+        "weights": weights.detach(),
+        "saliency": shard.saliency,
+        "opened": shard.opened,
+        "momentum": momentum,
+        "variance": variance,
+    }
     return {name: tensor.clone() for name, tensor in kept.items()} | {"norms": torch.tensor(norms)}, shard
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["all", "open"])
 @pytest.mark.parametrize(
-    ("statistic", "clip", "decay"), [("abs_sum", 0.0, 0.0), ("sum_abs", 0.0, 0.1), ("sum_sq", 5.0, 0.0), ("abs_sum", 5.0, 0.1)]
+    ("statistic", "clip", "decay"),
+    [("abs_sum", 0.0, 0.0), ("sum_abs", 0.0, 0.1), ("sum_sq", 5.0, 0.0), ("abs_sum", 5.0, 0.1)],
 )
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "plain"])
 def test_every_kernel_does_what_the_plain_one_does(name, statistic, clip, decay, packed):
@@ -92,14 +115,22 @@ def test_every_kernel_does_what_the_plain_one_does(name, statistic, clip, decay,
     roundings = {"weights": 8 * 2.4e-7}  # eight updates of weights up to 4
     for kind, tensor in reference.items():
         limit = roundings.get(kind, 1e-7)
-        torch.testing.assert_close(found[kind].double(), tensor.double(), rtol=2e-5, atol=limit, msg=lambda text: f"{kind}: {text}")
+        torch.testing.assert_close(
+            found[kind].double(),
+            tensor.double(),
+            rtol=2e-5,
+            atol=limit,
+            msg=lambda text: f"{kind}: {text}",  # noqa: B023 (called within this turn)
+        )
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_moments_of_open_weights_alone_give_the_same_bits_in_less_memory(name):
     whole, _ = train(name, False)
     packed, held = train(name, True)
-    assert all(torch.equal(whole[kind], packed[kind]) for kind in ("weights", "saliency", "opened", "momentum", "variance"))
+    assert all(
+        torch.equal(whole[kind], packed[kind]) for kind in ("weights", "saliency", "opened", "momentum", "variance")
+    )
     bytes_held = sum(tensor.nbytes for piece in held.moments.pieces(held.opened) for tensor in piece[1:])
     assert bytes_held < 8 * (0.4 * sum(SIZES[name]) + 5 * (4096 + 16))
 
@@ -151,9 +182,14 @@ def test_without_a_compiler_plain_torch_does_it_and_asking_for_the_compiled_form
         compiled.found.cache_clear()
 
 
-@pytest.mark.skipif(find_spec("triton") is None or torch.cuda.is_available(), reason="triton is not installed, or there is a GPU to run it")
+@pytest.mark.skipif(
+    find_spec("triton") is None or torch.cuda.is_available(),
+    reason="triton is not installed, or there is a GPU to run it",
+)
 def test_the_gpu_kernel_computes_the_same_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported, which others may have done here
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1"
+    }  # read when triton is imported, which others may have done here
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "triton"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0 and "10 passed" in ran.stdout, ran.stdout[-3000:]

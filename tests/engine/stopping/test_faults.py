@@ -14,9 +14,18 @@ from harness import PROJECT, free_port, rank_environment
 WORKER = str(PROJECT / "tests" / "workers" / "rank_faults.py")
 
 
-def start_ranks(*arguments: str, port: int | None = None, environment: dict[str, str] = {}, ranks: int = 2) -> list[subprocess.Popen]:
+def start_ranks(
+    *arguments: str,
+    port: int | None = None,
+    environment: dict[str, str] = {},  # noqa: B006 (never changed)
+    ranks: int = 2,
+) -> list[subprocess.Popen]:
     """`python ARGUMENTS` on so many ranks without a launcher, so that each can be watched."""
-    common = rank_environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(ranks)} | environment
+    common = (
+        rank_environment()
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(ranks)}
+        | environment
+    )
     return [
         subprocess.Popen(
             [sys.executable, *arguments],
@@ -32,15 +41,15 @@ def start_ranks(*arguments: str, port: int | None = None, environment: dict[str,
 def wait_for(path: Path, processes: list[subprocess.Popen]) -> float:
     deadline = time.monotonic() + 120
     while not path.exists():
-        assert time.monotonic() < deadline and any(p.poll() is None for p in processes), [p.stdout.read() for p in processes if p.poll() is not None]
+        assert time.monotonic() < deadline and any(p.poll() is None for p in processes), [
+            p.stdout.read() for p in processes if p.poll() is not None
+        ]
         time.sleep(0.02)
     return time.monotonic()
 
 
 def last_line(folder: Path) -> str:
     return (folder / "log.txt").read_text().splitlines()[-1]
-
-
 
 
 @pytest.mark.parametrize(
@@ -58,7 +67,9 @@ def test_a_dead_rank_ends_the_other_within_five_seconds_and_the_log_ends_with_th
     died = wait_for(tmp_path / "step-1", [first, second])
     printed, _ = first.communicate(timeout=60)
     assert time.monotonic() - died < 5
-    assert first.returncode == 1 and second.wait(60) == {"raises": 1, "killed": -signal.SIGKILL, "exits": 0}[fault], printed
+    assert first.returncode == 1 and second.wait(60) == {"raises": 1, "killed": -signal.SIGKILL, "exits": 0}[fault], (
+        printed
+    )
     assert re.search(cause, last_line(tmp_path)), (tmp_path / "log.txt").read_text()
     assert not (tmp_path / "REQUEUE").exists()
 
@@ -71,7 +82,9 @@ def test_the_death_of_the_first_rank_which_holds_the_meeting_point_is_named_too(
     assert "failed: rank 0 died or was stopped" in last_line(tmp_path), (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("fault", "cause"), [("hangs", "rank 1 hangs or is slow"), ("stopped", "rank 1 died or was stopped")])
+@pytest.mark.parametrize(
+    ("fault", "cause"), [("hangs", "rank 1 hangs or is slow"), ("stopped", "rank 1 died or was stopped")]
+)
 def test_a_hung_rank_is_named_at_the_timeout(tmp_path, fault, cause):
     first, second = start_ranks(WORKER, fault, str(tmp_path), "4")
     try:
@@ -139,7 +152,9 @@ def test_a_second_job_on_the_port_is_refused_and_the_first_goes_on(tmp_path):
 def test_a_rank_that_never_comes_is_said_with_the_address(tmp_path):
     (process,) = start_ranks(WORKER, "none", str(tmp_path), "3", environment={"WORLD_SIZE": "2"}, ranks=1)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and "the ranks did not meet at 127.0.0.1:" in printed and "Traceback" not in printed, printed
+    assert (
+        process.returncode == 2 and "the ranks did not meet at 127.0.0.1:" in printed and "Traceback" not in printed
+    ), printed
 
 
 def test_a_lock_that_a_killed_build_left_does_not_hang_the_start(tmp_path):

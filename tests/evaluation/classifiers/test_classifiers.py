@@ -41,7 +41,10 @@ CLIP_STYLES = ("plain", "striped")
 
 
 def test_an_unknown_kind_is_named_with_the_kinds_that_there_are():
-    with pytest.raises(ConfigError, match=r"evaluate.classifier=nudenet:x: no classifier 'nudenet'. There are: canvas, clip, image, own\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"evaluate.classifier=nudenet:x: no classifier 'nudenet'. There are: canvas, clip, image, own\.",
+    ):
         load_classifier("nudenet:x", ["cat"], [])
 
 
@@ -61,7 +64,9 @@ def test_classes_are_renumbered_and_the_rest_is_minus_one():
 @pytest.fixture
 def drawings(tmp_path, monkeypatch) -> torch.Tensor:
     """One drawing of each object, styles in turn, and in the shipped classifier's place one that names the nearest of these 12."""
-    pixels = torch.stack([torch.tensor(draw(name, STYLES[i % 5], seed=i)) for i, name in enumerate(OBJECTS)])  # [12, 32, 32, 3]
+    pixels = torch.stack(
+        [torch.tensor(draw(name, STYLES[i % 5], seed=i)) for i, name in enumerate(OBJECTS)]
+    )  # [12, 32, 32, 3]
     torch.manual_seed(0)
     model = canvas_classifier.CanvasClassifier().eval()
     canvas_classifier.save_classifier(model, tmp_path / "classifier.safetensors")
@@ -117,7 +122,9 @@ def test_canvas_features_are_what_the_heads_read(drawings):
 
 
 def test_canvas_names_the_objects_and_styles_that_it_does_not_know(drawings):
-    with pytest.raises(ConfigError, match="evaluate.objects: .* 'rockte', 'tench'. Closest to 'rockte': rocket. It knows: cat, fish"):
+    with pytest.raises(
+        ConfigError, match="evaluate.objects: .* 'rockte', 'tench'. Closest to 'rockte': rocket. It knows: cat, fish"
+    ):
         load_classifier("canvas", ["cat", "rockte", "tench"], [])
     with pytest.raises(ConfigError, match="'neno'.*Closest to 'neno': neon.*evaluate.classifier"):
         load_classifier("canvas", ["cat"], ["neno"])
@@ -142,7 +149,9 @@ def colour_image(colour: tuple[int, int, int], striped: bool) -> torch.Tensor:
     return image
 
 
-COLOUR_IMAGES = torch.stack([colour_image(colour, striped) for colour in COLOURS.values() for striped in (False, True)])  # [6, 3, 20, 24]
+COLOUR_IMAGES = torch.stack(
+    [colour_image(colour, striped) for colour in COLOURS.values() for striped in (False, True)]
+)  # [6, 3, 20, 24]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +163,9 @@ def clip_folder(tmp_path_factory) -> Path:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {**tower, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 8}
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=16))
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=16)
+    )
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)
@@ -167,7 +178,9 @@ def clip_folder(tmp_path_factory) -> Path:
         images = torch.nn.functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output)
         texts = torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output)
         logits = 20 * images @ texts.T  # [6, 5]
-        loss = torch.nn.functional.cross_entropy(logits[:, :3], colours) + torch.nn.functional.cross_entropy(logits[:, 3:], styles)
+        loss = torch.nn.functional.cross_entropy(logits[:, :3], colours) + torch.nn.functional.cross_entropy(
+            logits[:, 3:], styles
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -192,18 +205,28 @@ def test_clip_answers_in_the_asked_order(clip_folder):
 def test_clip_asks_by_the_two_prompts(clip_folder, monkeypatch):
     asked = []
     text_features = clip_kind.Encoder.text_features
-    monkeypatch.setattr(clip_kind.Encoder, "text_features", lambda self, prompts: asked.append(prompts) or text_features(self, prompts))
+    monkeypatch.setattr(
+        clip_kind.Encoder, "text_features", lambda self, prompts: asked.append(prompts) or text_features(self, prompts)
+    )
     load_classifier(f"clip:{clip_folder}", ["red", "blue"], ["plain", "striped"])
-    objects, styles = ["a photo of a red", "a photo of a blue"], ["an image in plain style", "an image in striped style"]
+    objects, styles = (
+        ["a photo of a red", "a photo of a blue"],
+        ["an image in plain style", "an image in striped style"],
+    )
     assert asked == [objects, styles]
 
 
 def test_clip_reads_images_with_the_folders_own_processor(clip_folder, tmp_path):
     shutil.copytree(clip_folder, tmp_path / "swapped")
     CLIPImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_mean=[0.9, 0.9, 0.9], image_std=[0.1, 0.1, 0.1]
+        size={"shortest_edge": 16},
+        crop_size={"height": 16, "width": 16},
+        image_mean=[0.9, 0.9, 0.9],
+        image_std=[0.1, 0.1, 0.1],
     ).save_pretrained(tmp_path / "swapped")
-    own, swapped = (clip_kind.Encoder(folder).image_features(COLOUR_IMAGES) for folder in (clip_folder, tmp_path / "swapped"))
+    own, swapped = (
+        clip_kind.Encoder(folder).image_features(COLOUR_IMAGES) for folder in (clip_folder, tmp_path / "swapped")
+    )
     model, processor = CLIPModel.from_pretrained(clip_folder), CLIPImageProcessorPil.from_pretrained(clip_folder)
     pixels = processor(images=list(COLOUR_IMAGES), return_tensors="pt")["pixel_values"]
     assert torch.allclose(own, model.get_image_features(pixel_values=pixels).pooler_output, atol=1e-6)
@@ -230,7 +253,8 @@ def test_clip_score_of_a_folder_is_the_models_own_cosine(clip_folder):
 
 
 @pytest.mark.parametrize(
-    "objects, styles, key", [(["red"], [], "objects has 1"), ([], [], "objects has 0"), (["red", "blue"], ["plain"], "styles has 1")]
+    ("objects", "styles", "key"),
+    [(["red"], [], "objects has 1"), ([], [], "objects has 0"), (["red", "blue"], ["plain"], "styles has 1")],
 )
 def test_clip_refuses_to_choose_among_less_than_two_names(clip_folder, objects, styles, key):
     with pytest.raises(ConfigError, match=f"evaluate.{key} names.*at least 2"):
@@ -247,7 +271,13 @@ def save_vit(folder: Path, labels: dict[int, str]) -> ViTForImageClassification:
     """A tiny random ViT with these labels, and its processor."""
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, id2label=labels
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        id2label=labels,
     )
     model = ViTForImageClassification(config)
     model.save_pretrained(folder)
@@ -260,7 +290,9 @@ def vit_folder(tmp_path_factory) -> Path:
     """A tiny ViT, trained to call the colours red, green and blue by the three labels, in this order."""
     folder = tmp_path_factory.mktemp("vit")
     model = save_vit(folder, LABELS)
-    pixels = ViTImageProcessorPil.from_pretrained(folder)(images=list(COLOUR_IMAGES), return_tensors="pt")["pixel_values"]
+    pixels = ViTImageProcessorPil.from_pretrained(folder)(images=list(COLOUR_IMAGES), return_tensors="pt")[
+        "pixel_values"
+    ]
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     for _ in range(40):
         loss = torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.tensor([0, 0, 1, 1, 2, 2]))
@@ -280,7 +312,9 @@ def test_image_names_asked_objects_by_any_synonym_and_the_rest_minus_one(vit_fol
 
 
 def test_image_names_the_closest_labels_of_an_object_that_is_in_none(vit_folder):
-    with pytest.raises(ConfigError, match="evaluate.objects: no label .* 'tenhc'. The closest labels: tench, Tinca tinca;"):
+    with pytest.raises(
+        ConfigError, match="evaluate.objects: no label .* 'tenhc'. The closest labels: tench, Tinca tinca;"
+    ):
         load_classifier(f"image:{vit_folder}", ["tenhc"], [])
 
 
@@ -296,7 +330,9 @@ def test_image_takes_imagenette_by_class_index(tmp_path):
 
 def test_the_ten_imagenette_indices():
     labels = {i: f"thing {i}" for i in range(1000)} | {0: "tench, Tinca tinca"}
-    names = "tench|English springer|cassette player|chain saw|church|French horn|garbage truck|gas pump|golf ball|parachute".split("|")
+    names = "tench|English springer|cassette player|chain saw|church|French horn|garbage truck|gas pump|golf ball|parachute".split(
+        "|"
+    )
     assert find_classes(names, labels) == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
 
 
@@ -479,8 +515,14 @@ def test_own_detector_finds_its_one_object_or_none():
 
 
 def test_a_style_is_refused_where_the_judge_knows_none():
-    concepts = ["concepts=[{target: sketch, kind: style}]", "evaluate.objects=[nudity]", "evaluate.styles=[sketch, neon]"]
-    with pytest.raises(ConfigError, match="NudityStub: knows no styles, so it cannot tell whether 'sketch' is forgotten"):
+    concepts = [
+        "concepts=[{target: sketch, kind: style}]",
+        "evaluate.objects=[nudity]",
+        "evaluate.styles=[sketch, neon]",
+    ]
+    with pytest.raises(
+        ConfigError, match="NudityStub: knows no styles, so it cannot tell whether 'sketch' is forgotten"
+    ):
         check_evaluation(load_config(None, [*concepts, f"evaluate.classifier={own('NudityStub')}"]))
 
 
@@ -491,7 +533,9 @@ def test_a_target_of_the_other_kind_is_refused(concept):
 
 
 def test_own_detector_answers_in_the_evaluated_names_by_default():
-    verdict = load_classifier(own("AskedOrderStub"), ["a", "b"], ["s", "t"]).classify(single_pixels((1, 0, 0), (0, 1, 0)))
+    verdict = load_classifier(own("AskedOrderStub"), ["a", "b"], ["s", "t"]).classify(
+        single_pixels((1, 0, 0), (0, 1, 0))
+    )
     assert verdict.objects.tolist() == [1, 0] and verdict.styles.tolist() == [0, 1]
 
 
@@ -509,7 +553,7 @@ def test_own_detector_must_know_what_is_evaluated():
 
 
 @pytest.mark.parametrize(
-    "where, message",
+    ("where", "message"),
     [
         ("", "write own:package.module:Class"),
         ("module_alone", "write own:package.module:Class"),
@@ -517,7 +561,10 @@ def test_own_detector_must_know_what_is_evaluated():
         ("no_such_package.module:Class", "cannot import no_such_package.module .*PYTHONPATH"),
         (".relative:Class", "write own:package.module:Class"),
         (f"{__name__}:NoSuchClass", "has no NoSuchClass"),
-        (f"{__name__}:no_classifier", "no_classifier is no subclass of sculpt_dist.evaluation.classifiers.base.Classifier"),
+        (
+            f"{__name__}:no_classifier",
+            "no_classifier is no subclass of sculpt_dist.evaluation.classifiers.base.Classifier",
+        ),
         (f"{__name__}:Path", "Path is no subclass of sculpt_dist.evaluation.classifiers.base.Classifier"),
     ],
 )
@@ -527,7 +574,7 @@ def test_own_class_that_cannot_be_used_is_named(where, message):
 
 
 @pytest.mark.parametrize(
-    "answer, message",
+    ("answer", "message"),
     [
         (torch.tensor([0, 0]), "gave a Tensor, expected a Verdict"),
         (Verdict(torch.tensor([0]), None), r"objects are torch.int64 \[1\], expected torch.int64 \[2\]"),

@@ -52,7 +52,9 @@ def write_images(folder: Path, images: Tensor) -> Path:
 
 
 def random_images(count: int, seed: int, size: int = 2) -> Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def result_of(score: fid.Score | kid.Score, images: Tensor) -> float:
@@ -64,7 +66,9 @@ def correlated(count: int, seed: int, width: int) -> Tensor:
     """Float64 features [count, width] with a full covariance that does not commute with another seed's."""
     rng = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=rng, dtype=torch.float64)
-    return torch.randn(count, width, generator=rng, dtype=torch.float64) @ mix + torch.randn(width, generator=rng, dtype=torch.float64)
+    return torch.randn(count, width, generator=rng, dtype=torch.float64) @ mix + torch.randn(
+        width, generator=rng, dtype=torch.float64
+    )
 
 
 def table_of(drawn: Tensor):
@@ -97,7 +101,11 @@ def test_fid_in_one_dimension_by_hand():
 def test_fid_counts_correlation_by_hand():
     # [[2, 1], [1, 2]] has the eigenvalues 3 and 1; against the identity: 4 + 2 - 2 (sqrt 3 + 1)
     identity = 1.5**0.5 * torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)  # 2 * 1.5 / (4 - 1) = 1
-    tilted = 1.5**0.5 * torch.tensor([[3**0.5, 3**0.5], [-(3**0.5), -(3**0.5)], [1, -1], [-1, 1]], dtype=torch.float64) / 2**0.5
+    tilted = (
+        1.5**0.5
+        * torch.tensor([[3**0.5, 3**0.5], [-(3**0.5), -(3**0.5)], [1, -1], [-1, 1]], dtype=torch.float64)
+        / 2**0.5
+    )
     assert torch.allclose(torch.cov(tilted.T), torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64))
     assert fid_of(identity, tilted) == pytest.approx(4 - 2 * 3**0.5, rel=1e-10)
 
@@ -111,7 +119,9 @@ def test_fid_of_covariances_that_do_not_commute_agrees_with_scipy():
     assert fid_of(x, y) == pytest.approx(expected.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("count, width, error", [(200, 16, 1e-10), (60, 256, 1e-6)])  # the second has far fewer images than features
+@pytest.mark.parametrize(
+    ("count", "width", "error"), [(200, 16, 1e-10), (60, 256, 1e-6)]
+)  # the second has far fewer images than features
 def test_fid_of_equal_sets_is_zero_within_the_accuracy_that_is_promised(count, width, error):
     features = correlated(count, 5, width) / width**0.5
     variance = features.var(0).sum().item()
@@ -228,7 +238,10 @@ def test_kid_does_not_depend_on_the_order_of_the_drawn_images():
 
 def test_kid_leaves_empty_rows_out():
     reference = first_pixel(random_images(5, 0))
-    full, wide = kid.Score(reference, first_pixel, num_images=6), kid.Score(reference, first_pixel, num_images=20, first=9)
+    full, wide = (
+        kid.Score(reference, first_pixel, num_images=6),
+        kid.Score(reference, first_pixel, num_images=20, first=9),
+    )
     assert result_of(wide, random_images(6, 1)) == result_of(full, random_images(6, 1))
 
 
@@ -262,7 +275,11 @@ class StubEncoder:
 def score_of_a_rank(metric: str, reference: Tensor, first: int) -> fid.Score | kid.Score | clip_score.Score:
     if metric == "clip_score":
         return clip_score.Score(StubEncoder())
-    return fid.Score(reference, first_pixel) if metric == "fid" else kid.Score(reference, first_pixel, num_images=10, first=first)
+    return (
+        fid.Score(reference, first_pixel)
+        if metric == "fid"
+        else kid.Score(reference, first_pixel, num_images=10, first=first)
+    )
 
 
 @pytest.mark.parametrize("metric", ["fid", "kid", "clip_score"])
@@ -473,7 +490,9 @@ def test_an_image_of_16_bits_is_refused(tmp_path):
         open_image(tmp_path / "deep.png")
 
 
-@pytest.mark.parametrize("content, message", [(b"no image", "cannot be read as an image"), (None, "has pixels of kind I;16")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"no image", "cannot be read as an image"), (None, "has pixels of kind I;16")]
+)
 def test_training_images_are_refused_alike(tmp_path, content, message):
     file = tmp_path / "mine.png"
     Image.fromarray(np.full((2, 2), 60_000, dtype=np.uint16)).save(file)
@@ -500,13 +519,19 @@ def test_scores_take_the_canvas_features_and_those_of_the_reference_once(tmp_pat
     images = random_images(12, 1, size=32)
     settings = EvaluateConfig(reference=str(write_images(tmp_path / "images", images)))
     asked, original = [], CanvasEncoder.image_features
-    monkeypatch.setattr(CanvasEncoder, "image_features", lambda self, batch: asked.append(len(batch)) or original(self, batch))
+    monkeypatch.setattr(
+        CanvasEncoder, "image_features", lambda self, batch: asked.append(len(batch)) or original(self, batch)
+    )
     metrics = image_metrics(settings, 12, 0)
     assert [type(metric) for metric in metrics] == [fid.Score, kid.Score] and asked == [12]
     fid_near, kid_near = (result_of(metric, images) for metric in metrics)
     fid_far, kid_far = (result_of(metric, images // 2) for metric in image_metrics(settings, 12, 0))
     # 12 images, 128 features: 0 within 1e-6 of the variance (see fid.Score)
-    assert fid_near < 1e-6 * CanvasEncoder().image_features(images).var(0).sum() and fid_far > 100 * fid_near and fid_far > 1e-3
+    assert (
+        fid_near < 1e-6 * CanvasEncoder().image_features(images).var(0).sum()
+        and fid_far > 100 * fid_near
+        and fid_far > 1e-3
+    )
     assert kid_near < kid_far
 
 
