@@ -227,7 +227,7 @@ class Backbone(ABC):
         return TextCond.cat([self._embedded[prompt, negative] for prompt in prompts])
 
     @contextmanager
-    def forgetting(self) -> Iterator[None]:
+    def temporary_embeddings(self) -> Iterator[None]:
         """What is embedded within is forgotten at the end: for the many prompts of a list, which would fill the device's memory."""
         before = dict(self._embedded)
         try:

@@ -31,7 +31,7 @@ from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.maths.losses import mse
 from sculpt_dist.planning.plan import step_flops
 from sculpt_dist.run.build import build_backbone, build_engine, build_method
-from sculpt_dist.run.train import ConceptRun, Recent, make_plan, run_concept
+from sculpt_dist.run.train import ConceptRun, LossWindow, make_plan, run_concept
 
 CONCEPT = Concept(target="cat", superclass="animal")
 PUBLISHED = ["method.label_source=student", "method.label_guidance=0", "method.anchors=[]", "method.retain_weight=0.25"]
@@ -120,7 +120,7 @@ def _loop(config: RunConfig, group: Group, log: Callable[[Any], None], stop: Sto
         trajectories = [Trajectory(backbone.schedule) for _ in range(config.train.accumulate)]
         teacher, start = engine.snapshot(), engine.masters()
         run = ConceptRun(
-            0, CONCEPT.target, method, plan, streams, prompts, dict, teacher, None, Recent(), start, trajectories
+            0, CONCEPT.target, method, plan, streams, prompts, dict, teacher, None, LossWindow(), start, trajectories
         )
         run_concept(run, engine, backbone, config, log, lambda: None, stop)
 

@@ -15,7 +15,7 @@ import typer
 from sculpt_dist.cli.bench import bench_app
 from sculpt_dist.cli.plan import check, folder, plan
 from sculpt_dist.core.errors import ConfigError, LaunchError, NonFiniteError, SculptError, StopRequested
-from sculpt_dist.core.signals import note_early
+from sculpt_dist.core.signals import catch_early_signals
 
 if TYPE_CHECKING:
     from sculpt_dist.config.schema import RunConfig
@@ -50,7 +50,7 @@ def unlearn(
     ),
 ) -> None:
     """Forget the concepts of CONFIG, one after another; prepares, scores, exports and reports. Called again it goes on."""
-    note_early()
+    catch_early_signals()
     from sculpt_dist.cli.console import print_run
     from sculpt_dist.run.sequence import run_sequence
 
@@ -87,7 +87,7 @@ def submit(
 @app.command()
 def prepare(config: Path = CONFIG, overrides: list[str] | None = OVERRIDES) -> None:
     """Only draw and store the training samples of CONFIG; unlearn then starts at once."""
-    note_early()
+    catch_early_signals()
     from sculpt_dist.run.stages import prepare_only
 
     folder = prepare_only(_load(config, overrides))
@@ -103,7 +103,7 @@ def evaluate(
     output: Path | None = typer.Option(None, help="Where scores.json and images go; default: RUN/evaluation/model."),
 ) -> None:
     """Score a model folder on the concepts of CONFIG."""
-    note_early()
+    catch_early_signals()
     from sculpt_dist.run.stages import evaluate_only
 
     scores, where = evaluate_only(_load(config, overrides), model, output)
@@ -177,7 +177,7 @@ def compare(
     run: bool = typer.Option(True, help="Run what is missing; --no-run only writes the tables of what is done."),
 ) -> None:
     """Run methods x models x concept sequences x seeds, each in a run folder of its own, and write one table and one page. Goes on."""
-    from sculpt_dist.experiments.compare import compare as run_comparison
+    from sculpt_dist.experiments.compare import run_comparison
 
     print(f"comparison: {run_comparison(config, overrides or [], jobs, ranks, _shard(shard), run)}")
 
@@ -194,7 +194,7 @@ def localize(
     ranks: int = typer.Option(1, help="Processes of each run."),
 ) -> None:
     """Find the blocks that erase and retain best: a short run for each, judged by its images. For methods with `blocks`, as surgun."""
-    from sculpt_dist.experiments.localize import localize as run_localization
+    from sculpt_dist.experiments.localize import run_localization
 
     folder, ranked = run_localization(config, overrides or [], best, index, jobs, ranks)
     for scores in ranked:
@@ -227,7 +227,7 @@ def sweep(
     ),
 ) -> None:
     """Run the trials of a sweep file that are not done, each in a run folder of its own, and summarise them. Goes on."""
-    from sculpt_dist.experiments import sweep as sweeps
+    from sculpt_dist.experiments.sweep import run_sweep, trial_arguments
 
     if backend != "local":
         raise ConfigError(
@@ -236,9 +236,9 @@ def sweep(
     if show:
         if index is None:
             raise ConfigError("--print: say of which trial, with --index")
-        print("\n".join(sweeps.trial_arguments(file, overrides or [], folder, seed, index)))
+        print("\n".join(trial_arguments(file, overrides or [], folder, seed, index)))
         return
-    where = sweeps.sweep(file, overrides or [], folder, seed, index, jobs, ranks, run)
+    where = run_sweep(file, overrides or [], folder, seed, index, jobs, ranks, run)
     print(f"trials: {where / 'trials'}" if index is not None else f"sweep: {where / 'sweep.html'}")
 
 

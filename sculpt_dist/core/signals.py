@@ -9,7 +9,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 early: list[int] = []  # signals that came before a run began to listen
 
 
-def note_early() -> None:
+def catch_early_signals() -> None:
     """Note SIGTERM and SIGUSR1 instead of ending at once; the run stops as soon as it listens, and can be requeued."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _note)

@@ -23,14 +23,14 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.evaluation.classifiers.base import Classifier, load_classifier
 from sculpt_dist.evaluation.metrics.images import image_metrics
-from sculpt_dist.evaluation.requests import Ask, World, as_batches, asks, evaluated_world
+from sculpt_dist.evaluation.requests import ImageRequest, World, as_batches, evaluated_world, image_requests
 from sculpt_dist.maths.scores import Answers, Target, accuracy_by, bootstrap_intervals, unlearning_scores
 
 
 def check_evaluation(config: RunConfig) -> None:
     """Find out before training what evaluation would stumble over. Raises ConfigError or ModelError."""
     world = evaluated_world(config)
-    asks(config, world)
+    image_requests(config, world)
     judge = load_classifier(config.evaluate.classifier, world.objects, world.styles)
     style = next((concept.target for concept in config.concepts if concept.kind == "style"), None)
     if style is not None and not judge.styles:
@@ -43,7 +43,10 @@ def check_evaluation(config: RunConfig) -> None:
 
 def check_prompts(config: RunConfig, backbone: Backbone) -> None:
     """Raises ConfigError when a prompt of the evaluation is too long for the text encoders."""
-    backbone.tokenized(list(dict.fromkeys(ask.prompt for ask in asks(config, evaluated_world(config)))), negative=False)
+    backbone.tokenized(
+        list(dict.fromkeys(request.prompt for request in image_requests(config, evaluated_world(config)))),
+        negative=False,
+    )
 
 
 def score_targets(concepts: Sequence[Concept], world: World) -> list[Target]:
@@ -77,7 +80,7 @@ def evaluate(
     world = evaluated_world(config)
     classifier = load_classifier(config.evaluate.classifier, world.objects, world.styles)
     size = config.evaluate.batch
-    batches = as_batches(asks(config, world), size)
+    batches = as_batches(image_requests(config, world), size)
     if group.is_first:
         (folder / "images").mkdir(parents=True, exist_ok=True)
     group.barrier()
@@ -90,13 +93,13 @@ def evaluate(
             stop.check(f"the evaluation {label}")
         number = turn * group.size + group.rank
         batch = batches[min(number, len(batches) - 1)]
-        with backbone.forgetting() if batch[0].listed else nullcontext():
+        with backbone.temporary_embeddings() if batch[0].listed else nullcontext():
             images = draw(config, backbone, net, batch)  # uint8 [B, 3, h, w]
         if number < len(batches):
             if batch[0].judged:
                 seen.append((number, *_recognise(classifier, images)))
             _keep_shown(folder, batch, images)
-            counted = [i for i, ask in enumerate(batch) if _is_counted(config, ask)]
+            counted = [i for i, request in enumerate(batch) if _is_counted(config, request)]
             for metric in metrics if counted else ():
                 metric.update(images[counted], [batch[i].prompt for i in counted])
     scores = None
@@ -105,22 +108,28 @@ def evaluate(
     for metric in metrics:
         extra |= metric.result({name: group.sum(total.to(group.device)) for name, total in metric.state().items()})
     if group.is_first:
-        judged = [ask for batch in batches for ask in batch if ask.judged]
+        judged = [request for batch in batches for request in batch if request.judged]
         answers = _answers(judged, [entry for rank in everything for entry in rank])
         scores = _scores(config, world, judged, answers, concepts)
         scores["plain"]["extra"] = extra
-        plain = _part(answers, np.array([not ask.paraphrased for ask in judged]))
-        write_atomically(folder / "answers.json", json.dumps(as_lists(plain, world)).encode())
+        plain = _part(answers, np.array([not request.paraphrased for request in judged]))
+        write_atomically(folder / "answers.json", json.dumps(answers_as_lists(plain, world)).encode())
         write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())
     return group.from_first(scores)
 
 
-def draw(config: RunConfig, backbone: Backbone, net: nn.Module, batch: Sequence[Ask]) -> Tensor:
+def draw(config: RunConfig, backbone: Backbone, net: nn.Module, batch: Sequence[ImageRequest]) -> Tensor:
     """Images of these asks, which share one guidance, uint8 [B, 3, h, w]."""
     noise = torch.stack(
-        [torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(ask.seed)) for ask in batch]
+        [
+            torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(request.seed))
+            for request in batch
+        ]
     )
-    cond, negative = backbone.embed([ask.prompt for ask in batch]), backbone.embed([""] * len(batch), negative=True)
+    cond, negative = (
+        backbone.embed([request.prompt for request in batch]),
+        backbone.embed([""] * len(batch), negative=True),
+    )
     settings = config.evaluate
     latents = backbone.sample(
         backbone.denoiser(net), noise.to(backbone.device), cond, negative, settings.steps, batch[0].guidance
@@ -128,9 +137,9 @@ def draw(config: RunConfig, backbone: Backbone, net: nn.Module, batch: Sequence[
     return backbone.decode(latents)
 
 
-def _is_counted(config: RunConfig, ask: Ask) -> bool:
+def _is_counted(config: RunConfig, request: ImageRequest) -> bool:
     """Whether an image counts for FID, KID and CLIPScore: those of the prompts to retain, or where there are none all plain ones."""
-    return not ask.judged if config.evaluate.retain_prompts else not ask.paraphrased
+    return not request.judged if config.evaluate.retain_prompts else not request.paraphrased
 
 
 def _recognise(classifier: Classifier, images: Tensor) -> tuple[list[int], list[int] | None]:
@@ -138,27 +147,27 @@ def _recognise(classifier: Classifier, images: Tensor) -> tuple[list[int], list[
     return verdict.objects.tolist(), None if verdict.styles is None else verdict.styles.tolist()
 
 
-def _keep_shown(folder: Path, batch: Sequence[Ask], images: Tensor) -> None:
+def _keep_shown(folder: Path, batch: Sequence[ImageRequest], images: Tensor) -> None:
     from PIL import Image
 
-    for ask, image in zip(batch, images):
-        if ask.shown:
-            Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(folder / "images" / ask.shown)
+    for request, image in zip(batch, images):
+        if request.shown:
+            Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(folder / "images" / request.shown)
 
 
-def _answers(wanted: Sequence[Ask], seen: Sequence[tuple[int, list[int], list[int] | None]]) -> Answers:
+def _answers(wanted: Sequence[ImageRequest], seen: Sequence[tuple[int, list[int], list[int] | None]]) -> Answers:
     ordered = sorted(seen)
     styles = [style for _, _, found in ordered if found is not None for style in found]
     return Answers(
-        prompt=np.array([ask.prompt_id for ask in wanted]),
-        object_asked=np.array([ask.object for ask in wanted]),
-        style_asked=np.array([ask.style for ask in wanted]),
+        prompt=np.array([request.prompt_id for request in wanted]),
+        object_asked=np.array([request.object for request in wanted]),
+        style_asked=np.array([request.style for request in wanted]),
         object_seen=np.array([name for _, found, _ in ordered for name in found]),
         style_seen=np.array(styles) if len(styles) == len(wanted) else None,
     )
 
 
-def as_lists(answers: Answers, world: World) -> dict[str, Any]:
+def answers_as_lists(answers: Answers, world: World) -> dict[str, Any]:
     """Every image's answer with the names that the indices mean, for scores over several runs (see compare.py)."""
     columns = {f.name: getattr(answers, f.name) for f in fields(answers)}
     return {"objects": world.objects, "styles": world.styles} | {
@@ -177,9 +186,9 @@ def _part(answers: Answers, chosen: np.ndarray) -> Answers:
 
 
 def _scores(
-    config: RunConfig, world: World, wanted: Sequence[Ask], answers: Answers, concepts: Sequence[Concept]
+    config: RunConfig, world: World, wanted: Sequence[ImageRequest], answers: Answers, concepts: Sequence[Concept]
 ) -> dict[str, Any]:
-    paraphrased = np.array([ask.paraphrased for ask in wanted])
+    paraphrased = np.array([request.paraphrased for request in wanted])
     parts = {"plain": ~paraphrased, "paraphrased": paraphrased}
     return {
         name: _score_part(config, world, _part(answers, chosen), concepts) if chosen.any() else None

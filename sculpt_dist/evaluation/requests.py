@@ -24,7 +24,7 @@ class World:
 
 
 @dataclass(frozen=True)
-class Ask:
+class ImageRequest:
     """One image to draw: its prompt, what should be seen in it, and the seed of its noise."""
 
     prompt: str
@@ -71,7 +71,7 @@ def evaluated_world(config: RunConfig) -> World:
     return World(tuple(objects), tuple(styles), {name: tuple(those) for name, those in members.items()})
 
 
-def asks(config: RunConfig, world: World) -> list[Ask]:
+def image_requests(config: RunConfig, world: World) -> list[ImageRequest]:
     """Every image of an evaluation, plain prompts first, in an order that depends on the configuration alone.
 
     Raises ConfigError for a file of prompts that cannot be read, or one of what is not evaluated.
@@ -92,21 +92,23 @@ def asks(config: RunConfig, world: World) -> list[Ask]:
                     seed = derived_seed(settings.seed, "evaluate", name, style or "", number, i)
                     shown = f"{name}--{style or 'none'}.png".replace("/", "-") if not number and not i else None
                     listed.append(
-                        Ask(prompt, prompt_id, number > 0, o, s if style else -1, seed, settings.guidance, shown)
+                        ImageRequest(
+                            prompt, prompt_id, number > 0, o, s if style else -1, seed, settings.guidance, shown
+                        )
                     )
                 prompt_id += 1
-    return listed + list(_listed_asks(config, world, prompt_id))
+    return listed + list(_listed_requests(config, world, prompt_id))
 
 
-def _listed_asks(config: RunConfig, world: World, first_id: int) -> Iterator[Ask]:
+def _listed_requests(config: RunConfig, world: World, first_id: int) -> Iterator[ImageRequest]:
     """The images of the user's files of prompts, one for each line; equal prompts are one prompt to the bootstrap."""
     objects, styles = ([normal(name) for name in names] for names in (world.objects, world.styles))
     prompt_ids: dict[str, int] = {}
 
-    def ask(name: str, i: int, line: ListedPrompt, place: int, style: int, shown: str | None) -> Ask:
+    def request(name: str, i: int, line: ListedPrompt, place: int, style: int, shown: str | None) -> ImageRequest:
         seed = derived_seed(config.evaluate.seed, "evaluate", name, "listed", i) if line.seed is None else line.seed
         guidance = config.evaluate.guidance if line.guidance is None else line.guidance
-        return Ask(
+        return ImageRequest(
             line.prompt,
             prompt_ids.setdefault(line.prompt, first_id + len(prompt_ids)),
             False,
@@ -126,16 +128,16 @@ def _listed_asks(config: RunConfig, world: World, first_id: int) -> Iterator[Ask
         which = (place, -1) if place < len(objects) else (-1, style)
         shown = f"{name}--none.png" if place < len(objects) else f"none--{name}.png"
         for i, line in enumerate(read_prompts(file)):
-            yield ask(name, i, line, *which, None if i else shown.replace("/", "-"))
+            yield request(name, i, line, *which, None if i else shown.replace("/", "-"))
     for i, line in enumerate(read_prompts(config.evaluate.retain_prompts) if config.evaluate.retain_prompts else ()):
-        yield ask("", i, line, -1, -1, None)
+        yield request("", i, line, -1, -1, None)
 
 
-def as_batches(wanted: Sequence[Ask], size: int) -> list[list[Ask]]:
+def as_batches(wanted: Sequence[ImageRequest], size: int) -> list[list[ImageRequest]]:
     """Batches of at most `size`, in each of which one guidance is used, and all images are judged or none is, all listed or none."""
 
-    def kind(ask: Ask) -> tuple[bool, bool, float]:
-        return not ask.judged, ask.listed, ask.guidance
+    def kind(request: ImageRequest) -> tuple[bool, bool, float]:
+        return not request.judged, request.listed, request.guidance
 
     alike = [list(group) for _, group in groupby(sorted(wanted, key=kind), kind)]  # a stable order
     return [group[i : i + size] for group in alike for i in range(0, len(group), size)]

@@ -18,13 +18,13 @@ from sculpt_dist.config.schema import Comparison, Row, RunConfig, Table
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.evaluation.evaluator import check_evaluation
-from sculpt_dist.evaluation.requests import asks, evaluated_world
+from sculpt_dist.evaluation.requests import evaluated_world, image_requests
 from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
 from sculpt_dist.experiments.tables import write_tables
 from sculpt_dist.run.folder import config_fingerprint
 from sculpt_dist.run.preflight import check_settings
 
-Asked = tuple[str, list[tuple[str, int, int]]]  # a row, and the prompt, object and style of all its images
+RowRequests = tuple[str, list[tuple[str, int, int]]]  # a row, and the prompt, object and style of all its images
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Cell:
         return f"{self.sequence}/{self.backbone}/{self.row}/seed-{self.seed}"
 
 
-def compare(
+def run_comparison(
     file: Path,
     overrides: Sequence[str] = (),
     parallel: int = 1,
@@ -131,7 +131,7 @@ def checked_configs(cells: Sequence[Cell], ranks: int = 1) -> dict[str, RunConfi
 
     Raises ConfigError that names the cell which cannot work, is not evaluated, or asks for other images than others of its table.
     """
-    asked: dict[tuple[str, str], Asked] = {}
+    asked: dict[tuple[str, str], RowRequests] = {}
     configs: dict[str, RunConfig] = {}
     loaded: dict[tuple[str, str, str], RunConfig] = {}
     evaluations: set[str] = set()
@@ -149,11 +149,13 @@ def checked_configs(cells: Sequence[Cell], ranks: int = 1) -> dict[str, RunConfi
     return configs
 
 
-def _check_comparable(cell: Cell, config: RunConfig, asked: dict[tuple[str, str], Asked]) -> None:
+def _check_comparable(cell: Cell, config: RunConfig, asked: dict[tuple[str, str], RowRequests]) -> None:
     """`asked`: what the first row on each sequence and backbone asks for; differences are taken prompt by prompt."""
     if not config.evaluate.enabled:
         raise ConfigError("evaluate.enabled=false: nothing of it could be compared")
-    mine = [(ask.prompt, ask.object, ask.style) for ask in asks(config, evaluated_world(config))]
+    mine = [
+        (request.prompt, request.object, request.style) for request in image_requests(config, evaluated_world(config))
+    ]
     first, theirs = asked.setdefault((cell.sequence, cell.backbone), (cell.row, mine))
     if mine != theirs:
         raise ConfigError(
@@ -214,9 +216,9 @@ def _write_record(file: Path, results: Mapping[str, Any]) -> None:
 def _run(cells: Sequence[Cell], parallel: int, ranks: int) -> dict[str, Failure]:
     done: list[str] = []
 
-    def tell(job: Job, failure: Failure | None) -> None:
+    def report(job: Job, failure: Failure | None) -> None:
         done.append(job.label)
         print(f"[{len(done)}/{len(cells)}] {job.label}: {failure or 'done'}", flush=True)
 
     jobs = [Job(cell.key, ("unlearn", str(cell.file), *cell.overrides), cell.folder) for cell in cells]
-    return run_jobs(jobs, parallel, ranks, tell)
+    return run_jobs(jobs, parallel, ranks, report)

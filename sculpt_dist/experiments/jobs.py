@@ -50,11 +50,11 @@ class Failure:
 
 
 def run_jobs(
-    jobs: Iterable[Job], parallel: int, ranks: int, tell: Callable[[Job, Failure | None], None]
+    jobs: Iterable[Job], parallel: int, ranks: int, on_end: Callable[[Job, Failure | None], None]
 ) -> dict[str, Failure]:
     """Run all jobs, `parallel` at a time with `ranks` processes each; returns how each failed one ended, by its label.
 
-    A job is taken from `jobs` only when it can start. `tell` is called as each job ends, one at a time. A mark of an earlier stop in the
+    A job is taken from `jobs` only when it can start. `on_end` is called as each job ends, one at a time. A mark of an earlier stop in the
     job's run folder is removed before. The cores are shared out evenly unless OMP_NUM_THREADS says otherwise.
     On SIGINT, SIGTERM or SIGUSR1 the running jobs are asked to stop, which they do after saving, and StopRequested is raised; also when
     a job was stopped by itself, after the others have ended.
@@ -81,7 +81,7 @@ def run_jobs(
             with turn:
                 if failure is not None:
                     failed[job.label] = failure
-                tell(job, failure)
+                on_end(job, failure)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:

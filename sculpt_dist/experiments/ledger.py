@@ -98,7 +98,7 @@ def trial_of(sweep: Sweep, index: int) -> Trial:
     return sweep.trial(index, sweep.point_at(entries[index]["shares"]))
 
 
-def tell(sweep: Sweep, ended: Outcome) -> None:
+def record_outcome(sweep: Sweep, ended: Outcome) -> None:
     """Let bayes know how a trial ended; told twice is told once."""
     if sweep.settings.method != "bayes":
         return

@@ -20,7 +20,7 @@ from sculpt_dist.experiments.compare import finished_report
 from sculpt_dist.experiments.jobs import Job, run_jobs
 from sculpt_dist.run.build import build_backbone, build_method
 from sculpt_dist.run.folder import config_fingerprint
-from sculpt_dist.run.preflight import NOWHERE
+from sculpt_dist.run.preflight import META_GROUP
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class BlockRun:
         )
 
 
-def localize(
+def run_localization(
     file: Path,
     overrides: Sequence[str] = (),
     best: int = 2,
@@ -96,7 +96,7 @@ def block_runs(file: Path, overrides: Sequence[str]) -> list[BlockRun]:
     if not config.evaluate.enabled:
         raise ConfigError("evaluate.enabled=false: blocks are judged by the images that they draw")
     _with_block(config, file, overrides, 0)  # says when the method has no option `blocks`
-    groups = build_backbone(config, NOWHERE).groups()
+    groups = build_backbone(config, META_GROUP).groups()
     numbers = range(sum(name.startswith("block.") for name in groups))
     runs = [_with_block(config, file, overrides, number) for number in numbers]
     return [run for run in runs if _trains(run.config, groups)]

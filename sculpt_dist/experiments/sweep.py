@@ -16,7 +16,7 @@ from sculpt_dist.experiments.ledger import (
     claim_trial,
     known_trials,
     outcome,
-    tell,
+    record_outcome,
     trial_of,
     write_failure,
 )
@@ -26,7 +26,7 @@ from sculpt_dist.experiments.trials import Sweep, Trial, read_sweep
 LASTING = (ConfigError.__name__, NonFiniteError.__name__)  # errors of a trial's own point, which would come again
 
 
-def sweep(
+def run_sweep(
     file: Path,
     overrides: Sequence[str] = (),
     folder: Path | None = None,
@@ -43,19 +43,21 @@ def sweep(
     at the end when a trial failed; RunFolderError when another process has the trial `index`; StopRequested after a signal.
     """
     plan = _claimed(file, overrides, folder, seed, index)
-    sitting = Sitting(plan)
+    worker = SweepWorker(plan)
     failed: dict[str, Failure] = {}
     if run:
-        failed = run_jobs(sitting.jobs(range(plan.count) if index is None else [index]), parallel, ranks, sitting.tell)
+        failed = run_jobs(
+            worker.jobs(range(plan.count) if index is None else [index]), parallel, ranks, worker.job_ended
+        )
     if index is not None:
-        _check_index(sitting, index)
+        _check_index(worker, index)
     else:
-        if sitting.elsewhere:
-            print(f"run by another process: {', '.join(f'trial {number}' for number in sitting.elsewhere)}", flush=True)
+        if worker.elsewhere:
+            print(f"run by another process: {', '.join(f'trial {number}' for number in worker.elsewhere)}", flush=True)
         outcomes = [outcome(trial) for trial in known_trials(plan)]
         write_summary(plan, outcomes)
         _check_metric(plan, outcomes)
-    told = [f"{label}: {failure}" for label, failure in failed.items()] + sitting.failed_before
+    told = [f"{label}: {failure}" for label, failure in failed.items()] + worker.failed_before
     if told:
         raise ConfigError(f"{len(told)} of {plan.count} trials failed: {'; '.join(told)}")
     return plan.folder
@@ -83,7 +85,7 @@ def _arguments(plan: Sweep, trial: Trial) -> tuple[str, ...]:
     return ("unlearn", str(plan.config), *trial.overrides)
 
 
-class Sitting:
+class SweepWorker:
     """One process's work on a sweep."""
 
     def __init__(self, plan: Sweep) -> None:
@@ -107,25 +109,25 @@ class Sitting:
                     f"{label}: {ended.reason} (remove {trial.folder.with_suffix('.failed')} to run it again)"
                 )
             if ended.state in (DONE, FAILED):
-                tell(self.plan, ended)  # a process that was killed may not have
+                record_outcome(self.plan, ended)  # a process that was killed may not have
                 lock.release()
                 continue
             self._held[label] = trial, lock
             yield Job(label, _arguments(self.plan, trial), trial.folder)
 
-    def tell(self, job: Job, failure: Failure | None) -> None:
+    def job_ended(self, job: Job, failure: Failure | None) -> None:
         """Say how a trial ended, record an error of its point, and let the trial go."""
         trial, lock = self._held.pop(job.label)
         if failure is not None and failure.error in LASTING:
             write_failure(trial, failure.line)
         ended = outcome(trial)
-        tell(self.plan, ended)
+        record_outcome(self.plan, ended)
         scores = ", ".join(f"{name} {value:.3f}" for name, value in ended.scores.items() if value is not None)
-        print(f"{job.label} ({_spoken(trial)}): {failure or scores or 'done'}", flush=True)
+        print(f"{job.label} ({_point_text(trial)}): {failure or scores or 'done'}", flush=True)
         lock.release()
 
 
-def _spoken(trial: Trial) -> str:
+def _point_text(trial: Trial) -> str:
     return ", ".join(f"{name}={value}" for name, value in trial.point.items())
 
 
@@ -138,8 +140,8 @@ def _check_metric(plan: Sweep, outcomes: Sequence[Outcome]) -> None:
         raise ConfigError(f"metric.name={name}: no report of a trial has it; they have: {there}")
 
 
-def _check_index(sitting: Sitting, index: int) -> None:
-    if index in sitting.elsewhere:
-        note = sitting.plan.folder / "trials" / f"{index:04d}" / ".holder"
+def _check_index(worker: SweepWorker, index: int) -> None:
+    if index in worker.elsewhere:
+        note = worker.plan.folder / "trials" / f"{index:04d}" / ".holder"
         holder = note.read_text() if note.is_file() else "another process"
         raise RunFolderError(f"trial {index} is being run by {holder}: wait for it, or run another one")

@@ -58,7 +58,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Step:
-    """What one micro-batch of one step offers to a method."""
+    """What one micro-batch of one step micro_steps to a method."""
 
     student: Predictor
     teacher: Predictor  # the net before this concept, without gradient
@@ -75,15 +75,15 @@ class Step:
         noise = self.rng.normal(what, stream.latents.shape[1:])
         return self.backbone.corrupt(stream.latents, noise, time), self.backbone.goal(stream.latents, noise, time)
 
-    def own_latents(self, index: int, steps: int, guidance: float) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    def student_latents(self, index: int, steps: int, guidance: float) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         """Latents [B, C, H, W] that the student draws of the target's prompts, before step `index` of `steps`, their time [B], and those
         prompts: the batch's where a walk begins, and the same to its end.
         """
         walk = self.trajectory
-        if not walk.goes_on_to(index):
+        if not walk.continues_at(index):
             walk.begin(self.rng.normal("trajectory", self.backbone.latent_shape), self.batch.target.prompts, steps)
         cond, empty = self.backbone.embed(walk.prompts), self.empty(len(walk.prompts))
-        latents, time = walk.walk_to(index, steps, self.student, cond, empty, guidance)
+        latents, time = walk.advance_to(index, steps, self.student, cond, empty, guidance)
         return latents, time, walk.prompts
 
     def empty(self, size: int) -> TextCond:

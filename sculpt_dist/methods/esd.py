@@ -57,7 +57,7 @@ class Method(Base):
         config, cond = self.config, step.batch.target.cond
         step.trajectory.latents = None  # every step draws anew
         index = int(step.rng.shared("index") * config.sampler_steps)
-        latents, time, _ = step.own_latents(index, config.sampler_steps, config.guidance)
+        latents, time, _ = step.student_latents(index, config.sampler_steps, config.guidance)
         source = step.original if config.reference == "original" else step.teacher
         empty, with_prompt = source.without_gradient([(latents, time, step.empty(len(latents))), (latents, time, cond)])
         return Losses(

@@ -18,7 +18,7 @@ from sculpt_dist.data.streams import Draws
 from sculpt_dist.engine.zero import DTYPES
 from sculpt_dist.methods.base import LossFunction, Method, Predictor, Setup, Step
 from sculpt_dist.run import build
-from sculpt_dist.run.preflight import META, NOWHERE, check_decoding, check_settings, compare_stored, naming_place
+from sculpt_dist.run.preflight import META, META_GROUP, as_model_error, check_decoding, check_settings, compare_stored
 from sculpt_dist.run.train import Plan
 
 
@@ -55,7 +55,7 @@ def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
 
 def open_backbone(config: RunConfig, prompts: Sequence[ConceptPrompts]) -> Backbone:
     """The run's pipeline on the meta device, its net as wide as the engine's, all prompts embedded. Raises ConfigError and ModelError."""
-    backbone = build.build_backbone(config, NOWHERE)
+    backbone = build.build_backbone(config, META_GROUP)
     _check_prompts(backbone, prompts)
     backbone.net.to(DTYPES[config.engine.precision])
     return backbone
@@ -77,7 +77,7 @@ def shard_elements(sizes: Sequence[int], stage: int, ranks: int) -> int:
 def _check_prompts(backbone: Backbone, prompts: Sequence[ConceptPrompts]) -> None:
     """Pass all prompts of a run through the text encoders; raises ConfigError for one that is too long."""
     texts = [text for concept in prompts for text in (*concept.target, *concept.superclass, *concept.keep)]
-    with naming_place(f"{backbone.folder}, the text encoders"):
+    with as_model_error(f"{backbone.folder}, the text encoders"):
         backbone.embed(texts)
         backbone.embed(["", *(concept.negative for concept in prompts)], negative=True)
 
@@ -122,13 +122,13 @@ def _batch(method: Method, backbone: Backbone, prompts: Sequence[ConceptPrompts]
     )  # distractors are chosen by values: the superclass's shapes stand for theirs
 
 
-class Standing(Trajectory):
+class MetaTrajectory(Trajectory):
     """A trajectory on the meta device: one step tells what all of them would."""
 
-    def walk_to(
+    def advance_to(
         self, index: int, steps: int, denoiser: Denoiser, cond: TextCond, negative: TextCond, guidance: float
     ) -> tuple[Tensor, Tensor]:
-        return super().walk_to(min(index, 1), steps, denoiser, cond, negative, guidance)
+        return super().advance_to(min(index, 1), steps, denoiser, cond, negative, guidance)
 
 
 def loss_functions(method: Method, plan: Plan) -> dict[str, LossFunction]:
@@ -144,9 +144,9 @@ def first_step(
     frozen: Any = torch.no_grad  # of a teacher only the missing gradient can be seen without values
     student, teacher = Predictor(backbone, backbone.net), Predictor(backbone, backbone.net, frozen)
     batch = _batch(method, backbone, prompts, size)
-    with naming_place(f"{backbone.folder / backbone.net_name}, the method's preparation"):
+    with as_model_error(f"{backbone.folder / backbone.net_name}, the method's preparation"):
         method = method.prepare(Setup(0, backbone, plan.updates, prompts[-1]))
-    draws, path = Draws(0, 0, 0, range(size), META), Standing(backbone.schedule)
+    draws, path = Draws(0, 0, 0, range(size), META), MetaTrajectory(backbone.schedule)
     return method, Step(
         student, teacher, teacher if method.needs_original else None, batch, backbone, draws, path, 0, 0.0
     )
@@ -157,7 +157,7 @@ def _try_losses(method: Method, plan: Plan, backbone: Backbone, prompts: Sequenc
     method, step = first_step(method, plan, backbone, prompts, size)
     latents, tokens = list(step.batch.target.latents.shape), list(step.batch.target.cond.tokens.shape)
     for what, function in loss_functions(method, plan).items():
-        with naming_place(f"{backbone.folder / backbone.net_name}, {what} on latents {latents} and tokens {tokens}"):
+        with as_model_error(f"{backbone.folder / backbone.net_name}, {what} on latents {latents} and tokens {tokens}"):
             losses = function(step)
         for name, term in losses.terms.items():
             if term.numel() != 1:

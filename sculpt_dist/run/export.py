@@ -18,7 +18,7 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.run.build import DTYPES
 
 
-def export(
+def export_model(
     config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], folder: Path, group: Group
 ) -> Path:
     """Write `folder` aside and rename it into place; all ranks enter, the first writes, one tensor in memory at a time.

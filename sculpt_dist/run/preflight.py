@@ -24,7 +24,7 @@ from sculpt_dist.run.build import build_backbone, build_method
 from sculpt_dist.run.train import Plan, make_plan
 
 META = torch.device("meta")
-NOWHERE: Any = SimpleNamespace(device=META, on_first=lambda work: work())  # where a run has its group of ranks
+META_GROUP: Any = SimpleNamespace(device=META, on_first=lambda work: work())  # where a run has its group of ranks
 
 
 def check_settings(config: RunConfig, ranks: int) -> tuple[list[ConceptPrompts], Method | Editor, Plan | None, int]:
@@ -49,9 +49,9 @@ def check_model(config: RunConfig, folder: Path) -> None:
 
     Raises ModelError where the components of a pipeline folder do not fit together, or the weights are not those of the settings.
     """
-    backbone = build_backbone(config, NOWHERE, path=str(folder))
+    backbone = build_backbone(config, META_GROUP, path=str(folder))
     compare_stored(backbone, backbone.net)
-    with naming_place(f"{folder}, one prediction of {backbone.net_name} for one prompt"):
+    with as_model_error(f"{folder}, one prediction of {backbone.net_name} for one prompt"):
         cond = backbone.embed([""])
         noisy = torch.empty(1, *backbone.latent_shape, device=META)
         predicted = backbone.denoise(backbone.net, noisy, backbone.sample_time(torch.zeros(1)), cond)
@@ -75,7 +75,7 @@ def compare_stored(backbone: Backbone, net: nn.Module) -> bool:
 
 def check_decoding(backbone: Backbone) -> list[int]:
     """[3, h, w] of a decoded latent."""
-    with naming_place(f"{backbone.folder / 'vae'}, decoding latents {list(backbone.latent_shape)}"):
+    with as_model_error(f"{backbone.folder / 'vae'}, decoding latents {list(backbone.latent_shape)}"):
         image = list(backbone.decode(torch.empty(1, *backbone.latent_shape, device=META)).shape[1:])
     if image != [3, backbone.image_size, backbone.image_size]:
         raise ModelError(
@@ -86,7 +86,7 @@ def check_decoding(backbone: Backbone) -> list[int]:
 
 
 @contextmanager
-def naming_place(where: str) -> Iterator[None]:
+def as_model_error(where: str) -> Iterator[None]:
     """What the libraries say of shapes that do not fit becomes a ModelError that says where."""
     try:
         yield

@@ -76,10 +76,10 @@ def prepared(
     On stage 3 the engine comes first, and its sharded net draws: no rank ever holds the net whole.
     """
     engine = build_engine(config, method, backbone, group) if config.engine.stage == 3 else None
-    return engine, prepare(config, method, backbone, engine, base, run, group, stop)
+    return engine, prepare_samples(config, method, backbone, engine, base, run, group, stop)
 
 
-def prepare(
+def prepare_samples(
     config: RunConfig,
     method: Method,
     backbone: Backbone,

@@ -18,7 +18,7 @@ from sculpt_dist.evaluation.evaluator import check_evaluation, check_prompts
 from sculpt_dist.methods.base import Editor
 from sculpt_dist.run.build import base_fingerprint, build_backbone, build_engine, build_method, join_ranks
 from sculpt_dist.run.costs import Costs
-from sculpt_dist.run.export import export, write_card
+from sculpt_dist.run.export import export_model, write_card
 from sculpt_dist.run.folder import (
     check_checkpoint,
     claim_folder,
@@ -30,7 +30,7 @@ from sculpt_dist.run.folder import (
 from sculpt_dist.run.preflight import check_model
 from sculpt_dist.run.prepare import prepared
 from sculpt_dist.run.train import make_plan
-from sculpt_dist.run.trainer import Sitting, Training
+from sculpt_dist.run.trainer import Session, Trainer
 from sculpt_dist.track.tracker import Tracker, check_tracking
 
 
@@ -85,14 +85,14 @@ def run_sequence(config: RunConfig) -> Run:
                 engine, shards = prepared(config, method, backbone, base, folder, group, stop)
         if group.is_first:
             write_manifest(folder, config, base, shards)
-        sitting = Sitting(config, folder, group, backbone, costs, stop, tracker)
+        session = Session(config, folder, group, backbone, costs, stop, tracker)
         if plan is None:
-            weights = sitting.edit(method, prompts)
+            weights = session.edit(method, prompts)
         else:
             fingerprints["data"] = text_sha256(json.dumps(shards))
             engine = engine or build_engine(config, method, backbone, group)
-            weights = Training(sitting, engine, method, plan, fingerprints).unlearn_all(found)
-        export(config, backbone, weights, folder / "model", group)
+            weights = Trainer(session, engine, method, plan, fingerprints).unlearn_all(found)
+        export_model(config, backbone, weights, folder / "model", group)
         costs.write()
         if group.is_first:
             from sculpt_dist.report.report import write_report

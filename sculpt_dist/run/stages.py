@@ -20,7 +20,7 @@ from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_evaluation, check_prompts, evaluate
 from sculpt_dist.methods.base import Editor
 from sculpt_dist.run.build import base_fingerprint, build_backbone, build_engine, build_method, join_ranks
-from sculpt_dist.run.export import export, write_card
+from sculpt_dist.run.export import export_model, write_card
 from sculpt_dist.run.folder import check_checkpoint, claim_folder, config_fingerprint, release_folder
 from sculpt_dist.run.prepare import prepared
 
@@ -89,7 +89,7 @@ def export_only(config: RunConfig, form: str = "folder", output: Path | None = N
     engine = build_engine(config, method, backbone, group)
     checkpoint.load(found[0], engine.shards, [])
     engine.publish()
-    model = export(config, backbone, engine.full_weights(), folder / "model", group)
+    model = export_model(config, backbone, engine.full_weights(), folder / "model", group)
     if group.is_first and (folder / "report" / "report.json").is_file():
         write_card(folder)
     if form in ADAPTERS:

@@ -84,7 +84,7 @@ def make_plan(config: RunConfig, method: Method) -> Plan:
 
 
 @dataclass
-class Recent:
+class LossWindow:
     """Mean loss terms since the last candidate, and the best candidate so far."""
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class ConceptRun:
     ]  # scores of images that the present weights draw, for methods that ask for them
     teacher: FrozenWeights
     original: FrozenWeights | None
-    recent: Recent
+    recent: LossWindow
     start: list[Tensor]  # this rank's fp32 shards before the concept
     trajectories: list[Trajectory]  # one per micro-batch
     candidate: list[Tensor] | None = None
@@ -145,26 +145,26 @@ def run_concept(
         clock = Clock(engine.group)
         collecting = step < plan.collect
         with clock("data"):
-            offers = [
-                _offer(run, engine, backbone, config, next(batches), step, micro)
+            micro_steps = [
+                _micro_step(run, engine, backbone, config, next(batches), step, micro)
                 for micro in range(config.train.accumulate)
             ]
         terms: dict[str, float] = {}
         loss_functions = [method.saliency] if collecting else method.loss_groups()
         for i, loss_function in enumerate(loss_functions):
             phase = "collect" if collecting else "train" if i == len(loss_functions) - 1 else "capture"
-            for offer in offers:
+            for offer in micro_steps:
                 with clock("forward"):
                     losses = loss_function(offer)
                     for name, mean in engine.agree_finite(losses.terms).items():
-                        terms[name] = terms.get(name, 0.0) + mean / len(offers)
+                        terms[name] = terms.get(name, 0.0) + mean / len(micro_steps)
                 with clock("backward"):
                     engine.backward(losses.total)
                 with clock("step"):
                     engine.step(phase, plan.learning_rate(step), method.combine)
         run.step = step + 1
         with clock("refresh"):
-            tended = _tend_mask(engine, plan, step)
+            tended = _update_mask(engine, plan, step)
         if not collecting:
             _consider_candidate(run, engine, terms)
         log(_entry(run, engine, step, terms, tended, clock))
@@ -179,7 +179,7 @@ def run_concept(
         engine.set_masters(run.candidate)
 
 
-def _offer(
+def _micro_step(
     run: ConceptRun, engine: Engine, backbone: Backbone, config: RunConfig, batch: ConceptBatch, step: int, micro: int
 ) -> Step:
     """What the method gets to see of one micro-batch."""
@@ -197,7 +197,7 @@ def _offer(
     )
 
 
-def _tend_mask(engine: Engine, plan: Plan, step: int) -> dict[str, Any]:
+def _update_mask(engine: Engine, plan: Plan, step: int) -> dict[str, Any]:
     """Build the mask after the last collect step, turn it over when due; returns what there is to tell of it then."""
     mask = engine.mask
     if plan.masked and step + 1 == plan.collect:

@@ -30,12 +30,12 @@ from sculpt_dist.methods.base import Editor, Method, Setup
 from sculpt_dist.run.costs import Costs
 from sculpt_dist.run.folder import check_checkpoint, code_versions
 from sculpt_dist.run.prepare import data_folder, drawn_prompts
-from sculpt_dist.run.train import ConceptRun, Plan, Recent, run_concept
+from sculpt_dist.run.train import ConceptRun, LossWindow, Plan, run_concept
 from sculpt_dist.track.tracker import Tracker, stage_after
 
 
 @dataclass
-class Sitting:
+class Session:
     """One process's stretch of a run, and what every kind of method needs of it."""
 
     config: RunConfig
@@ -75,18 +75,18 @@ class Sitting:
 
 
 @dataclass
-class Training:
-    """A sitting of a method that trains: from the newest checkpoint to the end, or to a stop."""
+class Trainer:
+    """A session of a method that trains: from the newest checkpoint to the end, or to a stop."""
 
-    sitting: Sitting
+    session: Session
     engine: Engine
     method: Method
     plan: Plan
     fingerprints: dict[str, str]  # of what a checkpoint must belong to
 
     def __post_init__(self) -> None:
-        self.config, self.folder, self.group = self.sitting.config, self.sitting.folder, self.sitting.group
-        self.backbone, self.costs = self.sitting.backbone, self.sitting.costs
+        self.config, self.folder, self.group = self.session.config, self.session.folder, self.session.group
+        self.backbone, self.costs = self.session.backbone, self.session.costs
         self.saver = Saver(self.folder / "checkpoints", self.group, self.config.train.background_save)
 
     def unlearn_all(self, found: tuple[Path, dict[str, Any]] | None) -> Iterator[tuple[str, Tensor | None]]:
@@ -102,19 +102,19 @@ class Training:
         self.costs.weights = {"total": total, "trained": trained, "open": opened}
         original = self.engine.snapshot() if self.method.needs_original else None
         first, resumed = self._resume(found)
-        self.sitting.tracker.start(first, resumed["step"] if resumed else 0, self.plan.steps)
+        self.session.tracker.start(first, resumed["step"] if resumed else 0, self.plan.steps)
         if first and resumed is None:
             self._score_after(first - 1)
         elif resumed is None:
-            self.sitting.score(self.engine.net, "before", self.config.concepts)
+            self.session.score(self.engine.net, "before", self.config.concepts)
         for number in range(first, len(self.config.concepts)):
             run = self._concept_run(number, original, resumed)
             resumed = None
             self.backbone.release()  # embeddings are known and latents lie in shards: the encoders' memory is the training's
             with self.saver:
                 with self.costs.counting("train"):
-                    log, save = self.sitting.tracker.log, lambda: self._save(run)  # noqa: B023 (called within this turn)
-                    run_concept(run, self.engine, self.backbone, self.config, log, save, self.sitting.stop)
+                    log, save = self.session.tracker.log, lambda: self._save(run)  # noqa: B023 (called within this turn)
+                    run_concept(run, self.engine, self.backbone, self.config, log, save, self.session.stop)
                 self._save_end(number)
                 self._score_after(number)
         return self.engine.full_weights()
@@ -134,7 +134,7 @@ class Training:
             measure=lambda: self._calibrate(number),
             teacher=self.engine.snapshot(),
             original=original,
-            recent=Recent(),
+            recent=LossWindow(),
             start=start,
             trajectories=[Trajectory(self.backbone.schedule) for _ in range(self.config.train.accumulate)],
         )
@@ -167,7 +167,7 @@ class Training:
         return {name: scores["plain"][name] for name in ("UA", "IRA", "CRA") if scores["plain"][name] is not None}
 
     def _score_after(self, number: int) -> None:
-        self.sitting.score(self.engine.net, stage_after(number), self.config.concepts[: number + 1])
+        self.session.score(self.engine.net, stage_after(number), self.config.concepts[: number + 1])
 
     def _save(self, run: ConceptRun) -> None:
         """A checkpoint within a concept."""
@@ -255,7 +255,7 @@ class Training:
         """Weights, moments, saliency and mask as they were at the saved step; the teacher is made already."""
         filled = checkpoint.load(Path(state["path"]), self.engine.shards, ["candidate"] if state["candidate"] else [])
         self.engine.publish()
-        run.step, run.recent = state["step"], Recent(**state["recent"])
+        run.step, run.recent = state["step"], LossWindow(**state["recent"])
         run.candidate = filled.get("candidate")
         walked, prompts = (
             checkpoint.load_named(Path(state["path"]), kind) for kind in ("trajectory", "trajectory_prompt")

@@ -35,7 +35,7 @@ class Sink(base.Sink):
         self._file.close()
 
 
-def cut_metrics(file: Path, place: tuple[int, int]) -> list[dict[str, Any]]:
+def truncate_metrics(file: Path, place: tuple[int, int]) -> list[dict[str, Any]]:
     """Remove the lines from (concept, step) on, which will be done again, and what a kill cut off; returns those that stay, in order."""
     lines, num_unreadable = read_metrics(file)
     kept = [line for line in lines if (line["concept"], line["step"]) < place]

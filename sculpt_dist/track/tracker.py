@@ -14,7 +14,7 @@ from sculpt_dist.core.errors import ConfigError, StopRequested
 from sculpt_dist.core.plugins import plugin
 from sculpt_dist.report.report import draw_stage
 from sculpt_dist.track.base import DONE, FAILED, STOPPED, Sink
-from sculpt_dist.track.jsonl import cut_metrics
+from sculpt_dist.track.jsonl import truncate_metrics
 
 OPTIONAL = ("wandb", "tensorboard")  # the key of `track`, the file here, the package, and the extra that installs it
 
@@ -55,7 +55,7 @@ class Tracker:
         """Open the trackers where the run goes on: `step` of `concept`, `steps` each."""
         if not self._active:
             return
-        lines = cut_metrics(self._folder / "metrics.jsonl", (concept, step))
+        lines = truncate_metrics(self._folder / "metrics.jsonl", (concept, step))
         self._step = concept * steps + step
         for name in ("jsonl", *_asked_for(self._config)):
             self._sinks.append(plugin("sculpt_dist.track", name, "track").Sink(self._config, self._folder, self._step))
@@ -63,7 +63,7 @@ class Tracker:
         for line in lines:
             if line["concept"] != before:
                 before = line["concept"]
-                self._tell_stage(stage_after(before - 1), line["global_step"], replayed=True)
+                self._log_stage(stage_after(before - 1), line["global_step"], replayed=True)
             for sink in self._sinks:
                 if sink.replays:
                     sink.log(line)
@@ -76,7 +76,7 @@ class Tracker:
 
     def stage(self, stage: str) -> None:
         """The scores and sample grid of a stage (`before`, `after-00`, ...), if it was evaluated; they stand at the step that comes next."""
-        self._tell_stage(stage, self._step, replayed=False)
+        self._log_stage(stage, self._step, replayed=False)
 
     def finish(self) -> None:
         """The report, and the model that lies in the run folder."""
@@ -85,7 +85,7 @@ class Tracker:
             for sink in self._sinks:
                 sink.finish(self._step, report, self._folder / "model")
 
-    def _tell_stage(self, stage: str, step: int, replayed: bool) -> None:
+    def _log_stage(self, stage: str, step: int, replayed: bool) -> None:
         file = self._folder / "evaluation" / stage / "scores.json"
         sinks = [sink for sink in self._sinks if sink.shows and (sink.replays or not replayed)]
         if sinks and file.is_file():

@@ -164,7 +164,7 @@ def _unreachable(url: str) -> str | None:
     """Why the server at `url` gives no answer to the simplest question within PATIENCE, or None. wandb itself would wait much longer."""
     outcome: list[str | None] = []
 
-    def ask() -> None:
+    def reach() -> None:
         request = urllib.request.Request(f"{url.rstrip('/')}/graphql", json.dumps({"query": "{__typename}"}).encode())
         request.add_header("Content-Type", "application/json")
         try:
@@ -175,7 +175,7 @@ def _unreachable(url: str) -> str | None:
         except (OSError, ValueError) as error:
             outcome.append(f"{url}: {getattr(error, 'reason', error)}")
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name server that does not answer heeds no timeout
+    thread = threading.Thread(target=reach, daemon=True)  # a name server that does not answer heeds no timeout
     thread.start()
     thread.join(PATIENCE)
     return outcome[0] if outcome else f"{url}: no answer within {PATIENCE:g} s"

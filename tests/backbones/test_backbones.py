@@ -195,7 +195,7 @@ def test_a_walk_has_at_each_step_the_noise_of_the_time_that_it_tells(folder_with
     told = ours.schedule.first_order(steps).timesteps
     walk.latents = ours.corrupt(clean, noise, told[:1])
     for index in range(1, steps):
-        latents, time = walk.walk_to(
+        latents, time = walk.advance_to(
             index,
             steps,
             lambda noisy, time, both: ours.goal(

@@ -20,7 +20,7 @@ from sculpt_dist.config.schema import Concept, PrepareConfig, PromptsConfig, Run
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
-from sculpt_dist.evaluation.requests import as_batches, asks, evaluated_world
+from sculpt_dist.evaluation.requests import as_batches, evaluated_world, image_requests
 from sculpt_dist.maths.scores import Answers, Target, unlearning_scores
 from sculpt_dist.run.folder import config_fingerprint
 
@@ -98,7 +98,7 @@ def test_a_missing_file_and_a_file_for_no_target_are_told_before_anything_runs(t
         load_config(None, [cat, "evaluate.retain_prompts=x.txt"])
     config = load_config(None, [cat, "evaluate.prompts.unicorn=x.txt"])
     with pytest.raises(ConfigError, match="evaluate.prompts names 'unicorn', which is not evaluated; there are: cat"):
-        asks(config, evaluated_world(config))
+        image_requests(config, evaluated_world(config))
 
 
 def test_whole_prompts_are_the_targets_own_and_templates_serve_the_other_roles(tmp_path):
@@ -144,38 +144,40 @@ def lists(tmp_path: Path) -> RunConfig:
 
 def test_every_line_is_an_image_with_its_own_seed_and_guidance(tmp_path):
     config = lists(tmp_path)
-    house, *cats = (ask for ask in asks(config, evaluated_world(config)) if ask.judged)
+    house, *cats = (request for request in image_requests(config, evaluated_world(config)) if request.judged)
     assert (house.prompt, house.style, house.guidance) == ("a photo of a house in neon style", 0, 4)
-    assert [(ask.prompt, ask.object, ask.style, ask.guidance) for ask in cats] == [
+    assert [(request.prompt, request.object, request.style, request.guidance) for request in cats] == [
         ("x", 1, -1, 2),
         ("y", 1, -1, 4),
         ("x", 1, -1, 4),
         ("z", 1, -1, 2),
     ]
-    assert [cats[i].seed for i in (0, 2, 3)] == [5, 6, 7] and [ask.shown for ask in cats] == [
+    assert [cats[i].seed for i in (0, 2, 3)] == [5, 6, 7] and [request.shown for request in cats] == [
         "cat--none.png",
         None,
         None,
         None,
     ]
-    assert cats[0].prompt_id == cats[2].prompt_id and len({ask.prompt_id for ask in (house, *cats)}) == 4
-    retained = [ask for ask in asks(config, evaluated_world(config)) if not ask.judged]
-    assert [ask.prompt for ask in retained] == ["p", "q", "p"] and len({ask.seed for ask in retained}) == 3
+    assert cats[0].prompt_id == cats[2].prompt_id and len({request.prompt_id for request in (house, *cats)}) == 4
+    retained = [request for request in image_requests(config, evaluated_world(config)) if not request.judged]
+    assert [request.prompt for request in retained] == ["p", "q", "p"] and len(
+        {request.seed for request in retained}
+    ) == 3
 
 
 def test_a_batch_has_one_guidance_and_is_judged_whole_or_not_at_all(tmp_path):
     config = lists(tmp_path)
-    wanted = asks(config, evaluated_world(config))
+    wanted = image_requests(config, evaluated_world(config))
     batches = as_batches(wanted, 2)
-    assert [[ask.prompt for ask in batch] for batch in batches] == [
+    assert [[request.prompt for request in batch] for batch in batches] == [
         ["a photo of a house in neon style"],
         ["x", "z"],
         ["y", "x"],
         ["p", "q"],
         ["p"],
     ]
-    assert all(len({(ask.guidance, ask.judged, ask.listed) for ask in batch}) == 1 for batch in batches)
-    templates = asks(load_config(None, ["evaluate.images=3"]), evaluated_world(load_config(None, [])))
+    assert all(len({(request.guidance, request.judged, request.listed) for request in batch}) == 1 for batch in batches)
+    templates = image_requests(load_config(None, ["evaluate.images=3"]), evaluated_world(load_config(None, [])))
     assert sum(as_batches(templates, 7), []) == templates and len(templates) == 180  # noqa: RUF017 (a few lists)
 
 
@@ -301,7 +303,7 @@ def test_names_and_templates_take_turns_so_that_few_samples_hold_all_of_them(tem
 def test_the_prompts_of_a_list_are_embedded_for_their_own_batch_alone():
     backbone = Backbone(CANVAS, torch.float32, torch.device("cpu"))
     kept = backbone.embed(["a cat"])
-    with backbone.forgetting():
+    with backbone.temporary_embeddings():
         once = backbone.embed(["a cat", "a dog"])
     backbone.encode_prompts = None  # nothing can be embedded any more
     assert torch.equal(backbone.embed(["a cat"]).tokens, kept.tokens) and torch.equal(once.tokens[:1], kept.tokens)

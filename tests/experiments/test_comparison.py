@@ -19,12 +19,12 @@ from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.experiments.compare import (
     checked_configs,
-    compare,
     comparison_cells,
     finished,
     finished_report,
     read_comparison,
     read_record,
+    run_comparison,
 )
 from sculpt_dist.experiments.jobs import Job, _guard, run_jobs
 from sculpt_dist.experiments.tables import _of_targets, _relapse, _scores
@@ -213,7 +213,7 @@ def test_the_shipped_record_is_of_cells_as_they_are_defined_now():
 )
 def test_what_cannot_work_is_told_before_anything_runs(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
-        compare(written(tmp_path, change))
+        run_comparison(written(tmp_path, change))
     assert not (tmp_path / "runs").exists()
 
 
@@ -240,7 +240,7 @@ def test_a_setpriv_without_the_option_guards_nothing(tmp_path, monkeypatch):
 
 def test_a_shard_outside_of_its_count_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="shard 4/4"):
-        compare(written(tmp_path), shard=(4, 4))
+        run_comparison(written(tmp_path), shard=(4, 4))
     assert "write i/n" in sculpt("compare", str(written(tmp_path)), "--shard", "a/2", code=2)
 
 

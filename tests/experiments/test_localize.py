@@ -9,7 +9,7 @@ from harness import PROJECT, sculpt
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.experiments.localize import block_runs, localize
+from sculpt_dist.experiments.localize import block_runs, run_localization
 
 CONFIG = PROJECT / "configs" / "canvas" / "surgun.yaml"
 TINY = [
@@ -39,7 +39,7 @@ def test_there_is_a_run_for_every_block_that_has_attention(arch, blocks):
 
 def test_blocks_are_judged_by_templates_alone_and_at_least_one_is_chosen(tmp_path):
     with pytest.raises(ConfigError, match="--best 0"):
-        localize(CONFIG, [], best=0)
+        run_localization(CONFIG, [], best=0)
     file = tmp_path / "listed.yaml"
     file.write_text(
         f"include: {CONFIG}\nevaluate: {{prompts: {{cat: cats.csv}}, retain_prompts: coco.csv, reference: canvas, clip: some-folder}}\n"
@@ -63,7 +63,7 @@ def test_what_the_user_says_of_the_short_runs_is_heeded():
 )
 def test_what_cannot_be_localized_is_told(file, overrides, index, message):
     with pytest.raises(ConfigError, match=message):
-        localize(PROJECT / "configs" / "canvas" / file, overrides, index=index)
+        run_localization(PROJECT / "configs" / "canvas" / file, overrides, index=index)
 
 
 @pytest.mark.slow

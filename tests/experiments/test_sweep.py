@@ -26,12 +26,12 @@ from sculpt_dist.experiments.ledger import (
     claim_trial,
     known_trials,
     outcome,
-    tell,
+    record_outcome,
     trial_of,
     write_failure,
 )
 from sculpt_dist.experiments.summary import as_markdown, summary_rows, write_summary
-from sculpt_dist.experiments.sweep import sweep, trial_arguments
+from sculpt_dist.experiments.sweep import run_sweep, trial_arguments
 from sculpt_dist.experiments.trials import read_sweep
 from sculpt_dist.run.folder import config_fingerprint
 
@@ -259,7 +259,7 @@ def test_bayes_keeps_the_point_of_a_trial_and_how_it_ended(tmp_path):
     claim_sweep(plan)
     trials = [trial_of(plan, index) for index in (0, 7, 1)]
     pretended(trials[1], UA=1.0, IRA=0.5, CRA=1.0)
-    tell(plan, outcome(trials[1]))
+    record_outcome(plan, outcome(trials[1]))
     entries = {
         entry["trial"]: (entry["state"], entry["value"])
         for entry in map(json.loads, (plan.folder / "points.jsonl").read_text().splitlines())
@@ -347,16 +347,16 @@ def test_bayes_says_when_every_point_was_tried(tmp_path):
 )
 def test_what_cannot_work_is_told_before_anything_runs(tmp_path, before, after, message):
     with pytest.raises(ConfigError, match=message):
-        sweep(written(tmp_path, (before, after)), folder=tmp_path / "out")
+        run_sweep(written(tmp_path, (before, after)), folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_bayes_refuses_probabilities_and_ends_that_cannot_work(tmp_path):
     chances = ("{values: [0.3, 1.0]}", "{values: [0.3, 1.0], probabilities: [0.5, 0.5]}")
     with pytest.raises(ConfigError, match="remove the probabilities"):
-        sweep(written(tmp_path, *BAYES, chances), folder=tmp_path / "out")
+        run_sweep(written(tmp_path, *BAYES, chances), folder=tmp_path / "out")
     with pytest.raises(ConfigError, match="train.lr=0.0: must be greater"):
-        sweep(
+        run_sweep(
             written(tmp_path, BAYES[0], ("{values: [1.0e-3, 1.0e-2]}", "{distribution: normal}")),
             folder=tmp_path / "out",
         )
@@ -365,20 +365,20 @@ def test_bayes_refuses_probabilities_and_ends_that_cannot_work(tmp_path):
 def test_an_index_outside_is_told_how_many_trials_there_are(tmp_path):
     for index in (4, -1):
         with pytest.raises(ConfigError, match=f"index={index}: the sweep has 4 trials, 0 to 3"):
-            sweep(written(tmp_path), folder=tmp_path / "out", index=index)
+            run_sweep(written(tmp_path), folder=tmp_path / "out", index=index)
 
 
 def test_a_folder_of_another_sweep_is_refused(tmp_path):
-    sweep(written(tmp_path), folder=tmp_path / "out", run=False)
-    sweep(
+    run_sweep(written(tmp_path), folder=tmp_path / "out", run=False)
+    run_sweep(
         written(tmp_path, ("goal: maximize", "goal: minimize"), ("method: grid", "method: grid\nrun_cap: 3")),
         folder=tmp_path / "out",
         run=False,
     )
     with pytest.raises(RunFolderError, match="holds another sweep .parameters: .*choose another --folder"):
-        sweep(written(tmp_path, ("[0.3, 1.0]", "[0.3, 0.9]")), folder=tmp_path / "out", run=False)
+        run_sweep(written(tmp_path, ("[0.3, 1.0]", "[0.3, 0.9]")), folder=tmp_path / "out", run=False)
     with pytest.raises(RunFolderError, match="overrides: .*train.clip=1"):
-        sweep(written(tmp_path), ["train.clip=1"], folder=tmp_path / "out", run=False)
+        run_sweep(written(tmp_path), ["train.clip=1"], folder=tmp_path / "out", run=False)
 
 
 def test_a_metric_that_no_report_has_is_told(tmp_path):
@@ -386,7 +386,7 @@ def test_a_metric_that_no_report_has_is_told(tmp_path):
     plan = read_sweep(file, folder=tmp_path / "out")
     pretended(plan.trial(0, plan.point(0)), UA=1.0, IRA=0.5, CRA=None)
     with pytest.raises(ConfigError, match="metric.name=CRA: no report of a trial has it; they have: UA, IRA"):
-        sweep(file, folder=tmp_path / "out", run=False)
+        run_sweep(file, folder=tmp_path / "out", run=False)
 
 
 def test_a_trial_that_another_process_has_is_refused_by_name(tmp_path):
@@ -398,7 +398,7 @@ def test_a_trial_that_another_process_has_is_refused_by_name(tmp_path):
     note.parent.mkdir()
     note.write_text("process 4711 on node7, Slurm job 12")
     with pytest.raises(RunFolderError, match="trial 2 is being run by process 4711 on node7, Slurm job 12"):
-        sweep(file, folder=tmp_path / "out", index=2)
+        run_sweep(file, folder=tmp_path / "out", index=2)
     lock.release()
     assert claim_trial(plan, 2) is not None
 
@@ -436,7 +436,7 @@ def test_the_summary_has_the_best_first_and_the_front(tmp_path):
     with pytest.raises(
         ConfigError, match="1 of 4 trials failed: trial 2: NonFiniteError.*remove .*0002.failed to run it again"
     ):
-        sweep(tmp_path / "sweep.yaml", folder=tmp_path / "out", index=2)
+        run_sweep(tmp_path / "sweep.yaml", folder=tmp_path / "out", index=2)
 
 
 def test_the_metric_may_be_minimised(tmp_path):

@@ -242,16 +242,16 @@ def test_a_trajectory_goes_on_by_one_step_or_starts_afresh():
     trajectory, start = Trajectory(LinearBackbone.schedule), torch.randn(2, 1, 2, 2)
     arguments = (10, denoiser, cond(5.0), cond(EMPTY), 3.0)
     times = LinearBackbone.schedule.first_order(10).timesteps.tolist()
-    assert not trajectory.goes_on_to(0) and not trajectory.goes_on_to(1)
+    assert not trajectory.continues_at(0) and not trajectory.continues_at(1)
     trajectory.begin(start, ["p", "q"], 10)
-    third, time = trajectory.walk_to(3, *arguments)
+    third, time = trajectory.advance_to(3, *arguments)
     assert calls == times[:3] and time.tolist() == [times[3]] * 2
-    assert [index for index in range(10) if trajectory.goes_on_to(index)] == [4]
-    fourth, _ = trajectory.walk_to(4, *arguments)
+    assert [index for index in range(10) if trajectory.continues_at(index)] == [4]
+    fourth, _ = trajectory.advance_to(4, *arguments)
     assert calls == times[:4]
     again = Trajectory(LinearBackbone.schedule)
     again.begin(start, ["p", "q"], 10)
-    assert torch.equal(fourth, again.walk_to(4, *arguments)[0]) and not torch.equal(third, fourth)
+    assert torch.equal(fourth, again.advance_to(4, *arguments)[0]) and not torch.equal(third, fourth)
 
 
 def test_a_walk_keeps_the_prompts_that_it_began_with(monkeypatch):

@@ -21,7 +21,7 @@ from sculpt_dist.engine.masked import MaskedAdamW
 from sculpt_dist.engine.shards import Fragment, Shard
 from sculpt_dist.methods import kscu, uce
 from sculpt_dist.run.build import build_method
-from sculpt_dist.run.train import Plan, _tend_mask, make_plan
+from sculpt_dist.run.train import Plan, _update_mask, make_plan
 
 PRESETS = PROJECT / "configs" / "presets"
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"
@@ -50,7 +50,7 @@ class Masked:
         self.optimizer.param_groups[0]["lr"] = self.plan.learning_rate(number)
         self.shard.master.grad = torch.tensor(gradient)
         self.optimizer.step()
-        return _tend_mask(SimpleNamespace(mask=self.mask, optimizer=self.optimizer), self.plan, number).get(
+        return _update_mask(SimpleNamespace(mask=self.mask, optimizer=self.optimizer), self.plan, number).get(
             "swapped", 0
         )
 

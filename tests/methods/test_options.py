@@ -25,7 +25,7 @@ from sculpt_dist.methods.base import Predictor
 from sculpt_dist.methods.dm_cal import Config, Method
 from sculpt_dist.run.build import build_backbone, build_engine, build_method
 from sculpt_dist.run.prepare import data_folder
-from sculpt_dist.run.train import Plan, Recent, _consider_candidate, make_plan
+from sculpt_dist.run.train import LossWindow, Plan, _consider_candidate, make_plan
 from sculpt_dist.run.trainer import concept_streams
 
 CANVAS = PROJECT / "configs" / "canvas"
@@ -345,7 +345,7 @@ def test_saliency_starts_anew_when_the_mask_is_built():
 
 def test_the_published_result_is_the_candidate_that_forgets_best():
     method = Method(Config(reference_compat=True))
-    run = SimpleNamespace(method=method, plan=SimpleNamespace(updates=450), recent=Recent(), candidate=None)
+    run = SimpleNamespace(method=method, plan=SimpleNamespace(updates=450), recent=LossWindow(), candidate=None)
     means = [9.0, 4.0, 2.0, 3.0, 2.5, 2.0, 8.0, 1.0, 7.0]  # of the ninths
     for update in range(450):
         spread = 0.5 if update % 2 else -0.5

@@ -16,7 +16,7 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.masked import ShardedVector
 from sculpt_dist.maths.losses import mse
 from sculpt_dist.run.build import build_backbone, build_engine, build_method
-from sculpt_dist.run.export import export
+from sculpt_dist.run.export import export_model
 
 STEPS, BATCH = 8, 4
 
@@ -174,7 +174,7 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
 
     # The export loads in plain diffusers and predicts what the student does.
     student = backbone.denoise(engine.net, clean[0], time[0], cond)
-    folder = export(config, backbone, engine.full_weights(), out.parent / f"{out.stem}-model", group)
+    folder = export_model(config, backbone, engine.full_weights(), out.parent / f"{out.stem}-model", group)
     if group.is_first:
         from diffusers import DiffusionPipeline
 

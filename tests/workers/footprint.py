@@ -25,7 +25,7 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.methods.base import Setup
 from sculpt_dist.run.build import build_backbone, build_engine, build_method
-from sculpt_dist.run.train import ConceptRun, Recent, make_plan, run_concept
+from sculpt_dist.run.train import ConceptRun, LossWindow, make_plan, run_concept
 
 
 class Peak:
@@ -79,7 +79,7 @@ def main(overrides: list[str]) -> None:
         measure=dict,
         teacher=engine.snapshot(),
         original=engine.snapshot() if method.needs_original else None,
-        recent=Recent(),
+        recent=LossWindow(),
         start=start,
         trajectories=[Trajectory(backbone.schedule) for _ in range(config.train.accumulate)],
     )

@@ -21,8 +21,8 @@ from sculpt_dist.engine import zero
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.run.build import build_backbone, build_engine, build_method
-from sculpt_dist.run.export import export
-from sculpt_dist.run.train import ConceptRun, Recent, make_plan, run_concept
+from sculpt_dist.run.export import export_model
+from sculpt_dist.run.train import ConceptRun, LossWindow, make_plan, run_concept
 
 
 def memory(kind: str) -> int:
@@ -133,7 +133,7 @@ def main(model: Path, out: Path) -> None:
         dict,
         engine.snapshot(),
         None,
-        Recent(),
+        LossWindow(),
         [],
         [Trajectory(backbone.schedule)],
     )
@@ -159,7 +159,7 @@ def main(model: Path, out: Path) -> None:
             moved, kept = moved + int((~same).sum()), kept + int((~opened).sum())
     told |= {"moved": moved, "closed": kept}
     told.add("check")
-    export(config, backbone, engine.full_weights(), out, group)
+    export_model(config, backbone, engine.full_weights(), out, group)
     told.add("export")
     ranks = group.to_all(dict(told))
     if group.is_first:

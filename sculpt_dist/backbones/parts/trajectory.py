@@ -30,7 +30,7 @@ class Trajectory:
         self.latents: Tensor | None = None  # [B, C, H, W]
         self.prompts: tuple[str, ...] = ()  # B, which the latents are drawn of
 
-    def goes_on_to(self, index: int) -> bool:
+    def continues_at(self, index: int) -> bool:
         """Whether `index` is the next step; else a walk begins anew."""
         return self.latents is not None and index == self.index + 1
 
@@ -39,7 +39,7 @@ class Trajectory:
         self.latents, self.index = self.schedule.first_latents(self.schedule.first_order(steps), noise), 0
         self.prompts = tuple(prompts)
 
-    def walk_to(
+    def advance_to(
         self, index: int, steps: int, denoiser: Denoiser, cond: TextCond, negative: TextCond, guidance: float
     ) -> tuple[Tensor, Tensor]:
         """(latents [B, C, H, W], their time [B]) before step `index` of `steps`, drawn without gradient. All ranks walk the same steps."""

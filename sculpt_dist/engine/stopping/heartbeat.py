@@ -11,7 +11,7 @@ from sculpt_dist.engine.group import Group
 PATIENCE = 2.5  # seconds; a rank beats about once a second
 
 
-class Beats:
+class Heartbeat:
     """Every rank tells the others, through the ranks' meeting point, that it lives and how many collectives it has entered.
 
     Alone there is nobody to tell. When the meeting point is gone, its holder (rank 0, or the launcher on its node) is.
@@ -49,7 +49,7 @@ class Beats:
         """Which rank the others were waiting for, in words."""
         silent = self.silent()
         if silent:
-            return say_silent(silent)
+            return describe_silent(silent)
         entered = {rank: int(told.split()[1]) for rank, told in enumerate(self._read() or [])}
         late = [rank for rank, count in entered.items() if count == min(entered.values())]
         if entered and len(late) < len(entered):
@@ -65,7 +65,7 @@ class Beats:
             return None
 
 
-def say_silent(ranks: list[int]) -> str:
+def describe_silent(ranks: list[int]) -> str:
     """What is known of ranks that gave no sign of life, in words."""
     return f"{_ranks(ranks)} died or was stopped (no sign of life)"
 

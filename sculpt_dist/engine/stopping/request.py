@@ -18,7 +18,7 @@ from sculpt_dist.core.errors import StopRequested
 from sculpt_dist.core.files import append_line
 from sculpt_dist.core.signals import STOPPING, early
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.stopping.heartbeat import Beats, say_silent
+from sculpt_dist.engine.stopping.heartbeat import Heartbeat, describe_silent
 
 STOP_FILE, REQUEUE_FILE, LOG_FILE = "STOP", "REQUEUE", "log.txt"
 TICK = 1.0  # seconds between looks at the stop file
@@ -39,7 +39,7 @@ class StopRequest:
         self.group, self.folder, self.grace = group, folder, grace
         self.came, self.by_file, self.agreed_on = False, False, False
         self.failing = False  # an error has ended the work: it will say why, and the process end
-        self.beats = Beats(group)
+        self.heartbeat = Heartbeat(group)
         self._since = time.monotonic()
         self._closing = threading.Event()
         self._before: dict[int, Any] = {}
@@ -104,7 +104,7 @@ class StopRequest:
                     return
                 if any(number in numbers for number in STOPPING):
                     self._note()
-            self.beats.beat()
+            self.heartbeat.beat()
             if self.group.is_first and not self.came and (self.folder / STOP_FILE).exists():
                 self.by_file = True
                 self._note()
@@ -113,10 +113,10 @@ class StopRequest:
 
     def _leave_when_hopeless(self) -> None:
         waited = time.monotonic() - self._since
-        silent = self.beats.silent()
+        silent = self.heartbeat.silent()
         if self._closing.is_set() or self.agreed_on or self.failing or not (silent or waited > self.grace):
             return
-        why = say_silent(silent) if silent else f"no step has ended for {waited:.0f} s"
+        why = describe_silent(silent) if silent else f"no step has ended for {waited:.0f} s"
         told = f"rank {self.group.rank}: asked to stop, and left without saving: {why}; the last checkpoint stays"
         append_line(self.folder / LOG_FILE, f"{CAUSE}{told}" if silent else told)
         if silent:

@@ -42,7 +42,7 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
             except Exception as error:
                 stop.failing = True  # or a launcher's SIGTERM would be taken for a wish to go on later
                 if is_lost_connection(error):
-                    culprit = stop.beats.culprit()
+                    culprit = stop.heartbeat.culprit()
                     _say_cause(log, began, f"{culprit}; seen by rank {group.rank}: {_first_line(error)}")
                 else:
                     append_line(

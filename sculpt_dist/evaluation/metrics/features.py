@@ -21,7 +21,7 @@ BATCH = 32  # reference images whose features are taken together
 DRAWN = 20  # drawings per object and style
 
 
-class Given(nn.Module):
+class IdentityFeatures(nn.Module):
     """The feature network for torchmetrics: it is given features in place of images, and hands them on.
 
     So the features of the reference are taken once for all metrics, and the encoder stays where it is.

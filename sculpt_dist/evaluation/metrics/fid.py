@@ -13,7 +13,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.evaluation.metrics.base import Metric
-from sculpt_dist.evaluation.metrics.features import Features, Given
+from sculpt_dist.evaluation.metrics.features import Features, IdentityFeatures
 
 SUMS = ("fake_features_sum", "fake_features_cov_sum", "fake_features_num_samples")  # what torchmetrics calls them
 
@@ -32,7 +32,7 @@ class Score(Metric):
         """`reference` holds the features of at least 2 images, float64 [N, D]."""
         self._features = features
         # Each rank computes from sums over all ranks; left to itself, torchmetrics would add the ranks up once more.
-        self._fid = FrechetInceptionDistance(feature=Given(reference.shape[1]), sync_on_compute=False)
+        self._fid = FrechetInceptionDistance(feature=IdentityFeatures(reference.shape[1]), sync_on_compute=False)
         self._fid.update(reference, real=True)
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:

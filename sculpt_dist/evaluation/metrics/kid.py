@@ -15,7 +15,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.evaluation.metrics.base import Metric
-from sculpt_dist.evaluation.metrics.features import Features, Given
+from sculpt_dist.evaluation.metrics.features import Features, IdentityFeatures
 
 SUBSET_SIZE = 1000  # images of each set that are compared at once, and
 SUBSETS = 100  # how often others are picked; both are torchmetrics' defaults, and the paper's size
@@ -73,7 +73,7 @@ def _kernel_distance(reference: Tensor, drawn: Tensor) -> float:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features")
         kid = KernelInceptionDistance(
-            Given(reference.shape[1]), subsets, size, sync_on_compute=False
+            IdentityFeatures(reference.shape[1]), subsets, size, sync_on_compute=False
         )  # the ranks are joined already
     kid.update(reference, real=True)
     kid.update(drawn, real=False)
