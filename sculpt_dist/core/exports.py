@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_exports(
+    package: str, names: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """The `__getattr__` and `__dir__` of a package whose public names live in its submodules.
 
-    `homes` maps each public name to the submodule that defines it. A package repeats these names in an
-    `if TYPE_CHECKING:` block, which is what editors and mypy read.
+    `names` maps each submodule to the names that it gives. The package imports the same names under
+    `if TYPE_CHECKING:`, which is what editors and mypy read.
     """
+    homes = {name: module for module, members in names.items() for name in members}
 
     def get(name: str) -> Any:
         if name not in homes:
