@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# With fewer than three members a superclass prompt draws the target in half of its images, and temporary_embeddings stalls.
+# With fewer than three members a superclass prompt draws the target in half of its images, and forgetting stalls.
 SUPERCLASSES: dict[str, tuple[str, ...]] = {
     "animal": ("cat", "fish", "bird"),
     "plant": ("flower", "tree", "cactus"),

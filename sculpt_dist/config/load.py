@@ -23,6 +23,7 @@ from sculpt_dist.core.errors import ConfigError
 Section = TypeVar("Section")
 CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
+    "train.schedule": ("one_cycle", "cosine", "linear", "constant"),
     "mask.scope": ("matrix", "global"),
     "mask.saliency": ("abs_sum", "sum_abs", "sum_sq", "random"),
     "engine.stage": (0, 1, 2, 3),

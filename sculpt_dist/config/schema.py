@@ -1,4 +1,7 @@
-"""The sections of a configuration, and those of a comparison and a sweep: each key with its default, its meaning and its unit."""
+"""The keys of a run's configuration. Each field has a default and, beneath it, a sentence that says what it does.
+
+`sculpt-dist config` and the documentation print these sentences (see reference.py), so no key goes without one.
+"""
 
 from __future__ import annotations
 
@@ -10,37 +13,46 @@ from omegaconf import MISSING
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: str | None = (
-        None  # diffusers folder, hub id or single .safetensors file; null = the shipped canvas model of `arch`
-    )
+    """The checkpoint to change."""
+
+    path: str | None = None
+    """Diffusers folder, hub id or single .safetensors file; null takes the shipped canvas model of `arch`."""
     arch: str = "sd15"
-    revision: str | None = None  # of a hub id
-    config: str | None = (
-        None  # of a single file: folder or hub id of the same kind, for settings and tokenizers; null = the public one
-    )
-    dtype: str = (
-        "float32"  # of the frozen parts, of drawing (but on stage 3, where the sharded net draws), and of the export
-    )
-    image_size: int | None = None  # pixels, height = width; null = what the net was made for
-    original_size: tuple[int, int] | None = (
-        None  # sdxl's size conditions, (height, width); null = the image size, or an own image's
-    )
-    crop: tuple[int, int] | None = None  # sdxl, (top, left); null = none, or an own image's
-    target_size: tuple[int, int] | None = None  # sdxl, (height, width); null = the image size
-    cut_prompts: bool = (
-        False  # cut a prompt that is too long for the text encoder, with a warning, instead of refusing it
-    )
+    """Kind of model: the name of a file in sculpt_dist/backbones, such as sd15, sdxl or sana."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    config: str | None = None
+    """For a single file: folder or hub id with settings and tokenizers of the same kind; null takes the public model's."""
+    dtype: str = "float32"
+    """Type of the frozen parts, of drawing (on stage 3 the sharded net draws instead) and of the export: float32, bfloat16
+    or float16."""
+    image_size: int | None = None
+    """Height and width in pixels; null takes the size that the net was made for."""
+    original_size: tuple[int, int] | None = None
+    """SDXL's size condition (height, width) in pixels; null takes the image size, or the size of your own image."""
+    crop: tuple[int, int] | None = None
+    """SDXL's crop condition (top, left) in pixels; null means no crop, or that of your own image."""
+    target_size: tuple[int, int] | None = None
+    """SDXL's target size (height, width) in pixels; null takes the image size."""
+    cut_prompts: bool = False
+    """Truncate a prompt that is too long for the text encoder, with a warning, instead of refusing it."""
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One concept to forget, or the name of a style with `kind: style`."""
+    """One concept to forget: an object, or a style with `kind: style`."""
 
     target: str = MISSING
-    superclass: str | None = None  # an object needs one; a style without one turns into the style-free prompt
+    """The concept to forget."""
+    superclass: str | None = None
+    """The broader class that the target turns into; required for an object. A style without one turns into the
+    style-free prompt."""
     kind: str = "object"
-    prompts: list[str] | None = None  # templates with {concept}; null = prepare.prompts of this kind
-    keep: list[str] = field(default_factory=list)  # concepts of the same kind to hold in place by distillation
+    """object or style."""
+    prompts: list[str] | None = None
+    """Prompt templates with {concept}; null takes prepare.prompts of this kind."""
+    keep: list[str] = field(default_factory=list)
+    """Concepts of the same kind that distillation holds in place."""
 
 
 @dataclass(frozen=True)
@@ -48,190 +60,200 @@ class PromptsConfig:
     """Templates: {concept} is replaced; text in [square brackets] is dropped when a style has no superclass."""
 
     object: list[str] = field(default_factory=lambda: ["a photo of {concept}"])
+    """Templates for objects."""
     style: list[str] = field(default_factory=lambda: ["a photo[ in {concept} style]"])
-    files: dict[str, str] = field(
-        default_factory=dict
-    )  # target -> .txt or .csv of whole prompts for its samples; prepare.samples of them
+    """Templates for styles."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Target -> .txt or .csv file of whole prompts for its samples; the first prepare.samples of them are used."""
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    samples: int = 100  # per concept and stream
+    """The training samples, which the base model draws before training."""
+
+    samples: int = 100
+    """Samples per concept and stream."""
     steps: int = 50
+    """Sampler steps per sample."""
     guidance: float = 7.5
-    batch: int = 16  # samples drawn together, and the size of a shard
-    images: str | None = None  # folder with one subfolder of images per concept name, used instead of drawing
+    """Classifier-free guidance scale of the sampler."""
+    batch: int = 16
+    """Samples drawn together; also the number of samples in a shard."""
+    images: str | None = None
+    """Folder with one subfolder of your images per concept name, used instead of drawing."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    """Prompt templates."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 450  # updates per concept, after the collect steps
-    batch: int = 2  # per stream, global over ranks and accumulation
+    """The optimisation of one concept."""
+
+    steps: int = 450
+    """Updates per concept, after the collect steps."""
+    batch: int = 2
+    """Samples per stream and update, over all ranks and accumulation steps."""
     accumulate: int = 1
+    """Micro-batches per update on each rank."""
     lr: float = 3e-6
-    warmup: float = 0.3  # share of the updates in which the one-cycle schedule rises
+    """Peak learning rate."""
+    warmup: float = 0.3
+    """Share of the updates in which the learning rate rises to its peak."""
+    schedule: str = "one_cycle"
+    """Learning rate after the warm-up: one_cycle (torch's cosine cycle), cosine (to 0), linear (to 0) or constant."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moment."""
     weight_decay: float = 0.0
-    clip: float = 0.0  # norm of the masked gradient; 0 = no clipping
+    """Decoupled weight decay of open weights."""
+    clip: float = 0.0
+    """Largest norm of the masked gradient; 0 means no clipping."""
     seed: int = 0
-    checkpoint_every: float = 60.0  # seconds; 0 = only at each concept's end
-    background_save: bool = (
-        True  # write checkpoints beside the training, from a copy in memory; false: no copy, the training waits
-    )
-    workers: int = 0  # loader processes per rank
+    """Seed of all samples, noise and order."""
+    checkpoint_every: float = 60.0
+    """Seconds between checkpoints; 0 saves only at each concept's end."""
+    background_save: bool = True
+    """Write checkpoints beside the training from a copy in memory; false makes no copy, and training waits."""
+    workers: int = 0
+    """Loader processes per rank."""
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    keep: float = 0.5  # share of the weights that may move
-    scope: str = "matrix"  # matrix or global
-    collect: float = 50  # steps before training; below 1: share of train.steps
-    refresh: float = 100  # updates between turnovers; below 1: share of train.steps; 0 = static mask
-    turnover: float = 0.2  # share of open weights swapped at a refresh, decayed by a cosine; 0 = static mask
-    until: float = 0.8  # no turnover after this progress
-    saliency: str = "abs_sum"  # abs_sum |sum g|, sum_abs sum |g|, sum_sq sum g^2, random
+    """The dynamic gradient mask: which weights may move."""
+
+    keep: float = 0.5
+    """Share of the weights that may move; 1 means no mask."""
+    scope: str = "matrix"
+    """Where the share is counted: matrix (in each matrix) or global (over all of them)."""
+    collect: float = 50
+    """Steps that collect saliency before training; below 1, a share of train.steps."""
+    refresh: float = 100
+    """Updates between turnovers; below 1, a share of train.steps; 0 means a static mask."""
+    turnover: float = 0.2
+    """Share of open weights swapped at a refresh, decayed by a cosine; 0 means a static mask."""
+    until: float = 0.8
+    """Progress (0 to 1) after which the mask stays as it is."""
+    saliency: str = "abs_sum"
+    """Statistic that ranks weights: abs_sum |sum g|, sum_abs sum |g|, sum_sq sum g^2, or random."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    stage: int = 2  # ZeRO stage 0-3
-    precision: str = "fp32"  # fp32 or bf16
-    moments: str = "all"  # of which weights Adam's moments are held: all, or open (less memory, the same result)
-    kernel: str = "auto"  # who computes the masked step: plain (torch), fused (C on a CPU, Triton on a GPU), auto = fused where it can
-    gathered: float = (
-        1e9  # parameters that stage 3 holds whole at a time, at most; fewer take less memory and more time
-    )
-    checkpointing: bool = False  # activations are computed again in the backward: less memory, about a third more time
-    compile: bool = (
-        False  # torch.compile of the net for the training; its first steps then take minutes; not on stage 3
-    )
-    timeout: float = 600.0  # seconds that a collective may wait
-    grace: float = 60.0  # seconds from a request to stop to the end of the step; a rank that still waits then leaves without saving
+    """How the work is spread over ranks, and what it costs."""
+
+    stage: int = 2
+    """ZeRO stage, 0 to 3."""
+    precision: str = "fp32"
+    """Precision of the trained net: fp32, or bf16 (stages 2 and 3)."""
+    moments: str = "all"
+    """Weights for which Adam's moments are kept: all, or open (less memory, the same result)."""
+    kernel: str = "auto"
+    """Implementation of the masked step: plain (torch), fused (C on a CPU, Triton on a GPU), or auto = fused where it works."""
+    gathered: float = 1e9
+    """Parameters that stage 3 holds whole at a time, at most; fewer take less memory and more time."""
+    checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the net with torch.compile for training (not on stage 3); the first steps then take minutes."""
+    timeout: float = 600.0
+    """Seconds that a collective may wait."""
+    grace: float = 60.0
+    """Seconds from a request to stop to the end of the step; a rank that still waits then leaves without saving."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """The images that are drawn and scored before, between and after the concepts."""
+
     enabled: bool = True
-    images: int = 10  # per object x style pair, plain prompts
-    paraphrase_images: int = 2  # per object x style pair and paraphrase
+    """Whether to draw and score images at all."""
+    images: int = 10
+    """Images per object and style, plain prompts."""
+    paraphrase_images: int = 2
+    """Images per object, style and paraphrase."""
     steps: int = 25
+    """Sampler steps per image."""
     guidance: float = 7.5
+    """Classifier-free guidance scale of the sampler."""
     batch: int = 32
-    seed: int = 20000  # image i of a pair has its own seed, whatever the number of ranks
-    classifier: str = "canvas"  # canvas, clip:FOLDER, image:FOLDER, own:package.module:Class
+    """Images drawn together on a rank."""
+    seed: int = 20000
+    """Seed of the images; each has a seed of its own, whatever the number of ranks."""
+    classifier: str = "canvas"
+    """Judge of the images: canvas, clip:FOLDER, image:FOLDER or own:package.module:Class."""
     prompt: str = "a photo of a {object}[ in {style} style]"
+    """Template of the plain prompts."""
     paraphrases: list[str] = field(default_factory=list)
-    objects: list[str] = field(default_factory=list)  # empty = all that the canvas has; targets are added
+    """Further templates, scored apart from the plain one."""
+    objects: list[str] = field(default_factory=list)
+    """Objects to draw; empty takes all of the canvas. Targets are added."""
     styles: list[str] = field(default_factory=list)
-    prompts: dict[str, str] | None = field(
-        default_factory=dict
-    )  # object or style -> .txt or .csv of whole prompts, an image each, not the templates
-    retain_prompts: str | None = (
-        None  # .txt or .csv of prompts without a target: FID, KID and CLIPScore are then of their images alone
-    )
-    members: dict[str, list[str]] = field(default_factory=dict)  # superclass -> its objects, for SA
+    """Styles to draw; empty takes all of the canvas."""
+    prompts: dict[str, str] | None = field(default_factory=dict)
+    """Object or style -> .txt or .csv file of whole prompts, one image each, used instead of the templates."""
+    retain_prompts: str | None = None
+    """File (.txt or .csv) of prompts without a target; FID, KID and CLIPScore then look at their images alone."""
+    members: dict[str, list[str]] = field(default_factory=dict)
+    """Superclass -> its objects, for SA."""
     bootstrap: int = 2000
-    reference: str | None = None  # folder of images for FID and KID; canvas = drawings of the canvas world
-    clip: str | None = None  # folder of a CLIP model for CLIPScore, and for FID and KID features
+    """Resamplings for the 95 % intervals."""
+    reference: str | None = None
+    """Folder of reference images for FID and KID; canvas takes drawings of the canvas world."""
+    clip: str | None = None
+    """Folder of a CLIP model for CLIPScore, and for the features of FID and KID."""
 
 
 @dataclass(frozen=True)
 class RunFolderConfig:
+    """Where the run lives."""
+
     folder: str = "runs/unlearn"
-    fresh: bool = False  # discard what the folder holds of this run
-    override: bool = False  # go on although the configuration was changed since
+    """Folder of everything that the run writes."""
+    fresh: bool = False
+    """Discard what the folder holds of an earlier run, except drawn samples."""
+    override: bool = False
+    """Continue although the configuration has changed since."""
 
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """Who is told of a run besides metrics.jsonl, which is always there."""
+    """Trackers besides metrics.jsonl, which is always written."""
 
     wandb: bool = False
-    tensorboard: bool = False  # into RUN/tensorboard
+    """Report to Weights & Biases."""
+    tensorboard: bool = False
+    """Write TensorBoard files into RUN/tensorboard."""
     project: str = "sculpt-dist"
+    """Project in W&B."""
     name: str | None = None
-    group: str | None = None  # of runs that belong together, as those of a sweep
-    artifact: str = "reference"  # the model in W&B: none, reference (path and checksums) or files (uploaded)
+    """Name of the run in W&B."""
+    group: str | None = None
+    """Group of runs that belong together, such as those of a sweep."""
+    artifact: str = "reference"
+    """The model in W&B: none, reference (path and checksums) or files (uploaded)."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run; `method` stays untyped here but for its name (see build.method)."""
+    """Everything that decides a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The checkpoint to change."""
     concepts: list[Concept] = field(default_factory=list)
+    """What to forget, one concept after another."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """The training samples."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """The optimisation."""
     mask: MaskConfig = field(default_factory=MaskConfig)
+    """The gradient mask."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """Ranks, precision and memory."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """The scored images."""
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dm_cal"})
+    """The method's name and its options; each method declares its own (see methods/)."""
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
+    """The run folder."""
     track: TrackConfig = field(default_factory=TrackConfig)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method with its settings, as a comparison file names it."""
-
-    name: str = MISSING
-    config: str = MISSING  # a yaml file, beside the comparison's
-    overrides: list[str] = field(default_factory=list)
-    per_backbone: dict[str, list[str]] = field(default_factory=dict)  # further overrides
-    note: str = ""  # said beside its name
-
-
-@dataclass(frozen=True)
-class Table:
-    """A part of a comparison: its rows on each backbone, over the seeds."""
-
-    title: str = MISSING
-    sequence: str = MISSING
-    backbones: list[str] = field(default_factory=list)
-    rows: list[str] = field(default_factory=list)  # names; empty = all
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A comparison file (see compare.py)."""
-
-    folder: str = MISSING
-    record: str = (
-        ""  # a file that keeps what the tables need of every cell, so that a finished cell need not run again elsewhere
-    )
-    against: str = MISSING  # the row that the others' differences are taken to
-    sequences: dict[str, list[Concept]] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    overrides: list[str] = field(default_factory=list)  # of every cell
-    notes: list[str] = field(default_factory=list)  # said under the tables
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a sweep optimises."""
-
-    name: str = MISSING
-    goal: str = "minimize"  # or maximize
-
-
-@dataclass(frozen=True)
-class SweepFile:
-    """A sweep in W&B's own schema (https://docs.wandb.ai/guides/sweeps/sweep-config-keys), but for `parameters` and `command`.
-
-    What only the server needs is read over: its keys are allowed, and do nothing here.
-    """
-
-    method: str = MISSING  # grid, random or bayes
-    metric: Metric = field(default_factory=Metric)
-    run_cap: int | None = None  # trials at most; random and bayes need it
-    name: str | None = None
-    early_terminate: dict[str, Any] | None = None
-    program: str | None = None
-    project: str | None = None
-    entity: str | None = None
-    description: str | None = None
-    apiVersion: str | None = None
-    kind: str | None = None
+    """Trackers."""

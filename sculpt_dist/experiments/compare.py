@@ -14,7 +14,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sculpt_dist.config.load import load_config, merge_section, read_yaml
-from sculpt_dist.config.schema import Comparison, Row, RunConfig, Table
+from sculpt_dist.config.experiments import Comparison, Row, Table
+from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.evaluation.evaluator import check_evaluation

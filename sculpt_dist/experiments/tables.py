@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sculpt_dist.config.load import normal
-from sculpt_dist.config.schema import Comparison, RunConfig, Table
+from sculpt_dist.config.experiments import Comparison, Table
+from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.evaluation.evaluator import score_targets
 from sculpt_dist.evaluation.requests import evaluated_world

@@ -14,7 +14,8 @@ import numpy as np
 import yaml
 
 from sculpt_dist.config.load import merge_section
-from sculpt_dist.config.schema import RunConfig, SweepFile
+from sculpt_dist.config.experiments import SweepFile
+from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed
 from sculpt_dist.experiments.compare import checked_config

@@ -16,6 +16,20 @@ def one_cycle(progress: float, warmup: float, start: float = 1 / 25, end: float 
     return end + (1 - end) * (1 + math.cos(math.pi * fall)) / 2
 
 
+def learning_rate_factor(schedule: str, progress: float, warmup: float) -> float:
+    """The factor on the peak learning rate at `progress`, 0 to 1, under a schedule of `train.schedule`.
+
+    one_cycle: see above. The others rise linearly from 0 during `warmup`; then constant stays at 1, linear falls to 0,
+    and cosine falls to 0 by half a cosine, as transformers' schedules of these names do.
+    """
+    if schedule == "one_cycle":
+        return one_cycle(progress, warmup)
+    if progress < warmup:
+        return progress / warmup
+    fall = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return {"constant": 1.0, "linear": 1 - fall, "cosine": (1 + math.cos(math.pi * fall)) / 2}[schedule]
+
+
 def turnover_share(turnover: float, progress: float) -> float:
     """The share of open weights to swap, decayed by a cosine (Sculpting Memory, its code): turnover (1 + cos(pi progress)) / 2."""
     return turnover * (1 + math.cos(math.pi * progress)) / 2

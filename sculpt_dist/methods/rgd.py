@@ -1,4 +1,6 @@
-"""Restricted gradient: temporary_embeddings and retaining may not undo each other (Ko et al., "Boosting Alignment for Post-Unlearning", NeurIPS 2024).
+"""Restricted gradient: forgetting and retaining may not undo each other.
+
+Ko et al., "Boosting Alignment for Post-Unlearning", NeurIPS 2024.
 
 Two losses with a reduced gradient each, g_f and g_r over all trainable weights. Where <g_f, g_r> < 0, each is projected on the other's
 orthogonal complement, with inner products over all ranks' shards; the update is

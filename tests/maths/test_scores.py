@@ -10,7 +10,7 @@ import torch
 
 from sculpt_dist.maths.diffusion import ddpm_corrupt, ddpm_velocity
 from sculpt_dist.maths.losses import guided_label, mse
-from sculpt_dist.maths.schedules import one_cycle, turnover_count, turnover_share
+from sculpt_dist.maths.schedules import learning_rate_factor, one_cycle, turnover_count, turnover_share
 from sculpt_dist.maths.scores import Answers, Target, bootstrap_intervals, unlearning_scores
 
 CAT, DOG, CAR = 0, 1, 2
@@ -105,3 +105,18 @@ def test_schedules():
             torch_lr.step()
     assert turnover_share(0.2, 0.0) == 0.2 and turnover_share(0.2, 0.5) == pytest.approx(0.1)
     assert turnover_count(100, 0.071) == 7 and turnover_count(100, 0.0) == 1 and turnover_count(0, 0.5) == 0
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules_agree_with_those_of_transformers(name):
+    import transformers
+
+    total, rise = 40, 10
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    theirs = transformers.get_scheduler(
+        {"constant": "constant_with_warmup"}.get(name, name), optimizer, num_warmup_steps=rise, num_training_steps=total
+    )
+    for step in range(total):
+        assert learning_rate_factor(name, step / total, rise / total) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        theirs.step()
