@@ -15,12 +15,11 @@ from torch import Tensor
 from sculpt_dist.bench.measure import growth, timed
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.kernels import choose_kernel
-from sculpt_dist.engine.kernels.plain import Plain
-from sculpt_dist.engine.mask import DynamicMask, MaskSettings
-from sculpt_dist.engine.masked import MaskedAdamW
-from sculpt_dist.engine.moments import Moments
-from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.engine.masking import DynamicMask, MaskSettings
+from sculpt_dist.engine.optimizer import MaskedAdamW
+from sculpt_dist.engine.optimizer.kernels import choose_kernel
+from sculpt_dist.engine.optimizer.kernels.plain import Plain
+from sculpt_dist.engine.sharding import Fragment, Moments, Shard
 
 
 def _unet(blocks: dict[int, int], text: int) -> list[int]:

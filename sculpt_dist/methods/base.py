@@ -21,8 +21,8 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import ConceptBatch, Losses, Stream, TextCond
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import Draws
-from sculpt_dist.engine.frozen import FrozenWeights
-from sculpt_dist.engine.masked import ShardedVector, sum_gradients
+from sculpt_dist.engine.optimizer import ShardedVector, sum_gradients
+from sculpt_dist.engine.zero import FrozenWeights
 
 Request = tuple[Tensor, Tensor, TextCond]  # noisy [B, C, H, W], time [B], cond
 

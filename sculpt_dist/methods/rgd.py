@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sculpt_dist.core.types import Losses
-from sculpt_dist.engine.masked import ShardedVector
+from sculpt_dist.engine.optimizer import ShardedVector
 from sculpt_dist.maths.losses import mse
 from sculpt_dist.methods.base import LossFunction, Step, matrices
 from sculpt_dist.methods.base import Method as Base

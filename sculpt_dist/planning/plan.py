@@ -11,7 +11,7 @@ import torch
 from sculpt_dist.config.load import check, check_batch
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.engine.select import payload_bytes
+from sculpt_dist.engine.masking import payload_bytes
 from sculpt_dist.engine.zero import PERSISTENT, REDUCE_BUCKET, fetched_ahead
 from sculpt_dist.maths.planning import Buckets, Kept, Layout, Rates, peak, resting, step_seconds, traffic
 from sculpt_dist.methods.base import Method

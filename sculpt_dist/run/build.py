@@ -74,7 +74,7 @@ def _model_folder(config: RunConfig, kind: Any, path: str | None, group: Group) 
 
 def build_engine(config: RunConfig, method: Any, backbone: Any, group: Group) -> Any:
     """The backbone's net under ZeRO, with the method's part of it open to training."""
-    from sculpt_dist.engine.mask import MaskSettings
+    from sculpt_dist.engine.masking import MaskSettings
     from sculpt_dist.engine.zero import Engine, EngineSettings, sharded_net
 
     train, mask = config.train, config.mask

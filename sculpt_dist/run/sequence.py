@@ -12,7 +12,7 @@ from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import text_sha256
 from sculpt_dist.data.prompts import concept_prompts
-from sculpt_dist.engine.checkpoints import reading as checkpoint
+from sculpt_dist.engine.checkpoints import restore as checkpoint
 from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_evaluation, check_prompts
 from sculpt_dist.methods.base import Editor

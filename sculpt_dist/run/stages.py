@@ -14,7 +14,7 @@ from sculpt_dist.backbones.formats.adapter import WEIGHT_NAME, check_adapter, wr
 from sculpt_dist.backbones.formats.original import check_single_file
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError, RunFolderError
-from sculpt_dist.engine.checkpoints import reading as checkpoint
+from sculpt_dist.engine.checkpoints import restore as checkpoint
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_evaluation, check_prompts, evaluate

@@ -18,10 +18,9 @@ from sculpt_dist.core.progress import progress
 from sculpt_dist.core.types import ConceptBatch
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import ConceptStreams, Draws, micro_batches
-from sculpt_dist.engine.frozen import FrozenWeights
-from sculpt_dist.engine.mask import MAX_GENERATIONS
+from sculpt_dist.engine.masking import MAX_GENERATIONS
 from sculpt_dist.engine.stopping.request import StopRequest
-from sculpt_dist.engine.zero import Engine
+from sculpt_dist.engine.zero import Engine, FrozenWeights
 from sculpt_dist.maths.schedules import one_cycle, turnover_share
 from sculpt_dist.methods.base import Method, Predictor, Step
 from sculpt_dist.run.clock import Clock

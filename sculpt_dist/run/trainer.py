@@ -19,12 +19,11 @@ from sculpt_dist.core.files import append_line, derived_seed
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.data.shards import ShardReader
 from sculpt_dist.data.streams import ConceptStreams, Layout, PromptReader, Reader
-from sculpt_dist.engine.checkpoints import reading as checkpoint
-from sculpt_dist.engine.checkpoints.saving import Saver
-from sculpt_dist.engine.frozen import FrozenWeights
+from sculpt_dist.engine.checkpoints import restore as checkpoint
+from sculpt_dist.engine.checkpoints.save import Saver
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import LOG_FILE, StopRequest
-from sculpt_dist.engine.zero import Engine
+from sculpt_dist.engine.zero import Engine, FrozenWeights
 from sculpt_dist.evaluation.evaluator import evaluate
 from sculpt_dist.methods.base import Editor, Method, Setup
 from sculpt_dist.run.costs import Costs

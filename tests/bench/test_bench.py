@@ -7,7 +7,7 @@ import json
 from harness import PROJECT, SMALL, launch, sculpt
 
 from sculpt_dist.bench.mask import PRESETS
-from sculpt_dist.engine.select import payload_bytes
+from sculpt_dist.engine.masking import payload_bytes
 
 
 def test_sizes_are_those_of_the_public_models():

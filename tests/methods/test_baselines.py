@@ -16,7 +16,7 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.plugins import plugin
 from sculpt_dist.core.types import TextCond
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
-from sculpt_dist.engine.masked import ShardedVector
+from sculpt_dist.engine.optimizer import ShardedVector
 from sculpt_dist.maths.closed_form import edit_transform
 from sculpt_dist.methods import concept_ablation, esd, kscu, rgd, salun, uce
 from sculpt_dist.methods.base import Setup

@@ -16,9 +16,9 @@ from harness import PROJECT
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.plugins import plugin
 from sculpt_dist.data.prompts import ConceptPrompts
-from sculpt_dist.engine.mask import DynamicMask, MaskSettings
-from sculpt_dist.engine.masked import MaskedAdamW
-from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.engine.masking import DynamicMask, MaskSettings
+from sculpt_dist.engine.optimizer import MaskedAdamW
+from sculpt_dist.engine.sharding import Fragment, Shard
 from sculpt_dist.methods import kscu, uce
 from sculpt_dist.run.build import build_method
 from sculpt_dist.run.train import Plan, _update_mask, make_plan

@@ -18,9 +18,9 @@ from sculpt_dist.config.load import load_config, to_yaml
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.plugins import plugins
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.mask import DynamicMask, MaskSettings
-from sculpt_dist.engine.masked import MaskedAdamW
-from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.engine.masking import DynamicMask, MaskSettings
+from sculpt_dist.engine.optimizer import MaskedAdamW
+from sculpt_dist.engine.sharding import Fragment, Shard
 from sculpt_dist.methods.base import Predictor
 from sculpt_dist.methods.dm_cal import Config, Method
 from sculpt_dist.run.build import build_backbone, build_engine, build_method

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from sculpt_dist.config.load import load_config
-from sculpt_dist.engine.checkpoints import reading as checkpoint
-from sculpt_dist.engine.checkpoints.saving import Saver
+from sculpt_dist.engine.checkpoints import restore as checkpoint
+from sculpt_dist.engine.checkpoints.save import Saver
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.masked import ShardedVector
+from sculpt_dist.engine.optimizer import ShardedVector
 from sculpt_dist.maths.losses import mse
 from sculpt_dist.run.build import build_backbone, build_engine, build_method
 from sculpt_dist.run.export import export_model

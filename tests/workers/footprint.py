@@ -20,7 +20,7 @@ from sculpt_dist.bench.step import RandomReader
 from sculpt_dist.config.load import load_config
 from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.data.streams import ConceptStreams, Layout
-from sculpt_dist.engine.checkpoints.saving import Saver
+from sculpt_dist.engine.checkpoints.save import Saver
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.methods.base import Setup

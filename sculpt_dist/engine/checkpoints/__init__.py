@@ -1,0 +1,16 @@
+"""Checkpoints of a run: sharded safetensors with a sealed manifest, written in the background, restored on any number of ranks.
+
+`save` writes them and `restore` finds, verifies and reads them; no pickle is involved. The trainer and the run's stages import this.
+"""
+
+from typing import TYPE_CHECKING
+
+from sculpt_dist.core.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from sculpt_dist.engine.checkpoints.restore import load, load_named, newest, set_aside_later, verify
+    from sculpt_dist.engine.checkpoints.save import Saver
+
+__getattr__, __dir__ = lazy_exports(
+    __name__, {"restore": ["load", "load_named", "newest", "set_aside_later", "verify"], "save": ["Saver"]}
+)

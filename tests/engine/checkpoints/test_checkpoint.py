@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from sculpt_dist.core.errors import RunFolderError
-from sculpt_dist.engine.checkpoints import reading as checkpoint
-from sculpt_dist.engine.checkpoints.saving import KEPT, Saver
+from sculpt_dist.engine.checkpoints import restore as checkpoint
+from sculpt_dist.engine.checkpoints.save import KEPT, Saver
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.engine.sharding import Fragment, Shard
 
 KINDS = ("flat", "saliency", "opened", "moments.momentum", "moments.variance")
 EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree", "os.truncate")

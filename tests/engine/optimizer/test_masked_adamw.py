@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from sculpt_dist.engine.mask import DynamicMask, MaskSettings
-from sculpt_dist.engine.masked import MaskedAdamW, ShardedVector
-from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.engine.masking import DynamicMask, MaskSettings
+from sculpt_dist.engine.optimizer import MaskedAdamW, ShardedVector
+from sculpt_dist.engine.sharding import Fragment, Shard
 
 
 def build(n: int = 6, decay: float = 0.0, clip: float = 0.0) -> tuple[MaskedAdamW, Shard, DynamicMask]:

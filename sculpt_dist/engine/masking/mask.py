@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sculpt_dist.core.files import derived_seed
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.select import Part, choose, chosen, quantiles
-from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.engine.masking.select import Part, choose, chosen, quantiles
+from sculpt_dist.engine.sharding.shards import Fragment, Shard
 from sculpt_dist.maths.saliency import sort_keys
 from sculpt_dist.maths.schedules import turnover_count
 

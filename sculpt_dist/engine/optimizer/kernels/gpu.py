@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sculpt_dist.engine.kernels import Rule
-from sculpt_dist.engine.moments import repack
-from sculpt_dist.engine.shards import Shard
+from sculpt_dist.engine.optimizer.kernels import Rule
+from sculpt_dist.engine.sharding.moments import repack
+from sculpt_dist.engine.sharding.shards import Shard
 
 STATISTICS = {None: 0, "abs_sum": 1, "sum_abs": 2, "sum_sq": 3}
 BLOCK = 1024

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.engine.kernels import Rule, choose_kernel
-from sculpt_dist.engine.kernels.plain import Plain
-from sculpt_dist.engine.mask import DynamicMask, MaskSettings
-from sculpt_dist.engine.masked import MaskedAdamW
-from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.engine.masking import DynamicMask, MaskSettings
+from sculpt_dist.engine.optimizer import MaskedAdamW
+from sculpt_dist.engine.optimizer.kernels import Rule, choose_kernel
+from sculpt_dist.engine.optimizer.kernels.plain import Plain
+from sculpt_dist.engine.sharding import Fragment, Shard
 
 SIZES = {"plain": (300_007, 1, 15, 4_099)}  # more than a chunk, less than a vector, no multiples of 16
 SIZES |= {
@@ -26,7 +26,7 @@ SIZES |= {
 
 
 def c_routine(*flags: str):
-    from sculpt_dist.engine.kernels.compiled import FLAGS, BuildError, Compiled, build_library
+    from sculpt_dist.engine.optimizer.kernels.cpu import FLAGS, BuildError, Compiled, build_library
 
     try:
         return Compiled(build_library((*FLAGS, *flags)))
@@ -38,7 +38,7 @@ def triton_kernel():
     pytest.importorskip("triton")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("without a GPU triton's interpreter runs it, in a process of its own (see the last test)")
-    from sculpt_dist.engine.kernels.gpu import Gpu
+    from sculpt_dist.engine.optimizer.kernels.gpu import Gpu
 
     return Gpu()
 
@@ -169,9 +169,9 @@ def test_packed_moments_take_no_memory_before_the_first_update():
 
 
 def test_without_a_compiler_plain_torch_does_it_and_asking_for_the_compiled_form_is_refused(monkeypatch):
-    from sculpt_dist.engine.kernels import compiled
+    from sculpt_dist.engine.optimizer.kernels import cpu
 
-    compiled.found.cache_clear()
+    cpu.found.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CC", raising=False)
     try:
@@ -179,7 +179,7 @@ def test_without_a_compiler_plain_torch_does_it_and_asking_for_the_compiled_form
         with pytest.raises(ConfigError, match="engine.kernel=fused: there is no C compiler"):
             choose_kernel("fused", torch.device("cpu"))
     finally:
-        compiled.found.cache_clear()
+        cpu.found.cache_clear()
 
 
 @pytest.mark.skipif(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sculpt_dist.engine.kernels import Rule
-from sculpt_dist.engine.moments import pack, ranks_among_open, repack, unpacked, zero_where_closed
-from sculpt_dist.engine.shards import Shard
+from sculpt_dist.engine.optimizer.kernels import Rule
+from sculpt_dist.engine.sharding.moments import pack, ranks_among_open, repack, unpacked, zero_where_closed
+from sculpt_dist.engine.sharding.shards import Shard
 from sculpt_dist.maths.saliency import accumulate
 
 

@@ -1,4 +1,4 @@
-"""The masked step on a CPU: masked.c, compiled on the machine that runs it, and called span by span from as many threads as torch has."""
+"""The masked step on a CPU: masked_adamw.c, compiled on the machine that runs it, and called span by span from as many threads as torch has."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sculpt_dist.engine.kernels import Rule
-from sculpt_dist.engine.moments import Piece
-from sculpt_dist.engine.shards import Shard
+from sculpt_dist.engine.optimizer.kernels import Rule
+from sculpt_dist.engine.sharding.moments import Piece
+from sculpt_dist.engine.sharding.shards import Shard
 
-SOURCE = Path(__file__).with_name("masked.c")
+SOURCE = Path(__file__).with_name("masked_adamw.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-lm")
 STATISTICS = {None: 0, "abs_sum": 1, "sum_abs": 2, "sum_sq": 3}
 Work = TypeVar("Work")
@@ -39,7 +39,7 @@ class _Sums(ctypes.Structure):
 
 
 class Compiled:
-    """See masked.c."""
+    """See masked_adamw.c."""
 
     def __init__(self, library: Path) -> None:
         code, pointer, number = ctypes.CDLL(str(library)), ctypes.c_void_p, ctypes.c_int64
@@ -118,7 +118,7 @@ class BuildError(Exception):
 
 
 def build_library(flags: Sequence[str]) -> Path:
-    """Compile masked.c, or find what was compiled before. Raises BuildError."""
+    """Compile masked_adamw.c, or find what was compiled before. Raises BuildError."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise BuildError("there is no C compiler (cc, gcc or clang)")

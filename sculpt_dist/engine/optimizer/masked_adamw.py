@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.kernels import Kernel, Rule
-from sculpt_dist.engine.kernels.plain import Plain
-from sculpt_dist.engine.mask import DynamicMask
-from sculpt_dist.engine.shards import CHUNK, Shard
+from sculpt_dist.engine.masking.mask import DynamicMask
+from sculpt_dist.engine.optimizer.kernels import Kernel, Rule
+from sculpt_dist.engine.optimizer.kernels.plain import Plain
+from sculpt_dist.engine.sharding.shards import CHUNK, Shard
 from sculpt_dist.maths.saliency import accumulate
 
 Combine = Callable[[Sequence["ShardedVector"]], "ShardedVector"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.core.files import file_sha256
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.shards import Shard
+from sculpt_dist.engine.sharding.shards import Shard
 
 MANIFEST = "manifest.json"
 LATEST = "latest"  # a hint only: the newest one that verifies is taken
@@ -126,7 +126,7 @@ def _slices(path: Path) -> Iterator[tuple[str, str, int, Tensor]]:
     seen = set()
     for file in files:
         with safe_open(file, "pt") as content:
-            for key in content:
+            for key in content.keys():  # noqa: SIM118 (safe_open is not iterable)
                 if key not in seen:  # stage 0 writes the same slices on every rank
                     seen.add(key)
                     kind, name, start = key.split("|")

@@ -1,4 +1,4 @@
-/* The masked step on a CPU, in one pass over the weights (compiled.py calls it; plain.py is the same in torch, and its reference).
+/* The masked step on a CPU, in one pass over the weights (cpu.py calls it; plain.py is the same in torch, and its reference).
  *
  * A weight's byte in `opened` is 0 while it is closed, else the generation in which it was opened. Numbers are fp32; their sums are fp32
  * over a tile and double over the tiles. With AVX-512 16 weights go together, else they go one by one. */

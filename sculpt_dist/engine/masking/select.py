@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sculpt_dist.core.errors import NonFiniteError
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.shards import spans
+from sculpt_dist.engine.sharding.shards import spans
 
 BITS = (11, 7, 7, 6)  # of the 31 of a number's size: the exponent and three bits of the mantissa first
 FIRST = 31 - BITS[0]  # bits below the first digit

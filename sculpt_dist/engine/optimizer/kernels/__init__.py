@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.engine.shards import Shard
+from sculpt_dist.engine.sharding.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Kernel(Protocol):
 
 def choose_kernel(name: str, device: torch.device) -> Kernel:
     """`auto`: fused where it can be had. Raises ConfigError when `fused` cannot."""
-    from sculpt_dist.engine.kernels import plain
+    from sculpt_dist.engine.optimizer.kernels import plain
 
     if name == "plain":
         return plain.Plain()
     if device.type == "cuda":
-        from sculpt_dist.engine.kernels.gpu import found as on_gpu
+        from sculpt_dist.engine.optimizer.kernels.gpu import found as on_gpu
 
         kernel, reason = on_gpu()
     else:
-        from sculpt_dist.engine.kernels.compiled import found as on_cpu
+        from sculpt_dist.engine.optimizer.kernels.cpu import found as on_cpu
 
         kernel, reason = on_cpu()
     if kernel is None and name == "fused":

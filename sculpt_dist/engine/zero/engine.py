@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sculpt_dist.core.errors import ModelError, NonFiniteError
-from sculpt_dist.engine.frozen import FrozenWeights
+from sculpt_dist.core.errors import NonFiniteError
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.kernels import choose_kernel
-from sculpt_dist.engine.mask import DynamicMask, MaskSettings
-from sculpt_dist.engine.masked import Combine, MaskedAdamW
-from sculpt_dist.engine.shards import Fragment, Shard, check_coverage, find_shards, parameter_sizes
+from sculpt_dist.engine.masking.mask import DynamicMask, MaskSettings
+from sculpt_dist.engine.optimizer.kernels import choose_kernel
+from sculpt_dist.engine.optimizer.masked_adamw import Combine, MaskedAdamW
+from sculpt_dist.engine.sharding.partitions import check_coverage, find_shards, parameter_sizes
+from sculpt_dist.engine.sharding.shards import Fragment, Shard
+from sculpt_dist.engine.zero.frozen_weights import FrozenWeights
+from sculpt_dist.engine.zero.loading import return_free_memory
+from sculpt_dist.engine.zero.settings import DTYPES, EngineSettings, deepspeed_config
 
 ADVICE = "the last checkpoint stays; lower train.lr or look at the data of this concept"
 Stored = Callable[[Container[str]], Iterable[tuple[str, Tensor]]]
-TRIM_EVERY = 1 << 28  # bytes of loaded weights
-REDUCE_BUCKET = 1 << 25  # elements of gradients that are reduced together
-PERSISTENT = 100_000  # elements of a tensor up to which stage 3 has it whole always
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    stage: int
-    precision: str  # fp32 or bf16
-    micro_batch: int  # samples per rank, stream and backward
-    accumulate: int
-    betas: tuple[float, float]
-    weight_decay: float
-    clip: float
-    packed: bool = False  # moments are held for open weights only
-    kernel: str = "auto"  # who computes the masked step (kernels/)
-    gathered: float = 1e9  # parameters that stage 3 holds whole at a time
 
 
 class Engine:
@@ -72,7 +55,7 @@ class Engine:
         kernel = choose_kernel(settings.kernel, group.device)
         self.optimizer = MaskedAdamW(moving, settings.betas, settings.weight_decay, settings.clip, kernel)
         self._engine: Any = deepspeed.initialize(
-            model=net, optimizer=self.optimizer, config=_deepspeed_config(settings, group.size)
+            model=net, optimizer=self.optimizer, config=deepspeed_config(settings, group.size)
         )[0]
         self.sizes = parameter_sizes(self._engine)
         self.shards = find_shards(self._engine, settings.stage, settings.packed)
@@ -191,111 +174,3 @@ class Engine:
             if not self.replicated:
                 self.group.sum(whole)
             yield name, whole.view(self.shapes[name]).cpu() if self.group.is_first else None
-
-
-def sharded_net(
-    empty: Callable[[], nn.Module],
-    stored: Iterable[tuple[str, Tensor]],
-    group: Group,
-    settings: EngineSettings,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> nn.Module:
-    """A net for stage 3, built without its weights and filled tensor by tensor, each cut into the ranks' parts as it arrives.
-
-    `shapes` names what will arrive, in order; `stored` is read by the first rank alone. No rank ever holds more than its share and
-    one whole tensor. Raises ModelError, on all ranks, when the net and the stored tensors do not fit.
-    """
-    import deepspeed
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        net = empty()
-    expected = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-    check_fit(shapes, expected)
-    partition = deepspeed.zero.Init(
-        config_dict_or_path=_deepspeed_config(settings, group.size), dtype=DTYPES[settings.precision], enabled=False
-    )
-    largest = max(math.prod(shape) for shape in expected.values())
-    passing = torch.empty(
-        largest, dtype=DTYPES[settings.precision], device=group.device
-    )  # one buffer: the heap would fragment otherwise
-    source, broken, since_trim = iter(stored), [], 0
-    for name, shape in shapes.items():
-        tensor = next(source)[1] if group.is_first else None
-        whole = passing[: math.prod(shape)].view(shape)
-        if tensor is not None:
-            whole.copy_(tensor)
-            if not torch.isfinite(whole).all():
-                broken.append(name)
-        parameter = nn.Parameter(whole, requires_grad=False)
-        module, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(module), leaf, parameter)
-        partition._convert_to_zero_parameters([parameter])  # the first rank's values go to all, and each keeps its part
-        del tensor
-        since_trim += whole.nbytes
-        if since_trim > TRIM_EVERY:
-            return_free_memory()
-            since_trim = 0
-    broken = group.from_first(broken)
-    if broken:
-        raise ModelError(
-            f"{len(broken)} weights of the net hold values that are not finite ({broken[0]}, ...); the checkpoint is damaged"
-        )
-    return net.eval()
-
-
-def return_free_memory() -> None:
-    """Give the holes that passing tensors left in the heap back to the system, where the C library can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-
-
-def check_fit(
-    stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object = "the net"
-) -> None:
-    """Raises ModelError when names or shapes of stored tensors are not those of the net."""
-    wrong = sorted(name for name in {*stored, *expected} if stored.get(name) != expected.get(name))
-    if wrong:
-        first = f"{wrong[0]}: stored {stored.get(wrong[0], 'none')}, config {expected.get(wrong[0], 'none')}"
-        raise ModelError(
-            f"{where}: {len(wrong)} weights do not fit config.json, first {first}; take both from one model"
-        )
-
-
-def fetched_ahead(gathered: float) -> int:
-    """How many of the elements that stage 3 may hold whole are fetched before they are needed."""
-    return int(min(5e7, gathered / 2))
-
-
-def _deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
-    """What DeepSpeed is told. Its clipping is off: it would scale the saliency, and see the norm of unmasked gradients."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero: dict[str, Any] = {"stage": settings.stage, "reduce_bucket_size": REDUCE_BUCKET}
-    if (
-        settings.stage in (1, 2) and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields
-    ):  # not in its earlier versions
-        zero["compute_grad_norm"] = False  # ours is of the masked gradient
-    if settings.stage == 3:
-        zero["sub_group_size"] = int(1e15)  # one flat shard per rank, so that one step sees the whole gradient
-        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = int(settings.gathered)
-        zero["stage3_prefetch_bucket_size"] = fetched_ahead(settings.gathered)
-        zero["stage3_param_persistence_threshold"] = PERSISTENT
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": settings.micro_batch,
-        "gradient_accumulation_steps": settings.accumulate,
-        "train_batch_size": settings.micro_batch * settings.accumulate * ranks,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,
-        "steps_per_print": 1 << 60,
-        "wall_clock_breakdown": False,
-    }
-    if settings.precision == "bf16":
-        config |= {
-            "bf16": {"enabled": True},
-            "communication_data_type": "fp32",
-            "data_types": {"grad_accum_dtype": "fp32"},
-        }
-    return config

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sculpt_dist.core.errors import NonFiniteError, RunFolderError, StopRequested
 from sculpt_dist.core.files import file_sha256, sync, write_atomically
-from sculpt_dist.engine.checkpoints.reading import LATEST, MANIFEST, SCHEMA
+from sculpt_dist.engine.checkpoints.restore import LATEST, MANIFEST, SCHEMA
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.shards import Shard
+from sculpt_dist.engine.sharding.shards import Shard
 
 KEPT = 2
 

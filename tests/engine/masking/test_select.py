@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from sculpt_dist.core.errors import NonFiniteError
-from sculpt_dist.engine import shards
-from sculpt_dist.engine.mask import DynamicMask, MaskSettings
-from sculpt_dist.engine.select import Part, choose, chosen, quantiles
-from sculpt_dist.engine.shards import Fragment, Shard
+from sculpt_dist.engine.masking import DynamicMask, MaskSettings, Part, choose, chosen, quantiles
+from sculpt_dist.engine.sharding import Fragment, Shard, shards
 from sculpt_dist.maths.saliency import accumulate, sort_keys
 
 

@@ -1,0 +1,64 @@
+"""Settings of the engine, and the DeepSpeed configuration made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+REDUCE_BUCKET = 1 << 25  # elements of gradients that are reduced together
+PERSISTENT = 100_000  # elements of a tensor up to which stage 3 has it whole always
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    stage: int
+    precision: str  # fp32 or bf16
+    micro_batch: int  # samples per rank, stream and backward
+    accumulate: int
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float
+    packed: bool = False  # moments are held for open weights only
+    kernel: str = "auto"  # who computes the masked step (kernels/)
+    gathered: float = 1e9  # parameters that stage 3 holds whole at a time
+
+
+def fetched_ahead(gathered: float) -> int:
+    """How many of the elements that stage 3 may hold whole are fetched before they are needed."""
+    return int(min(5e7, gathered / 2))
+
+
+def deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
+    """What DeepSpeed is told. Its clipping is off: it would scale the saliency, and see the norm of unmasked gradients."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero: dict[str, Any] = {"stage": settings.stage, "reduce_bucket_size": REDUCE_BUCKET}
+    if (
+        settings.stage in (1, 2) and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields
+    ):  # not in its earlier versions
+        zero["compute_grad_norm"] = False  # ours is of the masked gradient
+    if settings.stage == 3:
+        zero["sub_group_size"] = int(1e15)  # one flat shard per rank, so that one step sees the whole gradient
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = int(settings.gathered)
+        zero["stage3_prefetch_bucket_size"] = fetched_ahead(settings.gathered)
+        zero["stage3_param_persistence_threshold"] = PERSISTENT
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": settings.accumulate,
+        "train_batch_size": settings.micro_batch * settings.accumulate * ranks,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1 << 60,
+        "wall_clock_breakdown": False,
+    }
+    if settings.precision == "bf16":
+        config |= {
+            "bf16": {"enabled": True},
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
+    return config
