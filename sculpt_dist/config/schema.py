@@ -223,6 +223,8 @@ class TrackConfig:
     """Report to Weights & Biases."""
     tensorboard: bool = False
     """Write TensorBoard files into RUN/tensorboard."""
+    sinks: list[str] = field(default_factory=list)
+    """Further trackers: names of files in track/sinks/."""
     project: str = "sculpt-dist"
     """Project in W&B."""
     name: str | None = None

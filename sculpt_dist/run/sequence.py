@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sculpt_dist.config.load import check_batch
+from sculpt_dist.config.load import check_batch, plain_values
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import text_sha256
@@ -59,14 +59,15 @@ def run_sequence(config: RunConfig) -> Run:
     prompts = [concept_prompts(concept, config.prepare) for concept in config.concepts]
     method = build_method(config)
     plan = None if isinstance(method, Editor) else make_plan(config, method)
-    check_tracking(config)
+    check_tracking(config.track)
     evaluates = config.evaluate.enabled or (plan is not None and method.calibration_images > 0)
     if evaluates:
         check_evaluation(config)
     group = join_ranks(config)
     check_batch(config, group.size)
     folder = claim_folder(config, group)
-    with Tracker(config, folder, group.is_first) as tracker, watched(group, folder, config.engine.grace) as stop:
+    tracker = Tracker(config.track, plain_values(config), folder, group.is_first)
+    with tracker, watched(group, folder, config.engine.grace) as stop:
         backbone = build_backbone(config, group)
         base = group.on_first(lambda: base_fingerprint(backbone.folder))
         group.on_first(lambda: check_model(config, backbone.folder))

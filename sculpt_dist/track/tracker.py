@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl always, Weights & Biases and TensorBoard when asked for. A tracker is one file."""
+"""The trackers of a run: metrics.jsonl always, others on request."""
 
 from __future__ import annotations
 
@@ -9,36 +9,47 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.config.schema import TrackConfig
 from sculpt_dist.core.errors import ConfigError, StopRequested
 from sculpt_dist.core.plugins import plugin
 from sculpt_dist.report.report import draw_stage
-from sculpt_dist.track.base import DONE, FAILED, STOPPED, Sink
-from sculpt_dist.track.jsonl import truncate_metrics
-
-OPTIONAL = ("wandb", "tensorboard")  # the key of `track`, the file here, the package, and the extra that installs it
+from sculpt_dist.track.sinks.base import DONE, FAILED, STOPPED, Sink
+from sculpt_dist.track.sinks.jsonl import truncate_metrics
 
 
-def check_tracking(config: RunConfig) -> None:
-    """Raises ConfigError when a tracker that was asked for is not installed."""
-    for name in _asked_for(config):
+def requested_sinks(track: TrackConfig) -> list[str]:
+    """Names of the trackers besides metrics.jsonl: those with a switch of their own, then `track.sinks`."""
+    switches = {"wandb": track.wandb, "tensorboard": track.tensorboard}
+    return list(dict.fromkeys([*(name for name, is_on in switches.items() if is_on), *track.sinks]))
+
+
+def check_tracking(track: TrackConfig) -> None:
+    """Raises ConfigError for an unknown tracker, and for one whose package is not installed."""
+    for name in requested_sinks(track):
+        sink = _sink_class(name)
+        if sink.package is None:
+            continue
         try:
-            distribution(name)
+            distribution(sink.package)
         except PackageNotFoundError:
+            key, remedy = f"track.sinks={track.sinks}", f"remove {name} from track.sinks"
+            if name not in track.sinks:
+                key, remedy = f"track.{name}=true", f"set track.{name}=false"
             raise ConfigError(
-                f"track.{name}=true: the package {name} is not installed: pip install 'sculpt-dist[{name}]', or track.{name}=false"
+                f"{key}: the package {sink.package} is not installed: run {sink.install}, or {remedy}"
             ) from None
 
 
 class Tracker:
-    """The trackers of a run, on the first rank; on the others every call does nothing. Leaving (`with`) closes them.
+    """The trackers of a run on the first rank; on other ranks every call does nothing. A `with` block closes them.
 
-    metrics.jsonl is the truth: every step stands in it once. A run that goes on removes the lines of steps that will be done again,
-    and tells a tracker that needs it (see `Sink.replays`) what the lines hold, so that a kill leaves no gap there either.
+    metrics.jsonl is the source of truth and holds every step once. A resumed run removes the lines of the steps that it
+    will repeat. It sends the remaining lines to every tracker with `Sink.replays`, so that a kill leaves no gap there.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, active: bool) -> None:
-        self._config, self._folder, self._active = config, folder, active
+    def __init__(self, track: TrackConfig, values: Mapping[str, Any], folder: Path, active: bool) -> None:
+        """`values`: the whole configuration as plain dicts and lists. `active`: whether this is the first rank."""
+        self._track, self._values, self._folder, self._active = track, values, folder, active
         self._sinks: list[Sink] = []
         self._step = 0  # the next one
 
@@ -52,34 +63,34 @@ class Tracker:
             sink.close(DONE if kind is None else STOPPED if kind is StopRequested else FAILED)
 
     def start(self, concept: int = 0, step: int = 0, steps: int = 0) -> None:
-        """Open the trackers where the run goes on: `step` of `concept`, `steps` each."""
+        """Open the trackers at `step` of `concept`, where the run starts or resumes; each concept has `steps` steps."""
         if not self._active:
             return
         lines = truncate_metrics(self._folder / "metrics.jsonl", (concept, step))
         self._step = concept * steps + step
-        for name in ("jsonl", *_asked_for(self._config)):
-            self._sinks.append(plugin("sculpt_dist.track", name, "track").Sink(self._config, self._folder, self._step))
-        before = None
+        for name in dict.fromkeys(["jsonl", *requested_sinks(self._track)]):
+            self._sinks.append(_sink_class(name)(self._track, self._values, self._folder, self._step))
+        previous = None
         for line in lines:
-            if line["concept"] != before:
-                before = line["concept"]
-                self._log_stage(stage_after(before - 1), line["global_step"], replayed=True)
+            if line["concept"] != previous:
+                previous = line["concept"]
+                self._log_stage(stage_after(previous - 1), line["global_step"], replayed=True)
             for sink in self._sinks:
                 if sink.replays:
                     sink.log(line)
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """One step."""
+        """Record one step."""
         for sink in self._sinks:
             sink.log(entry)
         self._step = entry["global_step"] + 1
 
     def stage(self, stage: str) -> None:
-        """The scores and sample grid of a stage (`before`, `after-00`, ...), if it was evaluated; they stand at the step that comes next."""
+        """Record the scores and sample grid of an evaluated stage (`before`, `after-00`, ...) at the next step."""
         self._log_stage(stage, self._step, replayed=False)
 
     def finish(self) -> None:
-        """The report, and the model that lies in the run folder."""
+        """Record the report and the model of the run folder."""
         if self._sinks:
             report = json.loads((self._folder / "report" / "report.json").read_text())
             for sink in self._sinks:
@@ -95,9 +106,10 @@ class Tracker:
 
 
 def stage_after(number: int) -> str:
-    """The stage after concept `number`; -1 is before the first."""
+    """The stage after concept `number`; -1 is the stage before the first."""
     return "before" if number < 0 else f"after-{number:02d}"
 
 
-def _asked_for(config: RunConfig) -> list[str]:
-    return [name for name in OPTIONAL if getattr(config.track, name)]
+def _sink_class(name: str) -> type[Sink]:
+    found: type[Sink] = plugin("sculpt_dist.track.sinks", name, "track.sinks").Sink
+    return found

@@ -1,4 +1,7 @@
-"""Tracking: what is told of every step, and to whom; runs of W&B that are real, offline, and read back with W&B's own command."""
+"""Tracking: what each step records, and which tracker receives it.
+
+W&B runs are real and offline; the tests read them with W&B's own command.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,12 @@ import pytest
 from harness import PROJECT, SMALL, launch, rank_environment, sculpt
 from runs import LONGER, lines, wait_for_step
 
-from sculpt_dist.config.load import load_config, to_yaml
+from sculpt_dist.config.load import load_config, plain_values, to_yaml
+from sculpt_dist.config.schema import TrackConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.maths.comparison import harmonic
 from sculpt_dist.run.sequence import run_sequence
+from sculpt_dist.track import Tracker, check_tracking
 
 WANDB = shutil.which("wandb", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 CANARY, KEY, TOKEN = "canary-hunter2", "b" * 20 + "c" * 20, "hf_" + "d" * 30
@@ -28,7 +33,7 @@ pytestmark = pytest.mark.skipif(WANDB is None, reason="the command wandb is not 
 
 
 def records(folder: Path) -> list[dict]:
-    """What an offline run of W&B holds, as `wandb leet inspect` says."""
+    """The records of an offline W&B run, from `wandb leet inspect`."""
     done = subprocess.run([WANDB, "leet", "inspect", "--json", str(folder)], capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -48,7 +53,7 @@ def rows(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory, canvas_config):
-    """A finished run with every tracker, whose model lies where the environment says; and what it printed."""
+    """A finished run with every tracker, its model path taken from the environment; and its output."""
     home = tmp_path_factory.mktemp("tracked")
     shutil.copytree(PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15", home / CANARY / "sd15")
     with pytest.MonkeyPatch.context() as patch:
@@ -69,10 +74,10 @@ def tracked(tmp_path_factory, canvas_config):
     return home / "run", printed
 
 
-def test_every_step_tells_terms_mask_norms_time_and_memory(tracked):
-    told = lines(tracked[0])
-    assert [entry["global_step"] for entry in told] == list(range(16))
-    for entry in told:
+def test_every_step_records_terms_mask_norms_time_and_memory(tracked):
+    recorded = lines(tracked[0])
+    assert [entry["global_step"] for entry in recorded] == list(range(16))
+    for entry in recorded:
         shares = entry["time_shares"]
         assert set(shares) == {"data", "forward", "backward", "reduce", "step", "refresh"}
         assert all(share >= 0 for share in shares.values()) and 0.5 < sum(shares.values()) <= 1.001
@@ -86,14 +91,14 @@ def test_every_step_tells_terms_mask_norms_time_and_memory(tracked):
             assert entry["turnover"] == pytest.approx(entry["swapped"] / 46080) == pytest.approx(1 - entry["overlap"])
 
 
-def test_wandb_holds_every_step_once_with_scores_and_samples_between(tracked):
+def test_wandb_holds_every_step_once_and_scores_and_samples_of_every_stage(tracked):
     (folder,) = offline_runs(tracked[0])
-    told, found = lines(tracked[0]), rows(folder)
+    recorded, found = lines(tracked[0]), rows(folder)
     assert [row["_step"] for row in found] == list(range(17))
-    for entry, row in zip(told, found):
+    for entry, row in zip(recorded, found):
         assert row["loss"] == pytest.approx(entry["loss"]) and row["global_step"] == entry["global_step"]
         assert row["time/forward"] == entry["time_shares"]["forward"]
-    assert "saliency/0.5" in found[1] and found[3]["swapped"] == told[3]["swapped"]
+    assert "saliency/0.5" in found[1] and found[3]["swapped"] == recorded[3]["swapped"]
     assert [row["_step"] for row in found if "score/UA" in row] == [0, 8, 16]
     captions = [row["samples.caption"] for row in found if "samples.caption" in row]
     assert (
@@ -102,7 +107,7 @@ def test_wandb_holds_every_step_once_with_scores_and_samples_between(tracked):
     )
 
 
-def test_wandb_ends_with_the_table_the_summary_and_the_model_by_reference(tracked):
+def test_wandb_ends_with_the_score_table_the_summary_and_the_model_by_reference(tracked):
     run, _ = tracked
     (folder,) = offline_runs(run)
     found, report = records(folder), json.loads((run / "report" / "report.json").read_text())
@@ -148,7 +153,7 @@ def test_tensorboard_holds_every_step_and_the_samples(tracked):
     assert events.Scalars("loss/forget")[-1].value == pytest.approx(lines(tracked[0])[-1]["terms"]["forget"])
 
 
-def test_secrets_and_values_of_the_environment_are_in_no_file_and_not_on_the_screen(tracked):
+def test_no_file_and_no_output_holds_secrets_or_values_of_the_environment(tracked):
     run, printed = tracked
     files = [file for file in run.rglob("*") if file.is_file()]
     assert {"config.yaml", "manifest.json", "report.html", "README.md", "metrics.jsonl", "log.txt"} <= {
@@ -173,14 +178,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("override", REFUSED, ids=str)
-def test_the_environment_is_refused_where_its_value_would_be_written(override, monkeypatch):
+def test_a_variable_is_refused_in_a_key_whose_value_is_written(override, monkeypatch):
     monkeypatch.setenv("MODELS", CANARY)
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["model.path=${oc.env:MODELS}", override])
     assert REFUSED[override] in str(caught.value) and CANARY not in str(caught.value)
 
 
-def test_a_place_from_the_environment_is_used_and_written_as_its_text(monkeypatch, tmp_path):
+def test_a_path_from_the_environment_is_used_but_written_as_its_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("MODELS", CANARY)
     config = load_config(
         None,
@@ -201,7 +206,7 @@ def test_a_place_from_the_environment_is_used_and_written_as_its_text(monkeypatc
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_tracker_that_is_not_installed_is_named_before_anything_is_drawn(name, monkeypatch, tmp_path):
+def test_a_tracker_that_is_not_installed_is_refused_before_the_run_starts(name, monkeypatch, tmp_path):
     from importlib.metadata import PackageNotFoundError, distribution
 
     import sculpt_dist.track.tracker
@@ -220,10 +225,45 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_drawn(name,
     assert not (tmp_path / "run").exists()
 
 
+MEMORY = """
+import json
+from sculpt_dist.track.sinks import base
+
+class Sink(base.Sink):
+    replays = True
+    def __init__(self, track, values, folder, step):
+        self.file, self.found = folder / "memory.json", [track.project, values["method"]["name"], step]
+    def log(self, entry):
+        self.found.append(entry["global_step"])
+    def stage(self, step, stage, scores, picture): ...
+    def finish(self, step, report, model): ...
+    def close(self, outcome):
+        self.file.write_text(json.dumps([*self.found, outcome]))
+"""
+
+
+def test_a_tracker_is_one_new_file_that_the_configuration_names(monkeypatch, tmp_path):
+    import sculpt_dist.track.sinks
+
+    (tmp_path / "memory.py").write_text(MEMORY)
+    monkeypatch.setattr(sculpt_dist.track.sinks, "__path__", [*sculpt_dist.track.sinks.__path__, str(tmp_path)])
+    config = load_config(None, ["track.sinks=[memory, memory]", "evaluate.enabled=false"])
+    check_tracking(config.track)
+    for step in range(2):
+        with Tracker(config.track, plain_values(config), tmp_path, True) as tracker:
+            tracker.start(0, step, 2)
+            tracker.log({"concept": 0, "step": step, "global_step": step, "loss": 1.0})
+    assert json.loads((tmp_path / "memory.json").read_text()) == ["sculpt-dist", "dm_cal", 1, 0, 1, "done"]
+    assert [entry["step"] for entry in lines(tmp_path)] == [0, 1]
+
+
+def test_an_unknown_tracker_is_refused_with_the_names_that_exist():
+    with pytest.raises(ConfigError, match="track.sinks=memory: .* There are: jsonl, tensorboard, wandb"):
+        check_tracking(TrackConfig(sinks=["memory"]))
+
+
 @pytest.mark.slow
-def test_killed_and_called_again_it_goes_on_under_the_same_id_and_tells_each_step_once(
-    canvas_config, tmp_path, monkeypatch
-):
+def test_a_killed_run_resumes_under_the_same_wandb_id_and_records_each_step_once(canvas_config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "run"
     arguments = [
@@ -244,20 +284,20 @@ def test_killed_and_called_again_it_goes_on_under_the_same_id_and_tells_each_ste
     wait_for_step(folder, process, 1, 4)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    with (folder / "metrics.jsonl").open("a") as file:  # done after the last checkpoint, and cut off
+    with (folder / "metrics.jsonl").open("a") as file:  # a step after the last checkpoint, and a partial line
         file.write(
             json.dumps(lines(folder)[-1] | {"step": 31, "global_step": 63, "loss": 99.0}) + '\n{"concept": 1, "st'
         )
     before = lines_of_the_first_concept(folder)
     sculpt(*arguments)
-    told = lines(folder)
-    assert [(entry["concept"], entry["step"]) for entry in told] == [(c, s) for c in range(2) for s in range(32)]
-    assert told[:32] == before and all(entry["loss"] < 99 for entry in told)
+    recorded = lines(folder)
+    assert [(entry["concept"], entry["step"]) for entry in recorded] == [(c, s) for c in range(2) for s in range(32)]
+    assert recorded[:32] == before and all(entry["loss"] < 99 for entry in recorded)
     first, second = offline_runs(folder)
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2] == (folder / "wandb" / "run-id").read_text()
     found = [row for row in rows(second) if "loss" in row]
     assert [row["_step"] for row in found] == list(range(64))  # the newest folder holds the whole run
-    assert [row["loss"] for row in found] == pytest.approx([entry["loss"] for entry in told])
+    assert [row["loss"] for row in found] == pytest.approx([entry["loss"] for entry in recorded])
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -270,7 +310,7 @@ def lines_of_the_first_concept(folder: Path) -> list[dict]:
 
 
 def children(pid: int, name: str) -> list[int]:
-    """The processes of this name that `pid` started."""
+    """Ids of the child processes of `pid` with this name."""
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
         text = status.read_text() if status.exists() else ""
@@ -281,7 +321,7 @@ def children(pid: int, name: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="finds W&B's process in /proc")
-def test_wandb_dying_does_not_end_the_training(canvas_config, tmp_path, monkeypatch):
+def test_the_training_survives_the_death_of_wandbs_service(canvas_config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "run"
     arguments = [
@@ -307,32 +347,32 @@ def test_wandb_dying_does_not_end_the_training(canvas_config, tmp_path, monkeypa
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed
     assert (
-        printed.count("W&B failed and is told no more") == 1
+        printed.count("W&B failed and is off for the rest of this session") == 1
         and len(lines(folder)) == 64
         and (folder / "model").is_dir()
     )
 
 
-TELL = """
+ONE_STEP = """
 import faulthandler, sys, time
 from pathlib import Path
 faulthandler.dump_traceback_later(90, exit=True)  # where W&B hangs, if it does
-from sculpt_dist.config.load import load_config
-from sculpt_dist.track.tracker import Tracker
+from sculpt_dist.config.load import load_config, plain_values
+from sculpt_dist.track import Tracker
 config = load_config(None, ["track.wandb=true", "evaluate.enabled=false"])
 began = time.monotonic()
-with Tracker(config, Path(sys.argv[1]), True) as tracker:
+with Tracker(config.track, plain_values(config), Path(sys.argv[1]), True) as tracker:
     tracker.start()
     print("seconds", time.monotonic() - began)
     tracker.log({"concept": 0, "step": 0, "global_step": 0, "loss": 1.0})
 """
 
 
-def tell(folder: Path, **environment: str) -> tuple[str, float]:
-    """What a tracker of one step prints, and how long its start takes."""
+def track_one_step(folder: Path, **environment: str) -> tuple[str, float]:
+    """The output of a process that tracks one step, and the seconds that the start of the trackers took."""
     folder.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", TELL, str(folder)],
+        [sys.executable, "-c", ONE_STEP, str(folder)],
         env=rank_environment() | {"WANDB_API_KEY": KEY, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -353,10 +393,10 @@ class WantsAnotherKey(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def test_a_server_that_refuses_the_key_leaves_the_run_offline(tmp_path):
+def test_a_run_is_offline_if_the_server_refuses_the_key(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), WantsAnotherKey)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    printed, seconds = tell(
+    printed, seconds = track_one_step(
         tmp_path / "run", WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}", WANDB_MODE="online"
     )
     server.shutdown()
@@ -365,26 +405,28 @@ def test_a_server_that_refuses_the_key_leaves_the_run_offline(tmp_path):
 
 
 @pytest.mark.parametrize("server", ["refuses", "is silent"])
-def test_without_a_server_wandb_is_offline_within_ten_seconds_and_says_so(server, tmp_path):
+def test_without_a_server_wandb_goes_offline_within_ten_seconds_and_reports_it(server, tmp_path):
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         port = listening.getsockname()[1] if server == "is silent" else 9
-        printed, seconds = tell(tmp_path / "run", WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_MODE="online")
+        printed, seconds = track_one_step(
+            tmp_path / "run", WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_MODE="online"
+        )
     assert seconds <= 10 and "W&B is offline for this run" in printed and f"127.0.0.1:{port}" in printed
     (folder,) = offline_runs(tmp_path / "run")
     assert [row["loss"] for row in rows(folder)] == [1.0]
     assert "W&B is offline for this run" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_wandb_can_be_disabled_by_its_own_variable(tmp_path):
-    printed, _ = tell(tmp_path / "run", WANDB_MODE="disabled")
+def test_wandb_mode_disabled_disables_wandb(tmp_path):
+    printed, _ = track_one_step(tmp_path / "run", WANDB_MODE="disabled")
     assert "W&B" not in printed and not offline_runs(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("ranks", "stage"), [(2, 3), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(1, 0, marks=pytest.mark.slow)]
 )
-def test_saliency_quantiles_and_update_norm_are_right_over_shards(ranks, stage):
+def test_saliency_quantiles_and_update_norm_are_correct_over_shards(ranks, stage):
     printed = launch(ranks, str(PROJECT / "tests" / "workers" / "spread.py"), str(stage))
     assert printed.count("spread is right") == ranks

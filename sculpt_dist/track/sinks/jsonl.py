@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for every step."""
+"""metrics.jsonl: one line per step. Every run has it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.config.schema import TrackConfig
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.report.report import read_metrics
-from sculpt_dist.track import base
+from sculpt_dist.track.sinks import base
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,26 +19,29 @@ if TYPE_CHECKING:
 class Sink(base.Sink):
     shows = False
 
-    def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
+    def __init__(self, track: TrackConfig, values: Mapping[str, Any], folder: Path, step: int) -> None:
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
 
     def log(self, entry: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(dict(entry)) + "\n")
 
     def stage(self, step: int, stage: str, scores: Mapping[str, Any], picture: Image | None) -> None:
-        """Those are in the run folder."""
+        """Nothing: the run folder already holds them."""
 
     def finish(self, step: int, report: Mapping[str, Any], model: Path) -> None:
-        """That is in the run folder."""
+        """Nothing: the run folder already holds them."""
 
     def close(self, outcome: str) -> None:
         self._file.close()
 
 
-def truncate_metrics(file: Path, place: tuple[int, int]) -> list[dict[str, Any]]:
-    """Remove the lines from (concept, step) on, which will be done again, and what a kill cut off; returns those that stay, in order."""
+def truncate_metrics(file: Path, position: tuple[int, int]) -> list[dict[str, Any]]:
+    """Remove partial lines and the lines from `position` (concept, step) on, which will be repeated.
+
+    Returns the remaining lines in order.
+    """
     lines, num_unreadable = read_metrics(file)
-    kept = [line for line in lines if (line["concept"], line["step"]) < place]
+    kept = [line for line in lines if (line["concept"], line["step"]) < position]
     if num_unreadable or len(kept) < len(lines):
         write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return kept

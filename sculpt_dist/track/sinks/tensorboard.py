@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sculpt_dist.config.schema import RunConfig
-from sculpt_dist.track import base
+from sculpt_dist.config.schema import TrackConfig
+from sculpt_dist.track.sinks import base
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 class Sink(base.Sink):
-    def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
+    package, install = "tensorboard", "pip install 'sculpt-dist[tensorboard]'"
+
+    def __init__(self, track: TrackConfig, values: Mapping[str, Any], folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=step or None
-        )  # steps from here on are done again
+        # TensorBoard drops events from purge_step on: those steps are repeated.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
 
     def log(self, entry: Mapping[str, Any]) -> None:
         for name, value in base.numbers(entry).items():
@@ -34,7 +35,7 @@ class Sink(base.Sink):
             self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
 
     def finish(self, step: int, report: Mapping[str, Any], model: Path) -> None:
-        """All of it was told."""
+        """Nothing: the last stage already recorded these scores."""
 
     def close(self, outcome: str) -> None:
         self._writer.close()
