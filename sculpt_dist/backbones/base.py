@@ -260,7 +260,8 @@ class Backbone(ABC):
                 about = content.metadata() or {}
                 if about.get("key") != key:
                     return False
-                cond = TextCond(**{name: content.get_tensor(name).to(self.device) for name in content})
+                names = content.keys()  # safe_open itself is not iterable
+                cond = TextCond(**{name: content.get_tensor(name).to(self.device) for name in names})
         except SafetensorError:
             return False  # damaged: computed again
         prompts, negatives = json.loads(about["prompts"])
