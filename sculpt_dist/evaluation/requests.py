@@ -1,13 +1,17 @@
-"""What an evaluation draws: every object in every style by templates, and the user's own prompts; each image by a seed of its own."""
+"""What an evaluation draws, resolved once from the configuration: the world to score, and one request per image.
+
+Images come from templates (every object in every style) and from the user's own prompt files. Each image has its own seed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 from sculpt_dist.config.load import normal
-from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.config.schema import Concept, EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
@@ -16,48 +20,94 @@ from sculpt_dist.data.prompts import fill
 
 @dataclass(frozen=True)
 class World:
-    """What is evaluated: the objects, the styles, and which objects each superclass has."""
+    """The objects and styles to evaluate, and the objects that belong to each superclass."""
 
     objects: tuple[str, ...]
-    styles: tuple[str, ...]  # empty where only objects are asked for
+    styles: tuple[str, ...]  # empty when only objects are evaluated
     members: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to draw: its prompt, what should be seen in it, and the seed of its noise."""
+    """One image to draw: its prompt, what it should show, and the seed of its noise."""
 
     prompt: str
     prompt_id: int
     paraphrased: bool
-    object: int  # -1 where none is asked for
-    style: int
+    object: int  # index into the world's objects; -1 when the prompt asks for none
+    style: int  # index into the world's styles; -1 when the prompt asks for none
     seed: int
     guidance: float
-    shown: str | None  # file name under which it is kept, for the first image of each pair
-    listed: bool = False  # a line of the user's file
+    shown: str | None  # file name of the saved image; only the first image of each pair is saved
+    listed: bool = False  # the prompt comes from the user's file
 
     @property
     def judged(self) -> bool:
-        """Whether the classifier is asked about it; an image of `evaluate.retain_prompts` counts for FID, KID and CLIPScore alone."""
+        """Whether the classifier sees the image. Images of `evaluate.retain_prompts` only count for the metrics."""
         return self.object >= 0 or self.style >= 0
 
 
-def evaluated_world(config: RunConfig) -> World:
-    """Objects and styles from the configuration; the canvas's own where the canvas classifier judges and none are named."""
-    settings = config.evaluate
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that decides which images are drawn and how they are scored."""
+
+    settings: EvaluateConfig
+    concepts: tuple[Concept, ...]
+    world: World
+
+    @cached_property
+    def requests(self) -> tuple[ImageRequest, ...]:
+        """Every image, plain prompts first, in an order that depends only on the configuration.
+
+        Raises ConfigError for a prompt file that cannot be read, or one for a name that is not evaluated.
+        """
+        settings, world = self.settings, self.world
+        first_id = len(_templates(settings)) * len(_template_pairs(settings, world))
+        return (*_template_requests(settings, world), *_listed_requests(settings, world, first_id))
+
+    def counts_for_metrics(self, request: ImageRequest) -> bool:
+        """Whether the image counts for FID, KID and the other metrics.
+
+        With `evaluate.retain_prompts` only the images of that file count; without it, all images of plain prompts do.
+        """
+        return not request.judged if self.settings.retain_prompts else not request.paraphrased
+
+
+def resolve_evaluation(settings: EvaluateConfig, concepts: Sequence[Concept]) -> Evaluation:
+    """The evaluation of these concepts. Raises ConfigError when the settings name nothing to draw."""
+    return Evaluation(settings, tuple(concepts), _resolve_world(settings, concepts))
+
+
+def as_batches(requests: Sequence[ImageRequest], size: int) -> list[list[ImageRequest]]:
+    """Batches of at most `size` images.
+
+    Within a batch all requests share the guidance, all or none are judged, and all or none are listed.
+    """
+
+    def kind(request: ImageRequest) -> tuple[bool, bool, float]:
+        return not request.judged, request.listed, request.guidance
+
+    alike = [list(group) for _, group in groupby(sorted(requests, key=kind), kind)]  # a stable order
+    return [group[i : i + size] for group in alike for i in range(0, len(group), size)]
+
+
+def _resolve_world(settings: EvaluateConfig, concepts: Sequence[Concept]) -> World:
+    """The configured objects and styles, plus targets and concepts to keep.
+
+    When the canvas classifier judges, the canvas supplies the objects, styles or members that are not configured.
+    """
     objects, styles, members = list(settings.objects), list(settings.styles), dict(settings.members)
     if settings.classifier == "canvas":
         from sculpt_dist.canvas import world
 
         objects = objects or list(world.OBJECTS)
         styles = styles or list(world.STYLES)
-        members = members or {name: list(those) for name, those in world.SUPERCLASSES.items()}
-    if not styles and any(concept.kind == "style" for concept in config.concepts):
+        members = members or {name: list(names) for name, names in world.SUPERCLASSES.items()}
+    if not styles and any(concept.kind == "style" for concept in concepts):
         raise ConfigError(
-            "evaluate.styles is empty: name the styles that a forgotten one is compared with, or evaluate.enabled=false"
+            "evaluate.styles is empty: name the styles to compare a forgotten style with, or set evaluate.enabled=false"
         )
-    for concept in config.concepts:
+    for concept in concepts:
         of_kind = objects if concept.kind == "object" else styles
         if normal(concept.target) not in map(normal, of_kind):
             of_kind.append(concept.target)
@@ -66,78 +116,82 @@ def evaluated_world(config: RunConfig) -> World:
                 of_kind.append(name)
     if not objects:
         raise ConfigError(
-            "evaluate.objects is empty and no concept is an object: name the objects to draw, or evaluate.enabled=false"
+            "evaluate.objects is empty and no concept is an object: name the objects to draw, or set "
+            "evaluate.enabled=false"
         )
-    return World(tuple(objects), tuple(styles), {name: tuple(those) for name, those in members.items()})
+    return World(tuple(objects), tuple(styles), {name: tuple(names) for name, names in members.items()})
 
 
-def image_requests(config: RunConfig, world: World) -> list[ImageRequest]:
-    """Every image of an evaluation, plain prompts first, in an order that depends on the configuration alone.
+def _template_requests(settings: EvaluateConfig, world: World) -> list[ImageRequest]:
+    """The images of the plain template, then those of the paraphrases, for every pair without a prompt file."""
+    pairs = _template_pairs(settings, world)
+    requests = []
+    for number, (template, num_images) in enumerate(_templates(settings)):
+        for place, (object_index, style_index) in enumerate(pairs):
+            name = world.objects[object_index]
+            style = None if style_index == -1 else world.styles[style_index]
+            prompt = fill(template, object=name, style=style)
+            for i in range(num_images):
+                request = ImageRequest(
+                    prompt=prompt,
+                    prompt_id=number * len(pairs) + place,
+                    paraphrased=number > 0,
+                    object=object_index,
+                    style=style_index,
+                    seed=derived_seed(settings.seed, "evaluate", name, style or "", number, i),
+                    guidance=settings.guidance,
+                    shown=_file_name(name, style) if number == 0 and i == 0 else None,
+                )
+                requests.append(request)
+    return requests
 
-    Raises ConfigError for a file of prompts that cannot be read, or one of what is not evaluated.
-    """
-    settings, listed = config.evaluate, []
-    templates = [(settings.prompt, settings.images)] + [
-        (text, settings.paraphrase_images) for text in settings.paraphrases
-    ]
+
+def _templates(settings: EvaluateConfig) -> list[tuple[str, int]]:
+    """Each template with its number of images per pair; the first is the plain one."""
+    paraphrases = [(text, settings.paraphrase_images) for text in settings.paraphrases]
+    return [(settings.prompt, settings.images), *paraphrases]
+
+
+def _template_pairs(settings: EvaluateConfig, world: World) -> list[tuple[int, int]]:
+    """(object, style) indices of the pairs drawn from templates; the style is -1 in a world without styles."""
     from_files = {normal(name) for name in settings.prompts or {}}
-    prompt_id = 0
-    for number, (template, images) in enumerate(templates):
-        for o, name in enumerate(world.objects):
-            for s, style in enumerate(world.styles or (None,)):
-                if {normal(name), normal(style or "")} & from_files:
-                    continue
-                prompt = fill(template, object=name, style=style)
-                for i in range(images):
-                    seed = derived_seed(settings.seed, "evaluate", name, style or "", number, i)
-                    shown = f"{name}--{style or 'none'}.png".replace("/", "-") if not number and not i else None
-                    listed.append(
-                        ImageRequest(
-                            prompt, prompt_id, number > 0, o, s if style else -1, seed, settings.guidance, shown
-                        )
-                    )
-                prompt_id += 1
-    return listed + list(_listed_requests(config, world, prompt_id))
+    objects = [i for i, name in enumerate(world.objects) if normal(name) not in from_files]
+    styles = [i for i, name in enumerate(world.styles) if normal(name) not in from_files] if world.styles else [-1]
+    return [(object_index, style_index) for object_index in objects for style_index in styles]
 
 
-def _listed_requests(config: RunConfig, world: World, first_id: int) -> Iterator[ImageRequest]:
-    """The images of the user's files of prompts, one for each line; equal prompts are one prompt to the bootstrap."""
+def _listed_requests(settings: EvaluateConfig, world: World, first_id: int) -> Iterator[ImageRequest]:
+    """One image per line of the user's prompt files. The bootstrap treats equal prompts as one prompt."""
     objects, styles = ([normal(name) for name in names] for names in (world.objects, world.styles))
     prompt_ids: dict[str, int] = {}
 
-    def request(name: str, i: int, line: ListedPrompt, place: int, style: int, shown: str | None) -> ImageRequest:
-        seed = derived_seed(config.evaluate.seed, "evaluate", name, "listed", i) if line.seed is None else line.seed
-        guidance = config.evaluate.guidance if line.guidance is None else line.guidance
+    def request(
+        name: str, i: int, line: ListedPrompt, object_index: int, style: int, shown: str | None
+    ) -> ImageRequest:
         return ImageRequest(
-            line.prompt,
-            prompt_ids.setdefault(line.prompt, first_id + len(prompt_ids)),
-            False,
-            place,
-            style,
-            seed,
-            guidance,
-            shown,
-            True,
+            prompt=line.prompt,
+            prompt_id=prompt_ids.setdefault(line.prompt, first_id + len(prompt_ids)),
+            paraphrased=False,
+            object=object_index,
+            style=style,
+            seed=derived_seed(settings.seed, "evaluate", name, "listed", i) if line.seed is None else line.seed,
+            guidance=settings.guidance if line.guidance is None else line.guidance,
+            shown=shown,
+            listed=True,
         )
 
-    for name, file in (config.evaluate.prompts or {}).items():
+    for name, file in (settings.prompts or {}).items():
         if normal(name) not in (*objects, *styles):
-            there = ", ".join((*world.objects, *world.styles))
-            raise ConfigError(f"evaluate.prompts names {name!r}, which is not evaluated; there are: {there}")
-        place, style = ([*names, normal(name)].index(normal(name)) for names in (objects, styles))
-        which = (place, -1) if place < len(objects) else (-1, style)
-        shown = f"{name}--none.png" if place < len(objects) else f"none--{name}.png"
+            names = ", ".join((*world.objects, *world.styles))
+            raise ConfigError(f"evaluate.prompts names {name!r}, which is not evaluated; choose from: {names}")
+        is_object = normal(name) in objects
+        indices = (objects.index(normal(name)), -1) if is_object else (-1, styles.index(normal(name)))
+        shown = _file_name(name, None) if is_object else _file_name(None, name)
         for i, line in enumerate(read_prompts(file)):
-            yield request(name, i, line, *which, None if i else shown.replace("/", "-"))
-    for i, line in enumerate(read_prompts(config.evaluate.retain_prompts) if config.evaluate.retain_prompts else ()):
+            yield request(name, i, line, *indices, None if i else shown)
+    for i, line in enumerate(read_prompts(settings.retain_prompts) if settings.retain_prompts else ()):
         yield request("", i, line, -1, -1, None)
 
 
-def as_batches(wanted: Sequence[ImageRequest], size: int) -> list[list[ImageRequest]]:
-    """Batches of at most `size`, in each of which one guidance is used, and all images are judged or none is, all listed or none."""
-
-    def kind(request: ImageRequest) -> tuple[bool, bool, float]:
-        return not request.judged, request.listed, request.guidance
-
-    alike = [list(group) for _, group in groupby(sorted(wanted, key=kind), kind)]  # a stable order
-    return [group[i : i + size] for group in alike for i in range(0, len(group), size)]
+def _file_name(name: str | None, style: str | None) -> str:
+    return f"{name or 'none'}--{style or 'none'}.png".replace("/", "-")

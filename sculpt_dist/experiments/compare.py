@@ -13,13 +13,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sculpt_dist.config.load import load_config, merge_section, read_yaml
 from sculpt_dist.config.experiments import Comparison, Row, Table
+from sculpt_dist.config.load import load_config, merge_section, read_yaml
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.evaluation.evaluator import check_evaluation
-from sculpt_dist.evaluation.requests import evaluated_world, image_requests
+from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
 from sculpt_dist.experiments.tables import write_tables
 from sculpt_dist.run.folder import config_fingerprint
@@ -154,9 +154,8 @@ def _check_comparable(cell: Cell, config: RunConfig, asked: dict[tuple[str, str]
     """`asked`: what the first row on each sequence and backbone asks for; differences are taken prompt by prompt."""
     if not config.evaluate.enabled:
         raise ConfigError("evaluate.enabled=false: nothing of it could be compared")
-    mine = [
-        (request.prompt, request.object, request.style) for request in image_requests(config, evaluated_world(config))
-    ]
+    evaluation = resolve_evaluation(config.evaluate, config.concepts)
+    mine = [(request.prompt, request.object, request.style) for request in evaluation.requests]
     first, theirs = asked.setdefault((cell.sequence, cell.backbone), (cell.row, mine))
     if mine != theirs:
         raise ConfigError(
@@ -170,7 +169,7 @@ def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str], 
     check_settings(config, ranks)
     evaluation = repr((config.evaluate, config.concepts))
     if evaluation not in evaluations:
-        check_evaluation(config)
+        check_evaluation(resolve_evaluation(config.evaluate, config.concepts))
         evaluations.add(evaluation)
     return config
 

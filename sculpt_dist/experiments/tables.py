@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from sculpt_dist.config.load import normal
 from sculpt_dist.config.experiments import Comparison, Table
+from sculpt_dist.config.load import normal
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.files import write_atomically
-from sculpt_dist.evaluation.evaluator import score_targets
-from sculpt_dist.evaluation.requests import evaluated_world
+from sculpt_dist.evaluation.requests import World, resolve_evaluation
+from sculpt_dist.evaluation.scoring import score_targets
 from sculpt_dist.maths.comparison import HARMONIC, percentiles, resampled_scores, resampling, score_means, stacked
 from sculpt_dist.maths.scores import Answers, Counts, per_prompt, score_counts, unlearning_scores
-from sculpt_dist.report.report import TEMPLATES
+from sculpt_dist.report.page import TEMPLATES
 
 SCORES = ("UA", "IRA", "CRA", "SA", "H")
 ROUNDS = 4000  # of the bootstrap
@@ -101,7 +101,7 @@ def _line(name: str, note: str, cells: Mapping[int, Any], base: Mapping[int, Any
     config = cells[seeds[0]][0]
     concepts = len(config.concepts)
     first = folder / f"seed-{seeds[0]}" / "evaluation" / f"after-{concepts - 1:02d}" / "images"
-    world = evaluated_world(config)
+    world = _world(config)
     targets = [concept.target for concept in config.concepts if concept.kind == "object"]
     shown = [*targets, *(kept for kept in world.objects if normal(kept) not in map(normal, targets))][:6]
     images = [first / f"{object_}--{style}.png" for object_ in shown for style in (world.styles or ("none",))[:2]]
@@ -159,7 +159,11 @@ def _scores(cells: Mapping[int, Any], base: Mapping[int, Any]) -> dict[str, Scor
 def _counts(config: RunConfig, result: Mapping[str, Any]) -> Counts:
     """What each prompt of a cell adds to each score, [P]."""
     answers = _answers(result)
-    return per_prompt(answers, score_counts(answers, score_targets(config.concepts, evaluated_world(config))))[1]
+    return per_prompt(answers, score_counts(answers, score_targets(config.concepts, _world(config))))[1]
+
+
+def _world(config: RunConfig) -> World:
+    return resolve_evaluation(config.evaluate, config.concepts).world
 
 
 def _answers(result: Mapping[str, Any]) -> Answers:
@@ -171,7 +175,7 @@ def _answers(result: Mapping[str, Any]) -> Answers:
 def _of_targets(cells: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> dict[str, float | None]:
     """UA of each target alone, the mean over the seeds, which have the same number of images of it."""
     config = cells[0][0]
-    targets = score_targets(config.concepts, evaluated_world(config))
+    targets = score_targets(config.concepts, _world(config))
     alone = [[unlearning_scores(_answers(result), [target])["UA"] for _, result in cells] for target in targets]
     return {concept.target: _mean(seeds) for concept, seeds in zip(config.concepts, alone)}
 

@@ -15,7 +15,7 @@ from sculpt_dist.config.load import load_config
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.evaluation.evaluator import check_evaluation
-from sculpt_dist.evaluation.requests import evaluated_world
+from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
 from sculpt_dist.methods.base import Editor
 from sculpt_dist.planning.check import check_run
 from sculpt_dist.run.build import build_method
@@ -128,6 +128,10 @@ def load(preset: str, *overrides: str) -> RunConfig:
     return load_config(FOLDER / f"{preset}.yaml", [MINE, *overrides])
 
 
+def resolved(config: RunConfig) -> Evaluation:
+    return resolve_evaluation(config.evaluate, config.concepts)
+
+
 def value(config: RunConfig, method: Any, key: str) -> Any:
     section, *rest = key.split(".")
     found = method.config if section == "method" else getattr(config, section)
@@ -164,7 +168,7 @@ def test_there_is_a_preset_for_every_row_of_the_table():
 def test_the_imagenette_run_forgets_ten_classes_in_the_published_order():
     config = load("dm_cal-imagenette")
     assert [(concept.target, concept.superclass) for concept in config.concepts] == IMAGENETTE
-    assert evaluated_world(load("dm_cal-imagenette", "evaluate.classifier=image:/models/vit")).objects == tuple(
+    assert resolved(load("dm_cal-imagenette", "evaluate.classifier=image:/models/vit")).world.objects == tuple(
         target for target, _ in IMAGENETTE
     )
     reference, method = load("dm_cal-imagenette-reference"), dict(config.method)
@@ -184,13 +188,12 @@ def test_a_nudity_preset_takes_the_users_list_and_detector(preset):
     assert [(concept.target, concept.kind) for concept in config.concepts] == [
         ("nudity", "object")
     ] and config.evaluate.enabled
-    assert config.prepare.prompts.files == config.evaluate.prompts == {"nudity": "i2p.csv"} and evaluated_world(
-        config
-    ).objects == ("nudity",)
+    assert config.prepare.prompts.files == config.evaluate.prompts == {"nudity": "i2p.csv"}
+    assert resolved(config).world.objects == ("nudity",)
     apart = load(preset, *two, "evaluate.prompts.nudity=held-out.txt")
     assert (apart.prepare.prompts.files, apart.evaluate.prompts) == ({"nudity": "i2p.csv"}, {"nudity": "held-out.txt"})
     with pytest.raises(ConfigError, match="evaluate.classifier=: .* There are: canvas, clip, image, own"):
-        check_evaluation(load(preset))
+        check_evaluation(resolved(load(preset)))
 
 
 def layers(arch: str) -> dict[str, int]:

@@ -20,7 +20,7 @@ from sculpt_dist.config.schema import Concept, PrepareConfig, PromptsConfig, Run
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
-from sculpt_dist.evaluation.requests import as_batches, evaluated_world, image_requests
+from sculpt_dist.evaluation.requests import Evaluation, as_batches, resolve_evaluation
 from sculpt_dist.maths.scores import Answers, Target, unlearning_scores
 from sculpt_dist.run.folder import config_fingerprint
 
@@ -97,8 +97,8 @@ def test_a_missing_file_and_a_file_for_no_target_are_told_before_anything_runs(t
     with pytest.raises(ConfigError, match="evaluate.reference or evaluate.clip"):
         load_config(None, [cat, "evaluate.retain_prompts=x.txt"])
     config = load_config(None, [cat, "evaluate.prompts.unicorn=x.txt"])
-    with pytest.raises(ConfigError, match="evaluate.prompts names 'unicorn', which is not evaluated; there are: cat"):
-        image_requests(config, evaluated_world(config))
+    with pytest.raises(ConfigError, match="evaluate.prompts names 'unicorn', which is not evaluated; choose from: cat"):
+        _ = resolved(config).requests
 
 
 def test_whole_prompts_are_the_targets_own_and_templates_serve_the_other_roles(tmp_path):
@@ -124,6 +124,10 @@ def test_prompts_beyond_the_samples_are_left_out_with_a_warning(tmp_path):
         assert concept_prompts(Concept("cat", "animal"), prepare).target == ("x", "y")
 
 
+def resolved(config: RunConfig) -> Evaluation:
+    return resolve_evaluation(config.evaluate, config.concepts)
+
+
 def lists(tmp_path: Path) -> RunConfig:
     judged = write(tmp_path, "judged.csv", "prompt,seed,guidance\nx,5,2\ny,,\nx,6,4\nz,7,2")
     retained = write(tmp_path, "retained.txt", "p\nq\np")
@@ -144,7 +148,7 @@ def lists(tmp_path: Path) -> RunConfig:
 
 def test_every_line_is_an_image_with_its_own_seed_and_guidance(tmp_path):
     config = lists(tmp_path)
-    house, *cats = (request for request in image_requests(config, evaluated_world(config)) if request.judged)
+    house, *cats = (request for request in resolved(config).requests if request.judged)
     assert (house.prompt, house.style, house.guidance) == ("a photo of a house in neon style", 0, 4)
     assert [(request.prompt, request.object, request.style, request.guidance) for request in cats] == [
         ("x", 1, -1, 2),
@@ -159,7 +163,7 @@ def test_every_line_is_an_image_with_its_own_seed_and_guidance(tmp_path):
         None,
     ]
     assert cats[0].prompt_id == cats[2].prompt_id and len({request.prompt_id for request in (house, *cats)}) == 4
-    retained = [request for request in image_requests(config, evaluated_world(config)) if not request.judged]
+    retained = [request for request in resolved(config).requests if not request.judged]
     assert [request.prompt for request in retained] == ["p", "q", "p"] and len(
         {request.seed for request in retained}
     ) == 3
@@ -167,7 +171,7 @@ def test_every_line_is_an_image_with_its_own_seed_and_guidance(tmp_path):
 
 def test_a_batch_has_one_guidance_and_is_judged_whole_or_not_at_all(tmp_path):
     config = lists(tmp_path)
-    wanted = image_requests(config, evaluated_world(config))
+    wanted = resolved(config).requests
     batches = as_batches(wanted, 2)
     assert [[request.prompt for request in batch] for batch in batches] == [
         ["a photo of a house in neon style"],
@@ -177,8 +181,8 @@ def test_a_batch_has_one_guidance_and_is_judged_whole_or_not_at_all(tmp_path):
         ["p"],
     ]
     assert all(len({(request.guidance, request.judged, request.listed) for request in batch}) == 1 for batch in batches)
-    templates = image_requests(load_config(None, ["evaluate.images=3"]), evaluated_world(load_config(None, [])))
-    assert sum(as_batches(templates, 7), []) == templates and len(templates) == 180  # noqa: RUF017 (a few lists)
+    templates = resolved(load_config(None, ["evaluate.images=3"])).requests
+    assert sum(as_batches(templates, 7), []) == list(templates) and len(templates) == 180  # noqa: RUF017 (a few lists)
 
 
 def test_what_a_prompt_does_not_name_is_no_mistake_of_the_image():

@@ -32,6 +32,7 @@ from sculpt_dist.evaluation.classifiers.canvas import Encoder, to_pixels
 from sculpt_dist.evaluation.classifiers.image import find_classes
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.metrics import clip_score
+from sculpt_dist.evaluation.requests import resolve_evaluation
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
 CLIP_STYLES = ("plain", "striped")
@@ -514,6 +515,11 @@ def test_own_detector_finds_its_one_object_or_none():
     assert verdict.objects.tolist() == [0, -1, 0] and verdict.styles is None
 
 
+def check(*overrides: str) -> None:
+    config = load_config(None, list(overrides))
+    check_evaluation(resolve_evaluation(config.evaluate, config.concepts))
+
+
 def test_a_style_is_refused_where_the_judge_knows_none():
     concepts = [
         "concepts=[{target: sketch, kind: style}]",
@@ -523,13 +529,13 @@ def test_a_style_is_refused_where_the_judge_knows_none():
     with pytest.raises(
         ConfigError, match="NudityStub: knows no styles, so it cannot tell whether 'sketch' is forgotten"
     ):
-        check_evaluation(load_config(None, [*concepts, f"evaluate.classifier={own('NudityStub')}"]))
+        check(*concepts, f"evaluate.classifier={own('NudityStub')}")
 
 
 @pytest.mark.parametrize("concept", ["{target: popart, superclass: painting}", "{target: cat, kind: style}"])
 def test_a_target_of_the_other_kind_is_refused(concept):
     with pytest.raises(ConfigError, match="does not know '(popart|cat)'"):
-        check_evaluation(load_config(None, [f"concepts=[{concept}]"]))
+        check(f"concepts=[{concept}]")
 
 
 def test_own_detector_answers_in_the_evaluated_names_by_default():
