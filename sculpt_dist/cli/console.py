@@ -12,7 +12,7 @@ from rich.table import Table
 
 def print_run(folder: Path, report: dict[str, Any]) -> None:
     """The scores of a finished run, and where its results lie."""
-    from sculpt_dist.report.report import seen_counts
+    from sculpt_dist.report import seen_counts
 
     table = Table(title=f"forgotten: {', '.join(concept['target'] for concept in report['concepts'])}")
     for heading in ("", "UA", "IRA", "CRA", "SA"):

@@ -1,0 +1,26 @@
+"""What people read of a run: the report page, its figures, and the model card.
+
+`report` writes the report of a run folder: `record` reads the folder, `summary` computes the numbers, `figures` and
+`grid` draw, `page` renders the HTML. `card` writes the README of an exported model. The templates of the reports of
+comparisons and sweeps live here as well. matplotlib, PIL and jinja2 are imported inside functions only.
+"""
+
+from typing import TYPE_CHECKING
+
+from sculpt_dist.core.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from sculpt_dist.report.card import model_card
+    from sculpt_dist.report.record import RunRecord, read_metrics, read_run
+    from sculpt_dist.report.report import draw_stage, write_report
+    from sculpt_dist.report.summary import seen_counts, summarise
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "card": ["model_card"],
+        "record": ["RunRecord", "read_metrics", "read_run"],
+        "report": ["draw_stage", "write_report"],
+        "summary": ["seen_counts", "summarise"],
+    },
+)

@@ -1,4 +1,4 @@
-"""The model card of an exported model: what was removed, how, how well that worked, and what it does not promise."""
+"""The model card of an exported model: what was removed, how, how well it worked, and its limits."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sculpt_dist.report.summary import SCORES
+
 TEMPLATES = Path(__file__).parent / "templates"
-SCORES = ("UA", "SA", "IRA", "CRA")
-SECTIONS = ("method", "train", "mask", "engine")  # of the configuration, listed as settings
+SECTIONS = ("method", "train", "mask", "engine")  # sections of the configuration that the card lists as settings
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
 
 def model_card(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    """The README.md of the exported folder, from the resolved configuration and the content of report.json, which may be empty."""
+    """The README.md of the exported folder.
+
+    `config`: the resolved configuration; `report`: the content of report.json, which may be empty.
+    """
     import jinja2
     from huggingface_hub import ModelCardData
 
     model, evaluate = config.get("model") or {}, config.get("evaluate") or {}
     path = model.get("path")
-    is_hub_id = bool(path) and HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+    is_hub_id = path is not None and HUB_ID.fullmatch(path) is not None and not Path(path).exists()
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -61,10 +65,10 @@ def _is_scored(record: Mapping[str, Any] | None) -> bool:
 
 
 def _plain(text: Any) -> str:
-    """A user's words as text: no markup, no line break, no end of a table cell."""
+    """A user's text with markup escaped and line breaks removed, safe inside a table cell."""
     return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(str(text).split()))
 
 
 def _code(text: Any) -> str:
-    """A user's words inside backticks or quotes: nothing that ends them."""
+    """A user's text without the characters that would end backticks or quotes."""
     return re.sub(r'[`"\\\n]', "'", " ".join(str(text).split()))

@@ -1,4 +1,4 @@
-"""The figures of a report: curves over the steps of a run, and the relapse heat map; and those of a sweep."""
+"""The figures of reports: the curves and the relapse heat map of a run, and the scatter plots of a sweep."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Line = Mapping[str, Any]  # one step, as metrics.jsonl holds it
+Line = Mapping[str, Any]  # one step, a line of metrics.jsonl
 
 STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 INK, MUTED, HAIR, ACCENT = "#1d1f23", "#70747c", "#b9b6ae", "#c4512d"  # as in page.css
 WIDTH = 10.4  # inches
+COLLECTING = "collecting saliency"  # the curve of the steps before a mask exists
 
 
 def draw_loss(lines: Sequence[Line], targets: Sequence[str]) -> Figure | None:
-    """The loss by term, the running mean over the raw values, log scale where no term is negative; None without steps."""
+    """The loss terms over the steps: raw values and their running means. None without steps.
+
+    The scale is logarithmic unless a term is negative.
+    """
     import numpy as np
     from matplotlib.figure import Figure
 
     def terms_of(line: Line) -> Mapping[str, float | None]:
         if line.get("phase") == "collect":
-            return {"collecting": line.get("loss")}
+            return {COLLECTING: line.get("loss")}
         return line.get("terms") or {"loss": line.get("loss")}
 
     names = list(dict.fromkeys(name for line in lines for name in terms_of(line)))
@@ -35,14 +39,13 @@ def draw_loss(lines: Sequence[Line], targets: Sequence[str]) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 3.6))
     axes = figure.subplots()
-    colors = {name: f"C{at}" for at, name in enumerate(name for name in curves if name != "collecting")} | {
-        "collecting": MUTED
-    }
+    colors = {name: f"C{at}" for at, name in enumerate(name for name in curves if name != COLLECTING)}
+    colors[COLLECTING] = MUTED
     for name, values in curves.items():
         axes.plot(values, color=colors[name], alpha=0.25, linewidth=0.7)
         axes.plot(_running_mean(values, lines), color=colors[name], label=name)
     every = np.stack(list(curves.values()))
-    if np.nanmin(every) >= 0 and np.nanmax(every) > 0:  # a term may start at 0: distillation does
+    if np.nanmin(every) >= 0 and np.nanmax(every) > 0:  # 0 is allowed: distillation starts there
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=max(axes.get_ylim()[0], np.nanmax(every) * 1e-5))
@@ -54,7 +57,7 @@ def draw_loss(lines: Sequence[Line], targets: Sequence[str]) -> Figure | None:
 
 
 def draw_mask(lines: Sequence[Line], targets: Sequence[str], num_trained: int | None) -> Figure | None:
-    """Open weights, weights swapped per refresh, and overlap, one panel each; None where the method has no mask."""
+    """Open weights, weights swapped per refresh, and overlap, a panel each. None if the method has no mask."""
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, PercentFormatter
@@ -64,14 +67,14 @@ def draw_mask(lines: Sequence[Line], targets: Sequence[str], num_trained: int | 
     panels = []
     if np.isfinite(opened).any():
         panels.append(
-            ("open share of the trained weights", opened / num_trained, True)
+            ("open weights, share of the trained weights", opened / num_trained, True)
             if num_trained
             else ("open weights", opened, False)
         )
     if np.isfinite(swapped).any():
         panels.append(("weights swapped at each refresh", swapped, False))
     if np.isfinite(overlap).any():
-        panels.append(("overlap: open weights that were open before the last refresh", overlap, True))
+        panels.append(("overlap: share of the open weights that were open before the last refresh", overlap, True))
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH, 0.6 + 1.45 * len(panels)))
@@ -81,7 +84,7 @@ def draw_mask(lines: Sequence[Line], targets: Sequence[str], num_trained: int | 
         if values is swapped:
             axes.vlines(seen, 0, values[seen], color=f"C{at}", linewidth=1.2)
             axes.plot(seen, values[seen], "o", color=f"C{at}", markersize=3.5)
-        else:  # a line within each concept, with its points where they are few
+        else:  # a line per concept, with markers if there are few points
             for part in (seen[concept[seen] == each] for each in np.unique(concept)):
                 axes.plot(
                     part, values[part], "o-" if len(seen) < len(lines) / 4 else "-", color=f"C{at}", markersize=3.5
@@ -95,7 +98,10 @@ def draw_mask(lines: Sequence[Line], targets: Sequence[str], num_trained: int | 
 
 
 def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str]) -> Figure | None:
-    """Accuracy of each target (column) in the base (first row) and after each step; None where nothing was recognised."""
+    """Accuracy of each target (column) in the base model (first row) and after each step.
+
+    `rows`: [1 + num_targets, num_targets]. Returns None if no accuracy was measured.
+    """
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
@@ -104,10 +110,10 @@ def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str])
     if not np.isfinite(values).any():
         return None
     num = len(targets)
-    gone = np.arange(num + 1)[:, None] > np.arange(num)[None, :]  # forgotten by then
+    forgotten = np.arange(num + 1)[:, None] > np.arange(num)[None, :]  # by this row
     figure = Figure(figsize=(min(2.2 + 0.95 * num, WIDTH), min(1.0 + 0.46 * (num + 1), 9)))
     axes = figure.subplots()
-    for part, color in ((gone, ACCENT), (~gone, "#7b838e")):
+    for part, color in ((forgotten, ACCENT), (~forgotten, "#7b838e")):
         tint = LinearSegmentedColormap.from_list("tint", ["#faf8f4", color])
         axes.imshow(np.where(part, values, np.nan), cmap=tint, vmin=0, vmax=1, aspect="auto")
     names = [shorten(name, 16) for name in targets]
@@ -129,7 +135,7 @@ def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str])
                 ha="center",
                 va="center",
                 color=color,
-                fontweight="bold" if gone[row, column] else "normal",
+                fontweight="bold" if forgotten[row, column] else "normal",
             )
     return figure
 
@@ -137,7 +143,10 @@ def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str])
 def draw_parameters(
     points: Mapping[str, Sequence[Any]], logarithmic: Sequence[str], scores: Sequence[float], score: str, best: int
 ) -> Figure:
-    """The score of every trial against each of its parameters, a panel each; the best trial in colour. Names and texts become a category."""
+    """The score of every trial against each of its parameters, a panel each, with the best trial highlighted.
+
+    Booleans and texts are drawn as categories.
+    """
     from matplotlib.figure import Figure
 
     columns = min(len(points), 3)
@@ -164,7 +173,7 @@ def draw_parameters(
 
 
 def draw_front(pairs: Sequence[tuple[float, float]], front: Sequence[bool], labels: Sequence[str]) -> Figure:
-    """UA against retention, [0, 1] each, a point a trial; those that no other trial dominates joined and named."""
+    """UA against retention, both in [0, 1], a point per trial; the Pareto front is connected and labelled."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH * 0.55, 4.4))
@@ -174,18 +183,18 @@ def draw_front(pairs: Sequence[tuple[float, float]], front: Sequence[bool], labe
     axes.plot([pair[0] for pair, _ in best], [pair[1] for pair, _ in best], "o-", color=ACCENT, drawstyle="steps-pre")
     for pair, label in best:
         axes.annotate(label, pair, textcoords="offset points", xytext=(5, 5), color=INK, fontsize=8.5)
-    axes.set_xlabel("UA: forgotten")
-    axes.set_ylabel("kept: harmonic mean of IRA and CRA")
+    axes.set_xlabel("UA (forgetting)")
+    axes.set_ylabel("kept (harmonic mean of IRA and CRA)")
     return figure
 
 
-def shorten(name: str, room: int) -> str:
-    """A name cut to at most `room` characters, two dots in place of the rest."""
-    return name if len(name) <= room else name[: max(room - 2, 1)] + ".."
+def shorten(name: str, most: int) -> str:
+    """The name in at most `most` characters; two dots replace what is cut off."""
+    return name if len(name) <= most else name[: max(most - 2, 1)] + ".."
 
 
 def _values(members: Sequence[float | None]) -> np.ndarray:
-    """[num_lines], NaN where a line has no finite value."""
+    """The values as an array [num_lines], NaN for missing and non-finite ones."""
     import numpy as np
 
     values = np.array([np.nan if member is None else member for member in members], dtype=float)
@@ -193,7 +202,7 @@ def _values(members: Sequence[float | None]) -> np.ndarray:
 
 
 def _running_mean(values: np.ndarray, lines: Sequence[Line]) -> np.ndarray:
-    """A centred mean over a twelfth of a concept's steps, never across concepts; NaN stays NaN."""
+    """A centred mean over a twelfth of a concept's steps, within each concept; NaN stays NaN."""
     import numpy as np
 
     smooth = np.full_like(values, np.nan)
@@ -207,13 +216,13 @@ def _running_mean(values: np.ndarray, lines: Sequence[Line]) -> np.ndarray:
 
 
 def _spans(lines: Sequence[Line]) -> list[tuple[int, int, int]]:
-    """(first line, one past the last, concept) of every concept that has steps."""
+    """(first line, one past the last, concept) of every concept with steps."""
     starts = [at for at, line in enumerate(lines) if at == 0 or line["concept"] != lines[at - 1]["concept"]]
     return [(start, stop, lines[start]["concept"]) for start, stop in zip(starts, [*starts[1:], len(lines)])]
 
 
 def _mark_concepts(axes: Axes, lines: Sequence[Line], targets: Sequence[str], names_too: bool) -> None:
-    """Hairlines between concepts, a tint where the saliency is collected, and the names of the concepts on top."""
+    """Separate concepts by hairlines, shade the steps that collect saliency, and write the concepts' names on top."""
     axes.set_xlim(-0.01 * len(lines), 1.01 * len(lines))
     for start, stop, concept in _spans(lines):
         num_collect = sum(line.get("phase") == "collect" for line in lines[start:stop])
@@ -221,8 +230,8 @@ def _mark_concepts(axes: Axes, lines: Sequence[Line], targets: Sequence[str], na
         if start:
             axes.axvline(start - 0.5, color=HAIR, linewidth=0.9)
         if names_too:
-            room = int(100 * (stop - start) / len(lines))
-            name = shorten(targets[concept] if concept < len(targets) else str(concept), max(room, 3))
+            num_fitting = int(100 * (stop - start) / len(lines))
+            name = shorten(targets[concept] if concept < len(targets) else str(concept), max(num_fitting, 3))
             axes.text(
                 start, 1.02, name, transform=axes.get_xaxis_transform(), color=INK, fontweight="bold", fontsize=8.5
             )

@@ -1,7 +1,8 @@
-"""The grid of a report: the same seeds before and after, objects against styles, targets framed."""
+"""The sample grid of a report: objects by styles, before and after with the same seeds, targets framed."""
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INK, MUTED, ACCENT = "#1d1f23", "#70747c", "#c4512d"  # as in page.css
-THUMB = 192  # side of a thumbnail in pixels, shown at half of it or less
-TINY = 64  # images up to this side are magnified pixel by pixel
+THUMB = 192  # side of a thumbnail in pixels; the page shows it at half that size or less
+TINY = 64  # images up to this side are enlarged without smoothing
 MAX_ROWS, MAX_STYLES = 12, 6
-NUM_BANDS = {1: 3, 2: 2}  # by the number of styles: where they are few, rows stand side by side
+NUM_BANDS = {1: 3, 2: 2}  # by number of styles: with few styles, rows are split into bands side by side
 
 
 @dataclass(frozen=True)
 class GridRow:
-    """One object: its thumbnails in all styles, before and after; None where an image is missing."""
+    """One object: its thumbnails in every style, before and after; None for a missing image."""
 
     name: str
     is_target: bool
@@ -32,14 +33,17 @@ class GridRow:
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows of objects against columns of styles."""
+    """Rows of objects and columns of styles."""
 
     styles: list[str]
     style_is_target: list[bool]
     bands: list[list[GridRow]]
-    num_objects: int  # of all, shown or not
+    num_objects: int
+    """All objects, shown or not."""
     num_styles: int
-    is_tiny: bool  # the model draws tiny images
+    """All styles, shown or not."""
+    is_tiny: bool
+    """Whether every image is tiny (see TINY)."""
 
     @property
     def num_shown(self) -> int:
@@ -50,9 +54,9 @@ class Grid:
 
 
 def read_grid(before: Path, after: Path | None, names: Sequence[str], targets: Sequence[str]) -> Grid | None:
-    """Read `<object>--<style>.png` of two folders: targets first, then the order of `names`; None where there is no image.
+    """Read `<object>--<style>.png` from two folders, targets first, then in the order of `names`.
 
-    Raises RunFolderError where an image is damaged.
+    Returns None if there is no image. Raises RunFolderError if an image is damaged.
     """
     sides = [_find_images(before), _find_images(after) if after else {}]
     found = [*sides[0], *sides[1]]
@@ -60,16 +64,16 @@ def read_grid(before: Path, after: Path | None, names: Sequence[str], targets: S
         return None
     order = {slug: at for at, slug in reversed(list(enumerate(map(_slug, [*targets, *names]))))}
     is_target = set(map(_slug, targets))
-    label = {_slug(name): name for name in [*names, *targets]}
+    labels = {_slug(name): name for name in [*names, *targets]}
     all_objects, all_styles = (
         sorted({pair[at] for pair in found}, key=lambda slug: (order.get(slug, len(order)), slug)) for at in (0, 1)
     )
-    objects, styles = _most_telling(all_objects, is_target, MAX_ROWS), _most_telling(all_styles, is_target, MAX_STYLES)
+    objects, styles = _selection(all_objects, is_target, MAX_ROWS), _selection(all_styles, is_target, MAX_STYLES)
     images = [[[_open(side.get((name, style))) for style in styles] for side in sides] for name in objects]
     is_tiny = all(max(image.size) <= TINY for row in images for side in row for image in side if image)
     rows = [
         GridRow(
-            label.get(name, name),
+            labels.get(name, name),
             name in is_target,
             tuple([_thumbnail(image, is_tiny) for image in side] for side in row),
         )
@@ -77,7 +81,7 @@ def read_grid(before: Path, after: Path | None, names: Sequence[str], targets: S
     ]
     height = -(-len(rows) // NUM_BANDS.get(len(styles), 1))
     return Grid(
-        styles=[label.get(style, style) for style in styles],
+        styles=[labels.get(style, style) for style in styles],
         style_is_target=[style in is_target for style in styles],
         bands=[rows[start : start + height] for start in range(0, len(rows), height)],
         num_objects=len(all_objects),
@@ -87,7 +91,7 @@ def read_grid(before: Path, after: Path | None, names: Sequence[str], targets: S
 
 
 def draw_grid(grid: Grid) -> Image:
-    """The whole grid as one picture, targets framed."""
+    """The whole grid as one picture with framed targets."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -120,14 +124,21 @@ def draw_grid(grid: Grid) -> Image:
     return picture
 
 
+def encode(image: Image, kind: str) -> bytes:
+    """The image as a file of this kind, "png" or "jpeg"."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
 def _find_images(folder: Path) -> Mapping[tuple[str, str], Path]:
-    """(object, style) -> file, both as slugs."""
+    """The images of a folder by (object, style), both as slugs."""
     parts = {path: path.stem.rpartition("--") for path in sorted(folder.glob("*--*.png"))}
     return {(_slug(name), _slug(style)): path for path, (name, _, style) in parts.items()}
 
 
-def _most_telling(slugs: Sequence[str], is_target: Container[str], most: int) -> list[str]:
-    """The first `most`, targets before the others, yet at least a third for the others where there are so many."""
+def _selection(slugs: Sequence[str], is_target: Container[str], most: int) -> list[str]:
+    """At most `most` names, targets first; up to a third of the places is reserved for other names."""
     targets, others = [slug for slug in slugs if slug in is_target], [slug for slug in slugs if slug not in is_target]
     num_targets = max(most * 2 // 3, most - len(others))
     return (targets[:num_targets] + others)[:most]
@@ -150,10 +161,10 @@ def _thumbnail(image: Image | None, is_tiny: bool) -> Image | None:
 
     if image is None:
         return None
-    how = Image.Resampling.NEAREST if is_tiny else Image.Resampling.LANCZOS
-    return ImageOps.pad(image, (THUMB, THUMB), method=how, color="white")
+    resampling = Image.Resampling.NEAREST if is_tiny else Image.Resampling.LANCZOS
+    return ImageOps.pad(image, (THUMB, THUMB), method=resampling, color="white")
 
 
 def _slug(name: str) -> str:
-    """One spelling for a name and for the file named after it: "Chain saw" and "chain_saw"."""
+    """The common spelling of a name and of its file name: "chain-saw" for "Chain saw" and "chain_saw"."""
     return re.sub(r"[\W_]+", "-", name.lower()).strip("-")

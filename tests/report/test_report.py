@@ -1,4 +1,4 @@
-"""The report and the model card, from a run folder that is written here by hand."""
+"""The report and the model card of a handmade run folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.report.card import model_card
 from sculpt_dist.report.figures import draw_loss, draw_mask
 from sculpt_dist.report.grid import read_grid
-from sculpt_dist.report.report import read_metrics, write_report
+from sculpt_dist.report.record import read_metrics
+from sculpt_dist.report.report import write_report
 
 OBJECTS = ("cat", "fish", "bird", "flower", "tree", "cactus", "house", "tower", "bridge", "car", "boat", "rocket")
 STYLES = ("natural", "sketch", "neon", "popart", "mosaic")
@@ -33,7 +34,7 @@ ACCURACY = {"cat": (0.98, 0.0, 0.031), "car": (0.982, 0.965, 0.027)}  # base, af
 
 
 def score_set(stage: int, targets: Sequence[str] = ("cat", "car"), worse: float = 0.0) -> dict[str, Any]:
-    """Scores of a stage: 0 the base, k after the k-th concept."""
+    """Scores of a stage: 0 is the base, k comes after the k-th concept."""
     members: dict[str, Any] = {}
     for name, values in SCORES.items():
         value = round(max(values[stage] - worse, 0.0), 4)
@@ -48,7 +49,7 @@ def score_set(stage: int, targets: Sequence[str] = ("cat", "car"), worse: float 
 
 
 def metric_lines() -> list[dict[str, Any]]:
-    """Two concepts of 10 collect steps and 60 updates, the mask refreshed every 10."""
+    """Two concepts with 10 collect steps and 60 updates each; the mask is refreshed every 10 updates."""
     rng = np.random.default_rng(0)
     lines: list[dict[str, Any]] = []
     for concept, target in enumerate(("cat", "car")):
@@ -128,7 +129,7 @@ def write_run(
 
 
 class Page(HTMLParser):
-    """What a browser makes of the page: tags with their attributes, and the text."""
+    """The parsed page: tags with their attributes, and the text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -168,7 +169,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with its report; tests only read it."""
+    """A finished run with its report; tests must not change it."""
     folder = write_run(tmp_path_factory.mktemp("finished") / "run")
     assert write_report(folder) == folder / "report" / "report.html"
     return folder
@@ -206,26 +207,26 @@ def test_report_json_holds_the_scores_and_costs_of_the_run(finished: Path) -> No
     assert read_report(finished)["after"]["UA"] == 0.971 and read_report(finished)["after"]["UA_ci95"] == [0.951, 0.991]
 
 
-def test_every_figure_is_a_picture_with_something_in_it(finished: Path) -> None:
+def test_every_figure_is_a_picture_that_is_not_blank(finished: Path) -> None:
     for name in ("grid", "loss", "mask", "relapse"):
         with Image.open(finished / "report" / f"{name}.png") as image:
             assert image.format == "PNG" and min(image.size) > 300, name
             assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10, name
-    assert not list((finished / "report").glob(".*")), "a part of a file was left behind"
+    assert not list((finished / "report").glob(".*")), "a partial file was left behind"
 
 
-def test_the_page_reads_as_a_headline_then_scores_grid_relapse_curves_cost_config(finished: Path) -> None:
+def test_the_page_shows_headline_scores_grid_relapse_curves_cost_and_config_in_this_order(finished: Path) -> None:
     words = Page(finished / "report" / "report.html").words
     order = (
         "sculpt-dist report cat and car unlearned from models/canvas-sd15 with dm_cal",
-        "97.1 % of the target images are no longer recognised as their target (1.9 % before).",
+        "97.1 % of the target images are no longer recognised as their target (before: 1.9 %).",
         "Scores",
         "plain prompts",
         "base 1.9 0.0 to 3.9",
         "after cat 49.7 47.7 to 51.7",
         "after car 97.1 95.1 to 99.1",
-        "bootstrap over prompts; 210 images of targets, 630 of the rest",
-        "most was lost at fish (99.0",
+        "bootstrap over prompts; 210 images with a target and 630 without",
+        "Largest losses among the concepts to keep: fish (99.0",
         "Before and after",
         "Relapse",
         "cat 98.0 0.0 3.1 +3.1",
@@ -242,7 +243,7 @@ def test_the_page_reads_as_a_headline_then_scores_grid_relapse_curves_cost_confi
     assert places == sorted(places)
 
 
-def test_the_page_needs_nothing_from_outside(finished: Path) -> None:
+def test_the_page_loads_nothing_from_outside(finished: Path) -> None:
     page = Page(finished / "report" / "report.html")
     assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
     sources = [
@@ -274,10 +275,10 @@ def test_relapse_has_one_row_per_step_and_null_where_a_step_was_not_evaluated(tm
     assert report["after"]["UA"] == 0.971, "the last stage that was evaluated"
     assert report["concepts"][2]["UA"] is None and report["concepts"][2]["paraphrased"]["IRA_ci95"] is None
     words = Page(folder / "report" / "report.html").words
-    assert "Scores so far: after 2 of 3 concepts." in words and "after car" in words and "after boat" not in words
+    assert "Evaluated so far: 2 of 3 concepts." in words and "after car" in words and "after boat" not in words
 
 
-def test_the_later_of_two_lines_of_a_step_wins_and_steps_are_in_order(tmp_path: Path) -> None:
+def test_the_later_of_two_lines_of_a_step_counts_and_steps_are_in_order(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     rows = [(0, 1, 2.0), (1, 0, 3.0), (0, 0, 1.0), (0, 1, 4.0)]
     path.write_text("".join(json.dumps({"concept": c, "step": s, "loss": loss}) + "\n" for c, s, loss in rows))
@@ -287,7 +288,7 @@ def test_the_later_of_two_lines_of_a_step_wins_and_steps_are_in_order(tmp_path: 
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, resumed: bool) -> None:
+def test_a_line_that_a_kill_cut_off_is_skipped(tmp_path: Path, resumed: bool) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"concept": 0, "step": step, "loss": 0.5}) for step in range(3)]
     path.write_text(
@@ -319,14 +320,14 @@ def test_a_run_without_evaluation_reports_curves_and_cost(tmp_path: Path) -> Non
     ]
 
 
-def test_a_run_that_has_only_begun_reports_what_there_is(tmp_path: Path) -> None:
+def test_the_report_of_an_unfinished_run_shows_what_exists(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     for name in ("metrics.jsonl", "costs.json", "manifest.json"):
         (folder / name).unlink()
     for stage in ("after-00", "after-01"):
         (folder / "evaluation" / stage / "scores.json").unlink()
     page = Page(write_report(folder))
-    assert "only the base has scores" in page.words
+    assert "only the base model has scores" in page.words
     report = read_report(folder)
     assert report["before"]["UA"] == 0.019 and report["after"]["UA"] is None
     assert report["peak_memory_bytes"] is None and report["weights"] == {"total": None, "trained": None, "open": None}
@@ -353,12 +354,17 @@ def test_curves_survive_a_nan_loss_and_a_term_that_starts_at_zero(tmp_path: Path
     lines[13]["terms"]["forget"] = math.inf
     axes = draw_loss(lines, ["cat", "car"]).axes[0]
     assert axes.get_yscale() == "log"
-    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"collecting", "forget", "retain", "distill"}
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        "collecting saliency",
+        "forget",
+        "retain",
+        "distill",
+    }
     lines[20]["terms"]["forget"] = -1.0
     assert draw_loss(lines, ["cat", "car"]).axes[0].get_yscale() == "linear"
 
 
-def test_the_open_share_is_of_the_trained_weights_and_a_method_without_mask_has_no_mask_figure() -> None:
+def test_the_open_share_refers_to_the_trained_weights_and_a_method_without_mask_has_no_mask_figure() -> None:
     top = draw_mask(metric_lines(), ["cat", "car"], 122880).axes[0]
     drawn = np.concatenate([line.get_ydata() for line in top.get_lines() if len(line.get_ydata()) > 2])
     assert set(drawn) == {0.5}
@@ -369,7 +375,7 @@ def test_the_open_share_is_of_the_trained_weights_and_a_method_without_mask_has_
     assert draw_mask(bare, ["cat", "car"], 122880) is None
 
 
-def test_the_grid_has_targets_first_then_the_order_of_the_evaluation(tmp_path: Path) -> None:
+def test_the_grid_shows_targets_first_then_the_order_of_the_evaluation(tmp_path: Path) -> None:
     draw(tmp_path / "before", 0, 32, ("natural", "neon"), objects=("cat", "chain_saw", "boat"))
     draw(tmp_path / "after", 2, 32, ("natural",), objects=("cat", "chain_saw"))
     grid = read_grid(
@@ -382,7 +388,7 @@ def test_the_grid_has_targets_first_then_the_order_of_the_evaluation(tmp_path: P
     assert [picture is None for picture in rows[2].sides[1]] == [True, False]
 
 
-def test_tiny_images_are_magnified_pixel_by_pixel_and_large_ones_are_smoothed(tmp_path: Path) -> None:
+def test_tiny_images_are_enlarged_without_smoothing_and_large_ones_are_smoothed(tmp_path: Path) -> None:
     for side in (32, 512):
         draw(tmp_path / f"{side}", 0, side, ("none",), objects=("cat",))
         grid = read_grid(tmp_path / f"{side}", None, names=(), targets=("cat",))
@@ -394,7 +400,7 @@ def test_tiny_images_are_magnified_pixel_by_pixel_and_large_ones_are_smoothed(tm
         assert np.array_equal(np.asarray(thumb), np.asarray(image.convert("RGB")).repeat(6, 0).repeat(6, 1))
 
 
-def test_many_objects_and_styles_are_limited_with_room_for_what_is_kept(tmp_path: Path) -> None:
+def test_the_grid_limits_objects_and_styles_and_reserves_places_for_other_than_targets(tmp_path: Path) -> None:
     names = [f"thing {at:02d}" for at in range(20)]
     draw(tmp_path / "before", 0, 8, [f"style {at}" for at in range(9)], objects=names)
     grid = read_grid(tmp_path / "before", None, names=names, targets=names[:15])
@@ -403,7 +409,7 @@ def test_many_objects_and_styles_are_limited_with_room_for_what_is_kept(tmp_path
     assert [row.name for row in rows if not row.is_target] == names[15:19]
 
 
-def test_a_folder_that_is_no_run_and_a_damaged_file_are_named(tmp_path: Path) -> None:
+def test_errors_name_a_folder_that_is_not_a_run_and_a_damaged_file(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="config.yaml"):
         write_report(tmp_path)
     folder = write_run(tmp_path / "run")
@@ -416,7 +422,7 @@ def test_a_folder_that_is_no_run_and_a_damaged_file_are_named(tmp_path: Path) ->
         write_report(edit)
 
 
-def test_a_report_is_written_over_the_one_before(tmp_path: Path) -> None:
+def test_a_new_report_replaces_the_earlier_one(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     write_report(folder)
     edit_json(folder / "costs.json", ranks=4)
@@ -430,7 +436,9 @@ def card_parts(folder: Path, report: dict[str, Any]) -> tuple[dict[str, Any], st
     return yaml.safe_load(front), body
 
 
-def test_the_front_matter_of_the_card_is_yaml_and_names_a_base_of_the_hub_only(finished: Path, tmp_path: Path) -> None:
+def test_the_front_matter_of_the_card_is_yaml_and_names_the_base_only_if_it_is_on_the_hub(
+    finished: Path, tmp_path: Path
+) -> None:
     front, _ = card_parts(write_run(tmp_path / "hub"), {})
     assert front.pop("base_model") == "models/canvas-sd15"
     assert front == {
@@ -445,7 +453,7 @@ def test_the_front_matter_of_the_card_is_yaml_and_names_a_base_of_the_hub_only(f
         assert "/home/me" not in body
 
 
-def test_the_card_gives_scores_with_intervals_settings_and_limits(finished: Path) -> None:
+def test_the_card_shows_scores_with_intervals_settings_and_limits(finished: Path) -> None:
     _, body = card_parts(finished, read_report(finished))
     assert "| UA | 1.9 (0.0 to 3.9) | 97.1 (95.1 to 99.1) |" in body
     assert "| UA, paraphrased prompts | 0.9 (0.0 to 2.9) | 96.1 (94.1 to 98.1) |" in body
@@ -453,10 +461,10 @@ def test_the_card_gives_scores_with_intervals_settings_and_limits(finished: Path
     assert "classifier `canvas` on 210 images of targets and 630 other images" in body
     assert 'pipeline("a photo of an animal")' in body
     headings = re.findall(r"^## (.*)$", body, flags=re.MULTILINE)
-    assert headings == ["Base", "Concepts removed", "Method", "Scores", "How to load", "Limits", "Licence"]
+    assert headings == ["Base model", "Concepts removed", "Method", "Scores", "How to load", "Limits", "Licence"]
 
 
-def test_the_card_says_so_where_nothing_was_measured(finished: Path) -> None:
+def test_the_card_states_when_nothing_was_measured(finished: Path) -> None:
     _, body = card_parts(finished, {})
     assert (
         "This model was not evaluated." in body and "Forgetting was not measured." in body and "classifier" not in body

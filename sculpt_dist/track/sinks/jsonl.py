@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.config.schema import TrackConfig
 from sculpt_dist.core.files import write_atomically
-from sculpt_dist.report.report import read_metrics
+from sculpt_dist.report.record import read_metrics
 from sculpt_dist.track.sinks import base
 
 if TYPE_CHECKING:

@@ -1,0 +1,75 @@
+"""The numbers of a report: what report.json holds, and what the page derives from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sculpt_dist.config.load import normal
+from sculpt_dist.report.record import RunRecord, plain_scores
+
+SCORES = ("UA", "SA", "IRA", "CRA")
+
+
+def summarise(run: RunRecord) -> dict[str, Any]:
+    """The content of report.json. Scores are shares from 0 to 1; missing values are None."""
+    config, costs = run.config, run.costs
+    concepts = [
+        {
+            "target": concept["target"],
+            "superclass": concept.get("superclass"),
+            "kind": concept.get("kind", "object"),
+            **_scores(stage),
+        }
+        for concept, stage in zip(config["concepts"], list(run.stages.values())[1:])
+    ]
+    return {
+        "model": config["model"].get("path") or f"canvas-{config['model'].get('arch')}",
+        "method": config["method"]["name"],
+        "config": run.manifest.get("config"),
+        "finished": run.manifest.get("finished", False),
+        "ranks": costs.get("ranks"),
+        "before": _scores(run.stages["before"]),
+        "after": _scores(run.stages[run.last] if run.last else {}),
+        "concepts": concepts,
+        "relapse": run.accuracies[1:],
+        "seconds": _members(costs.get("seconds"), ("prepare", "train", "evaluate", "total")),
+        "cpu_seconds": {"prepare": None, "train": None, **(costs.get("cpu_seconds") or {})},
+        "passes": _members(costs.get("passes"), ("prepare", "train")),
+        "peak_memory_bytes": costs.get("peak_memory_bytes"),
+        "weights": _members(costs.get("weights"), ("total", "trained", "open")),
+        "bytes_communicated": costs.get("bytes_communicated"),
+    }
+
+
+def seen_counts(report: Mapping[str, Any]) -> list[tuple[str, int, int, int | None]]:
+    """For each target that a detector counted: (target, images that show it at the end, its images, images before)."""
+    before, after = ((report[stage]["targets"] or {}) for stage in ("before", "after"))
+    counted = {name: target for name, target in after.items() if target.get("seen") is not None}
+    return [
+        (name, target["seen"], target["images"], before.get(name, {}).get("seen")) for name, target in counted.items()
+    ]
+
+
+def largest_losses(run: RunRecord, most: int = 3) -> list[tuple[str, float, float]]:
+    """(name, accuracy before, accuracy after) of the objects and styles to keep whose accuracy fell most."""
+    if run.last is None:
+        return []
+    targets = {normal(target) for target in run.targets}
+    lost = []
+    for kind in ("objects", "styles"):
+        after = plain_scores(run.stages[run.last], kind)
+        for name, share in plain_scores(run.stages["before"], kind).items():
+            now = after.get(name)
+            if share is not None and now is not None and share > now and normal(name) not in targets:
+                lost.append((name, share, now))
+    return sorted(lost, key=lambda loss: loss[2] - loss[1])[:most]
+
+
+def _scores(stage: Mapping[str, Any]) -> dict[str, Any]:
+    names = [name for score in (*SCORES, "CTA") for name in (score, f"{score}_ci95")] + ["images", "targets", "extra"]
+    return {**_members(stage.get("plain"), names), "paraphrased": _members(stage.get("paraphrased"), names)}
+
+
+def _members(record: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:
+    return {name: (record or {}).get(name) for name in names}
