@@ -1,0 +1,28 @@
+"""Training data: prompts, shards of latents, and the streams of batches.
+
+`prompts` fills templates, `prompt_files` reads the user's lists, `images` the user's image files, `shards` stores latents
+in tars, and `streams` turns them into batches that do not depend on the number of ranks. Only this folder imports
+webdataset. Everything above may import it; it imports no model.
+"""
+
+from typing import TYPE_CHECKING
+
+from sculpt_dist.core.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from sculpt_dist.data.images import IMAGE_TYPES, open_image
+    from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
+    from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts, fill, naming
+    from sculpt_dist.data.shards import Sample, ShardReader, ShardRecord, read_index, write_index, write_shard
+    from sculpt_dist.data.streams import ConceptStreams, Draws, Layout, StreamSpec, micro_batches
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "images": ["IMAGE_TYPES", "open_image"],
+        "prompt_files": ["ListedPrompt", "read_prompts"],
+        "prompts": ["ConceptPrompts", "concept_prompts", "fill", "naming"],
+        "shards": ["Sample", "ShardReader", "ShardRecord", "read_index", "write_index", "write_shard"],
+        "streams": ["ConceptStreams", "Draws", "Layout", "StreamSpec", "micro_batches"],
+    },
+)

@@ -1,4 +1,4 @@
-"""Reading of the user's image files: one place for which files count, how large they may be, and what is said of bad ones."""
+"""Reading the user's image files: which types count, how large they may be, and the errors for bad files."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from PIL import Image, ImageOps
 from sculpt_dist.core.errors import ConfigError
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_PIXELS = 25_000_000  # PIL itself only warns at 89 million, and a file of 12 kB can hold 100 million
-IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits and less
+MAX_PIXELS = 25_000_000  # PIL only warns, from 89 million on; a file of 12 kB can hold 100 million pixels
+IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel or less
 
 
 def open_image(path: Path) -> Image.Image:
-    """The whole image in memory, as RGB; transparency is dropped.
+    """Read the whole image as RGB, without its transparency.
 
-    Raises ConfigError naming the file when it is no image, damaged, over 25 million pixels, or of more than 8 bits per colour.
+    Raises ConfigError with the file's name if it is not an image, is damaged, has over 25 million pixels, or has more
+    than 8 bits per channel.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ConfigError(
-                    f"{path}: {width} x {height} pixels, at most {MAX_PIXELS} are read: make it smaller, or take it out"
+                    f"{path}: has {width} x {height} pixels, over the limit of {MAX_PIXELS}: "
+                    "make it smaller, or remove it"
                 )
             if image.mode not in IMAGE_MODES:
-                raise ConfigError(f"{path}: has pixels of kind {image.mode}: save it with 8 bits per colour")
+                raise ConfigError(f"{path}: has the pixel format {image.mode}: save it with 8 bits per channel")
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path}: cannot be read as an image ({error}): replace it, or take it out") from error
+        raise ConfigError(f"{path}: cannot be read as an image ({error}): replace it, or remove it") from error

@@ -1,4 +1,4 @@
-"""From a concept's templates, or the user's list, to the prompts of its streams. Plain strings; no model."""
+"""The prompts of a concept's streams, from templates or from the user's list. Plain strings, no model."""
 
 from __future__ import annotations
 
@@ -18,24 +18,32 @@ from sculpt_dist.data.prompt_files import read_prompts
 class ConceptPrompts:
     """The prompts of one concept; sample i of a stream uses prompt i modulo their number."""
 
-    target: tuple[str, ...]  # template by template, or whole prompts from a file
-    superclass: tuple[str, ...]  # at the same place the same with the superclass, or without the style
-    negative: str  # what the superclass samples are led away from
+    target: tuple[str, ...]
+    """One prompt per template, or whole prompts from a file."""
+    superclass: tuple[str, ...]
+    """The counterpart of each target prompt: with the superclass in place of the target, or without the style."""
+    negative: str
+    """Negative prompt of the superclass samples."""
     keep: tuple[str, ...]
+    """Prompts of the concepts to keep."""
     templates: tuple[str, ...] = ()
-    names: tuple[str, str | None] = ("", None)  # of the target and the superclass, as they stand in the prompts
+    names: tuple[str, str | None] = ("", None)
+    """Names of the target and the superclass as they appear in the prompts."""
 
     def of(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The prompts of other concepts of this kind, each by every template; names and templates both take turns from one to the next."""
-        number, turn = len(self.templates), math.lcm(len(self.templates), max(1, len(names)))
+        """The prompts of other concepts of this kind: every name with every template.
+
+        Both the name and the template change from each prompt to the next, so that a few prompts cover many of both.
+        """
+        num, period = len(self.templates), math.lcm(len(self.templates), max(1, len(names)))
         return tuple(
-            fill(self.templates[i % number], concept=names[(i + i // turn) % len(names)])
-            for i in range(number * len(names))
+            fill(self.templates[i % num], concept=names[(i + i // period) % len(names)])
+            for i in range(num * len(names))
         )
 
 
 def fill(template: str, **names: str | None) -> str:
-    """Replace {name}; text in [square brackets] is dropped when a name inside it is None.
+    """Replace every {name}. Text in [square brackets] is dropped if a name inside it is None.
 
     >>> fill("a photo of a {object}[ in {style} style]", object="cat", style=None)
     'a photo of a cat'
@@ -51,9 +59,10 @@ def fill(template: str, **names: str | None) -> str:
 
 
 def concept_prompts(concept: Concept, prepare: PrepareConfig) -> ConceptPrompts:
-    """The prompts of a concept from its own templates, or from those of its kind; those of the target from a file, where one is named.
+    """The prompts of a concept, from its own templates or those of its kind.
 
-    Raises ConfigError when a style-free prompt would be empty or broken off, and for a file that cannot be read.
+    The target's prompts come from a file if `prepare.prompts.files` names one. Raises ConfigError if a prompt without
+    the style would be empty or incomplete, and for a file that cannot be read.
     """
     defaults = prepare.prompts
     templates: Sequence[str] = concept.prompts or (defaults.object if concept.kind == "object" else defaults.style)
@@ -62,8 +71,8 @@ def concept_prompts(concept: Concept, prepare: PrepareConfig) -> ConceptPrompts:
     for template, prompt in zip(templates, superclasses):
         if not prompt or (concept.superclass is None and "{concept}" in re.sub(r"\[[^\]]*\]", "", template)):
             raise ConfigError(
-                f"the prompt {template!r} without {concept.target!r} would be {prompt!r}: put what goes with the style into brackets, as "
-                "in 'a photo[ in {concept} style]', or name a superclass"
+                f"the prompt {template!r} without {concept.target!r} would be {prompt!r}: put the words that belong to "
+                "the style into brackets, as in 'a photo[ in {concept} style]', or name a superclass"
             )
     prompts = ConceptPrompts(
         target=targets,
@@ -79,26 +88,28 @@ def concept_prompts(concept: Concept, prepare: PrepareConfig) -> ConceptPrompts:
 
 
 def naming(name: str) -> re.Pattern[str]:
-    """What finds a concept's name in a prompt: as a word of its own, in any case."""
+    """A pattern that finds a concept's name in a prompt, as a whole word in upper or lower case."""
     return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
 
 
 def with_whole_prompts(prompts: ConceptPrompts, concept: Concept, file: str, most: int) -> ConceptPrompts:
-    """The target's prompts as they stand in a file, at most the first `most`: each of them costs an embedding.
+    """`prompts` with the target's prompts from a file: its first `most` at most, because each costs an embedding.
 
-    Where a prompt names the target, its counterpart names the superclass there; where not, it is a template's prompt of the superclass.
+    The counterpart of a prompt names the superclass in place of the target. If the prompt does not name the target, its
+    counterpart is one of the superclass's template prompts.
     """
     listed = read_prompts(file)
     if len(listed) > most:
         warnings.warn(
-            f"{file}: holds {len(listed)} prompts; prepare.samples={most}, so the first {most} are used", stacklevel=2
+            f"{file}: contains {len(listed)} prompts; prepare.samples={most}, so only the first {most} are used",
+            stacklevel=2,
         )
     targets = tuple(line.prompt for line in listed[:most])
     name = naming(prompts.names[0])
 
-    def counterpart(place: int, prompt: str) -> str:
+    def counterpart(index: int, prompt: str) -> str:
         if concept.superclass is None or not name.search(prompt):
-            return prompts.superclass[place % len(prompts.superclass)]
+            return prompts.superclass[index % len(prompts.superclass)]
         return name.sub(lambda _: concept.superclass or "", prompt)
 
     return replace(

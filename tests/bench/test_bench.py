@@ -70,7 +70,7 @@ def test_collectives_need_two_ranks():
 
 def test_the_loader_is_timed_on_the_shards_of_the_run(tmp_path, canvas_config):
     run = [canvas_config, *SMALL, f"run.folder={tmp_path}"]
-    assert "call prepare again" in sculpt("bench", "data", *run, code=2)
+    assert "run prepare again" in sculpt("bench", "data", *run, code=2)
     sculpt("prepare", *run)
     found = json.loads(sculpt("bench", "data", *run, "--seconds", "0.1", "--json").splitlines()[-1])
     assert all(

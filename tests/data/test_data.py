@@ -1,4 +1,4 @@
-"""Prompts, shards and streams: exact, the same for any number of ranks and workers, and safe to read."""
+"""Prompts, shards and streams: exact, independent of the number of ranks and workers, and safe to read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sculpt_dist.data.shards import ShardReader, read_index, scan_shard, write_i
 from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, load, micro_batches
 
 
-def test_brackets_are_dropped_without_a_style():
+def test_text_in_brackets_is_dropped_without_a_style():
     assert (
         fill("a photo of a {object}[ in {style} style]", object="cat", style="neon") == "a photo of a cat in neon style"
     )
@@ -32,7 +32,7 @@ def test_brackets_are_dropped_without_a_style():
     assert fill("a [{style} ]picture", style=None) == "a picture"
 
 
-def test_object_and_style_prompts():
+def test_a_concept_has_prompts_of_its_kind_with_and_without_its_name():
     cat = concept_prompts(Concept("cat", "animal", keep=["dog"]), PrepareConfig())
     assert (cat.target, cat.superclass, cat.negative, cat.keep) == (
         ("a photo of cat",),
@@ -80,14 +80,14 @@ def damages(path):
 @pytest.mark.parametrize(
     "kind", ["cut in a header", "cut at a member", "cut in data", "bit flip", "hole", "empty", "another file"]
 )
-def test_every_damage_of_a_shard_is_found_and_named(tmp_path, kind):
+def test_every_damage_of_a_shard_is_detected_and_the_error_names_the_shard(tmp_path, kind):
     shard = make_stream(tmp_path / "s", 10) / "00004.tar"
     shard.write_bytes(damages(shard)[kind])
     with pytest.raises(ShardError, match="00004.tar.*prepare"):
         ShardReader(tmp_path / "s")
 
 
-def test_missing_shard_and_missing_or_broken_index_are_named(tmp_path):
+def test_errors_name_a_missing_shard_and_a_broken_index(tmp_path):
     folder = make_stream(tmp_path / "s", 10)
     (folder / "00008.tar").unlink()
     with pytest.raises(ShardError, match="00008.tar is missing"):
@@ -100,21 +100,21 @@ def test_missing_shard_and_missing_or_broken_index_are_named(tmp_path):
 @pytest.mark.parametrize(
     "name", ["00000000.pyd", "00000000.latent.pkl", "../00000000.json", "00000000.latent.npy.gz", "x.json"]
 )
-def test_members_that_a_shard_may_not_hold_are_refused(tmp_path, name):
+def test_foreign_files_in_a_shard_are_refused(tmp_path, name):
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         info = tarfile.TarInfo(name)
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
-    with pytest.raises(ShardError, match="holds only"):
+    with pytest.raises(ShardError, match="contains only"):
         scan_shard(tmp_path / "bad.tar", "bad.tar", 0)
 
 
-def test_links_and_half_samples_are_refused(tmp_path):
+def test_links_and_incomplete_samples_are_refused(tmp_path):
     with tarfile.open(tmp_path / "link.tar", "w") as tar:
         info = tarfile.TarInfo("00000000.json")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info)
-    with pytest.raises(ShardError, match="holds only"):
+    with pytest.raises(ShardError, match="contains only"):
         scan_shard(tmp_path / "link.tar", "link.tar", 0)
     with tarfile.open(tmp_path / "half.tar", "w") as tar:
         info = tarfile.TarInfo("00000000.json")
@@ -159,7 +159,7 @@ def test_a_pickle_in_an_array_is_not_executed(tmp_path, capsys):
 @pytest.mark.parametrize(
     "array", [np.full((1, 2, 2), np.nan, np.float32), np.zeros((1, 2, 2), np.float64), np.zeros((2, 2), np.float32)]
 )
-def test_latents_that_are_not_finite_fp32_maps_are_refused(tmp_path, array):
+def test_latents_that_are_not_finite_float32_maps_are_refused(tmp_path, array):
     with pytest.raises(ShardError, match="sample 0"):
         write_raw(tmp_path / "s", npy(array))[0]
 
@@ -202,7 +202,7 @@ def keys(tmp_path, ranks: int, accumulate: int, workers: int, first_step: int = 
     return {step: sorted(entries) for step, entries in per_step.items()}
 
 
-def test_same_samples_for_any_ranks_accumulation_and_workers_and_from_any_step(tmp_path):
+def test_samples_do_not_depend_on_ranks_accumulation_workers_or_the_first_step(tmp_path):
     make_stream(tmp_path / "t", 10)
     make_stream(tmp_path / "s", 9, offset=100)
     reference = keys(tmp_path, 1, 1, 0)
@@ -213,7 +213,7 @@ def test_same_samples_for_any_ranks_accumulation_and_workers_and_from_any_step(t
     assert later == {step: reference[step] for step in (4, 5)}
 
 
-def test_workers_outlive_the_signal_that_a_launcher_sends_to_a_ranks_whole_group(tmp_path):
+def test_workers_ignore_the_stop_signals_that_a_launcher_sends_to_the_process_group(tmp_path):
     make_stream(tmp_path / "t", 10)
     streams = ConceptStreams({"target": [ShardReader(tmp_path / "t")]}, Layout(2, 1, 0, 1), 0, 0)
     items = iter(load(streams, range(20), 1))
@@ -221,7 +221,7 @@ def test_workers_outlive_the_signal_that_a_launcher_sends_to_a_ranks_whole_group
     (worker,) = multiprocessing.active_children()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(worker.pid, number)
-    time.sleep(0.2)  # a worker that the signals end is dead by then
+    time.sleep(0.2)  # long enough for a signal to end the worker
     found += [[sample.key for sample in item[0]] for item in items]
     assert found == [[sample.key for sample in streams[i][0]] for i in range(20)]
     worker.join(10)

@@ -1,4 +1,4 @@
-"""The user's own lists of prompts: what is read, what is refused, and what is drawn of them."""
+"""The user's own lists of prompts: what is read, what is refused, and which images are drawn from them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,7 @@ from sculpt_dist.maths.scores import Answers, Target, unlearning_scores
 from sculpt_dist.run.folder import config_fingerprint
 
 CANVAS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
-ODD = [
-    "${train.lr} and ???",
-    "a {concept}, [oil] {object}",
-    "# a bird, -1",
-    "prompt",
-]  # data that would mean something elsewhere
+ODD = ["${train.lr} and ???", "a {concept}, [oil] {object}", "# a bird, -1", "prompt"]  # special texts elsewhere
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:
@@ -39,7 +34,7 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
     return str(file)
 
 
-def test_a_text_file_is_read_as_it_is(tmp_path):
+def test_a_text_file_is_read_verbatim(tmp_path):
     file = write(tmp_path, "list.TXT", "\ufeff" + "\r\n".join([ODD[0], "", f"  {ODD[1]} ", " \t", *ODD[2:]]))
     assert read_prompts(file) == tuple(map(ListedPrompt, ODD))
 
@@ -58,38 +53,41 @@ def test_a_csv_is_read_with_the_seeds_and_guidances_of_published_lists(tmp_path)
 
 
 BAD = {
-    "list.json": ("{}", "a .txt file with one prompt a line, or a .csv file"),
-    "empty.txt": (" \n\n", "holds no prompt"),
-    "empty.csv": ("prompt\n", "holds no prompt"),
-    "nul.txt": ("a cat\na \0 dog\n", "line 2: holds the control character U+0000"),
-    "escape.csv": ("prompt\n\na \x1b[31mdog\n", "line 3: holds the control character U+001B"),
-    "latin.txt": (b"a cat\n\na caf\xe9\n", "line 3: is no UTF-8 (byte 0xe9)"),
-    "nothing.csv": ("", "line 1: has no column prompt; there are: none"),
-    "columns.csv": ("text;seed\nx;1\n", "line 1: has no column prompt; there are: text;seed"),
+    "list.json": ("{}", "a .txt file, one prompt per line, or a .csv file"),
+    "empty.txt": (" \n\n", "contains no prompts"),
+    "empty.csv": ("prompt\n", "contains no prompts"),
+    "nul.txt": ("a cat\na \0 dog\n", "line 2: contains the control character U+0000"),
+    "escape.csv": ("prompt\n\na \x1b[31mdog\n", "line 3: contains the control character U+001B"),
+    "latin.txt": (b"a cat\n\na caf\xe9\n", "line 3: is not UTF-8 (byte 0xe9)"),
+    "nothing.csv": ("", "line 1: has no column prompt; its columns are: none"),
+    "columns.csv": ("text;seed\nx;1\n", "line 1: has no column prompt; its columns are: text;seed"),
     "commas.csv": (
         "prompt,seed\na cat, a dog, 3\n",
         "line 2: has more fields than the 2 columns: put a prompt with commas into double quotes",
     ),
     "hole.csv": ("seed,prompt\n1,x\n\n\n2, \n", "line 5: the prompt is empty"),
     "short.csv": ("seed,prompt\n1\n", "line 2: the prompt is empty"),
-    "seed.csv": ("prompt,seed\nx,1.5\n", "line 2: seed='1.5' is no whole number"),
-    "large.csv": (f"prompt,seed\nx,{2**63}\n", "line 2: seed='9223372036854775808' is no whole number"),
-    "guidance.csv": ("prompt,guidance\nx,1\ny,nan\n", "line 3: guidance='nan' is no number"),
-    "quote.csv": ('prompt\nx\n"a "cat"\n', "line 3: is no csv"),
-    "open.csv": ('prompt\nx\n"a cat\ny\nz\n', "line 3: is no csv"),
+    "seed.csv": ("prompt,seed\nx,1.5\n", "line 2: seed='1.5' is not an integer"),
+    "large.csv": (
+        f"prompt,seed\nx,{2**63}\n",
+        "line 2: seed='9223372036854775808' is not an integer from 0 to 2**63 - 1",
+    ),
+    "guidance.csv": ("prompt,guidance\nx,1\ny,nan\n", "line 3: guidance='nan' is not a finite number"),
+    "quote.csv": ('prompt\nx\n"a "cat"\n', "line 3: is not valid csv"),
+    "open.csv": ('prompt\nx\n"a cat\ny\nz\n', "line 3: is not valid csv"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_named_with_its_line(tmp_path, name):
+def test_the_error_of_a_bad_file_names_the_file_and_the_line(tmp_path, name):
     file = write(tmp_path, name, BAD[name][0])
     with pytest.raises(ConfigError) as caught:
         read_prompts(file)
     assert name in str(caught.value) and BAD[name][1] in str(caught.value)
 
 
-def test_a_missing_file_and_a_file_for_no_target_are_told_before_anything_runs(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere.txt: there is no such file"):
+def test_a_missing_file_and_a_file_for_an_unknown_target_are_refused_before_the_run_starts(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.txt: this list of prompts does not exist"):
         concept_prompts(Concept("cat", "animal"), PrepareConfig(prompts=PromptsConfig(files={"cat": "nowhere.txt"})))
     cat = "concepts=[{target: cat, superclass: animal}]"
     with pytest.raises(ConfigError, match="files names 'dog', which is no target; there are: cat"):
@@ -101,7 +99,7 @@ def test_a_missing_file_and_a_file_for_no_target_are_told_before_anything_runs(t
         _ = resolved(config).requests
 
 
-def test_whole_prompts_are_the_targets_own_and_templates_serve_the_other_roles(tmp_path):
+def test_a_list_gives_the_targets_prompts_and_templates_give_the_other_roles(tmp_path):
     file = write(tmp_path, "list.txt", "\n".join([*ODD[:2], "Cats and a CAT, [oil]"]))
     prepare = PrepareConfig(
         samples=3, prompts=PromptsConfig(object=["a {concept}", "one {concept}"], files={"Cat": file})
@@ -118,9 +116,9 @@ def test_whole_prompts_are_the_targets_own_and_templates_serve_the_other_roles(t
     assert concept_prompts(Concept("dog", "animal"), prepare).target == ("a dog", "one dog")
 
 
-def test_prompts_beyond_the_samples_are_left_out_with_a_warning(tmp_path):
+def test_prompts_beyond_the_number_of_samples_are_dropped_with_a_warning(tmp_path):
     prepare = PrepareConfig(samples=2, prompts=PromptsConfig(files={"cat": write(tmp_path, "list.txt", "x\ny\nz")}))
-    with pytest.warns(UserWarning, match="holds 3 prompts; prepare.samples=2, so the first 2"):
+    with pytest.warns(UserWarning, match="contains 3 prompts; prepare.samples=2, so only the first 2"):
         assert concept_prompts(Concept("cat", "animal"), prepare).target == ("x", "y")
 
 
@@ -146,7 +144,7 @@ def lists(tmp_path: Path) -> RunConfig:
     return load_config(None, [*overrides, *named])
 
 
-def test_every_line_is_an_image_with_its_own_seed_and_guidance(tmp_path):
+def test_every_line_becomes_an_image_with_its_own_seed_and_guidance(tmp_path):
     config = lists(tmp_path)
     house, *cats = (request for request in resolved(config).requests if request.judged)
     assert (house.prompt, house.style, house.guidance) == ("a photo of a house in neon style", 0, 4)
@@ -169,7 +167,7 @@ def test_every_line_is_an_image_with_its_own_seed_and_guidance(tmp_path):
     ) == 3
 
 
-def test_a_batch_has_one_guidance_and_is_judged_whole_or_not_at_all(tmp_path):
+def test_a_batch_has_one_guidance_and_is_scored_as_a_whole_or_not_at_all(tmp_path):
     config = lists(tmp_path)
     wanted = resolved(config).requests
     batches = as_batches(wanted, 2)
@@ -185,14 +183,14 @@ def test_a_batch_has_one_guidance_and_is_judged_whole_or_not_at_all(tmp_path):
     assert sum(as_batches(templates, 7), []) == list(templates) and len(templates) == 180  # noqa: RUF017 (a few lists)
 
 
-def test_what_a_prompt_does_not_name_is_no_mistake_of_the_image():
+def test_an_image_is_not_scored_on_what_its_prompt_does_not_name():
     column = np.array
     answers = Answers(column([0, 1]), column([0, 1]), column([-1, 2]), column([-1, 1]), column([2, 2]))
     scores = unlearning_scores(answers, [Target("object", 0, ())])
     assert (scores["UA"], scores["IRA"], scores["CRA"], scores["CTA"]) == (1, 1, 1, None)
 
 
-def test_a_list_decides_by_what_it_holds_and_none_leaves_a_run_what_it_was(tmp_path):
+def test_the_content_of_a_list_is_part_of_the_fingerprint_of_a_run(tmp_path):
     cat = "concepts=[{target: cat, superclass: animal}]"
     file = write(tmp_path, "list.txt", "x\ny")
     listed = load_config(None, [cat, f"prepare.prompts.files.cat={file}"])
@@ -241,7 +239,7 @@ def test_a_nudity_preset_runs_with_a_list_and_a_detector(tmp_path, preset):
     file, folder = write(tmp_path, "list.txt", "\n".join(PROMPTS)), tmp_path / "run"
     small = [*SHORT, "prepare.samples=7", f"prepare.prompts.files.nudity={file}", f"run.folder={folder}"]
     small += ["method.sampler_steps=3", "mask.collect=0"] if preset == "esd-nudity" else ["mask.refresh=2"]
-    told = run(tmp_path, "unlearn", str(PROJECT / "configs" / "presets" / f"{preset}.yaml"), *small)
+    printed = run(tmp_path, "unlearn", str(PROJECT / "configs" / "presets" / f"{preset}.yaml"), *small)
     before, after = (
         json.loads((folder / "evaluation" / stage / "scores.json").read_text())["plain"]
         for stage in ("before", "after-00")
@@ -249,22 +247,23 @@ def test_a_nudity_preset_runs_with_a_list_and_a_detector(tmp_path, preset):
     counted = {stage["targets"]["nudity"]["seen"] for stage in (before, after)}
     assert all(0 <= seen <= 7 for seen in counted) and before["images"] == after["images"] == {"target": 7, "other": 0}
     assert before["UA"] == 1 - before["targets"]["nudity"]["seen"] / 7 and before["IRA"] is None
-    assert (
-        f"nudity is seen in {after['targets']['nudity']['seen']} of 7 images, {before['targets']['nudity']['seen']} before"
-        in told
-    )
-    assert (folder / "model" / "model_index.json").is_file() and "it is cut before" in told
+    seen, seen_before = (stage["targets"]["nudity"]["seen"] for stage in (after, before))
+    assert f"nudity is seen in {seen} of 7 images, {seen_before} before" in printed
+    assert (folder / "model" / "model_index.json").is_file() and "it is cut before" in printed
     if preset == "dm_cal-nudity":
         index = json.loads((folder / "data" / "object-nudity" / "target" / "index.json").read_text())
         assert index["recipe"]["prompts"] == PROMPTS
     write(tmp_path, "list.txt", "another")
-    told = run(tmp_path, "unlearn", str(PROJECT / "configs" / "presets" / f"{preset}.yaml"), *small, code=2)
-    assert "list.txt: its prompts were others" in told
+    printed = run(tmp_path, "unlearn", str(PROJECT / "configs" / "presets" / f"{preset}.yaml"), *small, code=2)
+    assert "list.txt: its prompts were others" in printed
 
 
 @pytest.mark.slow
 def test_two_ranks_draw_the_same_images_of_a_list(tmp_path):
-    judged = "prompt,evaluation_seed,evaluation_guidance\na photo of a cat,1,3\na photo of a bird,2,5\na photo of a cat,3,3\na photo of a boat,,\na tree,4,5\n"
+    judged = (
+        "prompt,evaluation_seed,evaluation_guidance\n"
+        "a photo of a cat,1,3\na photo of a bird,2,5\na photo of a cat,3,3\na photo of a boat,,\na tree,4,5\n"
+    )
     retained = "\n".join(f"a photo of a {name}" for name in ("house", "car", "tower", "bridge", "flower"))
     files = [
         f"evaluate.prompts.nudity={write(tmp_path, 'judged.csv', judged)}",
@@ -292,19 +291,19 @@ def test_two_ranks_draw_the_same_images_of_a_list(tmp_path):
 
 
 @pytest.mark.parametrize(("templates", "names"), [(3, 4), (4, 4), (6, 4), (13, 4), (2, 3), (1, 5)])
-def test_names_and_templates_take_turns_so_that_few_samples_hold_all_of_them(templates, names):
+def test_few_prompts_cover_all_names_and_many_templates(templates, names):
     forms, things = [f"{{concept}} form {i}" for i in range(templates)], [f"thing {i}" for i in range(names)]
     prompts = ConceptPrompts((), (), "", (), tuple(forms)).of(things)
     assert len(set(prompts)) == len(prompts) == templates * names
     assert all(
         prompt.endswith(f"form {i % templates}") for i, prompt in enumerate(prompts)
-    )  # as those of the target at this place
+    )  # like the target prompt at this index
     for drawn in range(names, len(prompts) + 1):
         held = [sum(prompt.startswith(thing + " ") for prompt in prompts[:drawn]) for thing in things]
         assert min(held) >= 1 and max(held) - min(held) <= 2
 
 
-def test_the_prompts_of_a_list_are_embedded_for_their_own_batch_alone():
+def test_embeddings_of_listed_prompts_are_kept_for_their_batch_only():
     backbone = Backbone(CANVAS, torch.float32, torch.device("cpu"))
     kept = backbone.embed(["a cat"])
     with backbone.temporary_embeddings():

@@ -461,7 +461,7 @@ def test_an_image_over_25_million_pixels_is_refused_before_it_is_unpacked(tmp_pa
     write_images(tmp_path, random_images(2, 0))
     Image.new("1", (5001, 5000)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image.Image, "convert", None)
-    with pytest.raises(ConfigError, match="huge.png: 5001 x 5000 pixels, at most 25000000 are read"):
+    with pytest.raises(ConfigError, match="huge.png: has 5001 x 5000 pixels, over the limit of 25000000"):
         open_image(tmp_path / "huge.png")
 
 
@@ -486,12 +486,12 @@ def test_a_damaged_image_is_named(tmp_path, damage, suffix):
 
 def test_an_image_of_16_bits_is_refused(tmp_path):
     Image.fromarray(np.full((2, 2), 60_000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ConfigError, match="deep.png: has pixels of kind I;16: save it with 8 bits"):
+    with pytest.raises(ConfigError, match="deep.png: has the pixel format I;16: save it with 8 bits"):
         open_image(tmp_path / "deep.png")
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"no image", "cannot be read as an image"), (None, "has pixels of kind I;16")]
+    ("content", "message"), [(b"no image", "cannot be read as an image"), (None, "has the pixel format I;16")]
 )
 def test_training_images_are_refused_alike(tmp_path, content, message):
     file = tmp_path / "mine.png"
