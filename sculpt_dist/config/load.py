@@ -176,7 +176,8 @@ def _check_concepts(config: RunConfig) -> None:
         if normal(name) not in seen:
             there = ", ".join(concept.target for concept in config.concepts)
             raise ConfigError(f"prepare.prompts.files names {name!r}, which is no target; there are: {there or 'none'}")
-    if config.evaluate.retain_prompts and not (config.evaluate.reference or config.evaluate.clip):
+    measured = config.evaluate.reference or config.evaluate.clip or config.evaluate.metrics
+    if config.evaluate.retain_prompts and not measured:
         raise ConfigError(
             f"evaluate.retain_prompts={config.evaluate.retain_prompts}: FID, KID and CLIPScore are taken of these images: give "
             "evaluate.reference or evaluate.clip"

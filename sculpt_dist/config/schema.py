@@ -201,6 +201,8 @@ class EvaluateConfig:
     """Folder of reference images for FID and KID; canvas takes drawings of the canvas world."""
     clip: str | None = None
     """Folder of a CLIP model for CLIPScore, and for the features of FID and KID."""
+    metrics: dict[str, dict[str, Any]] | None = field(default_factory=dict)
+    """Further metrics and their options: name of a file in evaluation/metrics/ -> options, {} for none."""
 
 
 @dataclass(frozen=True)

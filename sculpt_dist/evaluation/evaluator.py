@@ -20,8 +20,7 @@ from sculpt_dist.core.progress import progress
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.evaluation.classifiers.base import Classifier, load_classifier
-from sculpt_dist.evaluation.metrics.base import Metric
-from sculpt_dist.evaluation.metrics.images import image_metrics
+from sculpt_dist.evaluation.metrics.base import Metric, build_metrics
 from sculpt_dist.evaluation.requests import Evaluation, ImageRequest, as_batches
 from sculpt_dist.evaluation.scoring import (
     BatchVerdict,
@@ -43,7 +42,7 @@ def check_evaluation(evaluation: Evaluation) -> None:
             f"evaluate.classifier={settings.classifier}: knows no styles, so it cannot tell whether {style!r} is "
             "forgotten; choose another classifier, or set evaluate.enabled=false"
         )
-    image_metrics(settings, 1, 0)
+    build_metrics(settings, 1, 0)
 
 
 def check_prompts(evaluation: Evaluation, backbone: Backbone) -> None:
@@ -74,7 +73,7 @@ def evaluate(
         (folder / "images").mkdir(parents=True, exist_ok=True)
     group.barrier()
     rows = _rounds(batches, group) * settings.batch  # images that one rank draws at most
-    metrics = image_metrics(settings, rows * group.size, rows * group.rank)
+    metrics = build_metrics(settings, rows * group.size, rows * group.rank)
     mine = _draw_and_judge(evaluation, backbone, net, group, folder, batches, classifier, metrics, label, stop)
     verdicts = [verdict for rank in group.to_all(mine) for verdict in rank]
     extra: dict[str, float] = {}

@@ -47,6 +47,7 @@ class Line:
     relapse: float | None  # accuracy of earlier targets after the last concept, less that right after each
     fid: float | None
     kid: float | None
+    extra: Mapping[str, float | None]  # results of all other metrics
     passes: float  # per concept, drawing and training
     cpu_seconds: float  # per concept, the same
     peak_memory: float  # MB, of one rank
@@ -114,6 +115,7 @@ def _line(name: str, note: str, cells: Mapping[int, Any], base: Mapping[int, Any
         relapse=_mean([_relapse(cell["relapse"]) for cell in found]),
         fid=_mean([(cell["extra"] or {}).get("fid") for cell in found]),
         kid=_mean([(cell["extra"] or {}).get("kid") for cell in found]),
+        extra=_other_metrics(found),
         passes=_mean([sum(cell["passes"].values()) / concepts for cell in found]) or 0.0,
         cpu_seconds=_mean(
             [(cell["cpu_seconds"]["prepare"] + cell["cpu_seconds"]["train"]) / concepts for cell in found]
@@ -124,6 +126,17 @@ def _line(name: str, note: str, cells: Mapping[int, Any], base: Mapping[int, Any
         stored=found[0]["weights"]["trained"] * BYTES[config.model.dtype] / MEGA,
         images=tuple(path for path in images if path.is_file()),
     )
+
+
+def _other_metrics(found: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The mean over seeds of every result of a metric that has no column of its own."""
+    results = [cell["extra"] or {} for cell in found]
+    names = sorted({name for result in results for name in result} - {"fid", "kid"})
+    return {name: _mean([result.get(name) for result in results]) for name in names}
+
+
+def _extra_names(block: Mapping[str, Any]) -> list[str]:
+    return sorted({name for line in block["lines"] for name in line.extra})
 
 
 def _scores(cells: Mapping[int, Any], base: Mapping[int, Any]) -> dict[str, Score]:
@@ -208,6 +221,7 @@ def as_markdown(comparison: Comparison, blocks: Sequence[Mapping[str, Any]]) -> 
             "relapse",
             "FID",
             "KID",
+            *_extra_names(block),
             "passes",
             "CPU-s",
             "MB",
@@ -215,7 +229,7 @@ def as_markdown(comparison: Comparison, blocks: Sequence[Mapping[str, Any]]) -> 
             "stored MB",
             "seeds",
         ]
-        rows = [[*_cells(line, comparison.against)] for line in block["lines"]]
+        rows = [[*_cells(line, comparison.against, _extra_names(block))] for line in block["lines"]]
         table = [heads, ["---"] * len(heads), *rows]
         parts.append(
             f"### {block['title']}, {block['backbone']}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in table)
@@ -223,7 +237,7 @@ def as_markdown(comparison: Comparison, blocks: Sequence[Mapping[str, Any]]) -> 
     return "\n\n".join([*parts, *comparison.notes]) + "\n"
 
 
-def _cells(line: Line, against: str) -> list[str]:
+def _cells(line: Line, against: str, extra: Sequence[str]) -> list[str]:
     def score(name: str) -> str:
         found = line.scores.get(name)
         if found is None:
@@ -241,6 +255,7 @@ def _cells(line: Line, against: str) -> list[str]:
         _number(line.relapse, "+.3f"),
         _number(line.fid, ".2f"),
         _number(line.kid, ".4f"),
+        *(_number(line.extra.get(name), ".4g") for name in extra),
         f"{line.passes:,.0f}",
     ]
     numbers += [
@@ -271,6 +286,7 @@ def _as_page(comparison: Comparison, blocks: Sequence[Mapping[str, Any]]) -> str
         "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     )
     environment.filters["number"] = _number
+    environment.filters["extra_names"] = _extra_names
     return environment.get_template("compare.html").render(comparison=comparison, blocks=blocks, names=SCORES)
 
 

@@ -1,26 +1,42 @@
-"""CLIP score: the mean of 100 cos(image, prompt) over images.
+"""CLIP score: the mean over images of 100 cos(image, prompt).
 
-Hessel et al. 2021, arXiv 2104.08718, eq. 1, in the scaling of published tables: 100 in place of 2.5, and no floor at 0.
+Hessel et al. 2021, arXiv 2104.08718, eq. 1, scaled as in published tables: 100 instead of 2.5, and no floor at 0.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.evaluation.classifiers.clip import Encoder
-from sculpt_dist.evaluation.metrics.base import Metric
+from sculpt_dist.evaluation.metrics.base import Metric, MetricContext, NoOptions
+
+
+class Encoder(Protocol):
+    """Embeds images and prompts into one space."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, h, w] -> [B, D]."""
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """N prompts -> [N, D]."""
+
+
+def build(context: MetricContext, options: NoOptions | None) -> Score | None:
+    """The CLIP score of the model in `evaluate.clip`; without one, None."""
+    context.require("clip", options)
+    return None if context.clip is None else Score(context.clip)
 
 
 class Score(Metric):
-    """How well images fit the prompts that they were drawn with, by the encoder given; say which one beside the figure.
+    """How well images fit their prompts according to an encoder; report the encoder along with the number.
 
-    It is ours, as torchmetrics' CLIPScore loads models by their hub names, fails on what transformers 5 returns for their features (an
-    object, not a tensor), and gives no standard error. On the same embeddings, handed over by an adapter, its mean is the same.
+    torchmetrics' CLIPScore is not used: it loads models by their hub names, fails on the object (not a tensor) that
+    transformers 5 returns as features, and gives no standard error. On equal embeddings its mean equals this one.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -44,7 +60,10 @@ class Score(Metric):
         return {name: total.clone() for name, total in self._state.items()}
 
     def result(self, state: Mapping[str, Tensor]) -> dict[str, float]:
-        """`clip_score`, the mean in [-100, 100], and `clip_score_error`, its standard error. Raises ConfigError without an image."""
+        """`clip_score`, the mean in [-100, 100], and `clip_score_error`, its standard error.
+
+        Raises ConfigError when no image was scored.
+        """
         count, total, squares = (float(state[name]) for name in ("count", "sum", "sum_of_squares"))
         if not count:
             raise ConfigError("CLIP score: there is no image to score: raise evaluate.images")

@@ -17,9 +17,9 @@ from sculpt_dist.config.schema import EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.images import open_image
 from sculpt_dist.evaluation.classifiers.canvas import Encoder as CanvasEncoder
+from sculpt_dist.evaluation.features import reference_features
 from sculpt_dist.evaluation.metrics import clip_score, fid, kid
-from sculpt_dist.evaluation.metrics.features import reference_features
-from sculpt_dist.evaluation.metrics.images import image_metrics
+from sculpt_dist.evaluation.metrics.base import build_metrics
 from sculpt_dist.run import prepare
 
 
@@ -153,7 +153,7 @@ def test_fid_of_broken_features_is_never_a_perfect_score():
 
 
 def test_fid_needs_two_drawn_images():
-    with pytest.raises(ConfigError, match="FID: 1 images were drawn, at least 2 are needed"):
+    with pytest.raises(ConfigError, match="FID: 1 images were drawn, but at least 2 are needed"):
         fid_of(column(1, 2, 3), column(1))
 
 
@@ -255,7 +255,7 @@ def test_kid_rows_are_each_filled_once():
 
 
 def test_kid_needs_two_drawn_images():
-    with pytest.raises(ConfigError, match="KID: 1 images were drawn, at least 2 are needed"):
+    with pytest.raises(ConfigError, match="KID: 1 images were drawn, but at least 2 are needed"):
         kid_of(column(1, 2, 3), column(1))
 
 
@@ -522,10 +522,10 @@ def test_scores_take_the_canvas_features_and_those_of_the_reference_once(tmp_pat
     monkeypatch.setattr(
         CanvasEncoder, "image_features", lambda self, batch: asked.append(len(batch)) or original(self, batch)
     )
-    metrics = image_metrics(settings, 12, 0)
+    metrics = build_metrics(settings, 12, 0)
     assert [type(metric) for metric in metrics] == [fid.Score, kid.Score] and asked == [12]
     fid_near, kid_near = (result_of(metric, images) for metric in metrics)
-    fid_far, kid_far = (result_of(metric, images // 2) for metric in image_metrics(settings, 12, 0))
+    fid_far, kid_far = (result_of(metric, images // 2) for metric in build_metrics(settings, 12, 0))
     # 12 images, 128 features: 0 within 1e-6 of the variance (see fid.Score)
     assert (
         fid_near < 1e-6 * CanvasEncoder().image_features(images).var(0).sum()
@@ -536,7 +536,7 @@ def test_scores_take_the_canvas_features_and_those_of_the_reference_once(tmp_pat
 
 
 def test_importing_the_scores_is_light():
-    modules = "sculpt_dist.evaluation.evaluator, sculpt_dist.evaluation.metrics.images, sculpt_dist.evaluation.metrics.features, sculpt_dist.evaluation.classifiers.base"
-    code = f"import {modules}, sys; print(*({{'transformers', 'torchmetrics', 'diffusers'}} & set(sys.modules)))"
+    metrics = "from sculpt_dist.evaluation.metrics import base, clip_score, fid, kid"
+    code = f"import sculpt_dist.evaluation.evaluator, sys; {metrics}; print(*({{'transformers', 'torchmetrics', 'diffusers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

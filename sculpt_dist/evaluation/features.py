@@ -1,4 +1,4 @@
-"""Features of images for FID and KID, and how they are handed to torchmetrics."""
+"""Image features that FID and KID compare, and the adapter that hands them to torchmetrics."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sculpt_dist.canvas.draw import draw_dataset
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.images import IMAGE_TYPES, open_image
 
 Features = Callable[[Tensor], Tensor]  # uint8 images [B, 3, h, w] -> [B, D]
 
-BATCH = 32  # reference images whose features are taken together
-DRAWN = 20  # drawings per object and style
+BATCH = 32  # reference images per forward of the encoder
+DRAWINGS_PER_PAIR = 20  # canvas drawings of each object in each style
 
 
 class IdentityFeatures(nn.Module):
-    """The feature network for torchmetrics: it is given features in place of images, and hands them on.
+    """The feature network for torchmetrics: it receives features instead of images and returns them unchanged.
 
-    So the features of the reference are taken once for all metrics, and the encoder stays where it is.
+    The reference features are then computed once for all metrics, and the encoder stays on its device.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -37,30 +36,33 @@ class IdentityFeatures(nn.Module):
 
 
 def reference_features(folder: Path, features: Features) -> Tensor:
-    """Float64 features [N, D] of all images in the folder, at any depth, in the order of their paths.
+    """Float64 features [N, D] of all images in the folder and its subfolders, sorted by path.
 
-    Raises ConfigError when there are fewer than 2, or when one cannot be read.
+    Raises ConfigError when there are fewer than 2 images, or when one cannot be read.
     """
     if not folder.is_dir():
         raise ConfigError(
-            f"evaluate.reference={folder}: no such folder: give one that holds images ({', '.join(IMAGE_TYPES)})"
+            f"evaluate.reference={folder}: no such folder: name a folder of images ({', '.join(IMAGE_TYPES)})"
         )
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_TYPES and file.is_file())
     if len(files) < 2:
         raise ConfigError(
-            f"evaluate.reference={folder}: holds {len(files)} images ({', '.join(IMAGE_TYPES)}), FID and KID need at least 2"
+            f"evaluate.reference={folder}: holds {len(files)} images ({', '.join(IMAGE_TYPES)}), "
+            "but FID and KID need at least 2"
         )
     return torch.cat([features(images).cpu().double() for images in _batches(map(_read, files))])
 
 
 def drawn_features(features: Features) -> Tensor:
-    """Float64 features [N, D] of drawings of every object of the canvas in every style."""
+    """Float64 features [N, D] of canvas drawings of every object in every style."""
     return torch.cat([features(batch).cpu().double() for batch in _drawings().split(BATCH)])
 
 
 @lru_cache(maxsize=1)
 def _drawings() -> Tensor:  # uint8 [N, 3, 32, 32]
-    return torch.from_numpy(draw_dataset(DRAWN, seed=0)[0]).permute(0, 3, 1, 2)
+    from sculpt_dist.canvas.draw import draw_dataset
+
+    return torch.from_numpy(draw_dataset(DRAWINGS_PER_PAIR, seed=0)[0]).permute(0, 3, 1, 2)
 
 
 def _read(file: Path) -> Tensor:
