@@ -3,6 +3,7 @@
 `report` writes the report of a run folder: `record` reads the folder, `summary` computes the numbers, `figures` and
 `grid` draw, `page` renders the HTML. `card` writes the README of an exported model. The templates of the reports of
 comparisons and sweeps live here as well. matplotlib, PIL and jinja2 are imported inside functions only.
+Layers above (`track`, `run`, `experiments`, `cli`) may import it.
 """
 
 from typing import TYPE_CHECKING

@@ -1,0 +1,45 @@
+"""The sample grid of a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from handmade_run import draw
+from PIL import Image
+
+from sculpt_dist.report.grid import read_grid
+
+
+def test_the_grid_shows_targets_first_then_the_order_of_the_evaluation(tmp_path: Path) -> None:
+    draw(tmp_path / "before", 0, 32, ("natural", "neon"), objects=("cat", "chain_saw", "boat"))
+    draw(tmp_path / "after", 2, 32, ("natural",), objects=("cat", "chain_saw"))
+    grid = read_grid(
+        tmp_path / "before", tmp_path / "after", names=("boat", "cat", "Chain saw"), targets=("Chain saw", "neon")
+    )
+    rows = [row for band in grid.bands for row in band]
+    assert [(row.name, row.is_target) for row in rows] == [("Chain saw", True), ("boat", False), ("cat", False)]
+    assert grid.styles == ["neon", "natural"] and grid.style_is_target == [True, False]
+    assert [picture is None for picture in rows[1].sides[1]] == [True, True], "boat has no image after"
+    assert [picture is None for picture in rows[2].sides[1]] == [True, False]
+
+
+def test_tiny_images_are_enlarged_without_smoothing_and_large_ones_are_smoothed(tmp_path: Path) -> None:
+    for side in (32, 512):
+        draw(tmp_path / f"{side}", 0, side, ("none",), objects=("cat",))
+        grid = read_grid(tmp_path / f"{side}", None, names=(), targets=("cat",))
+        thumb = grid.bands[0][0].sides[0][0]
+        assert thumb.size == (192, 192) and grid.is_tiny is (side == 32)
+    draw(tmp_path / "sharp", 0, 32, ("none",), objects=("cat",))
+    thumb = read_grid(tmp_path / "sharp", None, names=(), targets=()).bands[0][0].sides[0][0]
+    with Image.open(tmp_path / "sharp" / "cat--none.png") as image:
+        assert np.array_equal(np.asarray(thumb), np.asarray(image.convert("RGB")).repeat(6, 0).repeat(6, 1))
+
+
+def test_the_grid_limits_objects_and_styles_and_reserves_places_for_other_than_targets(tmp_path: Path) -> None:
+    names = [f"thing {at:02d}" for at in range(20)]
+    draw(tmp_path / "before", 0, 8, [f"style {at}" for at in range(9)], objects=names)
+    grid = read_grid(tmp_path / "before", None, names=names, targets=names[:15])
+    rows = [row for band in grid.bands for row in band]
+    assert (len(rows), grid.num_shown, grid.num_objects, len(grid.styles), grid.num_styles) == (12, 12, 20, 6, 9)
+    assert [row.name for row in rows if not row.is_target] == names[15:19]
