@@ -1,6 +1,7 @@
-"""Checkpoints of a run: sharded safetensors with a sealed manifest, written in the background, restored on any number of ranks.
+"""Checkpoints of a run: sharded safetensors with a sealed manifest, restored on any number of ranks.
 
-`save` writes them and `restore` finds, verifies and reads them; no pickle is involved. The trainer and the run's stages import this.
+`save` writes them in the background; `restore` finds, verifies and reads them; no pickle is involved. The trainer and
+the run's stages import this.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Finding and reading checkpoints, as `saving.py` writes them. No pickle is written or read."""
+"""Finds, verifies and reads the checkpoints that `save.py` writes. No pickle is written or read."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.sharding.shards import Shard
 
 MANIFEST = "manifest.json"
-LATEST = "latest"  # a hint only: the newest one that verifies is taken
+LATEST = "latest"  # only a hint: `newest` takes the newest checkpoint that verifies
 SCHEMA = 2
 
 
 def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
-    """The newest checkpoint that verifies, and its state; rank 0 decides for all. None where none was ever written.
+    """The newest checkpoint that verifies, and its state; rank 0 decides for all. None when none was ever written.
 
-    Raises RunFolderError when there are, or were, checkpoints but none can be trusted.
+    Raises RunFolderError when checkpoints exist, or existed, but none verifies.
     """
 
     def choose() -> tuple[str, Any, list[str]] | None:
-        damaged = []
+        damaged: list[str] = []
         for path in sorted(folder.glob("step-*"), reverse=True):
             state, reason = verify(path)
             if reason is None:
@@ -46,21 +46,21 @@ def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
     if not path:
         raise RunFolderError(f"{folder}: no checkpoint can be trusted ({'; '.join(damaged)}); start over with --fresh")
     if damaged and group.is_first:
-        print(f"checkpoint passed over: {'; '.join(damaged)}", flush=True)
+        print(f"skipped damaged checkpoints: {'; '.join(damaged)}", flush=True)
     return Path(path), state
 
 
 def set_aside_later(path: Path) -> None:
-    """Rename checkpoints newer than `path`, which did not verify, so that they are not counted among those that are kept."""
+    """Rename the checkpoints newer than `path`: they did not verify, so the saver must not count them as kept."""
     for damaged in path.parent.glob("step-*"):
         if damaged.name > path.name:
             os.rename(damaged, damaged.with_name(f"damaged-{damaged.name}-{os.getpid()}"))
 
 
 def verify(path: Path) -> tuple[Any, str | None]:
-    """(state, None) when the manifest and every file are as written, else (None, what is wrong)."""
+    """(state, None) when the manifest and every file are intact, otherwise (None, what is wrong)."""
     if (path / MANIFEST).is_symlink():
-        return None, "its manifest is a link"
+        return None, "its manifest is a symbolic link"
     try:
         sealed = json.loads((path / MANIFEST).read_bytes())
         text = sealed["body"]
@@ -68,7 +68,7 @@ def verify(path: Path) -> tuple[Any, str | None]:
             return None, "its manifest was changed"
         body = json.loads(text)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, f"its manifest is not readable ({type(error).__name__})"
+        return None, f"its manifest cannot be read ({type(error).__name__})"
     if body["schema"] != SCHEMA:
         return None, f"its manifest has schema {body['schema']}, this version reads {SCHEMA}"
     for name, entry in body["files"].items():
@@ -76,14 +76,15 @@ def verify(path: Path) -> tuple[Any, str | None]:
         if file.is_symlink() or not file.is_file():
             return None, f"{name} is missing"
         if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
-            return None, f"{name} was changed or cut"
+            return None, f"{name} was changed or truncated"
     return body["state"], None
 
 
 def load(path: Path, shards: Sequence[Shard], extra: Sequence[str]) -> dict[str, list[Tensor]]:
-    """Fill the shards from a verified checkpoint of any number of ranks, by overlapping slices; returns the extra kinds.
+    """Fill the shards from a verified checkpoint of any number of ranks; returns the shards of the `extra` kinds.
 
-    Weights are put into the fp32 shards; the caller publishes them.
+    Slices are copied where they overlap. Weights go into the fp32 shards; the caller publishes them. Raises
+    RunFolderError when the checkpoint lacks elements that this run needs.
     """
     filled = {kind: [torch.zeros_like(shard.flat) for shard in shards] for kind in extra}
     moments = [shard.moments.flat(shard.opened) for shard in shards]
@@ -108,14 +109,16 @@ def load(path: Path, shards: Sequence[Shard], extra: Sequence[str]) -> dict[str,
                 into[kind][i][at : at + high - low] = tensor[low - start : high - start].to(into[kind][i].device)
                 missing -= high - low
     if missing > 0:
-        raise RunFolderError(f"{path}: lacks {missing} elements that this run needs; it is of another model or method")
+        raise RunFolderError(
+            f"{path}: lacks {missing} elements that this run needs; it belongs to another model or method"
+        )
     for shard, both in zip(shards, moments):
         shard.moments.fill(*both, shard.opened)
     return filled
 
 
 def load_named(path: Path, kind: str) -> dict[str, Tensor]:
-    """The tensors that all ranks saved as `named` of one kind, by name."""
+    """The tensors of one kind that any rank saved as `named`, by name."""
     return {name: tensor for found, name, _, tensor in _slices(path) if found == kind}
 
 
@@ -127,7 +130,7 @@ def _slices(path: Path) -> Iterator[tuple[str, str, int, Tensor]]:
     for file in files:
         with safe_open(file, "pt") as content:
             for key in content.keys():  # noqa: SIM118 (safe_open is not iterable)
-                if key not in seen:  # stage 0 writes the same slices on every rank
+                if key not in seen:  # in stage 0 every rank writes the same slices
                     seen.add(key)
                     kind, name, start = key.split("|")
                     yield kind, name, int(start), content.get_tensor(key)

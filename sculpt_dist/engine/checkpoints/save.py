@@ -1,4 +1,4 @@
-"""Writing checkpoints while the training goes on: files, fsync and checksums are another thread's work."""
+"""Writes checkpoints in a background thread, which handles files, fsync and checksums while training continues."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ KEPT = 2
 
 
 class Saver:
-    """Writes a run's checkpoints. While open (`with`), one may be under way; leaving as planned waits for it, leaving broken does not.
+    """Writes a run's checkpoints, one at a time.
 
-    A checkpoint is a directory written aside, synced, with a manifest of sizes and sha256, then renamed: it is there whole or not at
-    all. The training waits for a copy of its state in memory, of the size of the state; with `background` false it waits for the
-    files instead, and no copy is made.
+    Leaving the context (`with`) waits for the checkpoint under way, except after an unexpected error.
+
+    A checkpoint is a directory: written under a temporary name with a manifest of sizes and sha256, synced, then
+    renamed. So it exists completely or not at all. Training waits only while its state is copied in memory; with
+    `background` false it waits for the files instead, and no copy is made.
     """
 
     def __init__(self, folder: Path, group: Group, background: bool = True) -> None:
         self.folder, self.group, self.background = folder, group, background
-        self._store = (
-            None if group.store is None else group.store.clone()
-        )  # a connection of its own, for another thread
+        self._store: Any = None if group.store is None else group.store.clone()  # a connection for the other thread
         self._thread: threading.Thread | None = None
         self._failed: str | None = None
 
@@ -47,7 +47,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind in (None, StopRequested, NonFiniteError):  # what all ranks leave together by
+        if kind in (None, StopRequested, NonFiniteError):  # these reach all ranks together
             self.finish()
 
     def save(
@@ -58,74 +58,74 @@ class Saver:
         state: Mapping[str, Any],
         named: Mapping[str, Tensor] = {},
     ) -> None:
-        """Begin checkpoint `place` = (concept, step), the newest of the folder; all ranks enter. Waits for the one before.
+        """Start the checkpoint of `place` = (concept, step), after the previous one is done. All ranks must call this.
 
-        `extra`: kinds of flat tensors like the shards, which nobody changes from now on. `named`: further tensors of this rank as
-        `kind|name|0`, for `load_named`. `state` is json. Raises RunFolderError on all ranks when the one before could not be written.
+        `extra` holds flat tensors shaped like the shards, by kind; they must not change from now on. `named` holds
+        further tensors of this rank under `kind|name|0`, for `load_named`. `state` is saved as JSON. Raises
+        RunFolderError, on all ranks, when the previous checkpoint could not be written.
         """
         self.finish()
-        aside = self.folder / f".writing-{place[0]:03d}-{place[1]:06d}"
-        self.group.on_first(lambda: self._make(aside))
-        tensors = _shard_tensors(shards, extra, copied=self.background) | {
-            name: part.cpu().clone() for name, part in named.items()
-        }
+        partial = self.folder / f".writing-{place[0]:03d}-{place[1]:06d}"
+        self.group.on_first(lambda: self._create(partial))
+        tensors = _shard_tensors(shards, extra, copied=self.background)
+        tensors |= {name: part.cpu().clone() for name, part in named.items()}
         if self.background:
-            self._thread = threading.Thread(target=self._write, args=(aside, tensors, state), name="saver", daemon=True)
+            self._thread = threading.Thread(
+                target=self._write, args=(partial, tensors, state), name="saver", daemon=True
+            )
             self._thread.start()
         else:
-            self._write(aside, tensors, state)
+            self._write(partial, tensors, state)
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is there, on all ranks. Raises RunFolderError on all of them when it could not be written."""
+        """Wait for the last checkpoint. Raises RunFolderError, on all ranks, when it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         failed, self._failed = self._failed, None
-        self.group.together(lambda: _refuse(failed))
+        self.group.together(lambda: _raise_if_failed(failed))
 
-    def _make(self, aside: Path) -> None:
+    def _create(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for debris in self.folder.glob(".writing-*"):
-            shutil.rmtree(debris)
-        aside.mkdir()
+        for leftover in self.folder.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
 
-    def _write(self, aside: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """This rank's file, and on the first rank the rest; what fails is kept for `finish`."""
+    def _write(self, partial: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write this rank's file, and on rank 0 everything else; a failure is kept for `finish` to raise."""
         try:
-            entry = _write_part(aside / f"rank-{self.group.rank}.safetensors", tensors)
+            entry = _write_part(partial / f"rank-{self.group.rank}.safetensors", tensors)
         except (OSError, SafetensorError) as error:
-            entry = {
-                "failed": f"{aside.parent}: a checkpoint could not be written: {error} ({_free(aside.parent)} free)"
-            }
-            self._failed = entry["failed"]
+            self._failed = _failure(partial.parent, error)
+            entry = {"failed": self._failed}
         if not self.group.is_first:
-            self._store.set(f"{aside}/{self.group.rank}", json.dumps(entry))
+            self._store.set(f"{partial}/{self.group.rank}", json.dumps(entry))
             return
         try:
-            entries = [entry, *(self._receive(f"{aside}/{rank}") for rank in range(1, self.group.size))]
+            entries = [entry, *(self._receive(f"{partial}/{rank}") for rank in range(1, self.group.size))]
             self._failed = next((e["failed"] for e in entries if "failed" in e), None)
             if self._failed is None:
-                self._commit(aside, entries, state)
+                self._commit(partial, entries, state)
             else:
-                shutil.rmtree(aside)
-        except (OSError, RuntimeError) as error:  # the store's own, when a rank's word does not come, is a RuntimeError
-            self._failed = f"{aside.parent}: a checkpoint could not be written: {error} ({_free(aside.parent)} free)"
+                shutil.rmtree(partial)
+        except (OSError, RuntimeError) as error:  # the store raises RuntimeError when a rank does not report
+            self._failed = _failure(partial.parent, error)
 
     def _receive(self, key: str) -> dict[str, Any]:
-        entry = json.loads(self._store.get(key))  # waits for it
+        entry = json.loads(self._store.get(key))  # blocks until the rank reports
         self._store.delete_key(key)
         return entry
 
-    def _commit(self, aside: Path, entries: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+    def _commit(self, partial: Path, entries: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
         files = {entry["name"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in entries}
         text = json.dumps({"schema": SCHEMA, "state": state, "files": files}, indent=1, sort_keys=True)
         sealed = {"seal": hashlib.sha256(text.encode()).hexdigest(), "body": text}
-        write_atomically(aside / MANIFEST, json.dumps(sealed).encode())
-        sync(aside)
-        final = aside.with_name(aside.name.replace(".writing-", "step-"))
+        write_atomically(partial / MANIFEST, json.dumps(sealed).encode())
+        sync(partial)
+        final = partial.with_name(partial.name.replace(".writing-", "step-"))
         if final.exists():
             shutil.rmtree(final)
-        os.rename(aside, final)
+        os.rename(partial, final)
         sync(self.folder)
         write_atomically(self.folder / LATEST, final.name.encode())
         for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
@@ -133,8 +133,8 @@ class Saver:
 
 
 def _shard_tensors(shards: Sequence[Shard], extra: Mapping[str, Sequence[Tensor]], copied: bool) -> dict[str, Tensor]:
-    """This rank's state as `kind|name|start` -> slice of a parameter, on the CPU; `copied`: what the training changes is."""
-    tensors = {}
+    """This rank's state on the CPU, as `kind|name|start` -> slice. `copied`: copy what training will change."""
+    tensors: dict[str, Tensor] = {}
     for i, shard in enumerate(shards):
         momentum, variance = shard.moments.flat(shard.opened)
         changing = {"weight": shard.flat, "saliency": shard.saliency, "opened": shard.opened}
@@ -155,10 +155,11 @@ def _write_part(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
-def _free(folder: Path) -> str:
-    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"
+def _failure(folder: Path, error: Exception) -> str:
+    free = shutil.disk_usage(folder).free / 1e9
+    return f"{folder}: a checkpoint could not be written: {error} ({free:.1f} GB free)"
 
 
-def _refuse(failed: str | None) -> None:
+def _raise_if_failed(failed: str | None) -> None:
     if failed is not None:
-        raise RunFolderError(f"{failed}; the checkpoints before it stay")
+        raise RunFolderError(f"{failed}; earlier checkpoints are kept")

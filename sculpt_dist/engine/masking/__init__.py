@@ -1,7 +1,7 @@
 """Which weights may move: the dynamic mask of Sculpting Memory, exact over all ranks.
 
-`mask` builds the mask from saliency and swaps weights at a turnover; `select` finds exactly which weights to close and open
-with a radix selection over sharded data. The engine, the training loop and the benchmarks import this.
+`mask` builds the mask from saliency and swaps weights at a turnover; `select` finds exactly which weights to close and
+open with a radix selection over sharded data. The engine, the training loop and the benchmarks import this.
 """
 
 from typing import TYPE_CHECKING

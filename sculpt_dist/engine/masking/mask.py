@@ -1,4 +1,4 @@
-"""The dynamic mask: which weights may move, kept beside the optimizer's shards, exact over all ranks."""
+"""The dynamic mask: which weights may move. It lives in the optimizer's shards and is exact over all ranks."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ class MaskSettings:
     scope: str  # matrix or global
     saliency: str
     seed: int  # of the random statistic
-    resets_moments: bool = True  # False: closed weights go on moving on old momentum, as published code lets them
+    resets_moments: bool = True  # False: closed weights keep moving on old momentum, as in the published code
 
 
 class DynamicMask:
-    """Opens the most salient weights, and at a turnover swaps the least salient open ones for the most salient closed ones.
+    """Opens the most salient weights; a turnover swaps the least salient open ones for the most salient closed ones.
 
-    A weight's byte in `Shard.opened` is 0 while closed and else the generation in which it was opened; `births[g]` is the number
-    of updates done when generation g opened, from which each weight's own Adam bias correction follows.
+    A weight's byte in `Shard.opened` is 0 while it is closed, otherwise the generation in which it was opened.
+    `births[g]` is the number of updates done when generation g was opened; each weight's Adam bias correction counts
+    from there.
     """
 
     def __init__(
         self, shards: list[Shard], sizes: Mapping[str, int], group: Group | None, settings: MaskSettings
     ) -> None:
-        """`group` is None where every rank holds all weights (stage 0)."""
+        """`group` is None when every rank holds all weights (stage 0)."""
         self.shards, self.sizes, self.group, self.settings = shards, dict(sizes), group, settings
-        self.births: list[int] = [0, 0]  # of generation 0 (closed, unused) and 1
+        self.births: list[int] = [0, 0]  # of generations 0 (closed, unused) and 1
         self.swapped = 0
         self.overlap = 1.0
-        self.spread: dict[
-            float, float
-        ] = {}  # share -> |saliency| at the last build or turnover; empty where the mask is random
+        # |saliency| by share of weights, at the last build or turnover; empty when the mask is random
+        self.spread: dict[float, float] = {}
         self.open_count = sum(self.sizes.values())
-        self.concept, self.selections = 0, 0  # what the random statistic is keyed by
+        self.concept, self.selections = 0, 0  # the random statistic's key
 
     def num_open(self) -> int:
-        """Open weights over all ranks, counted."""
+        """Count the open weights over all ranks."""
         count = torch.tensor([sum(int((shard.opened > 0).sum()) for shard in self.shards)])
         return int(count if self.group is None else self.group.sum(count.to(self.group.device)).cpu())
 
     def open_all(self) -> None:
-        """Every weight may move: the state without a mask."""
+        """Let every weight move: the state without a mask."""
         self.births = [0, 0]
         self.open_count = sum(self.sizes.values())
         for shard in self.shards:
@@ -64,7 +64,7 @@ class DynamicMask:
                 shard.opened.masked_fill_(shard.padding, 0)
 
     def build(self) -> None:
-        """Open the int(keep n) most salient weights of each matrix (or of all); saliency starts anew."""
+        """Open the int(keep n) most salient weights of each matrix (or of all together), and reset the saliency."""
         self.births, self.swapped, self.overlap = [0, 0], 0, 1.0
         self.open_count = int(self._keep_counts().sum())
         for shard in self.shards:
@@ -74,14 +74,15 @@ class DynamicMask:
         self._swap(torch.zeros_like(self._keep_counts()), self._keep_counts(), 1)
 
     def turn_over(self, share: float, updates_done: int) -> None:
-        """Close the n least salient open weights, open the n most salient closed ones, n = max(1, int(share open)) per segment.
+        """Close the n least salient open weights and open the n most salient closed ones of each segment.
 
-        The open count is conserved. Moments of closed and of opened weights are zero, and saliency starts anew.
+        n = max(1, int(share open)), so the number of open weights is conserved. Zeroes the moments of the swapped
+        weights and resets the saliency.
         """
         generation = len(self.births) if self.settings.resets_moments else 1
-        assert generation <= MAX_GENERATIONS, "more turnovers than a byte can number"
+        assert generation <= MAX_GENERATIONS, "more turnovers than a byte can count"
         counts = torch.tensor([turnover_count(int(k), share) for k in self._keep_counts()])
-        counts = torch.minimum(counts, self._segment_sizes() - self._keep_counts())  # no more than are closed
+        counts = torch.minimum(counts, self._segment_sizes() - self._keep_counts())  # at most as many as are closed
         self._swap(counts, counts, generation)
         if self.settings.resets_moments:
             self.births.append(updates_done)
@@ -89,15 +90,12 @@ class DynamicMask:
         self.overlap = 1 - self.swapped / self.open_count if self.open_count else 1.0
 
     def _swap(self, closing: Tensor, opening: Tensor, generation: int) -> None:
-        """Close and open so many weights of each segment, by what was collected, and forget that."""
+        """Close and open `closing` and `opening` [S] weights of each segment by saliency, then reset the saliency."""
         self.selections += 1
         fragments = self._fragments()
         parts = [Part(self._keys(shard, f), shard.opened[f.here], f.index) for shard, f in fragments]
-        segments = (
-            torch.arange(len(self.sizes))
-            if self.settings.scope == "matrix"
-            else torch.zeros(len(self.sizes), dtype=torch.long)
-        )
+        slots = torch.arange(len(self.sizes))
+        segments = slots if self.settings.scope == "matrix" else torch.zeros_like(slots)
         choice = choose(parts, segments, closing, opening, self.group)
         self.spread = {} if self.settings.saliency == "random" else quantiles(choice.histogram, QUANTILES)
         for (shard, f), part, cut in zip(fragments, parts, choice.cuts):
@@ -111,22 +109,19 @@ class DynamicMask:
 
     @property
     def planned_open(self) -> int:
-        """How many weights a built mask opens."""
+        """How many weights are open after `build`."""
         return int(self._keep_counts().sum())
 
     def _fragments(self) -> list[tuple[Shard, Fragment]]:
         return [(shard, fragment) for shard in self.shards for fragment in shard.fragments]
 
     def _keys(self, shard: Shard, f: Fragment) -> Callable[[slice], Tensor]:
-        """What gives the sort keys of a slice of the fragment."""
+        """A function from a slice of the fragment to its sort keys."""
         if self.settings.saliency == "random":
             rng = torch.Generator().manual_seed(derived_seed(self.settings.seed, self.concept, self.selections, f.name))
-            whole = torch.rand(
-                self.sizes[f.name], generator=rng
-            )  # of the whole matrix, so that every rank count agrees
-            collected = whole[f.start : f.start + f.numel].to(
-                shard.saliency.device, copy=True
-            )  # the whole one is let go
+            whole = torch.rand(self.sizes[f.name], generator=rng)  # drawn for the whole matrix: any rank count agrees
+            # A copy of this rank's slice, so that the whole matrix can be freed.
+            collected = whole[f.start : f.start + f.numel].to(shard.saliency.device, copy=True)
         else:
             collected = shard.saliency[f.here]
         return lambda here: sort_keys(collected[here])

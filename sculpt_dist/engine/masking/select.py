@@ -1,11 +1,12 @@
-"""Exact choice of which weights a mask closes and opens, over sharded saliency, by all-reduced digit counts.
+"""Exact selection of the weights that a mask closes and opens: a radix selection over sharded saliency.
 
-In every segment (a matrix, or all of them) two things are sought: the n least salient open weights, to close, and the m most salient
-closed ones, to open. One number orders all weights: the bits of |saliency|, which sort like it, and 2^31 less where the weight is open;
-then the n smallest close, and the m largest open. Where these ends lie is found digit by digit: the first digit is counted over all
-weights, the further ones only over the weights that share the digits found so far, a few per cent. Counts are summed over ranks: a
-payload that does not depend on the number of weights. The weights are gone through chunk by chunk: no sort, no index tensors, no copy
-of the saliency. Ties at an end go to the smallest positions, so that the choice does not depend on the number of ranks.
+Each segment (one matrix, or all of them) needs two selections: the n least salient open weights, to close, and the m
+most salient closed ones, to open. One integer orders all weights: the bits of |saliency|, which sort like the number,
+minus 2^31 if the weight is open. Then the n smallest close and the m largest open. The two thresholds are found digit
+by digit: the first digit is counted over all weights, each further digit only over the weights that share the digits
+found so far, a few per cent. Counts are summed over ranks, so the payload does not depend on the number of weights.
+Weights are processed in chunks: no sort, no index tensors, no copy of the saliency. Ties at a threshold go to the
+lowest positions, so the choice does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from sculpt_dist.core.errors import NonFiniteError
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.sharding.shards import spans
 
-BITS = (11, 7, 7, 6)  # of the 31 of a number's size: the exponent and three bits of the mantissa first
+BITS = (11, 7, 7, 6)  # digits of a key's 31 bits; the first has the exponent and three bits of the mantissa
 FIRST = 31 - BITS[0]  # bits below the first digit
 BINS = 1 << BITS[0]
-NON_FINITE = 0x7F800000 >> FIRST  # first digit of infinity and of what is not a number
-CLOSING, OPENING = 0, 1  # from below, from above
+NON_FINITE = 0x7F800000 >> FIRST  # the first digit of infinity and NaN
+CLOSING, OPENING = 0, 1  # selected from below, from above
 SIDES = (CLOSING, OPENING)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A fragment's weights. `keys` gives a slice of their int32 sort keys, not negative; `opened` uint8 [n] is 0 where closed.
+    """The weights of one fragment. `keys` maps a slice to int32 sort keys >= 0; `opened` uint8 [n] is 0 where closed.
 
-    `slot` numbers the parameters by position, so that the slots of a segment are consecutive; the fragments of one parameter lie
-    on the ranks in order, one on each.
+    `slot` numbers the parameters by position, so that the slots of a segment are consecutive; the fragments of one
+    parameter are in rank order, at most one per rank.
     """
 
     keys: Callable[[slice], Tensor]
@@ -41,14 +42,17 @@ class Part:
     slot: int
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(where, the number that orders them, int32) of all weights."""
+        """(slice, the int32 numbers that order its weights), over all weights."""
         for here in spans(0, len(self.opened), self.opened.device):
             yield here, self.keys(here).sub_(self.opened[here].clamp(max=1), alpha=1 << 31)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What is chosen of one part: numbers below the first end close, above the second open, and so many ties at each, the first ones."""
+    """The selection in one part: numbers below ends[CLOSING] close and those above ends[OPENING] open.
+
+    Of the weights equal to an end, the first `ties` are selected as well.
+    """
 
     ends: list[int]
     ties: list[int]
@@ -56,52 +60,56 @@ class Cut:
 
 @dataclass(frozen=True)
 class Choice:
-    cuts: list[Cut]  # for each part
-    histogram: Tensor  # int64 [BINS], weights of all ranks by the first digit of their key
+    cuts: list[Cut]  # one per part
+    histogram: Tensor  # int64 [BINS]: weights of all ranks by the first digit of their key
 
 
 def choose(parts: Sequence[Part], segments: Tensor, closing: Tensor, opening: Tensor, group: Group | None) -> Choice:
-    """Find exactly closing[s] of the open and opening[s] of the closed weights of segment s, over all ranks.
+    """Select exactly closing[s] of the open and opening[s] of the closed weights of segment s, over all ranks.
 
-    `segments` int64 [slots] is the segment of each slot, ascending; `closing`, `opening` int64 [S] are at most what there is. `group`
-    is None where every rank holds everything. Raises NonFiniteError, on all ranks, when a key is that of no finite number.
+    `segments` int64 [slots] gives the segment of each slot, ascending; `closing`, `opening` int64 [S] must not exceed
+    the number of candidates. `group` is None when every rank holds everything. Raises NonFiniteError, on all ranks,
+    when a saliency is not finite.
     """
     of = [int(segments[part.slot]) for part in parts]
     counts = _summed(_count_first(parts, of, len(closing)), group)  # [S, 2 BINS], open ones first
     halves = counts.view(-1, 2, BINS)
     if bool(halves[:, :, NON_FINITE:].any()):
         raise NonFiniteError(
-            "the collected gradients are not finite, so no mask can be made; look at the data of this concept"
+            "the collected gradients are not finite, so no mask can be made; check the data of this concept"
         )
     wanted = torch.stack([closing, opening])  # [2, S]
-    assert bool((wanted <= halves.sum(2).T).all()), "more weights asked for than there are candidates"
+    assert bool((wanted <= halves.sum(2).T).all()), "more weights wanted than there are candidates"
     places, needed = zip(*(_end(counts, wanted[side], side) for side in SIDES))
-    ends = [place - BINS for place in places]  # the numbers' first digits; open weights have negative ones
+    ends = [place - BINS for place in places]  # first digits of the ordering numbers; negative for open weights
     inside = [_within(part, [int(ends[side][s]) for side in SIDES]) for part, s in zip(parts, of)]
     left = FIRST
     for bits in BITS[1:]:
         left -= bits
         for side in SIDES:
-            mine = torch.zeros(len(closing), 1 << bits, dtype=torch.int64)
+            digits = torch.zeros(len(closing), 1 << bits, dtype=torch.int64)
             for numbers, s in zip(inside, of):
                 fits = numbers[side][(numbers[side] >> left >> bits) == ends[side][s]]
-                mine[s] += torch.bincount((fits >> left) & ((1 << bits) - 1), minlength=1 << bits).cpu()
-            digit, rest = _end(_summed(mine, group), needed[side], side)
+                digits[s] += torch.bincount((fits >> left) & ((1 << bits) - 1), minlength=1 << bits).cpu()
+            digit, rest = _end(_summed(digits, group), needed[side], side)
             ends[side] = (ends[side] << bits) | digit
             needed = (rest, needed[1]) if side == CLOSING else (needed[0], rest)
-    nothing = (-(1 << 31), 0x7FFFFFFF)  # below and above which there is none
+    nothing = (-(1 << 31), 0x7FFFFFFF)  # ends that select no weight
     ends = [torch.where(wanted[side] > 0, ends[side], nothing[side]) for side in SIDES]
     ties = []
     for side in SIDES:
-        held = [int((numbers[side] == ends[side][s]).sum()) for numbers, s in zip(inside, of)]
-        before = _before(held, parts, segments, group)
-        ties.append([min(have, max(0, int(needed[side][s]) - earlier)) for have, earlier, s in zip(held, before, of)])
+        tied = [int((numbers[side] == ends[side][s]).sum()) for numbers, s in zip(inside, of)]
+        before = _before(tied, parts, segments, group)
+        ties.append([min(have, max(0, int(needed[side][s]) - earlier)) for have, earlier, s in zip(tied, before, of)])
     cuts = [Cut([int(ends[side][s]) for side in SIDES], [ties[side][i] for side in SIDES]) for i, s in enumerate(of)]
     return Choice(cuts, halves.sum((0, 1)))
 
 
 def chosen(part: Part, cut: Cut) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(where, which close, which open), uint8 of 0 and 1, chunk by chunk. A chunk's `opened` may be changed when it was given."""
+    """Chunk by chunk, (slice, which close, which open) as uint8 0 or 1.
+
+    The caller may change a chunk's `opened` once that chunk was yielded.
+    """
     left = list(cut.ties)
     for here, numbers in part.chunks():
         picked = [compared(torch.lt, numbers, cut.ends[CLOSING]), compared(torch.gt, numbers, cut.ends[OPENING])]
@@ -117,15 +125,12 @@ def chosen(part: Part, cut: Cut) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def compared(relation: Callable[..., Tensor], numbers: Tensor, value: int) -> Tensor:
-    """uint8 of 0 and 1. By way of int32, which torch vectorises on a CPU: three times as fast as a comparison that gives bool."""
+    """A comparison as uint8 0 or 1, through int32: torch vectorises that on a CPU, three times as fast as bool."""
     return relation(numbers, value, out=torch.empty_like(numbers)).to(torch.uint8)
 
 
 def quantiles(histogram: Tensor, shares: Sequence[float]) -> dict[float, float]:
-    """The |saliency| at each share of all weights, to the width of a first digit: at most an eighth below the true one.
-
-    `histogram`: that of a choice.
-    """
+    """The |saliency| at each share of all weights, from a choice's histogram; at most an eighth too low."""
     upto = histogram.cumsum(0)
     ranks = [int(share * (int(upto[-1]) - 1)) for share in shares]
     digits = torch.tensor([int(torch.searchsorted(upto, rank, right=True)) for rank in ranks])
@@ -133,7 +138,7 @@ def quantiles(histogram: Tensor, shares: Sequence[float]) -> dict[float, float]:
 
 
 def payload_bytes(segments: int, slots: int, ranks: int) -> int:
-    """Bytes that a choice sums over so many ranks: what `choose` counts of so many segments with `slots` parameters in all."""
+    """Bytes that one `choose` sums over `ranks` ranks, for `segments` segments with `slots` parameters in all."""
     counts = segments * (2 * BINS + len(SIDES) * sum(1 << bits for bits in BITS[1:]))
     return counts * (4 if segments > 1 else 8) + len(SIDES) * slots * ranks * 8
 
@@ -147,7 +152,7 @@ def _count_first(parts: Sequence[Part], of: Sequence[int], segments: int) -> Ten
 
 
 def _within(part: Part, digits: Sequence[int]) -> list[Tensor]:
-    """The numbers [n] that have these first digits, for each side."""
+    """For each side, the numbers [n] with its first digit."""
     found: list[Tensor] = []
     for _, numbers in part.chunks():
         first = numbers >> FIRST
@@ -158,23 +163,25 @@ def _within(part: Part, digits: Sequence[int]) -> list[Tensor]:
 
 
 def _end(counts: Tensor, needed: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The bin [S] in which the n-th weight of each row [S, bins] lies, from below to close and from above to open, and its number in it."""
-    past = (
-        counts.cumsum(1) - counts if side == CLOSING else counts.flip(1).cumsum(1).flip(1) - counts
-    )  # in bins that come before
+    """For each row of `counts` [S, bins], the bin that holds its needed[s]-th weight, and the rank within that bin.
+
+    Weights are counted from below to close, from above to open.
+    """
+    # past: weights in the bins that come before
+    past = counts.cumsum(1) - counts if side == CLOSING else counts.flip(1).cumsum(1).flip(1) - counts
     place = ((past < needed[:, None]) & (past + counts >= needed[:, None])).long().argmax(1)
     return place, (needed - past.gather(1, place[:, None])[:, 0]) * (needed > 0)
 
 
 def _summed(counts: Tensor, group: Group | None) -> Tensor:
-    """Over ranks. As int32 where there are many segments: each has less than 2^31 weights then."""
+    """The sum over ranks. In int32 when there are several segments: each of them then has fewer than 2^31 weights."""
     if group is None:
         return counts
     return group.sum(counts.to(group.device, torch.int32 if len(counts) > 1 else torch.int64)).cpu().long()
 
 
 def _before(ties: Sequence[int], parts: Sequence[Part], segments: Tensor, group: Group | None) -> list[int]:
-    """For each part, how many ties lie at smaller positions of its segment, over all ranks."""
+    """For each part, the number of ties at lower positions of its segment, over all ranks."""
     rank, size = (group.rank, group.size) if group is not None else (0, 1)
     table = torch.zeros(len(segments), size, dtype=torch.int64)
     for part, count in zip(parts, ties):
@@ -182,6 +189,6 @@ def _before(ties: Sequence[int], parts: Sequence[Part], segments: Tensor, group:
     if group is not None:
         table = group.sum(table.to(group.device)).cpu()
     earlier = (table.view(-1).cumsum(0) - table.view(-1)).view_as(table)  # over all slots and ranks
-    first_slot = torch.searchsorted(segments, segments)  # the segments ascend, so this is where each begins
+    first_slot = torch.searchsorted(segments, segments)  # segments ascend, so this is where each begins
     before = earlier - earlier[first_slot, 0][:, None]
     return [int(before[part.slot, rank]) for part in parts]

@@ -1,7 +1,8 @@
 """The optimizer that DeepSpeed steps: AdamW that leaves closed weights bit-identical.
 
-`masked_adamw` defines MaskedAdamW and ShardedVector, on which methods combine gradients; `kernels/` holds the arithmetic of one
-step, in plain torch, C and Triton. Methods may import ShardedVector and sum_gradients; the rest is for the engine and benchmarks.
+`masked_adamw` defines MaskedAdamW, and ShardedVector, with which methods combine gradients; `kernels/` holds the
+arithmetic of one step, in plain torch, C and Triton. Methods may import ShardedVector and sum_gradients; the rest is
+for the engine and benchmarks.
 """
 
 from typing import TYPE_CHECKING

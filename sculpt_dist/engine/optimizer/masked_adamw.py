@@ -1,4 +1,4 @@
-"""The masked step: Adam on this rank's flat shard, in which closed weights stay bit-identical."""
+"""The masked step: AdamW on this rank's flat shards that leaves closed weights bit-identical."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPSILON = 1e-8
 
 
 class ShardedVector:
-    """One number per trainable weight, spread over the ranks like the optimizer: what combining rules compute with."""
+    """One number per trainable weight, sharded like the optimizer: what rules that combine gradients compute with."""
 
     def __init__(self, pieces: Sequence[Tensor], group: Group | None) -> None:
         self.pieces, self.group = list(pieces), group
@@ -39,7 +39,7 @@ class ShardedVector:
 
 
 def sum_gradients(gradients: Sequence[ShardedVector]) -> ShardedVector:
-    """The plain rule: the gradients of all loss groups added."""
+    """The default rule: the sum of the gradients of all loss groups."""
     total = gradients[0]
     for gradient in gradients[1:]:
         total = total.plus(gradient)
@@ -47,13 +47,15 @@ def sum_gradients(gradients: Sequence[ShardedVector]) -> ShardedVector:
 
 
 class MaskedAdamW(torch.optim.Optimizer):
-    """The client optimizer that DeepSpeed steps, in every stage, on the flat fp32 shard(s) that this rank owns.
+    """The client optimizer that DeepSpeed steps, in every stage, on the flat fp32 shards that this rank owns.
 
-    `phase` says what a step does: `hold` nothing; `collect` adds the reduced gradient to the saliency and moves nothing; `capture`
-    keeps it as one loss group's gradient; `train` adds it to the saliency, combines it with the captured ones, clips it by the norm of
-    its open part over all ranks, and moves the open weights. Adam follows Kingma and Ba (arXiv 1412.6980, algorithm 1) with decoupled
-    decay (Loshchilov and Hutter, arXiv 1711.05101), each weight counting its updates from when it was opened. A `grad_norm` that is not
-    finite tells of a gradient that is not: with clipping nothing has moved then.
+    `phase` decides what a step does. `hold` does nothing. `collect` adds the reduced gradient to the saliency and moves
+    nothing. `capture` keeps it as the gradient of one loss group. `train` adds it to the saliency, combines it with the
+    captured ones, clips it by the norm of its open part over all ranks, and moves the open weights.
+
+    Adam follows Kingma and Ba (arXiv 1412.6980, algorithm 1) with decoupled decay (Loshchilov and Hutter, arXiv
+    1711.05101); each weight counts its updates from the moment it was opened. A non-finite gradient gives a non-finite
+    `grad_norm`; with clipping, no weight has moved then.
     """
 
     def __init__(
@@ -73,17 +75,17 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.updates = 0
         self.steps_seen = 0
         self._grad_norm = torch.zeros(())
-        self._moved: Tensor | None = None  # [], this rank's sum of squares of the last update, without lr
+        self._moved: Tensor | None = None  # [], this rank's sum of squared moves of the last update, without lr
         self._captured: list[ShardedVector] = []
 
     def attach(self, shards: list[Shard], mask: DynamicMask, group: Group | None) -> None:
-        """Say what the flat tensors hold; `group` is None where every rank holds all weights."""
+        """Connect the flat tensors to shards and mask. `group` is None when every rank holds all weights."""
         self.shards, self.mask, self.group = shards, mask, group
         for shard in shards:
             shard.moments.repack = self.kernel.repack
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed passes no closure
         self.steps_seen += 1
         if self.phase == "hold":
             return
@@ -104,18 +106,18 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> float:
-        """Of the masked gradient of the last update, over all ranks, before clipping. Waits for a GPU."""
+        """Norm of the last update's masked gradient over all ranks, before clipping. Synchronises with a GPU."""
         return float(self._grad_norm)
 
     def update_norm(self) -> float:
-        """The norm of what the last update added to all weights; all ranks enter (one number is summed)."""
+        """Norm of the last update over all weights. All ranks must call this: it sums one number over them."""
         if self._moved is None:
             return 0.0
         total = self._moved.clone()
         return self.param_groups[0]["lr"] * math.sqrt(total if self.group is None else self.group.sum(total))
 
     def _train(self, gradient: ShardedVector, statistic: str | None) -> None:
-        """One pass over the weights; two where the gradient is clipped, as its norm comes first. Nothing waits for a GPU."""
+        """One pass over the weights; two with clipping, which needs the norm first. Never synchronises with a GPU."""
         device = gradient.pieces[0].device
         pairs = list(zip(self.shards, gradient.pieces))
         scale = torch.ones((), device=device)

@@ -1,7 +1,8 @@
 """What one rank holds: flat fp32 shards, and per weight its saliency, its mask byte and Adam's two moments.
 
-`shards` defines Shard and Fragment (which slice of which parameter lies where); `moments` holds the moments, dense or for open
-weights only; `partitions` finds the shards inside DeepSpeed's ZeRO optimizers. Only the engine and its benchmarks import this.
+`shards` defines Shard and Fragment (which slice of which parameter lies where); `moments` holds the moments, dense or
+for open weights only; `partitions` finds the shards inside DeepSpeed's ZeRO optimizers. Only the engine and its
+benchmarks import this.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Adam's two moments of a shard's weights: of all of them, or of the open ones alone."""
+"""Adam's two moments for a shard's weights: dense, for all weights, or packed, for the open ones only."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PADDING = 16  # numbers beyond the last one, which a kernel may read
-ROUNDING = (
-    1 << 12
-)  # a piece has room for a multiple of so many, so that it seldom needs another place when its count changes
+PADDING = 16  # elements past the end that a kernel may read
+ROUNDING = 1 << 12  # a piece's room is a multiple of this, so that a changed count seldom needs a new buffer
 
 Repack = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 class Piece(NamedTuple):
-    """The moments of the weights `where` of a shard: of all of them, or packed, of the open ones in their order."""
+    """The moments of a shard's weights at `where`: dense for all of them, packed for the open ones in order."""
 
     where: slice
     momentum: Tensor
@@ -25,14 +23,17 @@ class Piece(NamedTuple):
 
 
 class Moments:
-    """Held piece by piece. Packed ones take their memory with the first update: collecting needs none."""
+    """Both moments of a shard, held piece by piece.
+
+    The first update allocates packed moments: collecting needs none.
+    """
 
     def __init__(self, spans: Sequence[slice], n: int, device: torch.device, packed: bool) -> None:
-        """`spans`: where the pieces lie; what is outside of them never moves."""
+        """`spans` are the pieces' slices; weights outside of them never move."""
         self.spans, self.packed = list(spans), packed
         self._n, self._device = n, device
-        self.repack: Repack = repack  # or a faster one
-        self._spare = torch.zeros(0, device=device)  # the place of the piece that was renewed last
+        self.repack: Repack = repack  # a kernel may install a faster one
+        self._spare = torch.zeros(0, device=device)  # the old buffer of the piece that was repacked last
         self._numbers = {span.start: number for number, span in enumerate(self.spans)}
         self._pieces: list[Piece] = []
         if not packed:
@@ -40,13 +41,13 @@ class Moments:
             self._pieces = [Piece(span, self.momentum[span], self.variance[span]) for span in self.spans]
 
     def pieces(self, opened: Tensor) -> list[Piece]:
-        """All of them; `opened` [n] says how many weights of each are open."""
+        """All pieces, allocated now if they were not; `opened` [n] gives how many weights of each are open."""
         if not self._pieces:
             self._pieces = [Piece(span, self._room(opened[span]), self._room(opened[span])) for span in self.spans]
         return self._pieces
 
     def reset(self) -> None:
-        """All zero."""
+        """Set both moments to zero."""
         if self.packed:
             self._pieces = []
         else:
@@ -54,27 +55,30 @@ class Moments:
             self.variance.zero_()
 
     def reopen(self, start: int, swapped: Tensor, opened: Tensor) -> None:
-        """Zero for the weights that were just opened or closed: uint8 1 in `swapped`; `opened` is how they are now. Of the piece at `start`."""
+        """In the piece at `start`, zero the moments of the weights that were just opened or closed.
+
+        `swapped` is uint8 1 for those weights; `opened` is the new state.
+        """
         if not self._pieces:
             return
         number = self._numbers[start]
         where, *moments = self._pieces[number]
         if not self.packed:
-            stays = swapped.to(torch.int32) - 1  # all bits, or none
+            stays = swapped.to(torch.int32) - 1  # all bits set, or none
             for moment in moments:
                 moment.view(torch.int32).bitwise_and_(stays)
             return
-        count, renewed = int(torch.count_nonzero(opened)), []
+        count, repacked = int(torch.count_nonzero(opened)), []
         for moment in moments:
             fits = 0 <= len(self._spare) - count - PADDING < 2 * ROUNDING
             room = self._spare if fits else self._room(opened)
             self.repack(swapped, opened, moment, room)
-            renewed.append(room)
+            repacked.append(room)
             self._spare = moment
-        self._pieces[number] = Piece(where, *renewed)
+        self._pieces[number] = Piece(where, *repacked)
 
     def flat(self, opened: Tensor) -> tuple[Tensor, Tensor]:
-        """Both of all weights, [n] each: themselves, or where they are packed a copy."""
+        """Both moments of all weights, [n] each: the tensors themselves when dense, unpacked copies when packed."""
         if not self.packed:
             return self.momentum, self.variance
         both = torch.zeros(self._n, device=self._device), torch.zeros(self._n, device=self._device)
@@ -85,7 +89,7 @@ class Moments:
         return both
 
     def fill(self, momentum: Tensor, variance: Tensor, opened: Tensor) -> None:
-        """Take over both from those of all weights, [n] each."""
+        """Take both moments from dense ones, [n] each."""
         if not self.packed:
             self.momentum.copy_(momentum)
             self.variance.copy_(variance)
@@ -103,30 +107,33 @@ class Moments:
 
 
 def repack(swapped: Tensor, opened: Tensor, moment: Tensor, room: Tensor) -> None:
-    """A packed moment into `room`, after the weights `swapped` were opened and closed; `opened` is how they are now."""
-    was = opened.clamp(max=1) ^ swapped
-    pack(unpacked(moment, ranks_among_open(was), was), ranks_among_open(opened), opened, room)
+    """Pack a moment into `room` after the weights in `swapped` were opened or closed; `opened` is the new state."""
+    was_open = opened.clamp(max=1) ^ swapped
+    pack(unpacked(moment, ranks_among_open(was_open), was_open), ranks_among_open(opened), opened, room)
 
 
 def zero_where_closed(values: Tensor, opened: Tensor) -> Tensor:
-    """Of four bytes a weight, in place; by bits, which a CPU does several times as fast as by a comparison."""
-    values.view(torch.int32).bitwise_and_(opened.clamp(max=1).to(torch.int32).neg_())  # all bits, or none
+    """Zero four-byte values in place where closed. On a CPU, masking bits is several times faster than comparing."""
+    values.view(torch.int32).bitwise_and_(opened.clamp(max=1).to(torch.int32).neg_())  # all bits set, or none
     return values
 
 
 def ranks_among_open(opened: Tensor) -> Tensor:
-    """int32 [n]: how many open weights there are up to each, itself included. The packed number of an open one is at its rank - 1."""
+    """int32 [n]: how many weights up to and including each are open. An open weight's packed index is its rank - 1."""
     return opened.clamp(max=1).cumsum(0, dtype=torch.int32)
 
 
 def unpacked(moment: Tensor, ranks: Tensor, opened: Tensor) -> Tensor:
-    """[n] from those of the open weights; 0 where closed. By ranks, as torch's masked_scatter takes three times as long."""
+    """Dense values [n] from packed ones, 0 where closed. By rank: torch's masked_scatter takes three times as long."""
     return zero_where_closed(moment.index_select(0, (ranks - 1).clamp_(min=0)), opened)
 
 
 def pack(values: Tensor, ranks: Tensor, opened: Tensor, room: Tensor) -> None:
-    """The inverse: the values of the open weights into `room`. The closed ones go behind them in a scratch of [n], each to a place of its
-    own: to one place all would wait for each other."""
+    """Write the open weights' values [n] into `room`, in order: the inverse of `unpacked`.
+
+    The closed ones go behind them in a scratch tensor [n], each to its own index: writes to a single index would
+    serialise.
+    """
     count = int(ranks[-1]) if len(ranks) else 0
     numbers = torch.arange(1, len(ranks) + 1, dtype=torch.int32, device=ranks.device)
     places = zero_where_closed(ranks * 2 - numbers - count, opened).add_(numbers - ranks + count - 1)  # open: rank - 1

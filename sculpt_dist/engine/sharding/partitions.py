@@ -8,11 +8,11 @@ from sculpt_dist.engine.sharding.shards import Fragment, Shard
 
 
 def find_shards(engine: Any, stage: int, packed: bool = False) -> list[Shard]:
-    """Map what DeepSpeed's base optimizer steps back to (name, slice), for every stage (deepspeed 0.19.8).
+    """Map the flat tensors that DeepSpeed's base optimizer steps back to parameters and slices, for every stage.
 
-    Stages 1 and 2 say it in `_hp_mapping` of each parameter, stage 3 in `grad_position` and the partition number, and stage 0
-    steps the parameters themselves. Every element of every trainable parameter is found exactly once over the ranks of a
-    sharded stage, which `check_coverage` asserts.
+    Stages 1 and 2 record the mapping in each parameter's `_hp_mapping`, stage 3 in `grad_position` and the partition
+    number; stage 0 steps the parameters themselves. In a sharded stage the ranks together hold every trainable element
+    exactly once, which `check_coverage` asserts.
     """
     named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     if stage == 0:
@@ -26,7 +26,7 @@ def find_shards(engine: Any, stage: int, packed: bool = False) -> list[Shard]:
             _, offset, partition = zero.grad_position[zero.get_param_id(p)]
             start = zero._get_param_partition_rank(p) * partition
             numel = max(0, min(partition, p.ds_numel - start))  # the last rank's share ends in padding
-        elif p._hp_mapping is None:  # nothing of it lives on this rank
+        elif p._hp_mapping is None:  # this rank holds nothing of it
             continue
         else:
             master, whole = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
@@ -37,17 +37,15 @@ def find_shards(engine: Any, stage: int, packed: bool = False) -> list[Shard]:
 
 
 def parameter_sizes(engine: Any) -> dict[str, int]:
-    """Elements of each trainable parameter, whole, in the order of the net."""
-    return {
-        name: int(getattr(p, "ds_numel", p.numel())) for name, p in engine.module.named_parameters() if p.requires_grad
-    }
+    """Number of elements of each trainable parameter, unsharded, in the order of the net."""
+    named = engine.module.named_parameters()
+    return {name: int(getattr(p, "ds_numel", p.numel())) for name, p in named if p.requires_grad}
 
 
 def check_coverage(shards: list[Shard], sizes: dict[str, int], total_over_ranks: int) -> None:
-    """Assert that the fragments of all ranks together are as many elements as the trainable parameters have."""
-    assert total_over_ranks == sum(sizes.values()), (
-        f"shards hold {total_over_ranks} of {sum(sizes.values())} trainable elements"
-    )
+    """Assert that the fragments of all ranks together have as many elements as the trainable parameters."""
+    total = sum(sizes.values())
+    assert total_over_ranks == total, f"shards hold {total_over_ranks} of {total} trainable elements"
     for shard in shards:
         for f in shard.fragments:
-            assert f.start + f.numel <= sizes[f.name], f"{f.name}: fragment past its end"
+            assert f.start + f.numel <= sizes[f.name], f"{f.name}: a fragment ends past the parameter"

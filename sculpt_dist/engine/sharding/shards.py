@@ -1,4 +1,4 @@
-"""Where the weights live: the flat fp32 tensors that this rank's optimizer steps, and which slice of which matrix they hold."""
+"""The flat fp32 tensors that this rank's optimizer steps, and which parameter slices they hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sculpt_dist.engine.sharding.moments import Moments
 
-CHUNK = 1 << 18  # weights that a CPU works on together: they stay in its cache
+CHUNK = 1 << 18  # weights that a CPU processes at a time, so that they stay in its cache
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,21 @@ class Fragment:
 
     @property
     def here(self) -> slice:
+        """Its slice of the flat shard."""
         return slice(self.offset, self.offset + self.numel)
 
 
 def spans(first: int, last: int, device: torch.device) -> list[slice]:
-    """What is worked on together of the weights first .. last - 1: chunks on a CPU, all on a GPU."""
+    """Slices that cover the weights first .. last - 1, each processed in one go: chunks on a CPU, one on a GPU."""
     size = CHUNK if device.type == "cpu" else max(1, last - first)
     return [slice(at, min(at + size, last)) for at in range(first, last, size)]
 
 
 class Shard:
-    """One flat fp32 tensor [n] that this rank steps, with all that is kept per weight beside it."""
+    """One flat fp32 tensor [n] that this rank steps, with the state kept for each weight."""
 
     def __init__(self, master: Tensor, fragments: list[Fragment], packed: bool = False) -> None:
-        """`packed`: moments are held for open weights only."""
+        """`packed`: hold moments for open weights only."""
         self.master = master  # what the base optimizer sees; its .grad is the reduced gradient
         self.fragments = sorted(fragments, key=lambda f: f.offset)
         n, device = master.numel(), master.device

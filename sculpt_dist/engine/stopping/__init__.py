@@ -1,7 +1,7 @@
 """How a run stops: on a signal or a STOP file, together on all ranks, and with the cause in its log when a rank fails.
 
-`request` collects stop requests and lets the ranks agree on them; `heartbeat` tells dead, hung and slow ranks apart; `watch` is
-the context that wraps a run's work. Everything that runs on ranks (run, evaluation, bench) imports this.
+`request` collects stop requests and lets the ranks agree on them; `heartbeat` tells dead, hung and slow ranks apart;
+`watch` is the context that wraps a run's work. Everything that runs on ranks (run, evaluation, bench) imports this.
 """
 
 from typing import TYPE_CHECKING

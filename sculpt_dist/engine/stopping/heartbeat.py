@@ -1,4 +1,4 @@
-"""Signs of life: how a rank learns which other rank is dead or hangs, when a collective has failed."""
+"""Heartbeats: after a failed collective, they tell a rank which other rank is dead or hung."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import torch
 
 from sculpt_dist.engine.group import Group
 
-PATIENCE = 2.5  # seconds; a rank beats about once a second
+PATIENCE = 2.5  # seconds; a rank sends about one heartbeat a second
 
 
 class Heartbeat:
-    """Every rank tells the others, through the ranks' meeting point, that it lives and how many collectives it has entered.
+    """Each rank reports through the rendezvous store that it is alive, and how many collectives it has entered.
 
-    Alone there is nobody to tell. When the meeting point is gone, its holder (rank 0, or the launcher on its node) is.
+    A single rank reports nothing. When the store is gone, so is the process that hosts it: rank 0, or the launcher on
+    its node.
     """
 
     def __init__(self, group: Group) -> None:
         self.group, self.count, self.broken = group, 0, False
-        self.store = None if group.store is None else group.store.clone()  # a connection of its own, for another thread
+        self.store = None if group.store is None else group.store.clone()  # a separate connection, for another thread
         self.beat()
         group.barrier()
 
@@ -33,11 +34,11 @@ class Heartbeat:
             self.broken = True
 
     def silent(self) -> list[int]:
-        """Ranks that gave no sign of life for `PATIENCE` seconds, which this takes; only 0 when the meeting point is gone."""
+        """Ranks without a heartbeat for `PATIENCE` seconds; takes that long. Only rank 0 when the store is gone."""
         if self.store is None:
             return []
         before = self._read()
-        for _ in range(5):  # meanwhile the others may be asking the same about this rank
+        for _ in range(5):  # keep beating: the other ranks may be checking on this one
             time.sleep(PATIENCE / 5)
             self.beat()
         now = self._read()
@@ -46,34 +47,35 @@ class Heartbeat:
         return [rank for rank in range(self.group.size) if before[rank] == now[rank]]
 
     def culprit(self) -> str:
-        """Which rank the others were waiting for, in words."""
+        """A message that names the rank for which the others were waiting."""
         silent = self.silent()
         if silent:
             return describe_silent(silent)
-        entered = {rank: int(told.split()[1]) for rank, told in enumerate(self._read() or [])}
+        entered = {rank: int(beat.split()[1]) for rank, beat in enumerate(self._read() or [])}
         late = [rank for rank, count in entered.items() if count == min(entered.values())]
         if entered and len(late) < len(entered):
-            return f"{_ranks(late)} hangs or is slow: it lives, but did not come to a collective that the others had entered"
-        return "the connection broke, but every rank lives"
+            return f"{_ranks(late)} hangs or is slow: alive, but did not enter a collective that the others had entered"
+        return "the connection broke, but every rank is alive"
 
     def _read(self) -> list[str] | None:
+        """The last heartbeat of every rank; None when the store is gone."""
         if self.broken or self.store is None:
             return None
         try:
-            return [told.decode() for told in self.store.multi_get([_key(rank) for rank in range(self.group.size)])]
+            return [beat.decode() for beat in self.store.multi_get([_key(rank) for rank in range(self.group.size)])]
         except torch.distributed.DistError:
             return None
 
 
 def describe_silent(ranks: list[int]) -> str:
-    """What is known of ranks that gave no sign of life, in words."""
-    return f"{_ranks(ranks)} died or was stopped (no sign of life)"
+    """The message about ranks that sent no heartbeat."""
+    return f"{_ranks(ranks)} died or was stopped (no heartbeat)"
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an exception only says that another rank is gone or late, so that the cause lies there."""
-    told = str(error)
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in told)
+    """Whether an exception only reports that another rank is gone or late: the cause is on that rank."""
+    from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return isinstance(error, torch.distributed.DistError) or from_gloo
 
 
 def _key(rank: int) -> str:

@@ -1,4 +1,4 @@
-"""Being asked to stop: by a signal or a file; the ranks agree on it at the same point of the work."""
+"""Stop requests: a signal or a STOP file asks a run to stop, and all ranks agree to do so after the same step."""
 
 from __future__ import annotations
 
@@ -21,24 +21,27 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.heartbeat import Heartbeat, describe_silent
 
 STOP_FILE, REQUEUE_FILE, LOG_FILE = "STOP", "REQUEUE", "log.txt"
-TICK = 1.0  # seconds between looks at the stop file
-CAUSE = "failed: "  # how the log's line begins that says why
+TICK = 1.0  # seconds between checks for the stop file
+CAUSE = "failed: "  # prefix of the log line that gives the cause of a failure
 CRASHED, STOPPED = 1, 75
 
 
 class StopRequest:
-    """While open (`with`), SIGINT, SIGTERM, SIGUSR1 and a file `STOP` in the run folder ask all ranks to stop at the end of their step.
+    """While open (`with`), a signal or a file `STOP` in the run folder asks all ranks to stop after their step.
 
-    Python runs signal handlers between two lines of Python only, not while a rank waits in a collective; so a thread reads the signals
-    from the wake-up descriptor, within a moment. When the ranks have not come to agree `grace` seconds later, this rank leaves and asks
-    for a requeue; as soon as one of them gives no sign of life it leaves as after a crash. The last checkpoint stays. A second SIGINT
-    ends the process. Leaving with StopRequested writes `REQUEUE` into the run folder.
+    The signals are SIGINT, SIGTERM and SIGUSR1.
+
+    Python runs signal handlers only between two bytecodes, not while a rank waits in a collective. So a thread reads
+    signals from the wake-up descriptor, without delay. If the ranks have not agreed within `grace` seconds, this rank
+    exits and asks for a requeue; as soon as another rank sends no heartbeat, it exits as after a crash. The last
+    checkpoint is kept in both cases. A second SIGINT ends the process. Leaving the context with StopRequested writes
+    `REQUEUE` into the run folder.
     """
 
     def __init__(self, group: Group, folder: Path, grace: float = 60.0) -> None:
         self.group, self.folder, self.grace = group, folder, grace
         self.came, self.by_file, self.agreed_on = False, False, False
-        self.failing = False  # an error has ended the work: it will say why, and the process end
+        self.failing = False  # an error ended the work; it will be reported, and the process will exit
         self.heartbeat = Heartbeat(group)
         self._since = time.monotonic()
         self._closing = threading.Event()
@@ -49,15 +52,14 @@ class StopRequest:
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
-        self.came = self.came or bool(early)  # asked before: what comes from here on is handled above
+        self.came = self.came or bool(early)  # a signal that came before the handlers above were installed
         self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if (
-            kind is StopRequested
-        ):  # of all ranks; the first to leave makes its launcher end the others, so the mark comes before
+        if kind is StopRequested:  # on all ranks
+            # Write the mark first: once a rank exits, its launcher ends the others.
             if self.group.is_first:
                 (self.folder / REQUEUE_FILE).touch()
             self.group.barrier()
@@ -70,24 +72,24 @@ class StopRequest:
         self._reader.close()
 
     def agreed(self, *flags: bool) -> tuple[bool, ...]:
-        """Whether any rank was asked to stop, and for each further flag whether any rank raised it; all ranks enter."""
-        mine = torch.tensor([float(flag) for flag in (self.came, *flags)], device=self.group.device)
-        raised = tuple(value > 0 for value in self.group.max(mine).tolist())
+        """Whether any rank was asked to stop, then whether any rank raised each flag. All ranks must call this."""
+        own = torch.tensor([float(flag) for flag in (self.came, *flags)], device=self.group.device)
+        raised = tuple(value > 0 for value in self.group.max(own).tolist())
         self.agreed_on = self.agreed_on or raised[0]
         return raised
 
     def check(self, where: str) -> None:
-        """Raise StopRequested on all ranks when any was asked to stop; all ranks enter."""
+        """Raise StopRequested on all ranks when any was asked to stop. All ranks must call this."""
         if self.agreed()[0]:
             raise self.stopped(where)
 
     def stopped(self, where: str) -> StopRequested:
-        """What to raise when the ranks have agreed to stop."""
+        """The exception to raise once the ranks have agreed to stop."""
         first = f"remove {self.folder / STOP_FILE}, and " if self.by_file else ""
-        return StopRequested(f"stopped at {where}; {first}the same command goes on from here")
+        return StopRequested(f"stopped at {where}; {first}run the same command to continue from here")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """What Python runs when it comes to it; the thread knows already."""
+        """Python's signal handler; by the time it runs, the thread has noted the signal already."""
         self._note()
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])
@@ -109,16 +111,19 @@ class StopRequest:
                 self.by_file = True
                 self._note()
             if self.came and not (self.agreed_on or self.failing):
-                self._leave_when_hopeless()
+                self._exit_if_hopeless()
 
-    def _leave_when_hopeless(self) -> None:
+    def _exit_if_hopeless(self) -> None:
+        """End this process when a rank is silent or the grace period is over."""
         waited = time.monotonic() - self._since
         silent = self.heartbeat.silent()
         if self._closing.is_set() or self.agreed_on or self.failing or not (silent or waited > self.grace):
             return
         why = describe_silent(silent) if silent else f"no step has ended for {waited:.0f} s"
-        told = f"rank {self.group.rank}: asked to stop, and left without saving: {why}; the last checkpoint stays"
-        append_line(self.folder / LOG_FILE, f"{CAUSE}{told}" if silent else told)
+        message = (
+            f"rank {self.group.rank}: asked to stop, and exited without saving: {why}; the last checkpoint is kept"
+        )
+        append_line(self.folder / LOG_FILE, f"{CAUSE}{message}" if silent else message)
         if silent:
             os._exit(CRASHED)
         (self.folder / REQUEUE_FILE).touch()

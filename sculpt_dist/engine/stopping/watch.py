@@ -1,4 +1,4 @@
-"""The frame of a run's work: listens for stop requests, and leaves the cause of a failure as the last line of the run's log."""
+"""The context around a run's work: it listens for stop requests and logs the cause of a failure as the last line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from sculpt_dist.engine.stopping.request import CAUSE, LOG_FILE, REQUEUE_FILE, S
 
 @contextmanager
 def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
-    """All ranks enter. The run's log gets a line when the work begins and one when it ends; of a failure the last one is the cause.
+    """Log when the work begins and ends; after a failure the last line is its cause. All ranks must enter.
 
-    A rank that fails says why at once. One that only lost its connection waits for such a word, and when none comes it finds out
-    which rank died or hangs.
+    A rank that fails logs its error at once. A rank that only lost its connection first finds out which rank died or
+    hangs, and logs that unless another rank has given a cause by then.
     """
     log = folder / LOG_FILE
     if group.is_first:
-        append_line(
-            log, f"began on {group.size} rank(s), {platform.node()}" + (f", job {job_name()}" if job_name() else "")
-        )
+        job = f", job {job_name()}" if job_name() else ""
+        append_line(log, f"began on {group.size} rank(s), {platform.node()}{job}")
         (folder / REQUEUE_FILE).unlink(missing_ok=True)
     group.barrier()
     began = log.stat().st_size
@@ -34,21 +33,19 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
             try:
                 stop.check("the start")
                 yield stop
-            except StopRequested:  # no failure
+            except StopRequested:  # not a failure
                 raise
-            except SculptError as error:  # most are the same on all ranks
-                _say_cause(log, began, f"{type(error).__name__}: {error}")
+            except SculptError as error:  # most are raised on all ranks
+                _log_cause(log, began, f"{type(error).__name__}: {error}")
                 raise
-            except Exception as error:
-                stop.failing = True  # or a launcher's SIGTERM would be taken for a wish to go on later
+            except Exception as error:  # whatever it is: logged here, and raised again
+                stop.failing = True  # otherwise a launcher's SIGTERM would count as a request to continue later
                 if is_lost_connection(error):
                     culprit = stop.heartbeat.culprit()
-                    _say_cause(log, began, f"{culprit}; seen by rank {group.rank}: {_first_line(error)}")
+                    _log_cause(log, began, f"{culprit}; seen by rank {group.rank}: {_first_line(error)}")
                 else:
-                    append_line(
-                        log,
-                        f"{CAUSE}rank {group.rank} on {platform.node()}: {type(error).__name__}: {_first_line(error)}",
-                    )
+                    what = f"{type(error).__name__}: {_first_line(error)}"
+                    append_line(log, f"{CAUSE}rank {group.rank} on {platform.node()}: {what}")
                 raise
     except StopRequested as stopped:
         if group.is_first:
@@ -58,8 +55,8 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
         append_line(log, "done")
 
 
-def _say_cause(log: Path, began: int, cause: str) -> None:
-    """Add a cause unless another rank has given one since the run began."""
+def _log_cause(log: Path, began: int, cause: str) -> None:
+    """Log a cause unless another rank has logged one since the run began."""
     with log.open("rb") as file:
         file.seek(began)
         if CAUSE.encode() not in file.read():

@@ -1,4 +1,4 @@
-"""The engine: DeepSpeed ZeRO stages 0-3 behind a handful of verbs. The only importer of deepspeed besides `group.py`."""
+"""The Engine: trains a net under DeepSpeed ZeRO stages 0-3, behind a few methods."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sculpt_dist.engine.zero.frozen_weights import FrozenWeights
 from sculpt_dist.engine.zero.loading import return_free_memory
 from sculpt_dist.engine.zero.settings import DTYPES, EngineSettings, deepspeed_config
 
-ADVICE = "the last checkpoint stays; lower train.lr or look at the data of this concept"
+ADVICE = "the last checkpoint is kept; lower train.lr or check the data of this concept"
 Stored = Callable[[Container[str]], Iterable[tuple[str, Tensor]]]
 
 
 class Engine:
-    """A net whose trainable part is optimised over all ranks; every verb is entered by all of them."""
+    """A net whose trainable part is optimised over all ranks. All of them must call every method."""
 
     def __init__(
         self,
@@ -37,19 +37,20 @@ class Engine:
         mask: MaskSettings,
         stored: Stored,
     ) -> None:
-        """`trainable` names the parameters that may move; the rest is frozen. `net` belongs to the engine from now on.
+        """`trainable` names the parameters that may move; the rest is frozen. The engine takes over `net`.
 
-        `stored` gives the stored values of parameters by name: in a bf16 run the fp32 masters start from those, not from rounded copies.
+        `stored` yields stored values of parameters by name: in a bf16 run the fp32 masters start from them, not from
+        rounded copies.
         """
         import deepspeed
 
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of any optimizer that is not its own
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about client optimizers
         self.group, self.settings = group, settings
         names = set(trainable)
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name in names)
         net.to(group.device, DTYPES[settings.precision])
-        net.eval()  # no dropout: the pseudo label and the student see the same net
+        net.eval()  # no dropout: the pseudo label and the student come from the same net
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in net.named_parameters() if p.requires_grad}
         moving = [parameter for parameter in net.parameters() if parameter.requires_grad]
         kernel = choose_kernel(settings.kernel, group.device)
@@ -70,11 +71,11 @@ class Engine:
         self.optimizer.attach(self.shards, self.mask, owners)
         if settings.precision == "bf16":
             self._fill_masters(stored)
-        return_free_memory()  # what building it left
+        return_free_memory()  # left over from construction
 
     @property
     def net(self) -> nn.Module:
-        """What a backbone's `denoise` calls."""
+        """The net that a backbone's `denoise` calls."""
         return self._engine
 
     @property
@@ -82,17 +83,17 @@ class Engine:
         return DTYPES[self.settings.precision]
 
     def snapshot(self) -> FrozenWeights:
-        """The net as it is now, frozen."""
+        """A frozen copy of the net's present weights."""
         return FrozenWeights(self._engine, self.settings.stage)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch; the loss [] is divided by the accumulation count."""
+        """Add the gradients of one micro-batch; DeepSpeed divides the loss [] by the accumulation count."""
         self._engine.backward(loss)
 
     def step(self, phase: str, lr: float = 0.0, combine: Combine | None = None) -> None:
-        """End a micro-batch; at the last one of a step the optimizer acts as `phase` says (see MaskedAdamW).
+        """End a micro-batch. After the last one of a step the optimizer runs its `phase` (see MaskedAdamW).
 
-        Raises NonFiniteError, on all ranks alike, when the gradient is not finite.
+        Raises NonFiniteError, on all ranks, when the gradient is not finite.
         """
         self.optimizer.phase = phase
         self.optimizer.param_groups[0]["lr"] = lr
@@ -101,27 +102,30 @@ class Engine:
         boundary, before = self._engine.is_gradient_accumulation_boundary(), self.optimizer.steps_seen
         self._engine.step()
         self.optimizer.phase = "hold"
-        if (
-            boundary and self.optimizer.steps_seen == before
-        ):  # DeepSpeed found an infinite gradient and skipped its optimizer
+        if boundary and self.optimizer.steps_seen == before:
+            # DeepSpeed found an infinite gradient and skipped the optimizer.
             raise NonFiniteError(f"the gradient is not finite at update {self.optimizer.updates}; {ADVICE}")
         if boundary and phase == "train" and not math.isfinite(self.optimizer.grad_norm):
             raise NonFiniteError(f"the gradient is not finite at update {self.optimizer.updates - 1}; {ADVICE}")
 
     def agree_finite(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
-        """The mean of each loss term [] over ranks. Raises NonFiniteError on all ranks when any rank's term is not finite."""
-        mine = torch.stack([term.detach().float().reshape(()) for term in terms.values()])
-        means = (self.group.sum(mine.clone()) / self.group.size).tolist()
+        """The mean of each loss term [] over ranks.
+
+        Raises NonFiniteError, on all ranks, when a term of any rank is not finite.
+        """
+        values = torch.stack([term.detach().float().reshape(()) for term in terms.values()])
+        means = (self.group.sum(values.clone()) / self.group.size).tolist()
         if not all(math.isfinite(mean) for mean in means):
-            where = "here" if not bool(torch.isfinite(mine).all()) else "on another rank"
-            named = ", ".join(f"{name} {value}" for name, value in zip(terms, mine.tolist()))
+            where = "here" if not bool(torch.isfinite(values).all()) else "on another rank"
+            named = ", ".join(f"{name} {value}" for name, value in zip(terms, values.tolist()))
             raise NonFiniteError(
-                f"the loss is not finite {where} (rank {self.group.rank}: {named}) at update {self.optimizer.updates}; {ADVICE}"
+                f"the loss is not finite {where} (rank {self.group.rank}: {named}) at update {self.optimizer.updates}; "
+                f"{ADVICE}"
             )
         return dict(zip(terms, means))
 
     def begin_concept(self, number: int) -> None:
-        """New moments, new saliency, every weight open until a mask is built."""
+        """Reset moments and saliency, and open every weight until a mask is built."""
         self.optimizer.updates = 0
         self.mask.concept, self.mask.selections = number, 0
         for shard in self.shards:
@@ -130,7 +134,7 @@ class Engine:
         self.mask.open_all()
 
     def publish(self) -> None:
-        """Make the net compute with the fp32 shards as they are now: what DeepSpeed does after a step."""
+        """Copy the fp32 shards into the net's weights, as DeepSpeed does after a step."""
         if self.settings.stage in (1, 2):
             self._engine.optimizer.update_lp_params()
         elif self.settings.stage == 3:
@@ -145,7 +149,7 @@ class Engine:
         return [shard.flat.clone() for shard in self.shards]
 
     def set_masters(self, masters: Sequence[Tensor]) -> None:
-        """Put fp32 shards back, as `masters` gave them, and let the net compute with them."""
+        """Restore fp32 shards that `masters` returned, and publish them to the net."""
         for shard, master in zip(self.shards, masters):
             shard.flat.copy_(master)
         self.publish()
@@ -157,19 +161,19 @@ class Engine:
                 shard.flat[f.here] = tensor.view(-1)[f.start : f.start + f.numel].to(shard.flat)
 
     def _fragments(self) -> dict[str, list[tuple[Shard, Fragment]]]:
-        """Where this rank's part of each parameter lies."""
-        here: dict[str, list[tuple[Shard, Fragment]]] = {}
+        """This rank's fragments of each parameter, by name."""
+        found: dict[str, list[tuple[Shard, Fragment]]] = {}
         for shard in self.shards:
             for fragment in shard.fragments:
-                here.setdefault(fragment.name, []).append((shard, fragment))
-        return here
+                found.setdefault(fragment.name, []).append((shard, fragment))
+        return found
 
     def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """The trainable parameters in fp32, whole, one at a time: (name, its tensor on rank 0, None elsewhere)."""
-        here = self._fragments()
+        """The trainable parameters in fp32, unsharded, one at a time: (name, tensor on rank 0 or None elsewhere)."""
+        fragments = self._fragments()
         for name, size in self.sizes.items():
             whole = torch.zeros(size, device=self.group.device)
-            for shard, f in here.get(name, []):
+            for shard, f in fragments.get(name, []):
                 whole[f.start : f.start + f.numel] = shard.flat[f.here]
             if not self.replicated:
                 self.group.sum(whole)

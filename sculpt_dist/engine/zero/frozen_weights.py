@@ -1,4 +1,4 @@
-"""A frozen earlier state of the net, held as its trainable part only and sharded like the weights."""
+"""A frozen earlier state of the net: its trainable part only, sharded like the weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 class FrozenWeights:
-    """The net as it was when this was made: inside `with frozen():` the engine's net computes with those weights.
+    """The net as it was when this was created: inside `with frozen():` the engine's net computes with those weights.
 
-    Frozen weights are shared with the student; what is kept is this rank's storage of the trainable ones (all of it in stages
-    0-2, 1 / ranks in stage 3). Data pointers are swapped, not copied, so nothing that autograd has saved is touched; in stage 3
-    gathered copies are released first, or persistent parameters would leak from one state into the other. Inside, only forwards
-    without gradient, and all ranks enter together.
+    The weights that never train are shared with the student. This keeps a copy of this rank's storage of the trainable
+    ones (all of them in stages 0-2, 1 / ranks in stage 3). Entering swaps data pointers and copies nothing, so tensors
+    saved by autograd are not touched. In stage 3 gathered copies are released first; otherwise persistent parameters
+    would leak from one state into the other. Inside, only run forwards without gradient; all ranks must enter together.
     """
 
     def __init__(self, engine: Any, stage: int) -> None:

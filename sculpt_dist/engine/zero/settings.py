@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 REDUCE_BUCKET = 1 << 25  # elements of gradients that are reduced together
-PERSISTENT = 100_000  # elements of a tensor up to which stage 3 has it whole always
+PERSISTENT = 100_000  # stage 3 never partitions tensors of up to this many elements
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -21,25 +21,24 @@ class EngineSettings:
     betas: tuple[float, float]
     weight_decay: float
     clip: float
-    packed: bool = False  # moments are held for open weights only
-    kernel: str = "auto"  # who computes the masked step (kernels/)
-    gathered: float = 1e9  # parameters that stage 3 holds whole at a time
+    packed: bool = False  # hold moments for open weights only
+    kernel: str = "auto"  # which kernel computes the masked step (optimizer/kernels/)
+    gathered: float = 1e9  # parameters that stage 3 holds gathered at a time
 
 
 def fetched_ahead(gathered: float) -> int:
-    """How many of the elements that stage 3 may hold whole are fetched before they are needed."""
+    """How many of the elements that stage 3 may hold gathered are prefetched."""
     return int(min(5e7, gathered / 2))
 
 
 def deepspeed_config(settings: EngineSettings, ranks: int) -> dict[str, Any]:
-    """What DeepSpeed is told. Its clipping is off: it would scale the saliency, and see the norm of unmasked gradients."""
+    """DeepSpeed's configuration. Its clipping is off: it would scale the saliency and use the unmasked norm."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero: dict[str, Any] = {"stage": settings.stage, "reduce_bucket_size": REDUCE_BUCKET}
-    if (
-        settings.stage in (1, 2) and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields
-    ):  # not in its earlier versions
-        zero["compute_grad_norm"] = False  # ours is of the masked gradient
+    has_norm_switch = "compute_grad_norm" in DeepSpeedZeroConfig.model_fields  # not in earlier versions
+    if settings.stage in (1, 2) and has_norm_switch:
+        zero["compute_grad_norm"] = False  # MaskedAdamW computes that of the masked gradient
     if settings.stage == 3:
         zero["sub_group_size"] = int(1e15)  # one flat shard per rank, so that one step sees the whole gradient
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = int(settings.gathered)

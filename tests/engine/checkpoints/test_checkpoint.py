@@ -167,7 +167,7 @@ def test_a_full_disk_is_said_with_the_folder_and_the_checkpoint_before_stays(gro
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
-        with pytest.raises(RunFolderError, match=f"{tmp_path}: a checkpoint could not be written: .*GB free.*stay"):
+        with pytest.raises(RunFolderError, match=f"{tmp_path}: a checkpoint could not be written: .*GB free.*are kept"):
             save(tmp_path, group, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -105,7 +105,7 @@ def test_a_signal_is_noticed_in_a_collective_whose_other_rank_is_gone(tmp_path):
         asked = time.monotonic()
         first.communicate(timeout=60)
         assert time.monotonic() - asked < 5 and first.returncode == 1
-        assert "asked to stop, and left without saving: rank 1 died or was stopped" in last_line(tmp_path)
+        assert "asked to stop, and exited without saving: rank 1 died or was stopped" in last_line(tmp_path)
         assert not (tmp_path / "REQUEUE").exists()
     finally:
         second.kill()

@@ -1,4 +1,4 @@
-"""The masked step on a CPU: masked_adamw.c, compiled on the machine that runs it, and called span by span from as many threads as torch has."""
+"""The masked step on a CPU: masked_adamw.c, compiled where it runs and called from as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ SOURCE = Path(__file__).with_name("masked_adamw.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-lm")
 STATISTICS = {None: 0, "abs_sum": 1, "sum_abs": 2, "sum_sq": 3}
 Work = TypeVar("Work")
+Result = TypeVar("Result")
 
 
 class _Rule(ctypes.Structure):
@@ -38,102 +39,100 @@ class _Sums(ctypes.Structure):
     _fields_ = [("squares", ctypes.c_double), ("moves", ctypes.c_double)]
 
 
-class Compiled:
-    """See masked_adamw.c."""
+class CompiledKernel:
+    """Calls the functions of masked_adamw.c, one span at a time."""
 
     def __init__(self, library: Path) -> None:
-        code, pointer, number = ctypes.CDLL(str(library)), ctypes.c_void_p, ctypes.c_int64
+        code, pointer, integer = ctypes.CDLL(str(library)), ctypes.c_void_p, ctypes.c_int64
         self._collect, self._update, self._repack = code.collect, code.update, code.repack
-        self._collect.restype, self._collect.argtypes = (
-            ctypes.c_double,
-            [number, pointer, pointer, pointer, ctypes.c_int32],
-        )
-        self._update.restype, self._update.argtypes = None, [number] + 8 * [pointer]
-        self._repack.restype, self._repack.argtypes = None, [number] + 4 * [pointer]
+        self._collect.argtypes = [integer, pointer, pointer, pointer, ctypes.c_int32]
+        self._collect.restype = ctypes.c_double
+        self._update.argtypes = [integer, *[pointer] * 8]
+        self._update.restype = None
+        self._repack.argtypes = [integer, *[pointer] * 4]
+        self._repack.restype = None
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._threads)
 
     def collect(self, shard: Shard, gradient: Tensor, statistic: str | None) -> Tensor:
-        kind, flats = STATISTICS[statistic], _Flats(gradient, shard.opened, shard.saliency)
+        code, addresses = STATISTICS[statistic], _Addresses(gradient, shard.opened, shard.saliency)
 
         def collect(where: slice) -> float:
-            return self._collect(where.stop - where.start, *flats.at(where.start), kind)
+            return self._collect(where.stop - where.start, *addresses.at(where.start), code)
 
-        return torch.tensor(sum(self._each(collect, shard.spans)), dtype=torch.float64)
+        return torch.tensor(sum(self._map(collect, shard.spans)), dtype=torch.float64)
 
     def update(self, shard: Shard, gradient: Tensor, statistic: str | None, rule: Rule) -> Tensor:
         scale = float(rule.scale)
         if scale != scale:
             return torch.zeros(2, dtype=torch.float64)
-        told = _Rule(scale, rule.lr, rule.beta1, rule.beta2, rule.epsilon, rule.decay, STATISTICS[statistic])
-        told.packed, told.generations, told.first, told.second = (
-            shard.moments.packed, len(rule.first), rule.first.data_ptr(), rule.second.data_ptr()
+        constants = _Rule(
+            scale, rule.lr, rule.beta1, rule.beta2, rule.epsilon, rule.decay,
+            STATISTICS[statistic], shard.moments.packed, len(rule.first), rule.first.data_ptr(), rule.second.data_ptr(),
         )  # fmt: skip
-        flats, weights, rules = _Flats(gradient, shard.opened, shard.saliency), _Flats(shard.flat), ctypes.byref(told)
+        before = _Addresses(gradient, shard.opened, shard.saliency)
+        weights, constants_address = _Addresses(shard.flat), ctypes.byref(constants)
 
         def update(piece: Piece) -> tuple[float, float]:
             where, momentum, variance = piece
-            sums, places = (
-                _Sums(),
-                (*flats.at(where.start), momentum.data_ptr(), variance.data_ptr(), *weights.at(where.start)),
-            )
-            self._update(where.stop - where.start, *places, rules, ctypes.byref(sums))
+            sums = _Sums()
+            addresses = [*before.at(where.start), momentum.data_ptr(), variance.data_ptr(), *weights.at(where.start)]
+            self._update(where.stop - where.start, *addresses, constants_address, ctypes.byref(sums))
             return sums.squares, sums.moves
 
-        sums = list(
-            self._each(update, shard.moments.pieces(shard.opened))
-        )  # none where no trained weight lives on this rank
+        # An empty list when this rank holds no trained weight.
+        sums = list(self._map(update, shard.moments.pieces(shard.opened)))
         return torch.tensor(sums, dtype=torch.float64).view(-1, 2).sum(0)
 
     def repack(self, swapped: Tensor, opened: Tensor, moment: Tensor, room: Tensor) -> None:
-        self._repack(len(opened), *(flat.data_ptr() for flat in (swapped, opened, moment, room)))
+        self._repack(len(opened), *(tensor.data_ptr() for tensor in (swapped, opened, moment, room)))
 
-    def _each(self, work: Callable[[Work], object], pieces: Iterable[Work]) -> Iterable:
-        """In their order, so that the sums do not depend on the threads. The C routine lets other threads run."""
+    def _map(self, work: Callable[[Work], Result], pieces: Iterable[Work]) -> Iterable[Result]:
+        """Results in the order of the pieces, whatever the threads' timing. ctypes releases the GIL during a call."""
         return self._pool.map(work, pieces) if self._threads > 1 else map(work, pieces)
 
 
-class _Flats:
-    """Where the numbers of flat tensors lie in memory: slicing a tensor takes longer than asking for this."""
+class _Addresses:
+    """Memory addresses inside flat tensors: computing them is faster than slicing the tensors."""
 
-    def __init__(self, *flats: Tensor) -> None:
-        assert all(flat.is_contiguous() and flat.dtype in (torch.float32, torch.uint8) for flat in flats)
-        self._places = [(flat.data_ptr(), flat.element_size()) for flat in flats]
+    def __init__(self, *tensors: Tensor) -> None:
+        assert all(tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.uint8) for tensor in tensors)
+        self._tensors = [(tensor.data_ptr(), tensor.element_size()) for tensor in tensors]
 
     def at(self, start: int) -> list[int]:
-        return [place + start * size for place, size in self._places]
+        return [address + start * size for address, size in self._tensors]
 
 
 @lru_cache(maxsize=1)
-def found() -> tuple[Compiled | None, str]:
+def find_kernel() -> tuple[CompiledKernel | None, str]:
     """(the kernel, "") or (None, why there is none)."""
     try:
-        return Compiled(build_library(FLAGS)), ""
-    except (BuildError, OSError, RuntimeError) as error:  # no compiler, a folder from which nothing may be run, no home
+        return CompiledKernel(build_library(FLAGS)), ""
+    except (BuildError, OSError, RuntimeError) as error:  # no compiler, a folder mounted noexec, no home directory
         return None, str(error)
 
 
 class BuildError(Exception):
-    """Why the routine could not be compiled."""
+    """Why masked_adamw.c could not be compiled."""
 
 
 def build_library(flags: Sequence[str]) -> Path:
-    """Compile masked_adamw.c, or find what was compiled before. Raises BuildError."""
+    """Compile masked_adamw.c, or return the library compiled earlier. Raises BuildError."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise BuildError("there is no C compiler (cc, gcc or clang)")
-    library = _folder() / f"masked-{_fingerprint(compiler, flags)}.so"
+    library = _cache_folder() / f"masked-{_fingerprint(compiler, flags)}.so"
     if not library.is_file():
-        written = library.with_name(f"{library.name}.{platform.node()}.{os.getpid()}.tmp")
-        made = subprocess.run([compiler, str(SOURCE), "-o", str(written), *flags], capture_output=True, text=True)
-        if made.returncode:
-            raise BuildError(f"{compiler} could not compile {SOURCE.name}: {' '.join(made.stderr.split())[:300]}")
-        os.replace(written, library)
+        partial = library.with_name(f"{library.name}.{platform.node()}.{os.getpid()}.tmp")
+        build = subprocess.run([compiler, str(SOURCE), "-o", str(partial), *flags], capture_output=True, text=True)
+        if build.returncode:
+            raise BuildError(f"{compiler} could not compile {SOURCE.name}: {' '.join(build.stderr.split())[:300]}")
+        os.replace(partial, library)
     return library
 
 
-def _folder() -> Path:
-    """Where compiled routines are kept: of this user alone, as they are run."""
+def _cache_folder() -> Path:
+    """Where compiled libraries are kept; private to this user, because they are executed."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sculpt-dist"
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -143,13 +142,10 @@ def _folder() -> Path:
 
 
 def _fingerprint(compiler: str, flags: Sequence[str]) -> str:
-    """Of the source, the compiler and the processor: a home folder may be shared by unlike machines."""
-    about = Path("/proc/cpuinfo")
-    features = (
-        [line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
-        if about.is_file()
-        else []
-    )
+    """Of source, flags, compiler and processor: machines with different processors may share a home directory."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    features = [line for line in lines if line.startswith(("flags", "Features"))][:1]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    told = [SOURCE.read_text(), *flags, version, platform.machine(), platform.processor(), *features]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+    inputs = [SOURCE.read_text(), *flags, version, platform.machine(), platform.processor(), *features]
+    return hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]

@@ -1,25 +1,26 @@
-/* The masked step on a CPU, in one pass over the weights (cpu.py calls it; plain.py is the same in torch, and its reference).
+/* The masked step on a CPU, in one pass over the weights. cpu.py calls it; plain.py is the reference, in torch.
  *
- * A weight's byte in `opened` is 0 while it is closed, else the generation in which it was opened. Numbers are fp32; their sums are fp32
- * over a tile and double over the tiles. With AVX-512 16 weights go together, else they go one by one. */
+ * A weight's byte in `opened` is 0 while it is closed, otherwise the generation in which it was opened. Values are
+ * fp32; sums are fp32 within a tile and double over the tiles. AVX-512 processes 16 weights at a time; without it, the
+ * loops go weight by weight. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#define TILE 1024 /* weights whose intermediate values stay in the first cache */
+#define TILE 1024 /* weights whose intermediate values fit in the L1 cache */
 #define INLINE static inline __attribute__((always_inline))
 
-enum { NONE, ABS_SUM, SUM_ABS, SUM_SQ }; /* what the saliency sums up */
+enum { NONE, ABS_SUM, SUM_ABS, SUM_SQ }; /* the saliency statistic */
 
 typedef struct {
     float scale, lr, beta1, beta2, epsilon, decay;
     int32_t statistic, packed, generations;
-    const float *first, *second; /* [generations], what the first moment and the root of the second are multiplied with */
+    const float *first, *second; /* [generations], factors of the first moment and of the second's square root */
 } Rule;
 
 typedef struct {
-    double squares; /* of the gradient of open weights, before its scaling */
-    double moves;   /* squares of what the weights moved by, without lr */
+    double squares; /* sum of squares of the open weights' gradient, before scaling */
+    double moves;   /* sum of squares of the moves, without lr */
 } Sums;
 
 #ifdef __AVX512F__
@@ -28,10 +29,10 @@ typedef struct {
 
 typedef struct {
     __m512 scale1, beta1, scale2, beta2, epsilon, first[2], second[2];
-    const float *all_first, *all_second; /* of more generations than two registers hold */
+    const float *all_first, *all_second; /* set when there are more generations than two registers hold */
 } Constants;
 
-INLINE __m512i generations_of(const uint8_t *opened) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)opened)); }
+INLINE __m512i generations_of(const uint8_t *o) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)o)); }
 
 INLINE __mmask16 are_open(const uint8_t *opened) {
     __m128i bytes = _mm_loadu_si128((const __m128i *)opened);
@@ -69,8 +70,9 @@ INLINE Constants constants(const Rule *rule) {
     return c;
 }
 
-/* Renews the moments; gives the move without lr and decay. */
-INLINE __m512 adam(const Constants *c, __m512 g, __m512i generation, float *momentum, float *variance, __mmask16 live) {
+/* Updates the moments; returns the move without lr and decay. */
+INLINE __m512 adam(const Constants *c, __m512 g, __m512i generation, float *momentum, float *variance,
+                   __mmask16 live) {
     __m512 first, second, m = _mm512_loadu_ps(momentum), v = _mm512_loadu_ps(variance);
     if (c->all_first) {
         first = _mm512_i32gather_ps(generation, c->all_first, 4);
@@ -81,7 +83,7 @@ INLINE __m512 adam(const Constants *c, __m512 g, __m512i generation, float *mome
     }
     m = _mm512_fmadd_ps(g, c->scale1, _mm512_mul_ps(m, c->beta1));
     v = _mm512_fmadd_ps(_mm512_mul_ps(g, g), c->scale2, _mm512_mul_ps(v, c->beta2));
-    if (live == 0xffff) { /* a store under a mask is slow */
+    if (live == 0xffff) { /* masked stores are slow */
         _mm512_storeu_ps(momentum, m);
         _mm512_storeu_ps(variance, v);
     } else {
@@ -98,12 +100,12 @@ INLINE __m512 moved(const Rule *rule, float *weights, __m512 move, __mmask16 ope
     return _mm512_mul_ps(move, move);
 }
 
-/* n: a multiple of LANES. Of packed moments up to 15 past the end are read: their owner has room for them. */
-INLINE Sums update_lanes(int64_t n, const float *gradient, const uint8_t *opened, float *saliency, float *momentum, float *variance,
-                         float *weights, const Rule *rule, int statistic, int packed) {
+/* n must be a multiple of LANES. Reads up to 15 packed moments past the end: their owner leaves room for that. */
+INLINE Sums update_lanes(int64_t n, const float *gradient, const uint8_t *opened, float *saliency, float *momentum,
+                         float *variance, float *weights, const Rule *rule, int statistic, int packed) {
     const Constants c = constants(rule);
-    const int young = rule->generations > 2;
-    float values[TILE + LANES]; /* of a tile's open weights: first their gradients, then their moves */
+    const int several = rule->generations > 2; /* generations of open weights */
+    float values[TILE + LANES]; /* of a tile's open weights: first gradients, then moves */
     int32_t generations[TILE + LANES];
     Sums sums = {0, 0};
     for (int64_t at = 0; at < n; at += TILE) {
@@ -120,26 +122,27 @@ INLINE Sums update_lanes(int64_t n, const float *gradient, const uint8_t *opened
                 moves = _mm512_add_ps(moves, moved(rule, weights + i, move, open));
             }
         } else {
-            int64_t count = 0, spread = 0;
+            int64_t count = 0, expanded = 0;
             for (int64_t i = at; i < end; i += LANES) {
                 __m512 g = _mm512_loadu_ps(gradient + i);
                 if (statistic) add(saliency + i, g, statistic);
                 __mmask16 open = are_open(opened + i);
                 _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(open, g));
-                if (young) _mm512_storeu_si512(generations + count, _mm512_maskz_compress_epi32(open, generations_of(opened + i)));
+                __m512i generation = generations_of(opened + i);
+                if (several) _mm512_storeu_si512(generations + count, _mm512_maskz_compress_epi32(open, generation));
                 count += __builtin_popcount(open);
             }
             for (int64_t i = 0; i < count; i += LANES) {
                 __mmask16 live = count - i < LANES ? (__mmask16)((1u << (count - i)) - 1) : 0xffff;
                 __m512 g = _mm512_maskz_mov_ps(live, _mm512_loadu_ps(values + i));
                 squares = _mm512_fmadd_ps(g, g, squares);
-                __m512i generation = young ? _mm512_maskz_loadu_epi32(live, generations + i) : _mm512_set1_epi32(1);
+                __m512i generation = several ? _mm512_maskz_loadu_epi32(live, generations + i) : _mm512_set1_epi32(1);
                 _mm512_storeu_ps(values + i, adam(&c, g, generation, momentum + i, variance + i, live));
             }
             for (int64_t i = at; i < end; i += LANES) {
                 __mmask16 open = are_open(opened + i);
-                __m512 move = _mm512_maskz_expand_ps(open, _mm512_loadu_ps(values + spread));
-                spread += __builtin_popcount(open);
+                __m512 move = _mm512_maskz_expand_ps(open, _mm512_loadu_ps(values + expanded));
+                expanded += __builtin_popcount(open);
                 moves = _mm512_add_ps(moves, moved(rule, weights + i, move, open));
             }
             momentum += count;
@@ -171,7 +174,7 @@ double collect(int64_t n, const float *gradient, const uint8_t *opened, float *s
     const int64_t whole = n - n % LANES;
     double total = statistic == ABS_SUM ? collect_lanes(whole, gradient, opened, saliency, ABS_SUM)
                                         : collect_lanes(whole, gradient, opened, saliency, statistic);
-    if (whole < n) { /* the rest, in arrays of full length */
+    if (whole < n) { /* the rest, in zero-padded arrays */
         const size_t rest = (size_t)(n - whole);
         float g[LANES] = {0}, s[LANES] = {0};
         uint8_t o[LANES] = {0};
@@ -184,8 +187,8 @@ double collect(int64_t n, const float *gradient, const uint8_t *opened, float *s
     return total;
 }
 
-void update(int64_t n, const float *gradient, const uint8_t *opened, float *saliency, float *momentum, float *variance, float *weights,
-            const Rule *rule, Sums *sums) {
+void update(int64_t n, const float *gradient, const uint8_t *opened, float *saliency, float *momentum,
+            float *variance, float *weights, const Rule *rule, Sums *sums) {
     const int64_t whole = n - n % LANES;
     const int statistic = rule->statistic;
     if (statistic == ABS_SUM && !rule->packed)
@@ -196,7 +199,7 @@ void update(int64_t n, const float *gradient, const uint8_t *opened, float *sali
         *sums = update_lanes(whole, gradient, opened, saliency, momentum, variance, weights, rule, statistic, 0);
     else
         *sums = update_lanes(whole, gradient, opened, saliency, momentum, variance, weights, rule, statistic, 1);
-    if (whole < n) { /* the rest, in arrays of full length */
+    if (whole < n) { /* the rest, in zero-padded arrays */
         const size_t rest = (size_t)(n - whole), size = rest * sizeof(float);
         int64_t from = whole, held = (int64_t)rest;
         float g[LANES] = {0}, s[LANES] = {0}, m[2 * LANES] = {0}, v[2 * LANES] = {0}, w[LANES] = {0};
@@ -222,14 +225,15 @@ void update(int64_t n, const float *gradient, const uint8_t *opened, float *sali
     }
 }
 
-/* A packed moment after some weights were opened and closed: 0 for those that were opened. `to` has room for 15 more than are open. */
+/* Repacks a moment after some weights were opened and closed; the opened ones get 0. `to` needs room for 15 elements
+ * more than are open. */
 void repack(int64_t n, const uint8_t *swapped, const uint8_t *opened, const float *from, float *to) {
     for (int64_t i = 0; i < n; i += LANES) {
-        uint8_t few[2][LANES] = {{0}};
+        uint8_t padded[2][LANES] = {{0}};
         const uint8_t *o = opened + i, *s = swapped + i;
-        if (n - i < LANES) { /* the rest, in arrays of full length */
-            o = memcpy(few[0], o, (size_t)(n - i));
-            s = memcpy(few[1], s, (size_t)(n - i));
+        if (n - i < LANES) { /* the rest, in zero-padded arrays */
+            o = memcpy(padded[0], o, (size_t)(n - i));
+            s = memcpy(padded[1], s, (size_t)(n - i));
         }
         __mmask16 open = are_open(o), was = open ^ are_open(s);
         __m512 kept = _mm512_maskz_expand_ps(was, _mm512_loadu_ps(from));
@@ -265,8 +269,8 @@ double collect(int64_t n, const float *gradient, const uint8_t *opened, float *s
     return total;
 }
 
-INLINE Sums update_each(int64_t n, const float *gradient, const uint8_t *opened, float *saliency, float *momentum, float *variance,
-                        float *weights, const Rule *rule, int packed) {
+INLINE Sums update_each(int64_t n, const float *gradient, const uint8_t *opened, float *saliency, float *momentum,
+                        float *variance, float *weights, const Rule *rule, int packed) {
     const Rule r = *rule;
     Sums sums = {0, 0};
     for (int64_t i = 0, k = 0; i < n; i++) {
@@ -285,8 +289,8 @@ INLINE Sums update_each(int64_t n, const float *gradient, const uint8_t *opened,
     return sums;
 }
 
-void update(int64_t n, const float *gradient, const uint8_t *opened, float *saliency, float *momentum, float *variance, float *weights,
-            const Rule *rule, Sums *sums) {
+void update(int64_t n, const float *gradient, const uint8_t *opened, float *saliency, float *momentum,
+            float *variance, float *weights, const Rule *rule, Sums *sums) {
     if (rule->packed)
         *sums = update_each(n, gradient, opened, saliency, momentum, variance, weights, rule, 1);
     else

@@ -1,4 +1,4 @@
-"""The masked step as a chain of torch operations: what the other forms are held against."""
+"""The masked step in plain torch: the reference for the other kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sculpt_dist.maths.saliency import accumulate
 
 
 class Plain:
-    """Works span by span, so that intermediate values stay in a CPU's cache."""
+    """Processes one span at a time, so that intermediate values stay in a CPU's cache."""
 
     repack = staticmethod(repack)
 
@@ -25,7 +25,7 @@ class Plain:
 
     def update(self, shard: Shard, gradient: Tensor, statistic: str | None, rule: Rule) -> Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=gradient.device)
-        if not bool(torch.isfinite(rule.scale)):  # here this form does wait for a GPU
+        if not bool(torch.isfinite(rule.scale)):  # unlike the other kernels, this synchronises with a GPU
             return sums
         packed, one_generation = shard.moments.packed, len(rule.first) == 2
         for where, momentum, variance in shard.moments.pieces(shard.opened):
@@ -33,16 +33,14 @@ class Plain:
             sums[0] += g @ g
             g.mul_(rule.scale)
             ranks = ranks_among_open(opened) if packed else None
-            m, v = (
-                (momentum, variance)
-                if ranks is None
-                else (unpacked(moment, ranks, opened) for moment in (momentum, variance))
-            )
+            m, v = momentum, variance
+            if ranks is not None:
+                m, v = unpacked(momentum, ranks, opened), unpacked(variance, ranks, opened)
             m.mul_(rule.beta1).add_(g, alpha=1 - rule.beta1)
             v.mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
             generation = opened.int()
             first, second = (
-                t[1] if one_generation else t.index_select(0, generation) for t in (rule.first, rule.second)
+                table[1] if one_generation else table.index_select(0, generation) for table in (rule.first, rule.second)
             )
             move = (m * first).div_(v.sqrt().mul_(second).add_(rule.epsilon))
             if rule.decay:
@@ -56,7 +54,7 @@ class Plain:
 
 
 def _collected(shard: Shard, gradient: Tensor, statistic: str | None, where: slice) -> Tensor:
-    """A copy of the gradient, 0 where closed; it is added to the saliency as it was."""
+    """Add the gradient to the saliency; returns a copy of it that is 0 where closed."""
     if statistic is not None:
         accumulate(shard.saliency[where], gradient[where], statistic)
     return zero_where_closed(gradient[where].clone(), shard.opened[where])

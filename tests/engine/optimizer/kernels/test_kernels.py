@@ -26,10 +26,10 @@ SIZES |= {
 
 
 def c_routine(*flags: str):
-    from sculpt_dist.engine.optimizer.kernels.cpu import FLAGS, BuildError, Compiled, build_library
+    from sculpt_dist.engine.optimizer.kernels.cpu import FLAGS, BuildError, CompiledKernel, build_library
 
     try:
-        return Compiled(build_library((*FLAGS, *flags)))
+        return CompiledKernel(build_library((*FLAGS, *flags)))
     except BuildError as error:
         pytest.skip(str(error))
 
@@ -38,9 +38,9 @@ def triton_kernel():
     pytest.importorskip("triton")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("without a GPU triton's interpreter runs it, in a process of its own (see the last test)")
-    from sculpt_dist.engine.optimizer.kernels.gpu import Gpu
+    from sculpt_dist.engine.optimizer.kernels.gpu import TritonKernel
 
-    return Gpu()
+    return TritonKernel()
 
 
 KERNELS = {"plain": Plain, "c": c_routine, "c, one by one": lambda: c_routine("-mno-avx512f"), "triton": triton_kernel}
@@ -171,7 +171,7 @@ def test_packed_moments_take_no_memory_before_the_first_update():
 def test_without_a_compiler_plain_torch_does_it_and_asking_for_the_compiled_form_is_refused(monkeypatch):
     from sculpt_dist.engine.optimizer.kernels import cpu
 
-    cpu.found.cache_clear()
+    cpu.find_kernel.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CC", raising=False)
     try:
@@ -179,7 +179,7 @@ def test_without_a_compiler_plain_torch_does_it_and_asking_for_the_compiled_form
         with pytest.raises(ConfigError, match="engine.kernel=fused: there is no C compiler"):
             choose_kernel("fused", torch.device("cpu"))
     finally:
-        cpu.found.cache_clear()
+        cpu.find_kernel.cache_clear()
 
 
 @pytest.mark.skipif(
