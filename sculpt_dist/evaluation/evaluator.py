@@ -79,7 +79,7 @@ def evaluate(
     extra: dict[str, float] = {}
     for metric in metrics:
         extra |= metric.result({name: group.sum(total.to(group.device)) for name, total in metric.state().items()})
-    scores = None
+    scores: dict[str, Any] = {}
     if group.is_first:
         judged = [request for batch in batches for request in batch if request.judged]
         answers = collect_answers(judged, verdicts)
@@ -125,7 +125,8 @@ def _draw_and_judge(
     discards it.
     """
     verdicts: list[BatchVerdict] = []
-    for round_ in progress(range(_rounds(batches, group)), f"evaluate {label}", group.is_first):
+    rounds: Sequence[int] = range(_rounds(batches, group))
+    for round_ in progress(rounds, f"evaluate {label}", group.is_first):
         if stop is not None:
             stop.check(f"the evaluation {label}")
         number = round_ * group.size + group.rank

@@ -1,6 +1,6 @@
-"""What an evaluation draws, resolved once from the configuration: the world to score, and one request per image.
+"""What an evaluation draws, resolved once from the configuration: the world, and a request for each image.
 
-Images come from templates (every object in every style) and from the user's own prompt files. Each image has its own seed.
+Images come from templates (every object in every style) and from the user's own prompt files. Each has its own seed.
 """
 
 from __future__ import annotations

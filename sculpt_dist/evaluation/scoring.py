@@ -1,4 +1,4 @@
-"""From the classifier's verdicts to scores: UA, SA, IRA and CRA with bootstrap intervals, and the accuracy of each name."""
+"""From verdicts to scores: UA, SA, IRA and CRA with bootstrap intervals, and the accuracy of each object and style."""
 
 from __future__ import annotations
 

@@ -1,30 +1,35 @@
-"""A CLIP model as a judge: an image is what its nearest prompt names (zero-shot classification, Radford et al. 2021, arXiv 2103.00020)."""
+"""Zero-shot classification with a CLIP model: an image shows what its nearest prompt names.
+
+Radford et al. 2021, arXiv 2103.00020.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from sculpt_dist.core.errors import ConfigError, ModelError
-from sculpt_dist.evaluation.classifiers.base import Classifier, Verdict, open_folder, read_model, read_part
+from sculpt_dist.evaluation.classifiers.base import Classifier, Verdict
+from sculpt_dist.evaluation.model_folders import open_folder, read_model, read_part
 
 OBJECT_PROMPT = "a photo of a {}"
 STYLE_PROMPT = "an image in {} style"
 
 
 class Encoder:
-    """A CLIP model and its processor from a local folder, on whatever device the images are on. Raises ModelError."""
+    """A CLIP model and its processor from a local folder, on the device of the images. Raises ModelError."""
 
     def __init__(self, where: str | Path) -> None:
         folder = open_folder(where, files=["config.json"])
-        # Without a vocabulary transformers makes up one of two tokens, and every prompt becomes the same.
+        # Without a vocabulary, transformers invents one of two tokens, and all prompts become the same.
         if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
             raise ModelError(f"{folder}: lacks tokenizer.json: save the model's CLIPTokenizer into this folder")
-        self._model = read_model(CLIPModel, folder)
+        self._model: Any = read_model(CLIPModel.from_pretrained, folder)
         self._processor = read_part(CLIPImageProcessorPil.from_pretrained, folder)
         self._tokenizer = read_part(CLIPTokenizer.from_pretrained, folder)
 
@@ -37,7 +42,7 @@ class Encoder:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """N prompts -> projected embeddings [N, D], not normalised; words beyond the text encoder's length are dropped."""
+        """N prompts -> projected embeddings [N, D], not normalised; prompts are truncated to the encoder's length."""
         length = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         tokens = tokens.to(self._model.device)
@@ -45,14 +50,18 @@ class Encoder:
 
 
 class Judge(Classifier):
-    """Picks the nearest of the asked objects, and of the asked styles, so it never answers -1. Raises ConfigError, ModelError."""
+    """Picks the nearest of the evaluated objects and of the evaluated styles, so it never answers -1.
+
+    Raises ConfigError when there are too few names to choose from, and ModelError for a folder that cannot be used.
+    """
 
     def __init__(self, where: str, objects: Sequence[str], styles: Sequence[str]) -> None:
         super().__init__(where, objects, styles)
         for key, names in {"objects": self.objects, "styles": self.styles}.items():
             if len(names) == 1 or (key == "objects" and not names):
                 raise ConfigError(
-                    f"evaluate.{key} has {len(names)} names: CLIP names the nearest of several, so give at least 2 for it to choose from"
+                    f"evaluate.{key} has {len(names)} names: CLIP picks the nearest of several names, so give at "
+                    "least 2"
                 )
         self._encoder = Encoder(where)
         self._object_prompts = self._directions(OBJECT_PROMPT, self.objects)  # [O, D]

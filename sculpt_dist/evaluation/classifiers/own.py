@@ -1,4 +1,4 @@
-"""A user's own detector as a judge: `own:package.module:Class` names a subclass of `sculpt_dist.evaluation.classifiers.base.Classifier`."""
+"""The user's own detector: `own:package.module:Class` names a subclass of `Classifier` (see base.py)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sculpt_dist.evaluation.classifiers.base import Classifier, Verdict, find_na
 
 
 class Judge(Classifier):
-    """Asks the user's class, which is built with the same arguments, checks its answers, and renumbers them as they were asked for.
+    """Builds the user's class with the same arguments, checks its verdicts, and renumbers them for the evaluated names.
 
-    A class that declares its own `objects` or `styles` answers with indices into those. Raises ConfigError when the class cannot be
-    imported, is no Classifier, or declares names without some that are evaluated.
+    A class that declares its own `objects` or `styles` answers with indices into those. Raises ConfigError when the
+    class cannot be imported, is not a Classifier, or does not know a name that is evaluated.
     """
 
     def __init__(self, where: str, objects: Sequence[str], styles: Sequence[str]) -> None:
@@ -27,10 +27,10 @@ class Judge(Classifier):
         self._wanted_styles = find_names("evaluate.styles", self.styles, self._detector.styles)
 
     def classify(self, images: Tensor) -> Verdict:
-        """uint8 images [B, 3, h, w] -> Verdict. Raises ConfigError when the detector's answer is no Verdict for B images."""
+        """uint8 images [B, 3, h, w] -> Verdict. Raises ConfigError when the detector returns anything else."""
         verdict = self._detector.classify(images)
         if not isinstance(verdict, Verdict):
-            raise ConfigError(f"{self._spec}: classify gave a {type(verdict).__name__}, expected a Verdict")
+            raise ConfigError(f"{self._spec}: classify returned a {type(verdict).__name__}, expected a Verdict")
         num_objects, num_styles = len(self._detector.objects), len(self._detector.styles)
         self._check("objects", verdict.objects, len(images), num_objects)
         seen_objects = renumber(verdict.objects, self._wanted_objects, num_objects)
@@ -42,11 +42,13 @@ class Judge(Classifier):
     def _check(self, member: str, indices: Tensor, num_images: int, num_names: int) -> None:
         if indices.shape != (num_images,) or indices.dtype != torch.int64:
             raise ConfigError(
-                f"{self._spec}: {member} are {indices.dtype} {list(indices.shape)}, expected torch.int64 [{num_images}], one per image"
+                f"{self._spec}: {member} are {indices.dtype} {list(indices.shape)}, "
+                f"expected torch.int64 [{num_images}], one per image"
             )
         if num_images and not (int(indices.min()) >= -1 and int(indices.max()) < num_names):
             raise ConfigError(
-                f"{self._spec}: {member} reach from {int(indices.min())} to {int(indices.max())}, expected -1 (none) to {num_names - 1}"
+                f"{self._spec}: {member} range from {int(indices.min())} to {int(indices.max())}, "
+                f"expected -1 (none) to {num_names - 1}"
             )
 
 
@@ -58,13 +60,13 @@ def _find_class(where: str, spec: str) -> type[Classifier]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
-            f"{spec}: cannot import {module_name} ({error}): install it, or put its folder on PYTHONPATH"
+            f"{spec}: cannot import {module_name} ({error}): install it, or add its folder to PYTHONPATH"
         ) from error
     found = vars(module).get(class_name)
     if found is None:
         raise ConfigError(f"{spec}: {module_name} has no {class_name}")
     if not (isinstance(found, type) and issubclass(found, Classifier)):
         raise ConfigError(
-            f"{spec}: {class_name} is no subclass of sculpt_dist.evaluation.classifiers.base.Classifier: make it one"
+            f"{spec}: {class_name} is not a subclass of sculpt_dist.evaluation.classifiers.base.Classifier: make it one"
         )
     return found

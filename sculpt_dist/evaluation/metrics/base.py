@@ -81,7 +81,7 @@ class MetricContext:
 
     @cached_property
     def reference(self) -> Tensor | None:
-        """`features` of the images that `evaluate.reference` names, float64 [N, D]. Raises ConfigError or ModelError."""
+        """Features of the images in `evaluate.reference`, float64 [N, D]. Raises ConfigError or ModelError."""
         if not self.settings.reference:
             return None
         from sculpt_dist.evaluation.features import drawn_features, reference_features

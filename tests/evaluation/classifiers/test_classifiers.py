@@ -352,9 +352,9 @@ def test_a_label_may_be_written_with_underscores():
 def test_a_name_in_two_labels_is_refused_unless_it_is_one_in_full():
     labels = {0: "Cardigan, Cardigan Welsh corgi", 1: "cardigan", 2: "crane, bird", 3: "crane, machine"}
     assert find_classes(["cardigan"], labels) == [1]
-    with pytest.raises(ConfigError, match="'crane' is in 2 labels .crane, bird; crane, machine."):
+    with pytest.raises(ConfigError, match="'crane' is part of 2 labels .crane, bird; crane, machine."):
         find_classes(["crane"], labels)
-    with pytest.raises(ConfigError, match="'bird' and 'crane, bird' are both the label"):
+    with pytest.raises(ConfigError, match="'bird' and 'crane, bird' both name the label"):
         find_classes(["bird", "crane, bird"], labels)
 
 
@@ -569,9 +569,9 @@ def test_own_detector_must_know_what_is_evaluated():
         (f"{__name__}:NoSuchClass", "has no NoSuchClass"),
         (
             f"{__name__}:no_classifier",
-            "no_classifier is no subclass of sculpt_dist.evaluation.classifiers.base.Classifier",
+            "no_classifier is not a subclass of sculpt_dist.evaluation.classifiers.base.Classifier",
         ),
-        (f"{__name__}:Path", "Path is no subclass of sculpt_dist.evaluation.classifiers.base.Classifier"),
+        (f"{__name__}:Path", "Path is not a subclass of sculpt_dist.evaluation.classifiers.base.Classifier"),
     ],
 )
 def test_own_class_that_cannot_be_used_is_named(where, message):
@@ -582,12 +582,12 @@ def test_own_class_that_cannot_be_used_is_named(where, message):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (torch.tensor([0, 0]), "gave a Tensor, expected a Verdict"),
+        (torch.tensor([0, 0]), "returned a Tensor, expected a Verdict"),
         (Verdict(torch.tensor([0]), None), r"objects are torch.int64 \[1\], expected torch.int64 \[2\]"),
         (Verdict(torch.tensor([0.0, 1.0]), None), "objects are torch.float32"),
-        (Verdict(torch.tensor([0, 2]), None), r"objects reach from 0 to 2, expected -1 .none. to 1"),
-        (Verdict(torch.tensor([-2, 0]), None), "objects reach from -2 to 0"),
-        (Verdict(torch.tensor([0, 0]), torch.tensor([0, 1])), "styles reach from 0 to 1, expected -1 .none. to 0"),
+        (Verdict(torch.tensor([0, 2]), None), r"objects range from 0 to 2, expected -1 .none. to 1"),
+        (Verdict(torch.tensor([-2, 0]), None), "objects range from -2 to 0"),
+        (Verdict(torch.tensor([0, 0]), torch.tensor([0, 1])), "styles range from 0 to 1, expected -1 .none. to 0"),
     ],
 )
 def test_own_answer_that_cannot_be_is_refused(answer, message, monkeypatch):
