@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.schema import Concept, EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.core.progress import progress
-from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.evaluation.classifiers.base import Classifier, load_classifier
 from sculpt_dist.evaluation.metrics.base import Metric, build_metrics
 from sculpt_dist.evaluation.requests import Evaluation, ImageRequest, as_batches
@@ -29,6 +26,11 @@ from sculpt_dist.evaluation.scoring import (
     compute_scores,
     select_answers,
 )
+
+if TYPE_CHECKING:
+    from sculpt_dist.backbones.base import Backbone
+    from sculpt_dist.engine.group import Group
+    from sculpt_dist.engine.stopping.request import StopRequest
 
 
 def check_evaluation(evaluation: Evaluation) -> None:
@@ -72,17 +74,23 @@ def evaluate(
     if group.is_first:
         (folder / "images").mkdir(parents=True, exist_ok=True)
     group.barrier()
-    rows = _rounds(batches, group) * settings.batch  # images that one rank draws at most
-    metrics = build_metrics(settings, rows * group.size, rows * group.rank)
-    mine = _draw_and_judge(evaluation, backbone, net, group, folder, batches, classifier, metrics, label, stop)
-    verdicts = [verdict for rank in group.to_all(mine) for verdict in rank]
-    extra: dict[str, float] = {}
-    for metric in metrics:
-        extra |= metric.result({name: group.sum(total.to(group.device)) for name, total in metric.state().items()})
+    num_images = _num_rounds(batches, group) * settings.batch  # that one rank draws at most
+    metrics = build_metrics(settings, num_images * group.size, num_images * group.rank)
+    verdicts: list[BatchVerdict] = []
+    for number, images in _draw_batches(evaluation, backbone, net, group, batches, label, stop):
+        batch = batches[number]
+        if batch[0].judged:
+            verdicts.append((number, *_recognise(classifier, images)))
+        _save_shown(folder, batch, images)
+        counted = [i for i, request in enumerate(batch) if evaluation.counts_for_metrics(request)]
+        for metric in metrics if counted else ():
+            metric.update(images[counted], [batch[i].prompt for i in counted])
+    all_verdicts = [verdict for of_rank in group.to_all(verdicts) for verdict in of_rank]
+    extra = _metric_results(metrics, group)
     scores: dict[str, Any] = {}
     if group.is_first:
         judged = [request for batch in batches for request in batch if request.judged]
-        answers = collect_answers(judged, verdicts)
+        answers = collect_answers(judged, all_verdicts)
         scores = compute_scores(evaluation, judged, answers, forgotten)
         scores["plain"]["extra"] = extra
         plain = select_answers(answers, np.array([not request.paraphrased for request in judged]))
@@ -102,46 +110,45 @@ def draw(settings: EvaluateConfig, backbone: Backbone, net: nn.Module, batch: Se
     return backbone.decode(latents)
 
 
-def _rounds(batches: Sequence[Sequence[ImageRequest]], group: Group) -> int:
+def _num_rounds(batches: Sequence[Sequence[ImageRequest]], group: Group) -> int:
     """How many batches each rank draws, rounded up."""
     return (len(batches) + group.size - 1) // group.size
 
 
-def _draw_and_judge(
+def _draw_batches(
     evaluation: Evaluation,
     backbone: Backbone,
     net: nn.Module,
     group: Group,
-    folder: Path,
     batches: Sequence[Sequence[ImageRequest]],
-    classifier: Classifier,
-    metrics: Sequence[Metric],
     label: str,
     stop: StopRequest | None,
-) -> list[BatchVerdict]:
-    """This rank's verdicts. Rank r of n draws batches r, r + n, r + 2n, ...
+) -> Iterator[tuple[int, Tensor]]:
+    """The number and the images, uint8 [B, 3, h, w], of this rank's batches: rank r of n draws r, r + n, r + 2n, ...
 
     A sharded net needs every rank in every forward, so a rank without a batch of its own redraws the last one and
     discards it.
     """
-    verdicts: list[BatchVerdict] = []
-    rounds: Sequence[int] = range(_rounds(batches, group))
+    rounds: Sequence[int] = range(_num_rounds(batches, group))
     for round_ in progress(rounds, f"evaluate {label}", group.is_first):
         if stop is not None:
             stop.check(f"the evaluation {label}")
         number = round_ * group.size + group.rank
         batch = batches[min(number, len(batches) - 1)]
         with backbone.temporary_embeddings() if batch[0].listed else nullcontext():
-            images = draw(evaluation.settings, backbone, net, batch)  # uint8 [B, 3, h, w]
-        if number >= len(batches):
-            continue
-        if batch[0].judged:
-            verdicts.append((number, *_recognise(classifier, images)))
-        _save_shown(folder, batch, images)
-        counted = [i for i, request in enumerate(batch) if evaluation.counts_for_metrics(request)]
-        for metric in metrics if counted else ():
-            metric.update(images[counted], [batch[i].prompt for i in counted])
-    return verdicts
+            images = draw(evaluation.settings, backbone, net, batch)
+        if number < len(batches):
+            yield number, images
+
+
+def _metric_results(metrics: Sequence[Metric], group: Group) -> dict[str, float]:
+    """The results of all metrics, from the sum of all ranks' states."""
+    results: dict[str, float] = {}
+    for metric in metrics:
+        found = metric.result({name: group.sum(total.to(group.device)) for name, total in metric.state().items()})
+        assert not found.keys() & results.keys(), f"two metrics report {sorted(found.keys() & results.keys())}"
+        results |= found
+    return results
 
 
 def _recognise(classifier: Classifier, images: Tensor) -> tuple[list[int], list[int] | None]:
