@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from gpus import has_gpu, in_gpu_process, run_in_gpu_process
 from harness import PROJECT
 
 
@@ -15,3 +16,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--refresh-golden", action="store_true", help="write the golden losses anew; say why in the commit"
     )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not has_gpu():
+        pytest.skip("there is no GPU that torch can use")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked `gpu` in a process that sees the GPUs (see support/gpus.py)."""
+    if pyfuncitem.get_closest_marker("gpu") is None or in_gpu_process():
+        return None
+    run_in_gpu_process(pyfuncitem.nodeid)
+    return True

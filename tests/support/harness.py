@@ -16,9 +16,10 @@ import warnings
 from pathlib import Path
 
 import torch
+from gpus import hide_gpus
 from safetensors.torch import load_file
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks on one machine, with or without a GPU
+hide_gpus()  # the tests start more ranks than a machine has GPUs
 BEFORE = set(os.environ)
 SET_BY_LIBRARIES = (  # in the tests' own process, when they are imported there
     "PYTEST_CURRENT_TEST LOCAL_RANK DS_ACCELERATOR DEEPSPEED_LOG_LEVEL TORCH_EXTENSIONS_DIR PYTORCH_NVML_BASED_CUDA_CHECK "
