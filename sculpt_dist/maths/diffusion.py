@@ -1,4 +1,4 @@
-"""Corruption and goals of discrete diffusion (DDPM) and of flow matching. Letters: B batch, C H W latent, T train timesteps."""
+"""Noising and prediction targets of DDPM and of flow matching. Letters: B batch, C H W latent, T train timesteps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from torch import Tensor
 
 
 def ddpm_corrupt(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t = sqrt(a) x + sqrt(1 - a) n, with a = alpha_bar [B] at each sample's time (Ho et al., arXiv 2006.11239, eq. 4)."""
+    """x_t = sqrt(a) x + sqrt(1 - a) n, with a = alpha_bar [B] at each sample's time (Ho et al., arXiv 2006.11239,
+    eq. 4).
+    """
     a = alpha_bar.view(-1, 1, 1, 1)
     return a.sqrt() * clean + (1 - a).sqrt() * noise
 
@@ -24,10 +26,13 @@ def flow_corrupt(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def flow_velocity(clean: Tensor, noise: Tensor) -> Tensor:
-    """dx_s / ds = n - x, the same at every time."""
+    """dx_s / ds = n - x, constant in time."""
     return noise - clean
 
 
 def shifted_sigma(uniform: Tensor, shift: float) -> Tensor:
-    """s = k u / (1 + (k - 1) u): the time shift of higher resolutions (Esser et al., arXiv 2403.03206, eq. 23), u and s in [0, 1]."""
+    """s = k u / (1 + (k - 1) u), the time shift for higher resolutions (Esser et al., arXiv 2403.03206, eq. 23).
+
+    u (`uniform`) and s are in [0, 1]; k is `shift`.
+    """
     return shift * uniform / (1 + (shift - 1) * uniform)

@@ -1,4 +1,4 @@
-"""Points that are far from one another. Letters: n points, D width."""
+"""Choosing points that are far from each other. Letters: n points, D width."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def farthest_points(points: Tensor, start: Tensor, count: int) -> list[int]:
-    """Indices of `count` points [n, D], each farthest from those before it and from `start` [D], by cosine (Gonzalez 1985, greedy k-center).
+    """Indices of `count` of the points [n, D], each the farthest from `start` [D] and those before it.
 
-    Ties go to the first. All of them, in that order, where there are no more than `count`.
+    Distances are cosine distances. This is the greedy k-center algorithm (Gonzalez 1985). Ties go to the first point.
+    Returns all points, in that order, when there are at most `count`.
     """
     unit = torch.nn.functional.normalize(points.double(), dim=1)
     nearest = 1 - unit @ torch.nn.functional.normalize(start.double(), dim=0)  # [n], distance to the nearest chosen one

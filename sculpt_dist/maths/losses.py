@@ -11,14 +11,17 @@ def mse(prediction: Tensor, goal: Tensor) -> Tensor:
 
 
 def negative_guidance(empty: Tensor, with_prompt: Tensor, scale: float | Tensor) -> Tensor:
-    """e(x, "") - s (e(x, c) - e(x, "")): away from the prompt, [B, C, H, W] (Gandikota et al., arXiv 2303.07345, eq. 6)."""
+    """e(x, "") - s (e(x, c) - e(x, "")), [B, C, H, W]: guides away from the prompt.
+
+    Gandikota et al., arXiv 2303.07345, eq. 6.
+    """
     return empty - scale * (with_prompt - empty)
 
 
 def guided_label(superclass: Tensor, target: Tensor, guidance: float) -> Tensor:
-    """The superclass prediction, led away from the target: s + w (s - f), [B, C, H, W].
+    """The superclass prediction guided away from the target: s + w (s - f), [B, C, H, W].
 
-    Ours, not in the Sculpting Memory paper: where the superclass prompt itself draws the target, the plain label s asks the
-    model to keep some of it. `guidance` w = 0 gives s.
+    Ours, not in the Sculpting Memory paper: when the superclass prompt itself draws the target, the plain label s makes
+    the model keep part of it. `guidance` w = 0 gives s.
     """
     return superclass + guidance * (superclass - target)

@@ -1,4 +1,4 @@
-"""The best approximation of a matrix by a product of two thin ones."""
+"""The best approximation of a matrix by the product of two thin ones."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 def low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(up [m, r], down [r, n]) of `matrix` [m, n], r = min(rank, m, n): no other up @ down of that rank is nearer in Frobenius norm.
+    """(up [m, r], down [r, n]) with up @ down the nearest to `matrix` [m, n] in Frobenius norm; r = min(rank, m, n).
 
-    M = U S V^T cut to its r largest singular values, up = U S^1/2 and down = S^1/2 V^T (Eckart and Young, Psychometrika 1, 1936).
-    U comes from the eigenvectors of the smaller Gram matrix, in fp64: that squares the singular values, of which fp32 would lose the
-    lower half of the digits. The factors are fp64; no random numbers are drawn.
+    Truncates M = U S V^T to its r largest singular values: up = U S^1/2 and down = S^1/2 V^T (Eckart and Young,
+    Psychometrika 1, 1936). U comes from the eigenvectors of the smaller Gram matrix. Its eigenvalues are squared
+    singular values, which would cost fp32 half of its digits, so everything is fp64, the factors included.
+    Deterministic.
     """
     if matrix.shape[0] > matrix.shape[1]:
         up, down = low_rank_factors(matrix.T, rank)

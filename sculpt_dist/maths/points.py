@@ -1,6 +1,7 @@
-"""Points of a search: the values that a parameter can have, under the names of W&B's sweep schema, and which results are undominated.
+"""Points of a hyperparameter search: distributions under the names of W&B's sweep schema, and Pareto-optimal results.
 
-A value is its distribution's inverse cumulative function at a share in [0, 1]; so a search draws shares, whatever the distribution.
+A value is the inverse cumulative distribution function at a share in [0, 1], so a search draws shares for any
+distribution.
 """
 
 from __future__ import annotations
@@ -13,33 +14,33 @@ from typing import Any
 
 import numpy as np
 
-RANGE, BELL = frozenset({"min", "max"}), frozenset()
-KINDS: dict[
-    str, tuple[frozenset[str], Mapping[str, float]]
-] = {  # kind -> options that it must have, and defaults of those it may have
+RANGE = frozenset({"min", "max"})
+NORMAL: frozenset[str] = frozenset()
+# kind -> (required options, optional ones with their defaults)
+KINDS: dict[str, tuple[frozenset[str], Mapping[str, float]]] = {
     "constant": (frozenset({"value"}), {}),
     "categorical": (frozenset({"values"}), {}),
     "categorical_w_probabilities": (frozenset({"values", "probabilities"}), {}),
     "int_uniform": (RANGE, {}),
     "uniform": (RANGE, {}),
     "q_uniform": (RANGE, {"q": 1}),
-    "log_uniform": (RANGE, {}),  # min and max are natural logarithms of the value; in *_values they are values
+    "log_uniform": (RANGE, {}),  # min and max are natural logarithms of the value; for *_values, values
     "log_uniform_values": (RANGE, {}),
     "q_log_uniform": (RANGE, {"q": 1}),
     "q_log_uniform_values": (RANGE, {"q": 1}),
     "inv_log_uniform": (RANGE, {}),  # min and max are natural logarithms of 1 / value
     "inv_log_uniform_values": (RANGE, {}),
-    "normal": (BELL, {"mu": 0.0, "sigma": 1.0}),
-    "q_normal": (BELL, {"mu": 0.0, "sigma": 1.0, "q": 1}),
-    "log_normal": (BELL, {"mu": 0.0, "sigma": 1.0}),
-    "q_log_normal": (BELL, {"mu": 0.0, "sigma": 1.0, "q": 1}),
+    "normal": (NORMAL, {"mu": 0.0, "sigma": 1.0}),
+    "q_normal": (NORMAL, {"mu": 0.0, "sigma": 1.0, "q": 1}),
+    "log_normal": (NORMAL, {"mu": 0.0, "sigma": 1.0}),
+    "q_log_normal": (NORMAL, {"mu": 0.0, "sigma": 1.0, "q": 1}),
 }
-TAIL = 1e-9  # share of a bell curve that is never drawn, at either end
+TAIL = 1e-9  # probability that is cut off at either end of a normal distribution
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a search; `options` has all that its kind must have and may have."""
+    """A parameter of a search; `options` has every required and optional option of its kind."""
 
     name: str
     kind: str
@@ -47,7 +48,7 @@ class Parameter:
 
     @property
     def choices(self) -> list[Any] | None:
-        """All values of a kind that a grid can have, in order; None of the others. A range with q leaves its max out, as W&B's does."""
+        """All values, in order, of a kind that a grid can use, else None. A range with q excludes max, as in W&B."""
         given = self.options
         if self.kind == "constant":
             return [given["value"]]
@@ -65,7 +66,7 @@ class Parameter:
 
 
 def value_at(parameter: Parameter, share: float) -> Any:
-    """The value below which `share` of the distribution lies."""
+    """The quantile of the parameter's distribution at `share`."""
     kind, given = parameter.kind, parameter.options
     if kind == "constant":
         return given["value"]
@@ -79,7 +80,8 @@ def value_at(parameter: Parameter, share: float) -> Any:
     return _quantised(smooth, kind, given) if kind.startswith("q_") else smooth
 
 
-def _smooth(kind: str, given: Mapping[str, Any], share: float) -> float:
+def _smooth(kind: str, given: Mapping[str, float], share: float) -> float:
+    """The value before rounding to a multiple of q."""
     if kind.endswith("normal"):
         deviate = given["mu"] + given["sigma"] * NormalDist().inv_cdf(min(max(share, TAIL), 1 - TAIL))
         return math.exp(deviate) if kind == "log_normal" else deviate
@@ -94,7 +96,7 @@ def _smooth(kind: str, given: Mapping[str, Any], share: float) -> float:
 
 
 def _quantised(value: float, kind: str, given: Mapping[str, Any]) -> float | int:
-    """The nearest multiple of q, within the range where there is one."""
+    """The nearest multiple of q, within the range if the kind has one."""
     step, multiple = given["q"], round(value / given["q"])
     if "min" in given:
         low, high = (math.exp(given[end]) if kind == "q_log_uniform" else given[end] for end in ("min", "max"))
@@ -103,14 +105,17 @@ def _quantised(value: float, kind: str, given: Mapping[str, Any]) -> float | int
 
 
 def _plain(value: float, step: float) -> float | int:
-    """Without the noise of binary fractions; whole where the step is."""
+    """The value without floating-point noise; an integer when the step is one."""
     return round(value) if isinstance(step, int) else float(f"{value:.12g}")
 
 
 def undominated(results: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which results no other one beats in one score without losing in the other; more is better in both (Pareto's front)."""
+    """Which results are on the Pareto front: no other result is better in one score and at least as good in the other.
 
-    def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    Higher is better in both scores.
+    """
+
+    def dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
         return a != b and a[0] >= b[0] and a[1] >= b[1]
 
-    return [not any(beats(other, mine) for other in results) for mine in results]
+    return [not any(dominates(other, result) for other in results) for result in results]

@@ -1,4 +1,4 @@
-"""The saliency of a weight: what a mask ranks by. One flat tensor in, updated in place; no rank, no distribution."""
+"""The saliency of weights, by which a mask ranks them. One flat tensor, updated in place; nothing distributed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def accumulate(saliency: Tensor, gradient: Tensor, statistic: str) -> None:
     """Add one reduced, unclipped gradient [n] to the running statistic [n].
 
-    `abs_sum` keeps the signed sum (Sculpting Memory: gradients that cancel do not count), `sum_abs` and `sum_sq` the sums of
+    `abs_sum` keeps the signed sum, so opposite gradients cancel (Sculpting Memory); `sum_abs` and `sum_sq` sum
     magnitudes and squares.
     """
     if statistic == "abs_sum":
@@ -22,6 +22,6 @@ def accumulate(saliency: Tensor, gradient: Tensor, statistic: str) -> None:
 
 
 def sort_keys(saliency: Tensor) -> Tensor:
-    """Non-negative int32 keys [n] in the order of |saliency| [n]: the bits of a non-negative fp32 sort like the number."""
+    """Non-negative int32 keys [n] that sort like |saliency| [n]: the bits of a positive fp32 sort like its value."""
     assert saliency.dtype == torch.float32
     return saliency.view(torch.int32) & 0x7FFFFFFF

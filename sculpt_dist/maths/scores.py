@@ -1,4 +1,4 @@
-"""Unlearning scores as UnlearnCanvas defines them (arXiv 2402.11846), from what was asked for and what was recognised."""
+"""Unlearning scores as UnlearnCanvas defines them (arXiv 2402.11846), from requested and recognised classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Target:
-    """A concept to forget as the score sees it: an index into the objects or the styles, and its superclass's other members."""
+    """A concept to forget: an index into the objects or the styles, and the other members of its superclass."""
 
     kind: str  # object or style
     index: int
@@ -19,59 +19,58 @@ class Target:
 
 @dataclass(frozen=True)
 class Answers:
-    """One entry per image: what the prompt asked for and what was recognised; -1 says none. N images."""
+    """One entry per image, N images: what the prompt requests and what the classifier recognised; -1 means none."""
 
-    prompt: np.ndarray  # [N] int, which prompt: the unit of the bootstrap
-    object_asked: np.ndarray  # [N] int; -1 where the prompt is to show no object, or no style, of those that are scored
+    prompt: np.ndarray  # [N] int, the prompt's number: the unit of the bootstrap
+    object_asked: np.ndarray  # [N] int; -1 when the prompt names none of the scored objects (or styles)
     style_asked: np.ndarray  # [N] int
     object_seen: np.ndarray  # [N] int
-    style_seen: np.ndarray | None  # [N] int; None where styles are not recognised
+    style_seen: np.ndarray | None  # [N] int; None when the classifier knows no styles
 
 
-Counts = Mapping[
-    str, tuple[np.ndarray, np.ndarray]
-]  # score -> (right, among), [N] each: how often an image counts in either
+# score -> (right, among), [N] each: how often each image counts in the numerator and the denominator
+Counts = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def unlearning_scores(
     answers: Answers, targets: Sequence[Target], weight: np.ndarray | None = None
 ) -> dict[str, float | None]:
-    """UA, IRA, CRA, SA and CTA in [0, 1]; None where nothing can be counted. `weight` [N] counts an image several times."""
+    """UA, IRA, CRA, SA and CTA in [0, 1]; None for a score without images. `weight` [N] counts images several times."""
     weight = np.ones(len(answers.prompt)) if weight is None else weight
     counts = score_counts(answers, targets)
     return {name: _share(float(weight @ right), float(weight @ among)) for name, (right, among) in counts.items()}
 
 
 def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
-    """What every image adds to each score: a score is the sum of its `right` over the sum of its `among`.
+    """What every image adds to each score; a score is the sum of `right` divided by the sum of `among`.
 
-    UA: share of target images in which the target is not recognised. IRA and CRA: over images whose object and style are no
-    target, the accuracy in the targets' own domain and in the other one (both domains targeted: each domain is its own IRA, and
-    CRA is the mean of the two as well). SA: share of target images recognised as another member of the superclass. CTA: the
-    other domain's accuracy on images of targets.
+    UA: the share of target images in which the target is not recognised. IRA and CRA: over images without any target,
+    the accuracy in the targets' own domain and in the other one. When both domains have targets, each is its own IRA,
+    and CRA too is the mean of the two. SA: the share of target images recognised as another member of the superclass.
+    CTA: the other domain's accuracy on target images.
     """
     num = len(answers.prompt)
     asked = {"object": answers.object_asked, "style": answers.style_asked}
     right = {"object": answers.object_seen == answers.object_asked}
     if answers.style_seen is not None:
         right["style"] = answers.style_seen == answers.style_asked
-    says = {kind: names >= 0 for kind, names in asked.items()}  # whether an image's prompt names one of this kind
+    names_one = {kind: indices >= 0 for kind, indices in asked.items()}  # whether the prompt names one of this kind
     other_domain = {"object": "style", "style": "object"}
     of_target = np.zeros(num, bool)
     forgotten, replaced, other = [], [], []
     for target in targets:
-        mine = asked[target.kind] == target.index
-        of_target |= mine
+        of_this = asked[target.kind] == target.index
+        of_target |= of_this
         if target.kind in right:
-            forgotten.append((mine, ~right[target.kind]))
+            forgotten.append((of_this, ~right[target.kind]))
         if target.siblings:
-            replaced.append((mine, np.isin(answers.object_seen, target.siblings)))
+            replaced.append((of_this, np.isin(answers.object_seen, target.siblings)))
         if other_domain[target.kind] in right:
-            other.append((mine & says[other_domain[target.kind]], right[other_domain[target.kind]]))
+            other.append((of_this & names_one[other_domain[target.kind]], right[other_domain[target.kind]]))
     kinds = {target.kind for target in targets}
-    own = [(~of_target & says[kind], right[kind]) for kind in right if kind in kinds]
+    own = [(~of_target & names_one[kind], right[kind]) for kind in right if kind in kinds]
     cross = [
-        (~of_target & says[other_domain[kind]], right[other_domain[kind]])
+        (~of_target & names_one[other_domain[kind]], right[other_domain[kind]])
         for kind in kinds
         if other_domain[kind] in right
     ]
@@ -82,9 +81,9 @@ def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
 def bootstrap_intervals(
     answers: Answers, targets: Sequence[Target], rounds: int, seed: int = 0
 ) -> dict[str, tuple[float, float] | None]:
-    """95 % percentile intervals [low, high] of every score: prompts are drawn again with replacement, with all their images.
+    """95 % percentile intervals [low, high] of every score, by resampling prompts, each with all its images.
 
-    None for a score that rests on a single prompt: nothing is known of what another one would give.
+    None for a score that rests on a single prompt: it has no spread over prompts.
     """
     rng = np.random.default_rng(seed)
     prompts, counts = per_prompt(answers, score_counts(answers, targets))
@@ -98,19 +97,22 @@ def bootstrap_intervals(
 
 
 def per_prompt(answers: Answers, counts: Counts) -> tuple[np.ndarray, Counts]:
-    """(the prompts [P], the counts added up over the images of each, [P])."""
+    """(the prompts [P], the counts summed over the images of each, [P])."""
     prompts, inverse = np.unique(answers.prompt, return_inverse=True)
-    added = {name: tuple(np.bincount(inverse, part, len(prompts)) for part in pair) for name, pair in counts.items()}
-    return prompts, added
+
+    def summed(part: np.ndarray) -> np.ndarray:
+        return np.bincount(inverse, part, len(prompts))
+
+    return prompts, {name: (summed(right), summed(among)) for name, (right, among) in counts.items()}
 
 
 def accuracy_by(asked: np.ndarray, right: np.ndarray, names: Sequence[str]) -> Mapping[str, float]:
-    """Accuracy of each name over the images that asked for it; names that were never asked for are left out."""
+    """Accuracy of each name over the images that request it; names that none requests are left out."""
     return {name: float(right[asked == i].mean()) for i, name in enumerate(names) if (asked == i).any()}
 
 
 def interval(right: np.ndarray, among: np.ndarray) -> tuple[float, float] | None:
-    """95 % percentile interval of the ratios of two [R]; those of nothing to nothing are left out."""
+    """95 % percentile interval of the ratios right / among, [R] each; rounds without any image are left out."""
     counted = among > 0
     if not counted.any():
         return None
@@ -119,7 +121,7 @@ def interval(right: np.ndarray, among: np.ndarray) -> tuple[float, float] | None
 
 
 def _added(pairs: Sequence[tuple[np.ndarray, np.ndarray]], num: int) -> tuple[np.ndarray, np.ndarray]:
-    """(right, among) [N] of the pairs (which images are counted, which are right)."""
+    """(right, among), [N] each, summed over pairs of (which images count, which are right)."""
     right, among = np.zeros(num), np.zeros(num)
     for counted, correct in pairs:
         right += counted & correct
