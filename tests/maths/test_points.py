@@ -1,4 +1,4 @@
-"""Points of a search: each distribution by hand or by its moments, the values of a grid, and the undominated results."""
+"""Search points: each distribution by hand or by its moments, a grid's values, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parameter(kind: str, **options) -> Parameter:
     ],
     ids=lambda it: it.kind if isinstance(it, Parameter) else "",
 )
-def test_a_share_gives_the_value_below_which_it_lies(it, values):
+def test_a_share_gives_the_quantile(it, values):
     found = [value_at(it, share) for share in (0.0, 0.25, 0.5, 1.0)]
     assert found == pytest.approx(values) and [type(value) for value in found] == [type(value) for value in values]
 
@@ -41,7 +41,7 @@ def test_a_share_gives_the_value_below_which_it_lies(it, values):
 @pytest.mark.parametrize(
     ("kind", "step"), [("normal", None), ("q_normal", 0.5), ("log_normal", None), ("q_log_normal", 0.5)]
 )
-def test_bells_have_their_mean_and_deviation_and_no_infinite_end(kind, step):
+def test_normal_kinds_have_their_mean_and_deviation_and_finite_ends(kind, step):
     it = parameter(kind, mu=2.0, sigma=0.5, **({"q": step} if step else {}))
     drawn = np.array([value_at(it, (i + 0.5) / 4000) for i in range(4000)])
     if step:
@@ -51,19 +51,19 @@ def test_bells_have_their_mean_and_deviation_and_no_infinite_end(kind, step):
     assert all(math.isfinite(value_at(it, end)) for end in (0.0, 1.0))
 
 
-def test_probabilities_are_how_often_a_value_is_drawn():
+def test_values_are_drawn_with_their_probabilities():
     it = parameter("categorical_w_probabilities", values=["a", "b", "c"], probabilities=[0.5, 0.0, 0.5])
     drawn = [value_at(it, (i + 0.5) / 1000) for i in range(1000)]
     assert drawn.count("a") == 500 and drawn.count("b") == 0
 
 
-def test_a_grid_has_values_whole_numbers_and_steps_without_the_last():
+def test_a_grid_uses_categories_integers_and_steps_without_the_last():
     assert parameter("categorical", values=[3, 1]).choices == [3, 1]
     assert parameter("int_uniform", min=2, max=4).choices == [2, 3, 4]
     assert parameter("q_uniform", min=0.0, max=0.4, q=0.1).choices == [0.0, 0.1, 0.2, 0.3]
     assert parameter("uniform", min=0.0, max=1.0).choices is None and parameter("normal").choices is None
 
 
-def test_a_result_is_undominated_unless_another_is_better_and_nowhere_worse():
+def test_a_result_is_undominated_unless_another_is_better_and_not_worse_anywhere():
     assert undominated([(1.0, 0.5), (0.5, 1.0), (0.5, 0.9), (1.0, 0.5), (0.4, 0.4)]) == [True, True, False, True, False]
     assert undominated([]) == []

@@ -17,7 +17,7 @@ CAT, DOG, CAR = 0, 1, 2
 
 
 def answers(rows: list[tuple[int, int, int, int]], styles: bool = True) -> Answers:
-    """Rows of (object asked, object seen, style asked, style seen)."""
+    """From rows of (object requested, object seen, style requested, style seen)."""
     table = np.array(rows)
     return Answers(np.arange(len(rows)), table[:, 0], table[:, 2], table[:, 1], table[:, 3] if styles else None)
 
@@ -44,36 +44,35 @@ def test_scores_of_a_style_by_hand():
     assert scores == {"UA": 0.25, "IRA": 0.75, "CRA": 0.5, "SA": None, "CTA": 0.5}
 
 
-def test_targets_of_both_kinds_leave_only_images_of_neither():
+def test_with_targets_of_both_kinds_only_images_of_neither_are_retained():
     scores = unlearning_scores(answers(ROWS), [Target("object", CAT, (DOG,)), Target("style", 1, ())])
     assert scores["UA"] == pytest.approx((3 + 1) / 8)
     assert scores["IRA"] == scores["CRA"] == 1.0  # the two images (DOG, 0) and (CAR, 0)
 
 
-def test_without_style_verdicts_there_is_no_cra():
+def test_without_recognised_styles_there_is_no_cra():
     scores = unlearning_scores(answers(ROWS, styles=False), [Target("object", CAT, ())])
     assert scores["CRA"] is None and scores["CTA"] is None and scores["SA"] is None and scores["UA"] == 0.75
 
 
-def test_intervals_hold_the_score_and_a_constant_has_no_width():
-    told = answers(ROWS * 5)
-    intervals = bootstrap_intervals(told, [Target("object", CAT, (DOG,))], rounds=300)
+def test_intervals_contain_the_score_and_have_no_width_for_a_constant():
+    repeated = answers(ROWS * 5)
+    intervals = bootstrap_intervals(repeated, [Target("object", CAT, (DOG,))], rounds=300)
     low, high = intervals["UA"]
     assert 0.5 < low < 0.75 < high < 0.95
     perfect = answers([(CAT, DOG, 0, 0), (DOG, DOG, 0, 0)] * 4)
     assert bootstrap_intervals(perfect, [Target("object", CAT, (DOG,))], rounds=50)["UA"] == (1.0, 1.0)
 
 
-def test_images_of_one_prompt_are_drawn_together():
+def test_images_of_one_prompt_are_resampled_together():
     rows = [(CAT, DOG, 0, 0)] * 10 + [(CAT, CAT, 0, 0)] * 10
     table = answers(rows)
     two_prompts = Answers(
         np.repeat([0, 1], 10), table.object_asked, table.style_asked, table.object_seen, table.style_seen
     )
     one_prompt = replace(two_prompts, prompt=np.zeros_like(two_prompts.prompt))
-    assert (
-        bootstrap_intervals(one_prompt, [Target("object", CAT, ())], rounds=200)["UA"] is None
-    )  # nothing is known of another prompt
+    # A single prompt has no spread over prompts.
+    assert bootstrap_intervals(one_prompt, [Target("object", CAT, ())], rounds=200)["UA"] is None
     assert bootstrap_intervals(two_prompts, [Target("object", CAT, ())], rounds=200)["UA"] == (0.0, 1.0)
 
 
@@ -83,14 +82,14 @@ def test_corruption_and_velocity_by_hand():
     assert float(ddpm_velocity(clean, noise, alpha_bar)) == pytest.approx(0.8 * 3 - 0.6 * 2)
 
 
-def test_guided_label_leads_away_from_the_target():
+def test_guided_label_moves_away_from_the_target():
     superclass, target = torch.tensor([1.0]), torch.tensor([3.0])
     assert guided_label(superclass, target, 0.0).tolist() == [1.0]
     assert guided_label(superclass, target, 2.0).tolist() == [-3.0]
     assert float(mse(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0]))) == 2.0
 
 
-def test_schedules():
+def test_one_cycle_agrees_with_torch_and_turnover_by_hand():
     assert one_cycle(0.3, 0.3) == 1.0
     assert one_cycle(0.0, 0.3) == pytest.approx(1 / 25) and one_cycle(1.0, 0.3) == pytest.approx(1 / 250_000)
     assert one_cycle(0.0, 0.0) == 1.0
@@ -113,10 +112,11 @@ def test_schedules_agree_with_those_of_transformers(name):
 
     total, rise = 40, 10
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
-    theirs = transformers.get_scheduler(
+    reference = transformers.get_scheduler(
         {"constant": "constant_with_warmup"}.get(name, name), optimizer, num_warmup_steps=rise, num_training_steps=total
     )
     for step in range(total):
-        assert learning_rate_factor(name, step / total, rise / total) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
+        expected = pytest.approx(reference.get_last_lr()[0], abs=1e-9)
+        assert learning_rate_factor(name, step / total, rise / total) == expected
         optimizer.step()
-        theirs.step()
+        reference.step()

@@ -40,7 +40,7 @@ class StopRequest:
 
     def __init__(self, group: Group, folder: Path, grace: float = 60.0) -> None:
         self.group, self.folder, self.grace = group, folder, grace
-        self.came, self.by_file, self.agreed_on = False, False, False
+        self.requested, self.by_file, self.agreed_on = False, False, False
         self.failing = False  # an error ended the work; it will be reported, and the process will exit
         self.heartbeat = Heartbeat(group)
         self._since = time.monotonic()
@@ -52,7 +52,7 @@ class StopRequest:
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
-        self.came = self.came or bool(early)  # a signal that came before the handlers above were installed
+        self.requested = self.requested or bool(early)  # a signal that came before the handlers above were installed
         self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
         self._thread.start()
         return self
@@ -73,7 +73,7 @@ class StopRequest:
 
     def agreed(self, *flags: bool) -> tuple[bool, ...]:
         """Whether any rank was asked to stop, then whether any rank raised each flag. All ranks must call this."""
-        own = torch.tensor([float(flag) for flag in (self.came, *flags)], device=self.group.device)
+        own = torch.tensor([float(flag) for flag in (self.requested, *flags)], device=self.group.device)
         raised = tuple(value > 0 for value in self.group.max(own).tolist())
         self.agreed_on = self.agreed_on or raised[0]
         return raised
@@ -95,8 +95,8 @@ class StopRequest:
             signal.signal(number, self._before[number])
 
     def _note(self) -> None:
-        if not self.came:
-            self.came, self._since = True, time.monotonic()
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
 
     def _listen(self) -> None:
         while not self._closing.is_set():
@@ -107,10 +107,10 @@ class StopRequest:
                 if any(number in numbers for number in STOPPING):
                     self._note()
             self.heartbeat.beat()
-            if self.group.is_first and not self.came and (self.folder / STOP_FILE).exists():
+            if self.group.is_first and not self.requested and (self.folder / STOP_FILE).exists():
                 self.by_file = True
                 self._note()
-            if self.came and not (self.agreed_on or self.failing):
+            if self.requested and not (self.agreed_on or self.failing):
                 self._exit_if_hopeless()
 
     def _exit_if_hopeless(self) -> None:

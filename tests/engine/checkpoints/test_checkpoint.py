@@ -1,4 +1,4 @@
-"""Checkpoints: killed at every file event of a save, damaged in every way, on a full disk; what is read is what was written."""
+"""Checkpoints survive a kill at any file event, damage and a full disk: what is read is what was written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def group() -> Group:
 
 
 def shard_of(step: int) -> Shard:
-    """A shard whose content says its step."""
+    """A shard whose content identifies its step."""
     shard = Shard(torch.nn.Parameter(torch.zeros(300)), [Fragment("a", 0, 0, 0, 200), Fragment("b", 1, 0, 200, 100)])
     for i, kind in enumerate(KINDS):
         attrgetter(kind)(shard).copy_(torch.arange(300) % 7 + step + i)
@@ -44,7 +44,7 @@ def save(folder: Path, group: Group, step: int) -> None:
 
 
 def loaded(folder: Path, group: Group) -> int:
-    """The step of the newest checkpoint, whose content is checked in full."""
+    """The step of the newest checkpoint, after checking all of its content."""
     path, state = checkpoint.newest(folder, group)
     shard = shard_of(0)
     checkpoint.load(path, [shard], [])
@@ -54,7 +54,7 @@ def loaded(folder: Path, group: Group) -> int:
 
 
 def killed_at(folder: Path, group: Group, event: int) -> bool:
-    """Save step 3 in a child that dies at this file event; whether it died."""
+    """Save step 3 in a child process that dies at this file event; returns whether it died."""
     child = os.fork()
     if child == 0:
         seen = [0]
@@ -76,7 +76,7 @@ def killed_at(folder: Path, group: Group, event: int) -> bool:
     return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
-def test_killed_at_any_file_event_of_a_save_the_newest_checkpoint_is_whole_and_the_next_save_works(group, tmp_path):
+def test_after_a_kill_at_any_file_event_the_newest_checkpoint_is_intact_and_the_next_save_works(group, tmp_path):
     found, event = [], 0
     while True:
         folder = tmp_path / str(event)
@@ -90,11 +90,11 @@ def test_killed_at_any_file_event_of_a_save_the_newest_checkpoint_is_whole_and_t
             break
         event += 1
     assert event >= 10 and found[-1] == 3 and set(found) == {2, 3}, found
-    assert found == sorted(found), "an earlier event cannot have come further than a later one"
+    assert found == sorted(found), "an earlier kill got further than a later one"
 
 
 def damaged(path: Path, rng: random.Random) -> str:
-    """Change one file of a checkpoint in a random way; says how."""
+    """Damage one file of a checkpoint at random; returns a description."""
     file = rng.choice(sorted(path.iterdir()))
     content = bytearray(file.read_bytes())
     kind = rng.choice(["flip", "cut", "empty", "zero", "append", "delete", "swap", "link"])
@@ -127,7 +127,7 @@ def damaged(path: Path, rng: random.Random) -> str:
     return f"{kind} {file.name} at {at}"
 
 
-def test_200_random_damages_are_200_times_passed_over_for_the_checkpoint_before(group, tmp_path):
+def test_all_of_200_randomly_damaged_checkpoints_are_skipped_for_the_previous_one(group, tmp_path):
     whole, rng, kinds = tmp_path / "whole", random.Random(0), set()
     save(whole, group, 1)
     save(whole, group, 2)
@@ -142,7 +142,7 @@ def test_200_random_damages_are_200_times_passed_over_for_the_checkpoint_before(
     assert len(kinds) == 8
 
 
-def test_what_did_not_verify_is_not_counted_among_the_kept(group, tmp_path):
+def test_damaged_checkpoints_do_not_count_among_the_kept_ones(group, tmp_path):
     save(tmp_path, group, 1)
     save(tmp_path, group, 2)
     (tmp_path / "step-000-000002" / "rank-0.safetensors").write_bytes(b"")
@@ -152,7 +152,7 @@ def test_what_did_not_verify_is_not_counted_among_the_kept(group, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000-000001", "step-000-000003"] and KEPT == 2
 
 
-def test_the_training_may_change_its_state_while_it_is_written(group, tmp_path):
+def test_training_may_change_its_state_while_a_checkpoint_is_written(group, tmp_path):
     shard = shard_of(5)
     with Saver(tmp_path, group) as saver:
         saver.save((0, 5), [shard], {}, {"step": 5})
@@ -161,7 +161,7 @@ def test_the_training_may_change_its_state_while_it_is_written(group, tmp_path):
     assert loaded(tmp_path, group) == 5
 
 
-def test_a_full_disk_is_said_with_the_folder_and_the_checkpoint_before_stays(group, tmp_path):
+def test_a_full_disk_is_reported_with_the_folder_and_keeps_the_previous_checkpoint(group, tmp_path):
     save(tmp_path, group, 1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -175,7 +175,7 @@ def test_a_full_disk_is_said_with_the_folder_and_the_checkpoint_before_stays(gro
     assert loaded(tmp_path, group) == 1 and not list(tmp_path.glob(".writing-*"))
 
 
-def test_checkpoints_that_are_gone_are_not_taken_for_a_beginning(group, tmp_path):
+def test_deleted_checkpoints_are_an_error_not_a_fresh_start(group, tmp_path):
     assert checkpoint.newest(tmp_path, group) is None
     save(tmp_path, group, 1)
     shutil.rmtree(tmp_path / "step-000-000001")
@@ -184,13 +184,13 @@ def test_checkpoints_that_are_gone_are_not_taken_for_a_beginning(group, tmp_path
 
 
 @pytest.mark.parametrize("hint", ["", "garbage", "../elsewhere", None])
-def test_the_hint_of_the_newest_is_not_relied_on(group, tmp_path, hint):
+def test_the_newest_checkpoint_is_found_without_a_valid_hint(group, tmp_path, hint):
     save(tmp_path, group, 1)
     (tmp_path / "latest").unlink() if hint is None else (tmp_path / "latest").write_text(hint)
     assert loaded(tmp_path, group) == 1
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused_with_both_numbers(group, tmp_path):
+def test_a_checkpoint_with_a_newer_schema_is_refused_with_both_numbers(group, tmp_path):
     import hashlib
 
     save(tmp_path, group, 1)

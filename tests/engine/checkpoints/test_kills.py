@@ -1,4 +1,4 @@
-"""Runs, each killed at a random moment and started again: all end with the weights of the run that was left alone."""
+"""Runs that are killed at random moments and resumed end with the weights of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def arguments(canvas_config: str, folder: Path, stage: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, canvas_config):
-    """Of each number of ranks and stage: the weights of a run that was left alone, and the seconds that it took."""
+    """For each number of ranks and stage: the weights of an undisturbed run, and its seconds."""
     folder = tmp_path_factory.mktemp("straight")
     sculpt("prepare", canvas_config, *RUN, f"run.folder={folder / 'drawn'}")
     done = {}
     for ranks, stage in CELLS:
-        mine = folder / f"{ranks}-{stage}"
-        shutil.copytree(folder / "drawn" / "data", mine / "data")
+        run = folder / f"{ranks}-{stage}"
+        shutil.copytree(folder / "drawn" / "data", run / "data")
         began = time.monotonic()
-        sculpt(*arguments(canvas_config, mine, stage), ranks=ranks)
-        done[ranks, stage] = weights(mine), time.monotonic() - began
+        sculpt(*arguments(canvas_config, run, stage), ranks=ranks)
+        done[ranks, stage] = weights(run), time.monotonic() - began
     return folder / "drawn" / "data", done
 
 
 def wait_for_step(folder: Path, pids: list[int], concept: int, step: int) -> None:
-    """Until it is logged, or the ranks have ended."""
+    """Wait until the step is logged, or the ranks have ended."""
     file = folder / "metrics.jsonl"
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        lines = file.read_text().splitlines()[:-1] if file.exists() else []  # the last one may not be whole
+        lines = file.read_text().splitlines()[:-1] if file.exists() else []  # the last one may be incomplete
         if any((entry["concept"], entry["step"]) >= (concept, step) for entry in map(json.loads, lines)):
             return
         time.sleep(0.01)
@@ -51,7 +51,7 @@ def wait_for_step(folder: Path, pids: list[int], concept: int, step: int) -> Non
 @pytest.mark.parametrize(
     "kills", [pytest.param(len(CELLS), marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)]
 )
-def test_all_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config, tmp_path, kills):
+def test_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config, tmp_path, kills):
     drawn, done = straight
     rng, reached = random.Random(7), []
     for number in range(kills):
@@ -61,9 +61,9 @@ def test_all_runs_killed_at_random_moments_end_bit_identical(straight, canvas_co
         shutil.copytree(drawn, folder / "data")
         call = [*arguments(canvas_config, folder, stage), f"train.checkpoint_every={rng.choice([0, 0.01, 0.5])}"]
         pids = forking().begin("-m", "sculpt_dist", *call, ranks=ranks, output=tmp_path / f"{number}.txt")
-        if number % 4 == 0:  # a moment of the whole run, with its start, its drawing and its export
+        if number % 4 == 0:  # any moment of the run, including its start, drawing and export
             time.sleep(rng.uniform(0.1, 0.95) * seconds)
-        else:  # a moment of the training
+        else:  # a moment of training
             wait_for_step(folder, pids, rng.randrange(2), rng.randrange(12))
             time.sleep(rng.uniform(0, 0.05))
         for pid in [rng.choice(pids)] if way == "KILL one" else pids:
@@ -92,14 +92,16 @@ def test_all_runs_killed_at_random_moments_end_bit_identical(straight, canvas_co
         ]
         assert set(steps) == {(concept, step) for concept in range(2) for step in range(12)}
         if way in ("TERM", "USR1", "STOP file") and 75 in codes:
-            assert len(steps) == len(set(steps)), "a step that was saved on a signal was done again"
+            assert len(steps) == len(set(steps)), "a step saved on a signal was repeated"
         shutil.rmtree(folder)
     print(*reached, sep="\n")
-    assert sum(any(codes) for _, codes, _ in reached) >= kills * 2 // 3, f"too few were still at work: {reached}"
+    assert sum(any(codes) for _, codes, _ in reached) >= kills * 2 // 3, (
+        f"too few runs were still working when killed: {reached}"
+    )
 
 
 def stopped_in_the_middle(canvas_config: str, folder: Path, output: Path, *more: str, ranks: int = 1) -> list[str]:
-    """A run stopped by a signal within its second concept; returns the command that goes on with it."""
+    """Stop a run by a signal in its second concept; returns the command that resumes it."""
     call = ["unlearn", canvas_config, *RUN, "train.steps=40", "train.checkpoint_every=0", f"run.folder={folder}", *more]
     pids = forking().begin("-m", "sculpt_dist", *call, ranks=ranks, output=output)
     wait_for_step(folder, pids, 1, 10)
@@ -110,8 +112,9 @@ def stopped_in_the_middle(canvas_config: str, folder: Path, output: Path, *more:
 
 
 @pytest.mark.slow
-def test_on_another_number_of_ranks_and_another_stage_a_run_goes_on_with_the_same_samples(canvas_config, tmp_path):
-    early = "mask.until=0.2"  # all turnovers before the stop: after it rounding would decide a near tie, and one such weight breeds others
+def test_a_run_resumed_on_other_ranks_and_another_stage_continues_with_the_same_samples(canvas_config, tmp_path):
+    # All turnovers come before the stop: after it rounding could decide a near tie, and one such weight affects others.
+    early = "mask.until=0.2"
     call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt", early, "engine.stage=2")
     shutil.copytree(tmp_path / "run" / "data", tmp_path / "straight" / "data")
     printed = sculpt(*call[:-1], "engine.stage=3", ranks=2, code=2)
@@ -125,12 +128,12 @@ def test_on_another_number_of_ranks_and_another_stage_a_run_goes_on_with_the_sam
     assert [(e["concept"], e["step"]) for e in entries[0]] == [(e["concept"], e["step"]) for e in entries[1]]
     worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(*entries))
     assert worst < 1e-6, worst
-    mine, theirs = weights(tmp_path / "run"), weights(tmp_path / "straight")
-    assert all(torch.allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-4) for name in mine)
+    found, expected = weights(tmp_path / "run"), weights(tmp_path / "straight")
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
 
 
 @pytest.mark.slow
-def test_a_changed_configuration_is_refused_before_the_model_is_built_and_taken_with_override(canvas_config, tmp_path):
+def test_a_changed_configuration_is_refused_before_the_model_is_built_unless_overridden(canvas_config, tmp_path):
     call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt")
     printed = sculpt(*call, "train.lr=2e-3", code=2)
     assert "train.lr: 0.001 there, 0.002 here" in printed and "--override" in printed
@@ -139,18 +142,18 @@ def test_a_changed_configuration_is_refused_before_the_model_is_built_and_taken_
     assert "has finished bird, and the configuration begins with boat, bird" in printed
     printed = sculpt(*call, "train.lr=2e-3", "--override")
     assert "going on with another configuration: train.lr: 0.001 there, 0.002 here" in printed
-    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    rate = {(entry["concept"], entry["step"]): entry.get("lr") for entry in told}
-    assert rate[1, 40] == pytest.approx(2 * rate[0, 40]) and rate[1, 5] == rate[0, 5] > 0  # before the stop as it was
-    assert [(e["concept"], e["step"]) for e in told] == [(c, s) for c in range(2) for s in range(42)]
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rate = {(entry["concept"], entry["step"]): entry.get("lr") for entry in entries}
+    assert rate[1, 40] == pytest.approx(2 * rate[0, 40]) and rate[1, 5] == rate[0, 5] > 0  # unchanged before the stop
+    assert [(e["concept"], e["step"]) for e in entries] == [(c, s) for c in range(2) for s in range(42)]
 
 
 @pytest.mark.slow
-def test_under_another_mask_a_concept_begins_anew(canvas_config, tmp_path):
+def test_a_changed_mask_restarts_the_concept(canvas_config, tmp_path):
     call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt")
     sculpt(*call, "mask.keep=0.25", "mask.collect=4", "--override")
     assert "begins this concept anew, as the mask is another" in (tmp_path / "run" / "log.txt").read_text()
-    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    lines = {(entry["concept"], entry["step"]): entry for entry in told}  # the later of two wins
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = {(entry["concept"], entry["step"]): entry for entry in entries}  # the later of two wins
     assert [lines[1, step]["phase"] for step in range(44)] == ["collect"] * 4 + ["train"] * 40 and (1, 44) not in lines
     assert json.loads((tmp_path / "run" / "costs.json").read_text())["weights"]["open"] == 200_704 // 4

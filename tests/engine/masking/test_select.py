@@ -1,4 +1,4 @@
-"""Exact selection against a full sort, in one process; over ranks see test_engine."""
+"""Exact selection against a full sort, in one process; test_engine covers several ranks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sculpt_dist.engine.sharding import Fragment, Shard, shards
 from sculpt_dist.maths.saliency import accumulate, sort_keys
 
 
-def by_sort(keys: torch.Tensor, among: torch.Tensor, count: int, largest: bool) -> torch.Tensor:
-    """The `count` largest or smallest of those in `among`, ties by position."""
+def selected_by_sorting(keys: torch.Tensor, among: torch.Tensor, count: int, largest: bool) -> torch.Tensor:
+    """The `count` largest or smallest keys of those in `among`, ties by position."""
     order = torch.sort(keys, descending=largest, stable=True).indices
     picked = torch.zeros(len(keys), dtype=torch.bool)
     picked[order[among[order]][:count]] = True
@@ -42,8 +42,8 @@ def test_choice_equals_a_stable_sort(monkeypatch, spread, count, chunk):
     rng = torch.Generator().manual_seed(spread)
     keys, opened = torch.randint(0, spread, (200,), generator=rng), torch.rand(200, generator=rng) < 0.5
     ((close, opens),) = swapped([part_of(keys, opened, 0)], [0], [count], [count // 2])
-    assert torch.equal(close, by_sort(keys, opened, count, largest=False))
-    assert torch.equal(opens, by_sort(keys, ~opened, count // 2, largest=True))
+    assert torch.equal(close, selected_by_sorting(keys, opened, count, largest=False))
+    assert torch.equal(opens, selected_by_sorting(keys, ~opened, count // 2, largest=True))
 
 
 def test_segments_are_independent():
@@ -61,12 +61,12 @@ def test_ties_in_a_global_segment_go_to_the_first_parameter():
     assert last.tolist() == [True, False] and first.tolist() == [True, True]
 
 
-def test_more_than_there_are_candidates_is_our_own_error():
+def test_asking_for_more_weights_than_candidates_fails_an_assertion():
     with pytest.raises(AssertionError, match="more weights"):
         swapped([part_of(torch.tensor([1, 4]), torch.tensor([True, False]), 0)], [0], [0], [2])
 
 
-def test_quantiles_are_an_eighth_below_the_true_ones_at_most():
+def test_quantiles_are_at_most_an_eighth_too_low():
     values = torch.randn(100_000, generator=torch.Generator().manual_seed(1)) ** 5
     part = Part(lambda here: sort_keys(values[here]), torch.zeros(len(values), dtype=torch.uint8), 0)
     choice = choose([part], *(torch.tensor([number]) for number in (0, 0, 1)), None)
@@ -117,7 +117,7 @@ def test_global_scope_ranks_all_matrices_together():
     assert shard.opened.nonzero().flatten().tolist() == [1, 3, 9, 19]
 
 
-def test_turnover_closes_the_least_and_opens_the_most_salient_and_clears_their_moments():
+def test_turnover_swaps_the_least_for_the_most_salient_and_zeroes_their_moments():
     mask, shard = small_mask()
     mask.build()
     shard.moments.momentum.fill_(1.0)
@@ -131,13 +131,13 @@ def test_turnover_closes_the_least_and_opens_the_most_salient_and_clears_their_m
     assert mask.overlap == pytest.approx(0.7)
 
 
-def test_keep_one_opens_everything():
+def test_keep_1_opens_everything():
     mask, shard = small_mask(keep=1.0)
     mask.build()
     assert shard.opened.all()
 
 
-def test_published_turnover_keeps_moments_and_the_first_generation():
+def test_turnover_as_published_keeps_moments_and_the_first_generation():
     mask, shard = small_mask(resets_moments=False)
     mask.build()
     shard.moments.momentum.fill_(1.0)
@@ -146,7 +146,7 @@ def test_published_turnover_keeps_moments_and_the_first_generation():
     assert shard.moments.momentum.all() and mask.births == [0, 0] and shard.opened[10] == 1
 
 
-def test_random_turnover_draws_anew_and_every_concept_has_its_own_mask():
+def test_random_masks_differ_between_concepts():
     mask, shard = small_mask(saliency="random")
     mask.build()
     first = shard.opened.clone()
@@ -155,14 +155,14 @@ def test_random_turnover_draws_anew_and_every_concept_has_its_own_mask():
     assert not torch.equal(first, shard.opened)
 
 
-def test_saliency_that_is_not_finite_makes_no_mask():
+def test_non_finite_saliency_makes_no_mask():
     mask, shard = small_mask()
     shard.saliency[3] = float("nan")
     with pytest.raises(NonFiniteError, match="collected"):
         mask.build()
 
 
-def test_random_mask_depends_on_seed_and_position_alone():
+def test_random_mask_depends_only_on_seed_and_position():
     first, second, other = (small_mask(saliency="random", seed=s) for s in (3, 3, 4))
     for mask, _ in (first, second, other):
         mask.build()

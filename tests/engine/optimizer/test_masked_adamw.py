@@ -34,13 +34,13 @@ def gradients(steps: int, n: int = 6) -> torch.Tensor:
 
 def test_all_open_equals_torch_adamw():
     optimizer, shard, _ = build(decay=0.1)
-    theirs = torch.nn.Parameter(torch.linspace(-1, 1, 6))
-    adamw = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.1)
+    reference = torch.nn.Parameter(torch.linspace(-1, 1, 6))
+    adamw = torch.optim.AdamW([reference], lr=0.1, weight_decay=0.1)
     for gradient in gradients(7):
         update(optimizer, shard, gradient)
-        theirs.grad = gradient.clone()
+        reference.grad = gradient.clone()
         adamw.step()
-    torch.testing.assert_close(shard.master.data, theirs.data)
+    torch.testing.assert_close(shard.master.data, reference.data)
 
 
 def test_collecting_moves_nothing_and_sums_signed_gradients():
@@ -58,14 +58,14 @@ def test_closed_weights_do_not_move_with_decay_momentum_and_clipping():
         update(optimizer, shard, gradient)
     shard.saliency.copy_(torch.arange(6).float())
     mask.build()
-    shard.moments.momentum[:3] = shard.moments.variance[:3] = 0  # what a turnover does
+    shard.moments.momentum[:3] = shard.moments.variance[:3] = 0  # as a turnover does
     before = shard.master.detach().clone()
     for gradient in gradients(9)[3:]:
         update(optimizer, shard, gradient)
     assert torch.equal(shard.master[:3], before[:3]) and (shard.master[3:] != before[3:]).all()
 
 
-def test_norm_and_clip_see_the_masked_gradient_and_saliency_the_raw_one():
+def test_norm_and_clipping_use_the_masked_gradient_and_saliency_the_raw_one():
     optimizer, shard, mask = build(clip=1.0)
     shard.saliency.copy_(torch.arange(6).float())
     mask.build()
@@ -75,7 +75,7 @@ def test_norm_and_clip_see_the_masked_gradient_and_saliency_the_raw_one():
     assert shard.moments.momentum.tolist() == pytest.approx([0, 0, 0, 0.06, 0.08, 0], rel=1e-4)
 
 
-def test_closed_weights_go_on_moving_in_the_published_form():
+def test_closed_weights_keep_moving_in_the_published_form():
     optimizer, shard, mask = build()
     mask.settings = MaskSettings(0.5, "matrix", "abs_sum", 0, resets_moments=False)
     for gradient in gradients(5):
@@ -101,7 +101,7 @@ def test_first_step_of_a_weight_opened_late_is_the_learning_rate():
     assert float(before[0] - shard.master.detach()[0]) == pytest.approx(0.1, rel=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_is_told_by_its_norm_and_moves_nothing_where_it_is_clipped():
+def test_a_non_finite_gradient_has_a_non_finite_norm_and_with_clipping_moves_nothing():
     optimizer, shard, _ = build(clip=1.0)
     before = shard.master.detach().clone()
     update(optimizer, shard, torch.tensor([math.nan, 1, 1, 1, 1, 1]))

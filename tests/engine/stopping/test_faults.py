@@ -1,4 +1,4 @@
-"""Ranks that die, hang or meet strangers: the others end soon, and the run's log ends with the cause."""
+"""When a rank dies, hangs or meets another job, the others end soon and the run's log ends with the cause."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def start_ranks(
     environment: dict[str, str] = {},  # noqa: B006 (never changed)
     ranks: int = 2,
 ) -> list[subprocess.Popen]:
-    """`python ARGUMENTS` on so many ranks without a launcher, so that each can be watched."""
+    """Run `python ARGUMENTS` on `ranks` ranks without a launcher, so that each process can be observed."""
     common = (
         rank_environment()
         | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(ranks)}
@@ -74,7 +74,7 @@ def test_a_dead_rank_ends_the_other_within_five_seconds_and_the_log_ends_with_th
     assert not (tmp_path / "REQUEUE").exists()
 
 
-def test_the_death_of_the_first_rank_which_holds_the_meeting_point_is_named_too(tmp_path):
+def test_the_death_of_rank_0_which_hosts_the_store_is_named_too(tmp_path):
     first, second = start_ranks(WORKER, "killed", str(tmp_path), "60", "0")
     died = wait_for(tmp_path / "step-0", [first, second])
     printed, _ = second.communicate(timeout=60)
@@ -96,11 +96,11 @@ def test_a_hung_rank_is_named_at_the_timeout(tmp_path, fault, cause):
         second.kill()
 
 
-def test_a_signal_is_noticed_in_a_collective_whose_other_rank_is_gone(tmp_path):
+def test_a_signal_is_noticed_in_a_collective_while_the_other_rank_is_gone(tmp_path):
     first, second = start_ranks(WORKER, "stopped", str(tmp_path))
     try:
         wait_for(tmp_path / "step-1", [first, second])
-        time.sleep(0.5)  # the first rank is in its collective, which would last for a minute
+        time.sleep(0.5)  # rank 0 is in its collective, which would last a minute
         first.send_signal(signal.SIGTERM)
         asked = time.monotonic()
         first.communicate(timeout=60)
@@ -111,7 +111,7 @@ def test_a_signal_is_noticed_in_a_collective_whose_other_rank_is_gone(tmp_path):
         second.kill()
 
 
-def test_a_rank_that_waits_in_a_collective_has_noted_a_signal_when_the_other_comes(tmp_path):
+def test_a_signal_during_a_collective_stops_the_run_once_the_other_rank_arrives(tmp_path):
     processes = start_ranks(WORKER, "waits", str(tmp_path))
     wait_for(tmp_path / "step-0", processes)
     time.sleep(1)
@@ -122,7 +122,7 @@ def test_a_rank_that_waits_in_a_collective_has_noted_a_signal_when_the_other_com
     assert "stopped at step 3" in last_line(tmp_path) and (tmp_path / "REQUEUE").exists()
 
 
-def test_a_stop_file_is_seen_and_stays(tmp_path):
+def test_a_stop_file_stops_the_run_and_is_kept(tmp_path):
     (tmp_path / "STOP").touch()
     processes = start_ranks(WORKER, "none", str(tmp_path))
     for process in processes:
@@ -131,7 +131,7 @@ def test_a_stop_file_is_seen_and_stays(tmp_path):
     assert "stopped at" in last_line(tmp_path) and (tmp_path / "STOP").exists() and (tmp_path / "REQUEUE").exists()
 
 
-def test_a_second_job_on_the_port_is_refused_and_the_first_goes_on(tmp_path):
+def test_a_second_job_on_the_port_is_refused_and_the_first_continues(tmp_path):
     port = free_port()
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
@@ -149,7 +149,7 @@ def test_a_second_job_on_the_port_is_refused_and_the_first_goes_on(tmp_path):
     assert "stopped at step" in last_line(one) and not list(two.iterdir())
 
 
-def test_a_rank_that_never_comes_is_said_with_the_address(tmp_path):
+def test_a_rank_that_never_comes_is_reported_with_the_address(tmp_path):
     (process,) = start_ranks(WORKER, "none", str(tmp_path), "3", environment={"WORLD_SIZE": "2"}, ranks=1)
     printed, _ = process.communicate(timeout=60)
     assert (
@@ -157,7 +157,7 @@ def test_a_rank_that_never_comes_is_said_with_the_address(tmp_path):
     ), printed
 
 
-def test_a_lock_that_a_killed_build_left_does_not_hang_the_start(tmp_path):
+def test_a_lock_left_by_a_killed_build_does_not_hang_the_start(tmp_path):
     lock = tmp_path / ".cache" / "torch_extensions" / f"py3{sys.version_info.minor}_cpu" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()

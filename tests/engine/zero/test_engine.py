@@ -1,4 +1,4 @@
-"""The laws of the engine, on the shipped nets: every kind, stage and precision, one and two ranks, each launched once."""
+"""The engine's invariants on the shipped nets, for every kind, stage and precision, on one and two ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUICK += [("sd15", (3, "bf16", 1), 1), ("sdxl", (2, "fp32", 1), 2), ("sana", (3,
 
 
 def places(precision: str | None = None) -> list:
-    """(kind, cell, ranks) to run at: those of QUICK in the default suite, the others with the slow tests or by hand."""
+    """(kind, cell, ranks): those in QUICK run in the default suite, the others with the slow tests or by hand."""
     chosen = [place for place in PLACES if precision in (None, place[1][1])]
     return [pytest.param(*place, marks=_marks(*place), id=str(place)) for place in chosen]
 
@@ -31,12 +31,14 @@ def places(precision: str | None = None) -> list:
 def _marks(arch: str, cell: tuple, ranks: int) -> list:
     if (arch, cell, ranks) in QUICK:
         return []
-    stood_for = (arch == "sdxl" and ranks == 1) or (arch != "sd15" and cell[2] > 1)  # sdxl has sd15's kind of net
+    stood_for = (arch == "sdxl" and ranks == 1) or (
+        arch != "sd15" and cell[2] > 1
+    )  # sdxl has the same kind of net as sd15
     return [pytest.mark.exhaustive if stood_for else pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def happened(tmp_path_factory):
+def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
 
     @cache
@@ -57,16 +59,16 @@ def flips(a: dict, b: dict, kind: str) -> float:
 
 
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places())
-def test_same_saliency_gives_the_same_mask_everywhere(happened, arch, cell, ranks):
-    reference, _ = happened(arch, 1, 0, "fp32", 1)
-    tensors, _ = happened(arch, ranks, *cell)
+def test_the_same_saliency_gives_the_same_mask_everywhere(outcome, arch, cell, ranks):
+    reference, _ = outcome(arch, 1, 0, "fp32", 1)
+    tensors, _ = outcome(arch, ranks, *cell)
     keys = [key for key in reference if key.startswith(("built", "turned"))]
     assert len(keys) == 4 * len([key for key in reference if key.startswith("flat|")]) > 0
     assert all(torch.equal(reference[key], tensors[key]) for key in keys)
 
 
-def test_mask_opens_exactly_the_share_and_ties_go_to_the_smallest_positions(happened):
-    tensors, notes = happened("sd15", 2, 3, "fp32", 1)
+def test_the_mask_opens_exactly_its_share(outcome):
+    tensors, notes = outcome("sd15", 2, 3, "fp32", 1)
     for key in (key for key in tensors if key.startswith("built matrix")):
         opened, index = tensors[key] > 0, sorted(k for k in tensors if k.startswith("built matrix")).index(key)
         assert int(opened.sum()) == int(0.3 * opened.numel()), (key, index)
@@ -75,12 +77,12 @@ def test_mask_opens_exactly_the_share_and_ties_go_to_the_smallest_positions(happ
 
 
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places("fp32"))
-def test_stages_and_rank_counts_train_alike_in_fp32(happened, arch, cell, ranks):
-    reference, told = happened(arch, 1, 0, "fp32", 1)
-    tensors, notes = happened(arch, ranks, *cell)
-    assert notes["losses"] == pytest.approx(told["losses"], rel=1e-4)
-    assert notes["norms"] == pytest.approx(told["norms"], rel=1e-3)
-    assert notes["squared"] == pytest.approx(told["squared"], rel=1e-6)
+def test_all_stages_and_rank_counts_train_alike_in_fp32(outcome, arch, cell, ranks):
+    reference, reference_notes = outcome(arch, 1, 0, "fp32", 1)
+    tensors, notes = outcome(arch, ranks, *cell)
+    assert notes["losses"] == pytest.approx(reference_notes["losses"], rel=1e-4)
+    assert notes["norms"] == pytest.approx(reference_notes["norms"], rel=1e-3)
+    assert notes["squared"] == pytest.approx(reference_notes["squared"], rel=1e-6)
     assert flips(reference, tensors, "opened") <= 1e-3
     for key in (key for key in reference if key.startswith("saliency|")):
         torch.testing.assert_close(tensors[key], reference[key], rtol=1e-3, atol=1e-5)
@@ -91,21 +93,21 @@ def test_stages_and_rank_counts_train_alike_in_fp32(happened, arch, cell, ranks)
 
 
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places("bf16"))
-def test_bf16_trains_on_stages_2_and_3(happened, arch, cell, ranks):
-    _, told = happened(arch, 1, 0, "fp32", 1)
-    _, notes = happened(arch, ranks, *cell)
-    assert notes["losses"] == pytest.approx(told["losses"], rel=0.05)
-    assert notes["losses"] != told["losses"]
+def test_bf16_trains_on_stages_2_and_3(outcome, arch, cell, ranks):
+    _, reference_notes = outcome(arch, 1, 0, "fp32", 1)
+    _, notes = outcome(arch, ranks, *cell)
+    assert notes["losses"] == pytest.approx(reference_notes["losses"], rel=0.05)
+    assert notes["losses"] != reference_notes["losses"]
 
 
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places())
-def test_export_loads_in_plain_diffusers_and_predicts_the_same(happened, arch, cell, ranks):
-    _, notes = happened(arch, ranks, *cell)
+def test_export_loads_in_plain_diffusers_and_predicts_the_same(outcome, arch, cell, ranks):
+    _, notes = outcome(arch, ranks, *cell)
     assert notes["export_difference"] <= (2e-6 if cell[1] == "fp32" else 0.1)
 
 
-def test_selection_communicates_counts_alone(happened):
-    _, notes = happened("sd15", 2, 2, "fp32", 1)
+def test_selection_communicates_only_counts(outcome):
+    _, notes = outcome("sd15", 2, 2, "fp32", 1)
     counts = 2 * 2048 + 2 * (
         128 + 128 + 64
     )  # of the first digit for open and closed weights, of the further ones at both ends

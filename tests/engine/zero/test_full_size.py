@@ -1,4 +1,7 @@
-"""A net of SDXL's real size with random weights, through the whole training on two stage 3 ranks. Needs 12 GB of disk and 24 GiB."""
+"""Trains a net of SDXL's real size with random weights on two ranks in stage 3.
+
+Needs 12 GB of disk and 24 GiB of memory.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ SDXL_UNET = {
 
 
 def write_checkpoint(folder: Path) -> None:
-    """The shipped tiny SDXL with a denoiser of the real size in its place: random bf16, three shards with an index."""
+    """Write the shipped tiny SDXL with a denoiser of real size: random bf16 weights in three shards with an index."""
     from diffusers import UNet2DConditionModel
 
     from sculpt_dist.backbones.io.tensorfile import Entry, write_tensors
@@ -44,27 +47,26 @@ def write_checkpoint(folder: Path) -> None:
     planned = [Entry(name, torch.bfloat16, tuple(p.shape)) for name, p in net.named_parameters()]
     rng, weight_map = torch.Generator().manual_seed(0), {}
     for i in range(3):
-        mine, file = planned[i::3], f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors"
+        part_of_net, file = planned[i::3], f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors"
         write_tensors(
             part / file,
-            mine,
-            ((e.name, torch.empty(e.shape, dtype=e.dtype).uniform_(-0.1, 0.1, generator=rng)) for e in mine),
+            part_of_net,
+            ((e.name, torch.empty(e.shape, dtype=e.dtype).uniform_(-0.1, 0.1, generator=rng)) for e in part_of_net),
             {"format": "pt"},
         )
-        weight_map |= {entry.name: file for entry in mine}
+        weight_map |= {entry.name: file for entry in part_of_net}
     index = {"metadata": {"total_size": sum(entry.size for entry in planned)}, "weight_map": weight_map}
     (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.huge
 def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path, monkeypatch):
-    """Streamed in, saliency collected, masked, two updates, streamed out: within 24 GiB, and closed weights are those of the file."""
+    """Load, collect saliency, mask, update twice and export within 24 GiB; closed weights equal those in the file."""
     from sculpt_dist.backbones.io.folders import stored_entries, stored_weights
 
     for name, value in {"MMAP_THRESHOLD_": 1 << 20, "TRIM_THRESHOLD_": 1 << 20, "ARENA_MAX": 1}.items():
-        monkeypatch.setenv(
-            f"MALLOC_{name}", str(value)
-        )  # glibc gives back what is freed: its heap would keep 2 GB a rank
+        # glibc returns freed memory at once; otherwise its heap would keep 2 GB per rank.
+        monkeypatch.setenv(f"MALLOC_{name}", str(value))
     write_checkpoint(tmp_path / "model")
     total = sum(entry.size for entry in stored_entries(tmp_path / "model" / "unet")) // 2  # weights, bf16
     printed = launch_anew(
@@ -79,7 +81,7 @@ def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path, monkeypatch):
     for rank in ranks:
         assert (
             rank["net_peak"] - rank["before"] < total + 0.5e9
-        )  # half of the weights, 2 bytes each, and one tensor in passing
+        )  # half of the weights, 2 bytes each, and one whole tensor
         assert rank["export_peak"] - rank["check"] < 0.5e9
         assert rank["open"] == pytest.approx(0.1 * rank["trained"], rel=1e-5)
         assert rank["closed"] > 0.4 * rank["trained"] and 0 < rank["moved"] <= rank["open"]
@@ -96,5 +98,5 @@ def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path, monkeypatch):
 
 
 def sorted_stream(tensors):
-    """Tensors by name; they are mapped from their files, so this holds no copies."""
+    """Tensors sorted by name; they are memory-mapped, so this copies nothing."""
     return iter(sorted(tensors, key=lambda pair: pair[0]))
