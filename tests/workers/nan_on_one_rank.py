@@ -1,4 +1,4 @@
-"""The unlearn command with a NaN in rank 1's forget loss at the fourth update."""
+"""Runs `unlearn` with a NaN in rank 1's forget loss at the fourth update."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ losses, calls = dm_cal.Method.losses, []
 
 
 def faulty(self: dm_cal.Method, step: object) -> Losses:
-    told = losses(self, step)
+    result = losses(self, step)
     calls.append(1)
     if len(calls) == 4 and os.environ["RANK"] == "1":
-        return Losses(dict(told.terms) | {"forget": told.terms["forget"] * float("nan")})
-    return told
+        return Losses(dict(result.terms) | {"forget": result.terms["forget"] * float("nan")})
+    return result
 
 
 dm_cal.Method.losses = faulty

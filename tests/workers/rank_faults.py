@@ -1,4 +1,7 @@
-"""A job of the smallest kind, one rank of which does something wrong at its third step: FAULT FOLDER [TIMEOUT [RANK]]; 1 unless RANK."""
+"""A minimal job in which one rank misbehaves at its third step.
+
+Arguments: FAULT FOLDER [TIMEOUT [RANK]]; RANK is 1 if not given.
+"""
 
 from __future__ import annotations
 
