@@ -1,7 +1,8 @@
-"""Runs scripts and the command line in forked children of a process that has imported everything: requests on stdin, answers on stdout.
+"""Runs scripts and the command line in forked children of a process that has already imported everything.
 
-A line is a request: {"arguments" (`SCRIPT ...` or `-m sculpt_dist ...`), "environment", "ranks", "port", "output"}. Two lines of answer: the ranks' process ids, and when all have ended their exit codes
-(minus the signal that ended one). As a launcher does, it ends the others when one fails.
+A line on stdin is a request: {"arguments" (`SCRIPT ...` or `-m sculpt_dist ...`), "environment", "ranks", "port",
+"output"}. The answer on stdout is two lines: the process ids of the ranks, and their exit codes once all have ended (a
+killed rank has minus the signal number). When one rank fails it ends the others, as a launcher does.
 """
 
 from __future__ import annotations
@@ -19,22 +20,25 @@ import traceback
 import sculpt_dist.backbones.sana
 import sculpt_dist.backbones.sd15
 import sculpt_dist.backbones.sdxl
-import sculpt_dist.report.report
+import sculpt_dist.report.page
 import sculpt_dist.run.stages  # noqa: F401
 from sculpt_dist.cli import main as cli
 
-for heavy in ("deepspeed", "diffusers.pipelines.stable_diffusion", "diffusers.models.unets.unet_2d_condition", "diffusers.models", "transformers.models.clip",
-              "diffusers.schedulers", "torchmetrics", "matplotlib.pyplot", "rich.table", "rich.progress", "webdataset"):  # fmt: skip
+HEAVY = """
+    deepspeed diffusers.pipelines.stable_diffusion diffusers.models.unets.unet_2d_condition diffusers.models
+    transformers.models.clip diffusers.schedulers torchmetrics matplotlib.pyplot rich.table rich.progress webdataset
+"""
+for heavy in HEAVY.split():
     importlib.import_module(heavy)
 import accelerate  # noqa: E402, F401
 from diffusers import AutoencoderDC, AutoencoderKL, SanaTransformer2DModel, UNet2DConditionModel  # noqa: E402, F401
 from transformers import CLIPTextModel, CLIPTokenizer, Gemma2Model  # noqa: E402, F401
 
-PATIENCE = 2.0  # seconds from a failure until the other ranks are ended
+PATIENCE = 2.0  # seconds between a failure and the end of the other ranks
 
 
 def become_rank(request: dict, rank: int) -> None:
-    """Does not return."""
+    """Turn this child process into the rank; does not return."""
     os.environ.clear()
     os.environ.update(request["environment"])
     if request["ranks"] > 1:
