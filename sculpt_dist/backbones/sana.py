@@ -5,31 +5,35 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from sculpt_dist.backbones.base import Backbone as Base
 from sculpt_dist.backbones.io.folders import component_config, load_tokenizer
 from sculpt_dist.backbones.parts.options import Pretraining
 from sculpt_dist.backbones.parts.schedules import FlowSchedule
-from sculpt_dist.backbones.parts.text import merged_symbols, padded_tokens
+from sculpt_dist.backbones.parts.text import padded_tokens
 from sculpt_dist.core.types import TextCond
 
-MAX_TOKENS = 300  # of a prompt, as the pipeline has it
-TINY_TOKENS = 10  # of a prompt of the tiny model
-SPACE = "\u2581"  # what Gemma's normalizer turns a space into
+if TYPE_CHECKING:
+    from transformers import Gemma2Model, GemmaTokenizer
+
+MAX_TOKENS = 300  # per prompt, the pipeline's own limit
+TINY_TOKENS = 10  # per prompt of the tiny model
+SPACE = "\u2581"  # Gemma's normalizer turns spaces into it
 
 
 class Backbone(Base):
-    """The SANA pipeline (Xie et al., arXiv 2410.10629). At 1024 pixels latents [B, 32, 32, 32], tokens [B, 300, 2304] with their mask."""
+    """The SANA pipeline (Xie et al., arXiv 2410.10629).
 
-    net_name, net_class = "transformer", SanaTransformer2DModel
+    At 1024 pixels: latents [B, 32, 32, 32], tokens [B, 300, 2304] with their mask.
+    """
+
+    net_name, net_class = "transformer", "diffusers.SanaTransformer2DModel"
     pipeline_class = "SanaPipeline"
-    parts = {"vae": AutoencoderDC, "text_encoder": Gemma2Model}
+    parts = {"vae": "diffusers.AutoencoderDC", "text_encoder": "transformers.Gemma2Model"}
     schedule_class = FlowSchedule
     tiny = Pretraining(
         vae_steps=100, denoiser_steps=667, superclass_lean={"cat": 1.4, "cactus": 1.2, "tower": 1.4, "car": 1.2}
@@ -39,27 +43,26 @@ class Backbone(Base):
         return len(component_config(self.folder, "vae")["encoder_block_out_channels"])
 
     def tokenized(self, prompts: Sequence[str], negative: bool) -> Any:
-        """A prompt that is not negative stands behind the instruction that the pipeline gives by default."""
+        """Token ids and mask; the pipeline's default instruction precedes a prompt that is not negative."""
         tokenizer = load_tokenizer(self.folder, "tokenizer")
         tokenizer.padding_side = "right"
         prefix, window = "", self.length
         if not negative:
             instruction = default_instruction()
             instructed = len(tokenizer.encode(instruction)) - 2 + self.length
-            if (
-                instructed <= component_config(self.folder, "text_encoder")["max_position_embeddings"]
-            ):  # the tiny one never saw it
+            room = component_config(self.folder, "text_encoder")["max_position_embeddings"]
+            if instructed <= room:  # the tiny encoder has none, and never saw the instruction
                 prefix, window = instruction, instructed
-        return padded_tokens(
-            tokenizer, [prompt.lower().strip() for prompt in prompts], window, self.options.cut_prompts, prefix
-        )
+        texts = [prompt.lower().strip() for prompt in prompts]
+        return padded_tokens(tokenizer, texts, window, self.options.cut_prompts, prefix)
 
     @property
     def length(self) -> int:
+        """Tokens per prompt, without the instruction."""
         return min(MAX_TOKENS, load_tokenizer(self.folder, "tokenizer").model_max_length)
 
     def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
-        """Gemma's last hidden states; of the tokens the first and the last ones are kept, so that most of the instruction is only read."""
+        """Gemma's last hidden states of the first token and the last ones; most of the instruction is dropped."""
         tokens, encoder = self.tokenized(prompts, negative).to(self.device), self.part("text_encoder")
         hidden = encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]  # [B, window, D]
         kept = self._kept(hidden.shape[1])
@@ -74,15 +77,14 @@ class Backbone(Base):
         return tokens.input_ids[0, kept][tokens.attention_mask[0, kept] > 0].tolist()
 
     def cross_attention_input(self, net: Any, cond: TextCond) -> Tensor:
-        """The caption projection's normed output."""
+        """The normalized output of the caption projection."""
         projected = net.caption_projection(cond.tokens.to(net.dtype))
         return net.caption_norm(projected)
 
     def encode(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            return (
-                self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent.float() * self.vae.config.scaling_factor
-            )
+            latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent.float()
+        return latents * self.vae.config.scaling_factor
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
@@ -102,11 +104,11 @@ class Backbone(Base):
             timestep=time * self.net_settings.get("timestep_scale", 1.0),
             return_dict=False,
         )[0]
-        return velocity.float()[:, : noisy.shape[1]]  # some nets predict a variance beside it
+        return velocity.float()[:, : noisy.shape[1]]  # some nets also predict a variance
 
     @classmethod
     def write_untrained(cls, folder: Path, words: Sequence[str], seed: int) -> None:
-        from diffusers import DPMSolverMultistepScheduler, SanaPipeline  # these take seconds to import
+        from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 
         tokenizer = _word_tokenizer(words)
         with torch.random.fork_rng(devices=[]):
@@ -126,7 +128,7 @@ class Backbone(Base):
                 mlp_ratio=2.0,
                 sample_size=8,
                 patch_size=2,
-                interpolation_scale=1.0,  # without it there are no positions
+                interpolation_scale=1.0,  # without it the tiny net has no position embedding
             )
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=1000, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0
@@ -137,26 +139,36 @@ class Backbone(Base):
 
 
 def default_instruction() -> str:
-    """What the pipeline puts before a prompt when its caller says nothing else."""
+    """The text that the pipeline puts before a prompt by default."""
     from diffusers import SanaPipeline
 
     return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
 
 
 def _word_tokenizer(words: Sequence[str]) -> GemmaTokenizer:
-    """A Gemma tokenizer in which each of these words, with or without a space behind it, is one token; other text falls to bytes."""
+    """A Gemma tokenizer in which each of these words, with or without a space after it, is one token.
+
+    Other text falls to bytes.
+    """
+    from transformers import GemmaTokenizer
+
+    from sculpt_dist.backbones.parts.tiny import merge_symbols
+
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     symbols = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), SPACE, *"abcdefghijklmnopqrstuvwxyz0123456789.,"]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
         for ending in (SPACE, ""):
-            merged_symbols(list(word + ending), vocabulary, ranks)
-    # Without add_bos_token the empty prompt is all padding, and attention to it is not a number.
-    return GemmaTokenizer(vocab=vocabulary, merges=list(ranks), add_bos_token=True, model_max_length=TINY_TOKENS)
+            merge_symbols(list(word + ending), vocabulary, ranks)
+    merges: list[Any] = list(ranks)  # declared as strings, taken as pairs
+    # Without add_bos_token the empty prompt would be all padding, and attention to it NaN.
+    return GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True, model_max_length=TINY_TOKENS)
 
 
 def _tiny_gemma(tokenizer: GemmaTokenizer, words: Sequence[str]) -> Gemma2Model:
+    from transformers import Gemma2Config, Gemma2Model
+
     config = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -174,16 +186,17 @@ def _tiny_gemma(tokenizer: GemmaTokenizer, words: Sequence[str]) -> Gemma2Model:
     )
     gemma = Gemma2Model(config)
     embedding, place = gemma.embed_tokens.weight, tokenizer.get_vocab()
-    torch.nn.init.normal_(
-        embedding, std=0.5
-    )  # the usual spread of 0.02 leaves the words too alike for so short a training
+    # The usual spread of 0.02 leaves the words too similar for such a short training.
+    torch.nn.init.normal_(embedding, std=0.5)
     with torch.no_grad():
-        for word in words:  # at the end of a prompt it is the same word
+        for word in words:  # a word has the same embedding at the end of a prompt as before a space
             embedding[place[word]] = embedding[place[word + SPACE]]
     return gemma
 
 
-def _tiny_autoencoder() -> AutoencoderDC:
+def _tiny_autoencoder() -> Any:
+    from diffusers import AutoencoderDC
+
     channels: Any = (16, 32, 32)
     return AutoencoderDC(
         in_channels=3,

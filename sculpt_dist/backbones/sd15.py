@@ -7,31 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from sculpt_dist.backbones.base import Backbone as Base
 from sculpt_dist.backbones.io.folders import component_config, load_tokenizer
 from sculpt_dist.backbones.parts.schedules import DiscreteSchedule
-from sculpt_dist.backbones.parts.stable import (
-    kl_autoencode,
-    kl_decode,
-    kl_encode,
-    tiny_autoencoder,
-    tiny_scheduler,
-    tiny_unet,
-)
-from sculpt_dist.backbones.parts.text import TEXT_WIDTH, clip_text_encoder, padded_tokens, word_tokenizer
+from sculpt_dist.backbones.parts.stable import kl_autoencode, kl_decode, kl_encode
+from sculpt_dist.backbones.parts.text import padded_tokens
 from sculpt_dist.core.types import TextCond
 
 
 class Backbone(Base):
     """The Stable Diffusion 1.x/2.x pipeline. Shapes: latents [B, 4, h/8, w/8] at full size, tokens [B, 77, D]."""
 
-    net_name, net_class = "unet", UNet2DConditionModel
+    net_name, net_class = "unet", "diffusers.UNet2DConditionModel"
     pipeline_class = "StableDiffusionPipeline"
-    parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    parts = {"vae": "diffusers.AutoencoderKL", "text_encoder": "transformers.CLIPTextModel"}
     schedule_class = DiscreteSchedule
     forced_settings = {"clip_sample": False, "steps_offset": 1}
     public_settings = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -63,20 +54,22 @@ class Backbone(Base):
 
     @classmethod
     def write_untrained(cls, folder: Path, words: Sequence[str], seed: int) -> None:
-        from diffusers import StableDiffusionPipeline  # takes seconds to import
+        from diffusers import StableDiffusionPipeline
 
-        tokenizer = word_tokenizer(words)
+        from sculpt_dist.backbones.parts import tiny
+
+        tokenizer = tiny.word_tokenizer(words)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            vae = tiny_autoencoder()
-            text_encoder = clip_text_encoder(tokenizer)
-            unet = tiny_unet((56, 80), TEXT_WIDTH)
+            vae = tiny.tiny_autoencoder()
+            text_encoder = tiny.clip_text_encoder(tokenizer)
+            unet = tiny.tiny_unet((56, 80), tiny.TEXT_WIDTH)
         StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=tiny_scheduler(),
+            scheduler=tiny.tiny_scheduler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

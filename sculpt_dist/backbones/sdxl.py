@@ -1,4 +1,7 @@
-"""SDXL: UNet2DConditionModel with size conditions, two CLIP text encoders and pooled text, AutoencoderKL; eps- or v-prediction."""
+"""SDXL: UNet2DConditionModel with size conditions, two CLIP text encoders, pooled text, AutoencoderKL.
+
+The prediction is eps or v.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sculpt_dist.backbones.base import Backbone as Base
 from sculpt_dist.backbones.io.folders import component_config, load_tokenizer, pipeline_index
 from sculpt_dist.backbones.parts.schedules import DiscreteSchedule
-from sculpt_dist.backbones.parts.stable import (
-    kl_autoencode,
-    kl_decode,
-    kl_encode,
-    tiny_autoencoder,
-    tiny_scheduler,
-    tiny_unet,
-)
-from sculpt_dist.backbones.parts.text import TEXT_WIDTH, clip_text_encoder, padded_tokens, word_tokenizer
+from sculpt_dist.backbones.parts.stable import kl_autoencode, kl_decode, kl_encode
+from sculpt_dist.backbones.parts.text import padded_tokens
 from sculpt_dist.core.types import TextCond
 
 
@@ -32,18 +26,25 @@ class Backbone(Base):
     At full size latents [B, 4, 128, 128], tokens [B, 77, 2048], pooled [B, 1280].
     """
 
-    net_name, net_class = "unet", UNet2DConditionModel
+    net_name, net_class = "unet", "diffusers.UNet2DConditionModel"
     pipeline_class = "StableDiffusionXLPipeline"
-    parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    parts = {
+        "vae": "diffusers.AutoencoderKL",
+        "text_encoder": "transformers.CLIPTextModel",
+        "text_encoder_2": "transformers.CLIPTextModelWithProjection",
+    }
     schedule_class = DiscreteSchedule
     public_settings = "stabilityai/stable-diffusion-xl-base-1.0"
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
         self.zero_negative = pipeline_index(self.folder, self.pipeline_class).get("force_zeros_for_empty_prompt", True)
-        whole = (self.image_size, self.image_size)
-        said = self.options
-        self.size_ids = (*(said.original_size or whole), *(said.crop or (0, 0)), *(said.target_size or whole))
+        whole, options = (self.image_size, self.image_size), self.options
+        self.size_ids: tuple[int, ...] = (
+            *(options.original_size or whole),
+            *(options.crop or (0, 0)),
+            *(options.target_size or whole),
+        )
 
     def vae_levels(self) -> int:
         return len(component_config(self.folder, "vae")["block_out_channels"])
@@ -60,22 +61,22 @@ class Backbone(Base):
         return tokens.input_ids[0][tokens.attention_mask[0] > 0].tolist()
 
     def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
-        """Both encoders' last but one hidden states side by side, and the second's projected end token, as the pipeline has them."""
-        hidden, pooled = [], None
+        """Both encoders' last but one hidden states side by side, and the second's projected end token."""
+        hidden, pooled = [], torch.empty(0)
         for name, tokens in zip(("text_encoder", "text_encoder_2"), self.tokenized(prompts, negative)):
             encoded = self.part(name)(tokens.input_ids.to(self.device), output_hidden_states=True)
             hidden.append(encoded.hidden_states[-2])
-            pooled = encoded[0]  # of the second: [B, P]
-        tokens, pooled = torch.cat(hidden, -1), pooled  # [B, L, D1 + D2]
+            pooled = encoded[0]  # the second's stays: [B, P]
+        joined = torch.cat(hidden, -1)  # [B, L, D1 + D2]
         if negative and self.zero_negative:  # a pipeline without a negative prompt guides away from zeros
-            kept = torch.tensor([bool(prompt) for prompt in prompts], device=self.device).to(tokens)
-            tokens, pooled = tokens * kept.view(-1, 1, 1), pooled * kept.view(-1, 1)
-        return self.with_size_ids(TextCond(tokens, pooled=pooled))
+            kept = torch.tensor([bool(prompt) for prompt in prompts], device=self.device).to(joined)
+            joined, pooled = joined * kept.view(-1, 1, 1), pooled * kept.view(-1, 1)
+        return self.with_size_ids(TextCond(joined, pooled=pooled))
 
     def size_ids_of(self, height: int, width: int) -> tuple[int, ...]:
-        short, said = min(height, width), self.options
+        short, options = min(height, width), self.options
         crop = tuple((round(side * self.image_size / short) - self.image_size) // 2 for side in (height, width))
-        return (*(said.original_size or (height, width)), *(said.crop or crop), *self.size_ids[4:])
+        return (*(options.original_size or (height, width)), *(options.crop or crop), *self.size_ids[4:])
 
     def encode(self, pixels: Tensor) -> Tensor:
         return kl_encode(self.vae, pixels)
@@ -87,26 +88,29 @@ class Backbone(Base):
         return kl_autoencode(self.vae, pixels, rng)
 
     def denoise(self, net: nn.Module, noisy: Tensor, time: Tensor, cond: TextCond) -> Tensor:
+        assert cond.pooled is not None and cond.size_ids is not None, "SDXL's conditions have both"
         dtype = next(net.parameters()).dtype
-        added = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.size_ids}
         tokens = cond.tokens.to(dtype)
-        return net(noisy.to(dtype), time, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)[
-            0
-        ].float()
+        added = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.size_ids}
+        predicted = net(noisy.to(dtype), time, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)
+        return predicted[0].float()
 
     @classmethod
     def write_untrained(cls, folder: Path, words: Sequence[str], seed: int) -> None:
-        from diffusers import StableDiffusionXLPipeline  # takes seconds to import
+        from diffusers import StableDiffusionXLPipeline
+        from transformers import CLIPTextModelWithProjection
 
-        tokenizer, second_width, size_width = word_tokenizer(words), 96, 8
+        from sculpt_dist.backbones.parts import tiny
+
+        tokenizer, second_width, size_width = tiny.word_tokenizer(words), 96, 8
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            vae = tiny_autoencoder()
-            text_encoder = clip_text_encoder(tokenizer)
-            text_encoder_2 = clip_text_encoder(tokenizer, CLIPTextModelWithProjection, second_width)
-            unet = tiny_unet(
+            vae = tiny.tiny_autoencoder()
+            text_encoder = tiny.clip_text_encoder(tokenizer)
+            text_encoder_2 = tiny.clip_text_encoder(tokenizer, CLIPTextModelWithProjection, second_width)
+            unet = tiny.tiny_unet(
                 (64, 96),
-                TEXT_WIDTH + second_width,
+                tiny.TEXT_WIDTH + second_width,
                 use_linear_projection=True,
                 addition_embed_type="text_time",
                 addition_time_embed_dim=size_width,
@@ -119,7 +123,7 @@ class Backbone(Base):
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
             unet=unet,
-            scheduler=tiny_scheduler(),
-            force_zeros_for_empty_prompt=False,  # the tiny model learns what an empty prompt is
+            scheduler=tiny.tiny_scheduler(),
+            force_zeros_for_empty_prompt=False,  # the tiny model learns the empty prompt
             add_watermarker=False,
         ).save_pretrained(folder)

@@ -15,8 +15,7 @@ from sculpt_dist.backbones.io.find import find_folder
 from sculpt_dist.backbones.io.folders import load_tokenizer, stored_weights
 from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.backbones.parts.options import Options
-from sculpt_dist.backbones.parts.stable import tiny_unet
-from sculpt_dist.backbones.parts.text import clip_text_encoder
+from sculpt_dist.backbones.parts.tiny import clip_text_encoder, tiny_unet
 from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.canvas.world import WORDS
 from sculpt_dist.core.errors import ConfigError, ModelError
@@ -190,7 +189,7 @@ def test_a_walk_has_at_each_step_the_noise_of_the_time_that_it_tells(folder_with
     """A net that always says which noise is in it walks along that noise's path."""
     ours = kind(arch)(folder_with(arch, settings), torch.float32, CPU)
     clean, noise = torch.randn(2, 1, *ours.latent_shape, generator=torch.Generator().manual_seed(2))
-    empty, walk = ours.embed([""], negative=True), Trajectory(ours.schedule)
+    empty, walk = ours.embed([""], negative=True), Trajectory(ours)
     walk.begin(noise, ["a cat"], steps)
     told = ours.schedule.first_order(steps).timesteps
     walk.latents = ours.corrupt(clean, noise, told[:1])
@@ -344,11 +343,11 @@ def test_released_components_come_back_when_they_are_asked_for(untrained):
     ours = kind("sdxl")(untrained / "sdxl", torch.float32, CPU)
     first = ours.embed(["a cat"])
     ours.decode(torch.zeros(1, *ours.latent_shape))
-    assert {"vae", "text_encoder", "text_encoder_2"} <= set(ours._loaded)
+    assert {"vae", "text_encoder", "text_encoder_2"} <= set(ours.loaded)
     ours.release()
-    assert not set(ours.parts) & set(ours._loaded)
-    assert ours.embed(["a cat"]).tokens is not None and not set(ours.parts) & set(ours._loaded)  # remembered
-    assert not torch.equal(ours.embed(["a dog"]).tokens, first.tokens) and "text_encoder" in ours._loaded
+    assert not set(ours.parts) & set(ours.loaded)
+    assert ours.embed(["a cat"]).tokens is not None and not set(ours.parts) & set(ours.loaded)  # remembered
+    assert not torch.equal(ours.embed(["a dog"]).tokens, first.tokens) and "text_encoder" in ours.loaded
 
 
 @pytest.mark.parametrize(("arch", "blocks"), [("sd15", 5), ("sdxl", 5), ("sana", None)])

@@ -91,7 +91,7 @@ def test_a_missing_or_damaged_classifier_is_named(tmp_path: Path) -> None:
 
 
 def test_each_word_of_the_world_is_one_token() -> None:
-    from sculpt_dist.backbones.parts.text import word_tokenizer
+    from sculpt_dist.backbones.parts.tiny import word_tokenizer
 
     tokenizer = word_tokenizer(WORDS)
     assert all(len(tokenizer.tokenize(word)) == 1 for word in WORDS)
@@ -107,7 +107,7 @@ def test_each_word_of_the_world_is_one_token() -> None:
 def test_the_shipped_tokenizer_is_the_built_one() -> None:
     from transformers import CLIPTokenizer
 
-    from sculpt_dist.backbones.parts.text import word_tokenizer
+    from sculpt_dist.backbones.parts.tiny import word_tokenizer
 
     shipped, built = CLIPTokenizer.from_pretrained(ASSETS / "sd15" / "tokenizer"), word_tokenizer(WORDS)
     assert shipped.get_vocab() == built.get_vocab()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import DDIMScheduler
 
+from sculpt_dist.backbones.parts.guidance import classifier_free
 from sculpt_dist.backbones.parts.schedules import DiscreteSchedule
 from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.core.types import ConceptBatch, Stream, TextCond
@@ -19,6 +20,7 @@ class LinearBackbone:
 
     latent_shape = (1, 2, 2)
     schedule = DiscreteSchedule(DDIMScheduler(), torch.device("cpu"))
+    guided = staticmethod(classifier_free)
 
     def sample_time(self, uniform, window=(0.0, 1.0)):
         return (uniform * 1000).long()
@@ -61,9 +63,10 @@ class Still:
 
 
 def stream(value: float, number: float, count: int = 2) -> Stream:
-    return Stream(
-        torch.full((count, 1, 2, 2), value), cond(number, count), ("p" * int(number),) * count, tuple(range(count))
-    )
+    places = tuple(range(count))
+    latents = torch.full((count, 1, 2, 2), value)
+    other = cond(7.0 if number == 5.0 else 5.0, count)  # the target's prompt is 5, the superclass's 7
+    return Stream(latents, cond(number, count), ("p" * int(number),) * count, places, places, other)
 
 
 def cond(number: float, count: int = 2) -> TextCond:
@@ -74,8 +77,8 @@ def offer(
     student: torch.nn.Module, teacher: torch.nn.Module, anchored: bool = True, update: int = 0, progress: float = 0.0
 ) -> Step:
     backbone = LinearBackbone()
-    anchor = stream(3.0, 11.0) if anchored else None
-    batch = ConceptBatch(stream(1.0, 5.0), stream(2.0, 7.0), anchor, cond(7.0), cond(5.0), stream(4.0, 13.0), cond(5.0))
+    streams = {"target": stream(1.0, 5.0), "superclass": stream(2.0, 7.0), "distractor": stream(4.0, 13.0)}
+    batch = ConceptBatch(streams | ({"anchor": stream(3.0, 11.0)} if anchored else {}))
     rng = Draws(0, 0, 0, [0, 1], torch.device("cpu"))
     return Step(
         Predictor(backbone, student),
@@ -84,7 +87,7 @@ def offer(
         batch,
         backbone,
         rng,
-        Trajectory(backbone.schedule),
+        Trajectory(backbone),
         update,
         progress,
     )

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 from transformers import CLIPTextConfig, Gemma2Config
 
-from sculpt_dist.backbones.parts.text import word_tokenizer
+from sculpt_dist.backbones.parts.tiny import word_tokenizer
 from sculpt_dist.backbones.sana import _word_tokenizer
 
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sculpt_dist.backbones.formats.delta import Net
 from sculpt_dist.backbones.formats.original_names import unet_originals
-from sculpt_dist.backbones.io.folders import empty_component, read_json
+from sculpt_dist.backbones.io.folders import component_config, empty_component, read_json
 from sculpt_dist.backbones.io.tensorfile import Entry, write_tensors
 from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.maths.low_rank import low_rank_factors
@@ -147,9 +147,9 @@ def _write(net: Net, weights: Iterable[tuple[str, Tensor]], file: Path, form: st
 
 def _carried(net: Net) -> set[str]:
     """Names of the parameters that a pair can change: weights of linear layers, and of convolutions from all channels to all."""
-    from diffusers import SanaTransformer2DModel, UNet2DConditionModel
+    import diffusers
 
-    kind = {"unet": UNet2DConditionModel, "transformer": SanaTransformer2DModel}[net.name]
+    kind = getattr(diffusers, component_config(net.folder, net.name)["_class_name"])
     layers = empty_component(kind, net.folder, net.name, torch.float32).named_modules()
     return {
         f"{name}.weight"

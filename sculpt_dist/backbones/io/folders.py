@@ -22,7 +22,7 @@ STOCHASTIC = ("Ancestral", "SDE", "sde", "LCM", "TCD", "DDPM", "SASolver")
 
 
 def check_folder(
-    folder: Path, pipeline_class: str, kinds: Mapping[str, type[nn.Module]], settings_only: bool = False
+    folder: Path, pipeline_class: str, classes: Mapping[str, str], settings_only: bool = False
 ) -> None:
     """Raises ModelError when a pipeline folder is of another class, or a component is missing or visibly damaged; reads headers only.
 
@@ -34,21 +34,21 @@ def check_folder(
     ) in folder.iterdir():  # a component that is not used here is copied into exports, so it may hold no pickles either
         if (
             is_named(index, part.name)
-            and part.name not in kinds
+            and part.name not in classes
             and (part / "config.json").is_file()
             and not has_weights(part)
         ):
             for file in sorted(part.glob("*.bin")):
                 raise pickled(file)
-    for name, kind in kinds.items():
+    for name, expected in classes.items():
         part = folder / name
         if not (part / "config.json").is_file():
             raise ModelError(f"{part}: the pipeline lacks this component (no config.json)")
         said = component_config(folder, name).get(
-            "_class_name", kind.__name__
+            "_class_name", expected
         )  # transformers' settings do not say it there
-        if said != kind.__name__:
-            raise ModelError(f"{part}: holds a {said}, not a {kind.__name__}: it is of another model")
+        if said != expected:
+            raise ModelError(f"{part}: holds a {said}, not a {expected}: it is of another model")
         if not has_weights(part):
             for file in sorted(part.glob("*.bin")):
                 raise pickled(file)
@@ -139,7 +139,7 @@ def load_tokenizer(folder: Path, name: str) -> Any:
         raise ModelError(f"{folder / name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
-def load_component(kind: type[nn.Module], folder: Path, name: str, dtype: torch.dtype) -> Any:
+def load_component(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     """One model of a pipeline, with every weight present. Raises ModelError that names what is missing."""
     quiet_libraries()
     part = folder / name
@@ -170,7 +170,7 @@ def load_component(kind: type[nn.Module], folder: Path, name: str, dtype: torch.
     return model.eval().requires_grad_(False)
 
 
-def empty_component(kind: type[nn.Module], folder: Path, name: str, dtype: torch.dtype) -> Any:
+def empty_component(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     """One model of a pipeline on the meta device, built from its settings alone. Raises ModelError when they are no settings of one."""
     from diffusers import ConfigMixin
     from huggingface_hub.errors import StrictDataclassError  # what transformers' settings raise

@@ -1,4 +1,4 @@
-"""The two families of noise: discrete diffusion (eps, v) and flow matching, each around the pipeline's own diffusers scheduler."""
+"""The two families of noise schedules, discrete diffusion (eps, v) and flow matching, around a diffusers scheduler."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from sculpt_dist.maths.diffusion import ddpm_corrupt, ddpm_velocity, flow_corrup
 
 
 class Schedule(ABC):
-    """How a latent is corrupted at a time, and what the denoiser then predicts. A time is what the scheduler's `timesteps` hold."""
+    """How a latent is corrupted at a time, and what the denoiser then predicts.
 
-    predictions: tuple[str, ...]  # the scheduler's prediction types that this family knows
+    A time is a value of the scheduler's `timesteps`.
+    """
+
+    predictions: tuple[str, ...]  # the prediction types of this family
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
         """Raises ModelError when the scheduler is of the other family."""
@@ -23,7 +26,8 @@ class Schedule(ABC):
         self.prediction = prediction_type(scheduler)
         if self.prediction not in self.predictions:
             raise ModelError(
-                f"scheduler {type(scheduler).__name__}: prediction_type {self.prediction!r}; this kind of model knows {' and '.join(self.predictions)}"
+                f"scheduler {type(scheduler).__name__}: its prediction_type is {self.prediction!r}, this kind of model "
+                f"has {' or '.join(self.predictions)}; use the scheduler that the pipeline was published with"
             )
 
     @abstractmethod
@@ -31,26 +35,28 @@ class Schedule(ABC):
         """Uniform numbers [B] in [0, 1) -> times [B]; `window` is a part of the schedule, 0 = clean, 1 = noise."""
 
     @abstractmethod
-    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor: ...
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The noisy latent at `time`: ([B, C, H, W], [B, C, H, W], [B]) -> [B, C, H, W]."""
 
     @abstractmethod
-    def goal(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor: ...
+    def goal(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """What the denoiser should predict there: [B, C, H, W]."""
 
     @abstractmethod
     def noise_level(self, time: Tensor) -> Tensor:
-        """0 clean to 1 noise, [B]: the timestep's share of the schedule, or sigma."""
+        """[B], 0 (clean) to 1 (noise): the timestep's share of the schedule, or sigma."""
 
     @abstractmethod
     def stress(self, time: Tensor) -> Tensor:
-        """Weights [B] of a pretraining loss that make all times matter to a guided sampler."""
+        """Weights [B] of the pretraining loss that make every time matter to a guided sampler."""
 
     @abstractmethod
     def first_latents(self, sampler: Any, noise: Tensor) -> Tensor:
-        """Unit noise -> what the sampler starts from."""
+        """Unit noise -> the latents with which the sampler starts."""
 
     @abstractmethod
     def model_input(self, sampler: Any, latents: Tensor, time: Tensor) -> Tensor:
-        """The sampler's latents -> what the denoiser is given."""
+        """The sampler's latents -> the denoiser's input."""
 
     def sampler(self, steps: int) -> Any:
         """A fresh scheduler of the pipeline's own class and settings, set to `steps` steps."""
@@ -60,11 +66,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def first_order(self, steps: int) -> Any:
-        """A sampler without memory of earlier steps and without noise of its own, set to `steps` steps; its times stay on the CPU."""
+        """A deterministic sampler without memory of earlier steps, set to `steps` steps; its times stay on the CPU."""
 
 
 def prediction_type(scheduler: Any) -> str:
-    """epsilon, v_prediction, flow_prediction; schedulers made for flow matching alone do not say it in their settings."""
+    """epsilon, v_prediction or flow_prediction; schedulers for flow matching alone do not name it in their settings."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         return "flow_prediction"
     return scheduler.config.get("prediction_type", "none")
@@ -81,8 +87,8 @@ class DiscreteSchedule(Schedule):
             self.alpha_bar = scheduler.alphas_cumprod.to(device)  # [T]
         except AttributeError as error:
             raise ModelError(
-                f"scheduler {type(scheduler).__name__}: has no alpha_bar, so its noise is none that is known here; save the pipeline with "
-                "another one, such as DPMSolverMultistepScheduler"
+                f"scheduler {type(scheduler).__name__}: has no alpha_bar, so its noise levels are unknown; save the "
+                "pipeline with another one, such as DPMSolverMultistepScheduler"
             ) from error
 
     def sample_time(self, uniform: Tensor, window: tuple[float, float]) -> Tensor:
@@ -100,16 +106,15 @@ class DiscreteSchedule(Schedule):
         return time.float() / len(self.alpha_bar)
 
     def stress(self, time: Tensor) -> Tensor:
-        """min(1 / alpha_bar, 20): the noisy times, where a guided sampler decides which object it draws, would else count too little."""
+        """min(1 / alpha_bar, 20): a guided sampler decides at noisy times, which would else count too little."""
         return (1 / self.alpha_bar[time]).clamp(max=20)
 
     def first_order(self, steps: int) -> Any:
         from diffusers import DDIMScheduler
 
         spacing = self.scheduler.config.get("timestep_spacing", "leading")
-        spacing = (
-            "trailing" if spacing == "linspace" else spacing
-        )  # DDIM's steps are T // steps long, which those of linspace are not
+        if spacing == "linspace":  # DDIM's steps are T // steps long, those of linspace are not
+            spacing = "trailing"
         sampler = DDIMScheduler.from_config(
             self.scheduler.config, clip_sample=False, thresholding=False, timestep_spacing=spacing
         )
@@ -124,11 +129,12 @@ class DiscreteSchedule(Schedule):
 
 
 class FlowSchedule(Schedule):
-    """Times are T sigma, as the schedulers count them, sigma in (0, 1] under the scheduler's time shift; the loss weight is 1."""
+    """Times are T sigma, as in the schedulers, with sigma in (0, 1] under the time shift; the loss weight is 1."""
 
     predictions = ("flow_prediction",)
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
+        """Raises ModelError for a scheduler of the other family, or with a shift that depends on the image size."""
         super().__init__(scheduler, device)
         settings = scheduler.config
         if settings.get("use_dynamic_shifting"):

@@ -20,7 +20,8 @@ from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.maths.low_rank import low_rank_factors
-from sculpt_dist.run.stages import _write_adapter, export_only
+from sculpt_dist.run.forms import Form, _write_adapter
+from sculpt_dist.run.stages import export_only
 
 CANVAS = PROJECT / "sculpt_dist" / "assets" / "canvas"
 PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sana": "SanaPipeline"}
@@ -324,7 +325,7 @@ def test_a_refusal_leaves_no_rank_waiting(tmp_path):
             yield name, torch.full((base_weights("sd15")[name].shape), 9.0)
 
     with pytest.raises(ModelError, match=BIAS):
-        _write_adapter(Plain(), gathered(), tmp_path / "a.safetensors", "lora", 2, First())
+        _write_adapter(Plain(), gathered(), tmp_path / "a.safetensors", Form("lora", rank=2), First())
     assert len(asked) == 3
 
 

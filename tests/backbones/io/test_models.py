@@ -27,7 +27,7 @@ from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ModelError
 from sculpt_dist.planning.check import check_run
-from sculpt_dist.run.build import base_fingerprint
+from sculpt_dist.run.model import base_fingerprint
 from sculpt_dist.run.preflight import check_model
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"
@@ -285,7 +285,7 @@ def test_components_that_do_not_fit_together_end_before_anything_is_drawn(tmp_pa
     shutil.copytree(ASSETS.joinpath(*taken), tmp_path / "model" / part)
     config = load_config(CONFIG, [f"model.arch={arch}", f"model.path={tmp_path / 'model'}"])
     with pytest.raises(ModelError, match="one prediction of unet for one prompt: .*compare the sizes"):
-        check_model(config, tmp_path / "model")
+        check_model(config.model, tmp_path / "model")
     with pytest.raises(ModelError, match="compare the sizes"):
         check_run(config, 1)
 
@@ -311,7 +311,7 @@ def test_settings_that_are_none_are_refused(model, file, content):
 
 def test_a_list_for_a_size_is_refused(model):
     rewritten(model / "unet" / "config.json", lambda content: content | {"sample_size": [8, 8]})
-    with pytest.raises(ModelError, match="has one that is none"):
+    with pytest.raises(ModelError, match="has a missing or invalid size"):
         opened(model)
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import sculpt_dist.canvas.classifier as canvas_classifier
-from sculpt_dist.backbones.parts.text import word_tokenizer
+from sculpt_dist.backbones.parts.tiny import word_tokenizer
 from sculpt_dist.canvas.draw import draw, draw_dataset
 from sculpt_dist.canvas.world import OBJECTS, STYLES
 from sculpt_dist.config.load import load_config

@@ -1,0 +1,87 @@
+"""Prompt embeddings: computed once per prompt, kept in memory, and stored in a safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.types import TextCond
+
+
+class PromptEmbeddings:
+    """The text encoders' outputs by prompt. A prompt to guide away from (`negative`) has an embedding of its own."""
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[str], bool], TextCond],
+        with_size_ids: Callable[[TextCond], TextCond],
+        device: torch.device,
+    ) -> None:
+        """`encode` maps (prompts, negative) to [B, ...]; `with_size_ids` adds what the file does not store."""
+        self._encode, self._with_size_ids, self.device = encode, with_size_ids, device
+        self._known: dict[tuple[str, bool], TextCond] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that the known embeddings take."""
+        tensors = (tensor for cond in self._known.values() for tensor in vars(cond).values())
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def embed(self, prompts: Sequence[str], negative: bool) -> TextCond:
+        """Embeddings of the prompts, [B, ...]; each distinct prompt passes the text encoders once."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if (prompt, negative) not in self._known]
+        if missing:
+            with torch.no_grad():
+                cond = self._encode(missing, negative)
+            self._remember(missing, cond, negative)
+        return TextCond.cat([self._known[prompt, negative] for prompt in prompts])
+
+    @contextmanager
+    def temporary(self) -> Iterator[None]:
+        """Forget at the end what is embedded within: the many prompts of a list would fill the device's memory."""
+        before = dict(self._known)
+        try:
+            yield
+        finally:
+            self._known = before
+
+    def write(self, file: Path, key: str, prompts: Sequence[str], negatives: Sequence[str]) -> None:
+        """Store the embeddings of these prompts and negative prompts; `key` names what they belong to."""
+        from safetensors.torch import save
+
+        cond = TextCond.cat([self.embed(prompts, negative=False), self.embed(negatives, negative=True)])
+        stored = {
+            f.name: getattr(cond, f.name) for f in fields(cond) if f.name != "size_ids"
+        }  # they follow the options
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in stored.items() if tensor is not None}
+        write_atomically(file, save(tensors, {"key": key, "prompts": json.dumps([list(prompts), list(negatives)])}))
+
+    def read(self, file: Path, key: str) -> bool:
+        """Take the embeddings from such a file; False when there is none with this key, or it is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        if not file.is_file():
+            return False
+        try:
+            with safe_open(file, "pt") as content:
+                about = content.metadata() or {}
+                if about.get("key") != key:
+                    return False
+                names = content.keys()  # safe_open itself is not iterable
+                cond = TextCond(**{name: content.get_tensor(name).to(self.device) for name in names})
+        except SafetensorError:
+            return False
+        prompts, negatives = json.loads(about["prompts"])
+        cond = self._with_size_ids(cond)
+        self._remember(prompts, cond, negative=False)
+        self._remember(negatives, cond[len(prompts) :], negative=True)
+        return True
+
+    def _remember(self, prompts: Sequence[str], cond: TextCond, negative: bool) -> None:
+        self._known |= {(prompt, negative): cond[i : i + 1] for i, prompt in enumerate(prompts)}

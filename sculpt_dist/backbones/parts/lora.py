@@ -1,0 +1,42 @@
+"""LoRA adapters on the denoiser: added through peft, and merged into the stored weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def add_lora(net: Any, options: Mapping[str, Any], seed: int) -> list[str]:
+    """Add an adapter (peft.LoraConfig with these options) to the net; returns the names of its parameters."""
+    from peft import LoraConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net.add_adapter(LoraConfig(**options))
+    return [name for name, _ in net.named_parameters() if ".lora_" in name]
+
+
+def merged_lora(
+    net: Any, weights: Iterable[tuple[str, Tensor | None]], stored: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Trained parameters under the names of the stored checkpoint; a LoRA pair becomes W + scale B A.
+
+    `stored` gives W: the net's own may be sharded. Source: Hu et al., arXiv 2106.09685, section 4.1.
+    """
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights:
+        assert tensor is not None, "only the first rank merges"
+        layer, lora, rest = name.partition(".lora_")
+        if not lora:
+            yield name, tensor
+            continue
+        pair = halves.setdefault(layer, {})
+        pair[rest[0]] = tensor  # lora_A [r, in, ...] or lora_B [out, r, ...]
+        if len(pair) == 2:
+            scale = net.get_submodule(layer).scaling["default"]
+            before = stored(f"{layer}.weight").float()
+            change = (pair["B"].flatten(1) @ pair["A"].flatten(1)).view_as(before) * scale
+            yield f"{layer}.weight", before + change
