@@ -1,4 +1,4 @@
-"""Run by test_engine.py on 1 and 2 ranks, for each kind, stage and precision: a short training of the shipped net; saves what happened."""
+"""Run by test_engine.py for each kind, stage and precision: a short training of the shipped net; saves its outcome."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS, BATCH = 8, 4
 
 
 def gather(engine, kind: str) -> dict[str, torch.Tensor]:
-    """One kind of per-weight state, whole, from all ranks' shards."""
+    """One kind of per-weight state, gathered from all ranks' shards."""
     whole = {name: torch.zeros(size) for name, size in engine.sizes.items()}
     for shard in engine.shards:
         for f in shard.fragments:
@@ -33,7 +33,7 @@ def gather(engine, kind: str) -> dict[str, torch.Tensor]:
 
 
 def give_saliency(engine, round_: int) -> None:
-    """A saliency with many ties that depends on the parameter and the position alone."""
+    """Set a saliency with many ties that depends only on parameter and position."""
     for shard in engine.shards:
         for f in shard.fragments:
             position = torch.arange(f.start, f.start + f.numel)
@@ -72,7 +72,7 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
     notes: dict[str, object] = {"trained": engine.num_trained}
 
     sent = group.bytes_communicated()
-    # The same saliency gives the same mask, whatever the stage and the number of ranks; ties go to the smallest positions.
+    # The same saliency gives the same mask in every stage and on any number of ranks; ties go to the lowest positions.
     for scope in ("matrix", "global"):
         engine.mask.settings = type(engine.mask.settings)(0.3, scope, "abs_sum", 0)
         engine.begin_concept(0)
@@ -84,9 +84,9 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
         engine.mask.turn_over(0.2, 0)
         assert engine.mask.num_open() == before == engine.mask.open_count
         saved |= {f"turned {scope} {k}": v for k, v in gather(engine, "opened").items()}
-    notes["mask_bytes"] = group.bytes_communicated() - sent  # with the gathering of 4 x 16 masks
+    notes["mask_bytes"] = group.bytes_communicated() - sent  # including 4 x 16 gathered masks
 
-    # A training.
+    # Training.
     engine.mask.settings = type(engine.mask.settings)(0.3, "matrix", "abs_sum", 0)
     engine.begin_concept(0)
     rng = torch.Generator().manual_seed(5)
@@ -97,10 +97,10 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
 
     def loss(step: int, micro: int = 0) -> torch.Tensor:
         first = (micro * group.size + group.rank) * share
-        mine = slice(first, first + share)
-        noisy = backbone.corrupt(clean[step, mine], noise[step, mine], time[step, mine])
-        goal = backbone.goal(clean[step, mine], noise[step, mine], time[step, mine])
-        return mse(backbone.denoise(engine.net, noisy, time[step, mine], cond[mine]), goal)
+        samples = slice(first, first + share)
+        noisy = backbone.corrupt(clean[step, samples], noise[step, samples], time[step, samples])
+        goal = backbone.goal(clean[step, samples], noise[step, samples], time[step, samples])
+        return mse(backbone.denoise(engine.net, noisy, time[step, samples], cond[samples]), goal)
 
     def step(number: int, phase: str, lr: float) -> float:
         total = 0.0
@@ -113,7 +113,7 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
 
     start = engine.masters()
     stored = dict(backbone.stored_weights())
-    for shard in engine.shards:  # the masters are the base's own values, not rounded ones
+    for shard in engine.shards:  # masters start from the stored values, not from rounded copies
         for f in shard.fragments:
             assert torch.equal(shard.flat[f.here], stored[f.name].float().view(-1)[f.start : f.start + f.numel]), f.name
     for number in range(2):
@@ -133,7 +133,7 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
             ever_open = [was | (shard.opened > 0) for was, shard in zip(ever_open, engine.shards)]
             newly = [(shard.opened == 2) for shard in engine.shards]
             before_first = engine.masters()
-        if number == 4:  # first step of newly opened weights: at most lr, and the decay
+        if number == 4:  # the first step of newly opened weights is at most lr, plus decay
             for shard, fresh, was in zip(engine.shards, newly, before_first):
                 moved = (shard.flat - was).abs()[fresh]
                 assert float((moved - 1e-3 - 1e-4 * was.abs()[fresh]).max()) <= 1e-7, (
@@ -146,17 +146,17 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
     assert open_moved > 0
     saved |= gather(engine, "flat") | gather(engine, "opened")
 
-    # The teacher computes as the net did before, and the student is itself again afterwards.
+    # The teacher computes with the earlier weights; afterwards the student is unchanged.
     now = float(loss(0))
     with teacher():
         assert float(loss(0)) == teacher_loss != now
     assert float(loss(0)) == now
 
-    # A checkpoint brings back weights, moments and mask; publish lets the net compute with them.
+    # A checkpoint restores weights, moments and mask; publish copies them into the net.
     state = [state_of(shard) for shard in engine.shards]
     with Saver(out.parent / f"{out.stem}-checkpoints", group) as saver:
         saver.save((0, 7), engine.shards, {"teacher": start}, {"note": 1})
-        engine.mask.turn_over(0.5, engine.optimizer.updates)  # while it is being written
+        engine.mask.turn_over(0.5, engine.optimizer.updates)  # while the checkpoint is being written
         step(0, "train", 1e-2)
     assert float(loss(0)) != now
     path, note = checkpoint.newest(out.parent / f"{out.stem}-checkpoints", group)
@@ -168,11 +168,11 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
         assert all(torch.equal(tensor[~padding], kinds[kind][~padding]) for kind, tensor in state_of(shard).items())
         assert torch.equal(teacher_shard[~padding], was[~padding])
 
-    # A global inner product over shards.
+    # An inner product over all shards.
     vector = ShardedVector([shard.flat for shard in engine.shards], None if engine.replicated else group)
     notes["squared"] = vector.dot(vector)
 
-    # The export loads in plain diffusers and predicts what the student does.
+    # The export loads in plain diffusers and predicts the same as the student.
     student = backbone.denoise(engine.net, clean[0], time[0], cond)
     folder = export_model(config, backbone, engine.full_weights(), out.parent / f"{out.stem}-model", group)
     if group.is_first:

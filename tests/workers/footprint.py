@@ -1,6 +1,6 @@
-"""Run by test_plan.py on 1 or 2 ranks: the real loop of a few steps on a real engine; prints the peak of each rank's own memory as JSON.
+"""Run by test_plan.py on 1 or 2 ranks: the real training loop for a few steps; prints each rank's peak memory as JSON.
 
-Arguments: overrides of the configuration. The samples are random latents in memory; everything else is what `unlearn` does.
+Arguments: overrides of the configuration. The samples are random latents in memory; everything else is as in `unlearn`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sculpt_dist.run.train import ConceptRun, LossWindow, make_plan, run_concept
 
 
 class Peak:
-    """The largest own memory seen, looked at 200 times a second."""
+    """The largest own memory seen, sampled 200 times a second."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -45,11 +45,8 @@ def main(overrides: list[str]) -> None:
     torch.set_num_threads(1)
     config = load_config(None, overrides)
     group = Group(600)
-    for late in (
-        "zero.stage_1_and_2",
-        "zero.stage3",
-        "zero.muon.muon_optimizer",
-    ):  # what DeepSpeed imports when it is first needed
+    # DeepSpeed imports these on first use; their memory should not count.
+    for late in ("zero.stage_1_and_2", "zero.stage3", "zero.muon.muon_optimizer"):
         importlib.import_module(f"deepspeed.runtime.{late}")
     method, backbone = build_method(config), build_backbone(config, group)
     plan, concept = make_plan(config, method), config.concepts[0]
@@ -90,23 +87,23 @@ def main(overrides: list[str]) -> None:
         sent = {"bytes": group.bytes_communicated(), "collectives": group.collectives}
         entries.append({"seconds": entry["seconds"], "peak": watch.peak - before} | sent | entry["time_shares"])
 
-    folder_of_run = Path(config.run.folder)
-    folder_of_run.mkdir(parents=True, exist_ok=True)
-    saver = Saver(folder_of_run / "checkpoints", group, config.train.background_save)
+    run_folder = Path(config.run.folder)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    saver = Saver(run_folder / "checkpoints", group, config.train.background_save)
 
     def save() -> None:
         saver.save((0, run.step), engine.shards, {"teacher": run.start}, {})
 
-    with StopRequest(group, folder_of_run) as stop, saver:
+    with StopRequest(group, run_folder) as stop, saver:
         run_concept(run, engine, backbone, config, log, save, stop)
-    told = {
+    report = {
         "before": before,
         "built": built - before,
         "peak": watch.peak - before,
         "steps": entries,
         "trained": engine.num_trained,
     }
-    ranks = group.to_all(told)
+    ranks = group.to_all(report)
     if group.is_first:
         print(json.dumps(ranks))
 

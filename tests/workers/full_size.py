@@ -1,4 +1,4 @@
-"""Run by test_full_size.py on 2 ranks: a net of SDXL's size is loaded as a stream, trained and exported; prints seconds and memory."""
+"""Run by test_full_size.py on 2 ranks: loads, trains and exports a net of SDXL's size; prints seconds and memory."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from sculpt_dist.run.train import ConceptRun, LossWindow, make_plan, run_concept
 
 
 def memory(kind: str) -> int:
-    """Bytes of this process: VmHWM the peak, RssAnon what is its own (mapped files are not)."""
+    """Bytes of this process: VmHWM is the peak, RssAnon its own memory without mapped files."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind + ":"))
     return int(line.split()[1]) * 1024
 
 
 class OwnPeak:
-    """The largest RssAnon seen, sampled as tensors go by and in between."""
+    """The largest RssAnon seen, sampled 20 times a second."""
 
     def __init__(self) -> None:
         import threading
@@ -50,8 +50,8 @@ class OwnPeak:
         return peak
 
 
-class Told(dict):
-    """What happened until now: seconds and peak memory of each part."""
+class Report(dict):
+    """Seconds and peak memory of each part so far."""
 
     def __init__(self) -> None:
         self.watch, self.began = OwnPeak(), time.monotonic()
@@ -69,7 +69,7 @@ class Told(dict):
 
 
 def conditions(prompts: list[str], negative: bool = False) -> TextCond:
-    """Embeddings of SDXL's widths, from the prompt alone: the tiny text encoders have others."""
+    """Random embeddings of SDXL's widths, seeded by the prompt: the tiny text encoders have other widths."""
     rngs = [torch.Generator().manual_seed(derived_seed(prompt)) for prompt in prompts]
     tokens = torch.stack([torch.randn(77, 2048, generator=rng) for rng in rngs])
     pooled = torch.stack([torch.randn(1280, generator=rng) for rng in rngs])
@@ -97,19 +97,19 @@ def main(model: Path, out: Path) -> None:
         "train.lr=1e-2",
     ]
     config = load_config(None, overrides)
-    group, told = Group(1200), Told()
+    group, report = Group(1200), Report()
     method, backbone = build_method(config), build_backbone(config, group)
-    told.add("before")
+    report.add("before")
     shard = zero.sharded_net
 
-    def told_shard(*arguments):
+    def reported_shard(*arguments):
         net = shard(*arguments)
-        told.add("net")
+        report.add("net")
         return net
 
-    zero.sharded_net = told_shard
+    zero.sharded_net = reported_shard
     engine = build_engine(config, method, backbone, group)
-    told.add("engine")
+    report.add("engine")
     backbone.embed = conditions
     prompts = concept_prompts(Concept(target="cat", superclass="animal"), config.prepare)
     readers = {
@@ -137,18 +137,18 @@ def main(model: Path, out: Path) -> None:
         [],
         [Trajectory(backbone.schedule)],
     )
-    told.add("teacher")
+    report.add("teacher")
 
     def log(entry: dict) -> None:
-        told.add(f"step {entry['step']}")
-        told[f"step {entry['step']}"] = {
+        report.add(f"step {entry['step']}")
+        report[f"step {entry['step']}"] = {
             key: entry.get(key) for key in ("loss", "time_shares", "grad_norm", "open", "bytes")
         }
 
     sent = group.bytes_communicated()
     with StopRequest(group, out.parent) as stop:
         run_concept(run, engine, backbone, config, log, lambda: None, stop)
-    told |= {"trained": engine.num_trained, "open": engine.mask.num_open(), "sent": group.bytes_communicated() - sent}
+    report |= {"trained": engine.num_trained, "open": engine.mask.num_open(), "sent": group.bytes_communicated() - sent}
     moved = kept = 0
     stored = dict(backbone.stored_weights({f.name for shard in engine.shards for f in shard.fragments}))
     for shard in engine.shards:
@@ -157,11 +157,11 @@ def main(model: Path, out: Path) -> None:
             same, opened = shard.flat[f.here] == before, shard.opened[f.here] > 0
             assert bool(same[~opened].all()), f"{f.name}: a closed weight moved"
             moved, kept = moved + int((~same).sum()), kept + int((~opened).sum())
-    told |= {"moved": moved, "closed": kept}
-    told.add("check")
+    report |= {"moved": moved, "closed": kept}
+    report.add("check")
     export_model(config, backbone, engine.full_weights(), out, group)
-    told.add("export")
-    ranks = group.to_all(dict(told))
+    report.add("export")
+    ranks = group.to_all(dict(report))
     if group.is_first:
         print(json.dumps(ranks))
 

@@ -1,4 +1,4 @@
-"""A run of a method of another kind than dm_cal, given in this file: an adapter, two loss groups, a closed form."""
+"""Runs a method defined in this file: with an adapter, with two loss groups, or a closed-form edit."""
 
 from __future__ import annotations
 
