@@ -21,10 +21,12 @@ QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 @dataclass(frozen=True)
 class MaskSettings:
-    keep: float
+    """What the engine needs of the configuration's `mask` section."""
+
+    keep: float  # share of weights that are open
     scope: str  # matrix or global
-    saliency: str
-    seed: int  # of the random statistic
+    saliency: str  # abs_sum, sum_abs, sum_sq or random
+    seed: int  # of random saliency
     resets_moments: bool = True  # False: closed weights keep moving on old momentum, as in the published code
 
 
@@ -47,7 +49,7 @@ class DynamicMask:
         # |saliency| by share of weights, at the last build or turnover; empty when the mask is random
         self.spread: dict[float, float] = {}
         self.open_count = sum(self.sizes.values())
-        self.concept, self.selections = 0, 0  # the random statistic's key
+        self.concept, self.selections = 0, 0  # the key of random saliency
 
     def num_open(self) -> int:
         """Count the open weights over all ranks."""

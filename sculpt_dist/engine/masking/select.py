@@ -60,6 +60,8 @@ class Cut:
 
 @dataclass(frozen=True)
 class Choice:
+    """The selection in every part, and how the saliency is distributed."""
+
     cuts: list[Cut]  # one per part
     histogram: Tensor  # int64 [BINS]: weights of all ranks by the first digit of their key
 

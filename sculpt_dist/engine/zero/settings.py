@@ -14,13 +14,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class EngineSettings:
-    stage: int
+    """What the engine needs of the configuration: its `engine` section and the optimizer's keys."""
+
+    stage: int  # ZeRO stage, 0 to 3
     precision: str  # fp32 or bf16
     micro_batch: int  # samples per rank, stream and backward
-    accumulate: int
+    accumulate: int  # micro-batches per optimizer step
     betas: tuple[float, float]
     weight_decay: float
-    clip: float
+    clip: float  # largest norm of the masked gradient; 0 does not clip
     packed: bool = False  # hold moments for open weights only
     kernel: str = "auto"  # which kernel computes the masked step (optimizer/kernels/)
     gathered: float = 1e9  # parameters that stage 3 holds gathered at a time

@@ -31,10 +31,9 @@ def places(precision: str | None = None) -> list:
 def _marks(arch: str, cell: tuple, ranks: int) -> list:
     if (arch, cell, ranks) in QUICK:
         return []
-    stood_for = (arch == "sdxl" and ranks == 1) or (
-        arch != "sd15" and cell[2] > 1
-    )  # sdxl has the same kind of net as sd15
-    return [pytest.mark.exhaustive if stood_for else pytest.mark.slow]
+    # sd15 covers these: sdxl has the same kind of net, and accumulation does not depend on the net.
+    covered = (arch == "sdxl" and ranks == 1) or (arch != "sd15" and cell[2] > 1)
+    return [pytest.mark.exhaustive if covered else pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +107,11 @@ def test_export_loads_in_plain_diffusers_and_predicts_the_same(outcome, arch, ce
 
 def test_selection_communicates_only_counts(outcome):
     _, notes = outcome("sd15", 2, 2, "fp32", 1)
-    counts = 2 * 2048 + 2 * (
-        128 + 128 + 64
-    )  # of the first digit for open and closed weights, of the further ones at both ends
-    digits = (
-        2 * 16 * counts * 4 + 2 * 1 * counts * 8
-    )  # build and turnover, of 16 matrices in 32 bits and of all at once in 64
-    ties = 2 * 2 * 2 * 16 * 2 * 8  # twice in each scope, at both ends, of 16 matrices on 2 ranks
+    # The first digit is counted for open and closed weights, the others at both ends.
+    counts = 2 * 2048 + 2 * (128 + 128 + 64)
+    # One build and one turnover, for 16 matrices in 32 bits and for all of them together in 64 bits.
+    digits = 2 * 16 * counts * 4 + 2 * 1 * counts * 8
+    ties = 2 * 2 * 2 * 16 * 2 * 8  # twice per scope, at both ends, of 16 matrices on 2 ranks
     gathered_by_this_test = 4 * 4 * notes["trained"]
     payload = notes["mask_bytes"] - gathered_by_this_test
     assert digits + ties <= payload <= digits + ties + 200
