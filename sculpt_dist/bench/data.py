@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from sculpt_dist.config.load import check_batch
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import TextCond
 from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.data.shards import ShardReader
-from sculpt_dist.data.streams import ROLES, load, micro_batches
+from sculpt_dist.data.streams import load, micro_batches
 from sculpt_dist.engine.group import Group
-from sculpt_dist.methods.base import Method
-from sculpt_dist.run import build
+from sculpt_dist.run.model import open_backbone
+from sculpt_dist.run.prepare import drawn_sources
+from sculpt_dist.run.setup import resolve
 from sculpt_dist.run.trainer import concept_streams
 
 PLENTY = 1 << 20  # steps; the clock ends it
@@ -34,19 +34,19 @@ def bench_data(config: RunConfig, group: Group, seconds: float) -> dict[str, Any
     `loader_over_step` what reading a step's samples takes of that when nothing is read ahead. Raises ShardError where the samples are
     missing, ConfigError for a method that has none.
     """
-    method = build.build_method(config)
-    if not isinstance(method, Method) or not method.samples:
+    setup = resolve(config)
+    if setup.plan is None or not drawn_sources(setup.trained[0]):
         raise ConfigError(f"method.name={config.method.get('name')}: reads no samples")
     if not seconds > 0:
         raise ConfigError(f"--seconds {seconds:g}: must be more than 0")
-    check_batch(config, group.size)
-    backbone = build.build_backbone(config, group)
+    setup.micro_batch(group.size)
+    backbone = open_backbone(config.model, group, setup.folder)
     number = len(config.concepts) - 1
-    streams = group.together(lambda: concept_streams(config, method, backbone, group, number))
+    streams = group.together(lambda: concept_streams(setup, backbone, group, number))
     micro, accumulate, workers = len(streams.layout.positions(0)), config.train.accumulate, config.train.workers
     items = range(PLENTY * accumulate)
     found: dict[str, Any] = {"ranks": group.size, "workers": workers, "micro_batch": micro, "accumulate": accumulate}
-    for role, sources in zip(ROLES, streams.sources):
+    for role, sources in streams.sources.items():
         if any(isinstance(source, ShardReader) for source in sources):
             alone = streams.alone(role)
             found[f"{role}_samples_per_second"] = micro * _per_second(lambda: load(alone, items, workers), seconds)  # noqa: B023 (called within this turn)

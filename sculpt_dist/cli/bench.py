@@ -76,10 +76,10 @@ def bench_data(
     from sculpt_dist.bench.data import bench_data as run
     from sculpt_dist.cli.console import print_figures
     from sculpt_dist.config.load import load_config
-    from sculpt_dist.run.build import join_ranks
+    from sculpt_dist.run.setup import resolve
 
     loaded = load_config(config, overrides or [])
-    group = join_ranks(loaded)
+    group = resolve(loaded).join_ranks()
     found = run(loaded, group, seconds)
     if group.is_first:
         print_figures(found, as_json)

@@ -1,4 +1,12 @@
-"""The streams of a concept, batch by batch: one integer of state, the same samples for any number of ranks and workers."""
+"""The streams of a concept, batch by batch: one integer of state, the same samples for any number of ranks and workers.
+
+A method declares its streams (`StreamSpec`); each draws on one or several sources of samples. Sources by name:
+
+    target, superclass    samples of the concept's own prompts
+    keep                  samples of the concepts to keep
+    earlier_targets       samples of every target before this concept, each a source of its own
+    anything else         samples of the names that `Method.extra_concepts` gives under it
+"""
 
 from __future__ import annotations
 
@@ -6,24 +14,45 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed
 from sculpt_dist.core.signals import STOPPING
 from sculpt_dist.core.types import ConceptBatch, Stream, TextCond
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import Sample, ShardReader
 
-ROLES = ("target", "superclass", "anchor", "distractor")
+EARLIER_TARGETS = "earlier_targets"
+ORDER = ("target", "superclass", "anchor", "distractor")  # the number that seeds a role's order; others get one by name
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """A stream that a method declares."""
+
+    role: str
+    """Its name in the batch."""
+    sources: tuple[str, ...] | None = None
+    """Sources that take turns in it; None means the one of the role's name. A source without samples is left out."""
+    latents: bool = True
+    """Whether the base model draws its samples; otherwise only prompts are streamed."""
+    share: float = 1.0
+    """Samples of a step, as a share of train.batch."""
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return (self.role,) if self.sources is None else self.sources
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a global batch of `batch` samples per stream is cut: micro-batch `a` of rank `r` is one consecutive slice."""
+    """How a global batch of `batch` samples is cut: micro-batch `a` of rank `r` is one consecutive slice."""
 
     batch: int
     ranks: int
@@ -36,9 +65,19 @@ class Layout:
         first = (micro * self.ranks + self.rank) * size
         return range(first, first + size)
 
+    def shared(self, spec: StreamSpec) -> Layout:
+        """The layout of a stream with a share of the batch. Raises ConfigError where it is no whole number per rank."""
+        batch, parts = self.batch * spec.share, self.ranks * self.accumulate
+        if batch < 1 or batch % parts:
+            raise ConfigError(
+                f"train.batch={self.batch}: the stream {spec.role!r} takes {spec.share:g} of it, which {parts} parts "
+                "(ranks x train.accumulate) cannot share evenly; use another batch"
+            )
+        return replace(self, batch=int(batch))
+
 
 class GlobalOrder:
-    """Which sample stands at each place of an endless stream: every epoch a fresh permutation, from the seed alone."""
+    """Which sample stands at each place of an endless stream: a fresh permutation per epoch, from the seed alone."""
 
     def __init__(self, count: int, seed: Sequence[int]) -> None:
         self.count, self.seed = count, list(seed)
@@ -52,7 +91,7 @@ class GlobalOrder:
 
 
 class PromptReader:
-    """The samples of a role whose latents nobody needs: prompts in turn, as `ShardReader` would give them."""
+    """Samples without latents: the prompts in turn, as `ShardReader` would give them."""
 
     def __init__(self, prompts: Sequence[str], count: int, size_ids: tuple[int, ...] | None) -> None:
         self.prompts, self.count, self.size_ids = list(prompts), count, size_ids
@@ -65,42 +104,60 @@ class PromptReader:
 
 
 Reader = ShardReader | PromptReader
+Item = dict[str, list[Sample]]  # the samples of a micro-batch by role
 
 
-class ConceptStreams(Dataset[list[list[Sample]]]):
-    """Item i is micro-batch i of this rank: the samples of each role. An anchor takes its sources in turn."""
+class ConceptStreams(Dataset[Item]):
+    """Item i is micro-batch i of this rank. Several sources of a stream take turns, sample by sample."""
 
-    def __init__(self, readers: Mapping[str, Sequence[Reader]], layout: Layout, seed: int, concept: int) -> None:
-        """`readers["anchor"]` lists the sources that share the anchor stream evenly; a role without sources has no stream."""
-        self.layout = layout
-        self.sources = [list(readers.get(role, ())) for role in ROLES]
-        self.orders = [
-            [GlobalOrder(len(reader), [seed, concept, r, i]) for i, reader in enumerate(of)]
-            for r, of in enumerate(self.sources)
-        ]
+    def __init__(
+        self,
+        readers: Mapping[str, Sequence[Reader]],
+        layout: Layout,
+        seed: int,
+        concept: int,
+        layouts: Mapping[str, Layout] = {},
+    ) -> None:
+        """`readers`: the sources of each role; a role without any has no stream. `layouts`: of roles with a share."""
+        self.layout, self.layouts = layout, layouts
+        self.sources = {role: list(sources) for role, sources in readers.items() if sources}
+        self.orders = {
+            role: [
+                GlobalOrder(len(reader), [seed, concept, _order_number(role), i]) for i, reader in enumerate(sources)
+            ]
+            for role, sources in self.sources.items()
+        }
 
-    def __getitem__(self, item: int) -> list[list[Sample]]:
+    def __getitem__(self, item: int) -> Item:
         step, micro = divmod(item, self.layout.accumulate)
-        places = [step * self.layout.batch + position for position in self.layout.positions(micro)]
-        return [self._samples(role, places) for role in range(len(ROLES))]
+        return {role: self._samples(role, step, micro) for role in self.sources}
+
+    def positions(self, role: str, micro: int) -> range:
+        """This rank's positions within the global batch of a role."""
+        return self.layouts.get(role, self.layout).positions(micro)
 
     def alone(self, role: str) -> ConceptStreams:
-        """These streams with no other role than this one."""
+        """These streams with this role alone."""
         only = copy(self)
-        only.sources = [of if name == role else [] for name, of in zip(ROLES, self.sources)]
+        only.sources = {role: self.sources[role]}
         return only
 
-    def _samples(self, role: int, places: Sequence[int]) -> list[Sample]:
+    def _samples(self, role: str, step: int, micro: int) -> list[Sample]:
         sources, orders = self.sources[role], self.orders[role]
         chosen = []
-        for place in places if sources else []:
-            turn, source = divmod(place, len(sources))
-            chosen.append(sources[source][orders[source][turn]])
+        for position in self.positions(role, micro):
+            place = step * self.layouts.get(role, self.layout).batch + position
+            draw, source = divmod(place, len(sources))
+            chosen.append(sources[source][orders[source][draw]])
         return chosen
 
 
-def load(streams: ConceptStreams, items: range, workers: int) -> DataLoader[list[list[Sample]]]:
-    """The items of the streams, in order, read by so many processes beside this one."""
+def _order_number(role: str) -> int:
+    return ORDER.index(role) if role in ORDER else derived_seed(role)
+
+
+def load(streams: ConceptStreams, items: range, workers: int) -> DataLoader[Item]:
+    """The items of the streams, in order, read by `workers` processes beside this one."""
     return DataLoader(
         streams,
         batch_size=None,
@@ -108,7 +165,7 @@ def load(streams: ConceptStreams, items: range, workers: int) -> DataLoader[list
         num_workers=workers,
         collate_fn=_as_is,
         timeout=300 if workers else 0,
-        worker_init_fn=_outlive_a_stop if workers else None,
+        worker_init_fn=_ignore_stop_signals if workers else None,
     )
 
 
@@ -123,8 +180,8 @@ def micro_batches(
 ) -> Iterator[ConceptBatch]:
     """This rank's micro-batches from step `first_step` on, `accumulate` per step.
 
-    `prompts`: of the concept; sample i of a role has prompt i modulo their number, and its counterpart of the target, or of the
-    superclass, is the one at that place.
+    `prompts` are those of the concept. Sample i of a role has prompt i modulo their number; its counterpart is the
+    superclass's prompt at that place (for the target's samples) or the target's (for all others).
     """
     items = range(first_step * streams.layout.accumulate, steps * streams.layout.accumulate)
 
@@ -132,35 +189,39 @@ def micro_batches(
         cond = embed(texts)
         if cond.size_ids is None:
             return cond
-        return replace(
-            cond, size_ids=torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32, device=device)
-        )
+        sizes = torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32, device=device)  # [B, 6]
+        return replace(cond, size_ids=sizes)
 
-    def counterparts(samples: Sequence[Sample], texts: Sequence[str]) -> TextCond:
-        return conditions(samples, [texts[sample.key % len(texts)] for sample in samples])
-
-    def stream(samples: Sequence[Sample]) -> Stream:
+    def stream(role: str, samples: Sequence[Sample], micro: int) -> Stream:
         texts = tuple(sample.prompt for sample in samples)
-        latents = torch.stack([sample.latent for sample in samples]).to(device)  # [B, C, H, W]
-        return Stream(latents, conditions(samples, texts), texts, tuple(sample.key for sample in samples))
-
-    for target, superclass, anchor, distractor in load(streams, items, workers):
-        yield ConceptBatch(
-            stream(target),
-            stream(superclass),
-            stream(anchor) if anchor else None,
-            counterparts(target, prompts.superclass),
-            counterparts(superclass, prompts.target),
-            stream(distractor) if distractor else None,
-            counterparts(distractor, prompts.target) if distractor else None,
+        others = prompts.superclass if role == "target" else prompts.target
+        counterparts = [others[sample.key % len(others)] for sample in samples]
+        return Stream(
+            latents=torch.stack([sample.latent for sample in samples]).to(device),  # [B, C, H, W]
+            cond=conditions(samples, texts),
+            prompts=texts,
+            keys=tuple(sample.key for sample in samples),
+            positions=tuple(streams.positions(role, micro)),
+            counterpart=None if role == "anchor" else conditions(samples, counterparts),
         )
+
+    for roles, item in zip(load(streams, items, workers), items):  # the loader first: it must be read to its end
+        micro = item % streams.layout.accumulate
+        yield ConceptBatch({role: stream(role, samples, micro) for role, samples in roles.items()})
 
 
 class Draws:
-    """Random numbers of one micro-batch, keyed by (seed, concept, step, place in the global batch, what for): not by rank."""
+    """Random numbers of one micro-batch, keyed by (seed, concept, step, position in the global batch, purpose).
+
+    They do not depend on the rank.
+    """
 
     def __init__(self, seed: int, concept: int, step: int, positions: Sequence[int], device: torch.device) -> None:
         self.key, self.positions, self.device = (seed, concept, step), list(positions), device
+
+    def at(self, positions: Sequence[int]) -> Draws:
+        """The same draws for other places in the global batch, such as those of a stream with a share of it."""
+        return Draws(*self.key, positions, self.device)
 
     def shared(self, what: str) -> float:
         """One uniform number in [0, 1) for the whole global batch."""
@@ -180,11 +241,11 @@ class Draws:
         return torch.Generator().manual_seed(derived_seed(*self.key, what, position))
 
 
-def _outlive_a_stop(worker: int) -> None:
-    """Launchers send a signal to the whole group of a rank's processes; the rank ends its workers itself, after the step and the save."""
+def _ignore_stop_signals(worker: int) -> None:
+    """Launchers signal the whole process group of a rank; the rank ends its workers itself, after step and save."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_is(item: list[list[Sample]]) -> list[list[Sample]]:
+def _as_is(item: Any) -> Any:  # an Item; DataLoader declares a list, which it passes only with a batch size
     return item

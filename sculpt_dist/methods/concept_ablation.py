@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses
+from sculpt_dist.data.streams import StreamSpec
 from sculpt_dist.maths.losses import mse
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Step, matrices
@@ -28,13 +29,14 @@ class Config:
 class Method(Base):
     """Trains matrices of the cross-attention; draws no samples of the target."""
 
-    samples = ("superclass",)
-
     def __init__(self, config: Config) -> None:
         strange = set(config.parts) - {"q", "k", "v", "out"}
         if strange or not config.parts:
             raise ConfigError(f"method.parts holds {sorted(strange) or 'nothing'}: choose from q, k, v, out")
         self.config = config
+
+    def streams(self) -> Sequence[StreamSpec]:
+        return (StreamSpec("superclass"),)
 
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
         return [name for part in self.config.parts for name in matrices(groups, f"cross_attention.{part}")]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses
+from sculpt_dist.data.streams import EARLIER_TARGETS, StreamSpec
 from sculpt_dist.maths.losses import guided_label, mse
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Request, Step
@@ -37,6 +38,9 @@ class Config:
 # The group of parameters that each part is. `pooled`, ours: what takes in the pooled text of SDXL, by which a style may be drawn.
 PARTS = {part: f"cross_attention.{part}" for part in ("q", "k", "v", "out")} | {"pooled": "pooled_text"}
 
+# The source of samples that each name of `anchors` stands for, in the order in which they share the stream.
+ANCHORS = {"targets": EARLIER_TARGETS, "superclass": "superclass", "keep": "keep"}
+
 REFERENCE = """With `reference_compat: true`: the distillation term is computed but does not train; the label is the student's own without
 guidance; moments of closed and opened weights are kept, so that closed weights go on moving on them; the schedule and the refreshes
 count the collect steps too, so that the schedule never ends; the result is the candidate with the lowest mean forget loss of a ninth of
@@ -51,7 +55,7 @@ class Method(Base):
     def __init__(self, config: Config) -> None:
         if config.label_source not in ("teacher", "student", "original"):
             raise ConfigError(f"method.label_source={config.label_source}: choose teacher, student or original")
-        unknown = set(config.anchors) - {"targets", "superclass", "keep"}
+        unknown = set(config.anchors) - set(ANCHORS)
         if unknown:
             raise ConfigError(f"method.anchors holds {sorted(unknown)}: choose from targets, superclass, keep")
         strange = set(config.parts) - set(PARTS)
@@ -62,8 +66,11 @@ class Method(Base):
         self.label_source = "student" if self.compat else config.label_source
         self.label_guidance = 0.0 if self.compat else config.label_guidance
         self.needs_original = self.label_source == "original"
-        self.anchors = tuple(config.anchors)
         self.reference_mask = self.compat
+
+    def streams(self) -> Sequence[StreamSpec]:
+        anchors = [ANCHORS[name] for name in ANCHORS if name in self.config.anchors]
+        return (StreamSpec("target"), StreamSpec("superclass"), StreamSpec("anchor", tuple(anchors)))
 
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
         return [name for part in self.config.parts for name in groups[PARTS[part]] if name.endswith(".weight")]
@@ -89,7 +96,7 @@ class Method(Base):
         if self.label_source == "teacher":  # one forward for all that the teacher is asked
             answers = step.teacher.all(asked + anchored)
         else:
-            source = step.student if self.label_source == "student" else step.original
+            source = step.student if self.label_source == "student" else step.frozen("original")
             answers = source.without_gradient(asked) + (step.teacher.all(anchored) if anchored else [])
         label = guided_label(answers[0], answers[1], self.label_guidance) if self.label_guidance else answers[0]
         predicted = step.student.all(requests + anchored)

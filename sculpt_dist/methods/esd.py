@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses
+from sculpt_dist.data.streams import StreamSpec
 from sculpt_dist.maths.losses import mse, negative_guidance
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Step, matrices
@@ -35,8 +36,6 @@ class Config:
 class Method(Base):
     """Trains the variant's matrices; needs no stored samples."""
 
-    samples = ()
-
     def __init__(self, config: Config) -> None:
         if config.variant not in GROUPS:
             raise ConfigError(f"method.variant={config.variant}: choose one of {', '.join(GROUPS)}")
@@ -46,6 +45,9 @@ class Method(Base):
             raise ConfigError(f"method.sampler_steps={config.sampler_steps}: must be at least 1")
         self.config = config
         self.needs_original = config.reference == "original"
+
+    def streams(self) -> Sequence[StreamSpec]:
+        return (StreamSpec("target", latents=False),)
 
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
         return matrices(groups, GROUPS[self.config.variant])
@@ -58,8 +60,9 @@ class Method(Base):
         step.trajectory.latents = None  # every step draws anew
         index = int(step.rng.shared("index") * config.sampler_steps)
         latents, time, _ = step.student_latents(index, config.sampler_steps, config.guidance)
-        source = step.original if config.reference == "original" else step.teacher
-        empty, with_prompt = source.without_gradient([(latents, time, step.empty(len(latents))), (latents, time, cond)])
+        empty, with_prompt = step.frozen(config.reference).without_gradient(
+            [(latents, time, step.empty(len(latents))), (latents, time, cond)]
+        )
         return Losses(
             {"forget": mse(step.student(latents, time, cond), negative_guidance(empty, with_prompt, config.eta))}
         )

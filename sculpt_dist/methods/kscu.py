@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses, TextCond
+from sculpt_dist.data.streams import StreamSpec
 from sculpt_dist.maths.losses import mse, negative_guidance
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Setup, Step, matrices
@@ -46,8 +47,6 @@ class Config:
 class Method(Base):
     """Trains one group's matrices on its own key steps; needs no stored samples."""
 
-    samples = ()
-
     def __init__(self, config: Config, variants: Mapping[str, Sequence[str]] = {}) -> None:
         """`variants`: the disturbed forms of each of the target's prompts."""
         if not 0 <= config.start < config.sampler_steps:
@@ -61,6 +60,9 @@ class Method(Base):
             variants[target] = [text for text in disturbed_prompts(target, superclass) if setup.backbone.takes(text)]
             setup.backbone.embed(variants[target])
         return Method(self.config, variants)
+
+    def streams(self) -> Sequence[StreamSpec]:
+        return (StreamSpec("target", latents=False),)
 
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
         return matrices(groups, self.config.trains)

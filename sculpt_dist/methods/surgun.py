@@ -24,6 +24,7 @@ from torch import Tensor
 from sculpt_dist.config.load import normal
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses, TextCond
+from sculpt_dist.data.streams import StreamSpec
 from sculpt_dist.maths.distances import farthest_points
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Setup, Step, matrices
@@ -69,8 +70,6 @@ class Config:
 class Method(Base):
     """Trains an adapter on the query, key, value and output matrices of the chosen blocks, or these matrices themselves."""
 
-    samples = ("target",)
-
     def __init__(self, config: Config) -> None:
         if config.contrast not in CONTRASTS:
             raise ConfigError(f"method.contrast={config.contrast}: choose one of {', '.join(CONTRASTS)}")
@@ -84,6 +83,9 @@ class Method(Base):
             )
         self.config = config
         self.calibration_images = config.calibration_images if config.calibrations else 0
+
+    def streams(self) -> Sequence[StreamSpec]:
+        return (StreamSpec("target"), StreamSpec("distractor"))
 
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
         attention = [name for kind in self.config.attention for name in matrices(groups, kind)]
@@ -101,7 +103,7 @@ class Method(Base):
         layers = [name.removesuffix(".weight") for name in self.trainable(groups)]
         return {"r": self.config.rank, "lora_alpha": self.config.rank, "target_modules": layers}
 
-    def distractors(self, setup: Setup) -> Sequence[str]:
+    def extra_concepts(self, setup: Setup) -> Mapping[str, Sequence[str]]:
         concept = setup.concepts[setup.concept]
         listed = self.config.candidates if concept.kind == "object" else self.config.style_candidates
         taken = {normal(name) for other in setup.concepts for name in (other.target, other.superclass or "")}
@@ -113,7 +115,8 @@ class Method(Base):
         meanings = text_points(
             setup.backbone.embed([setup.prompts.of([name])[0] for name in [concept.target, *names]])
         )  # [1 + n, D]
-        return [names[i] for i in farthest_points(meanings[1:], meanings[0], self.config.distractors)]
+        chosen = farthest_points(meanings[1:], meanings[0], self.config.distractors)
+        return {"distractor": [names[i] for i in chosen]}
 
     def saliency(self, step: Step) -> Losses:
         return self.losses(step)

@@ -22,8 +22,7 @@ from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompts import ConceptPrompts, naming
 from sculpt_dist.maths.closed_form import edit_transform
-from sculpt_dist.methods.base import Editor as Base
-from sculpt_dist.methods.base import matrices
+from sculpt_dist.methods.base import Editor, matrices
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,9 @@ class Config:
     preserve_scale: float = 0.1  # p
 
 
-class Editor(Base):
+class Method(Editor):
+    """Edits keys and values of the cross-attention."""
+
     def __init__(self, config: Config) -> None:
         if config.ridge <= 0:
             raise ConfigError(

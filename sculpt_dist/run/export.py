@@ -9,29 +9,27 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.io.writing import write_pipeline
-from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.engine.group import Group
-from sculpt_dist.run.build import DTYPES
 
 
 def export_model(
-    config: RunConfig, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], folder: Path, group: Group
+    dtype: str, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], folder: Path, group: Group
 ) -> Path:
     """Write `folder` aside and rename it into place; all ranks enter, the first writes, one tensor in memory at a time.
 
-    `weights` are the changed parameters, whole on the first rank; the rest is streamed from the base. An adapter is merged. All is
-    written in `model.dtype`.
+    `weights` are the changed parameters, whole on the first rank; the rest is streamed from the base. An adapter is
+    merged. Everything is written in `dtype`, such as float32.
     """
     if not group.is_first:
         for _ in weights:
             pass
         group.barrier()
         return folder
-    dtype = DTYPES[config.model.dtype]
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     for debris in folder.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(debris)
@@ -47,7 +45,7 @@ def export_model(
             if name not in written:
                 yield name, tensor
 
-    write_pipeline(backbone.folder, aside, backbone.net_name, dtype, chain(changed(), unchanged()))
+    write_pipeline(backbone.folder, aside, backbone.net_name, getattr(torch, dtype), chain(changed(), unchanged()))
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(aside, folder)

@@ -7,30 +7,36 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.load import normal
-from sculpt_dist.config.schema import Concept, RunConfig
+from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import ConfigError, ShardError
 from sculpt_dist.core.files import derived_seed, file_sha256, text_sha256, write_atomically
 from sculpt_dist.core.progress import progress
 from sculpt_dist.data.images import IMAGE_TYPES, open_image
-from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
+from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import Sample, ShardRecord, damage, read_index, write_index, write_shard
+from sculpt_dist.data.streams import EARLIER_TARGETS
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.methods.base import Method, Setup
-from sculpt_dist.run.build import build_engine
+from sculpt_dist.run.setup import RunSetup
+
+if TYPE_CHECKING:
+    from sculpt_dist.engine.zero import Engine
+
+FIRST = ("target", "superclass", "keep")  # sources in the order in which they are drawn; a method's own follow
 
 
 @dataclass(frozen=True)
-class StreamPlan:
-    """How one stream of one concept is made; the recipe decides whether shards on the disk can be reused."""
+class SourcePlan:
+    """How the samples of one source of one concept are made; the recipe decides whether shards can be reused."""
 
     folder: Path
     label: str
@@ -39,162 +45,187 @@ class StreamPlan:
     count: int
     images: tuple[Path, ...]  # the user's own, instead of drawing
 
-    def recipe(self, config: RunConfig, backbone: Backbone, drawn_in: torch.dtype, base: str) -> dict[str, Any]:
-        drawn = {"steps": config.prepare.steps, "guidance": config.prepare.guidance, "seed": config.train.seed}
-        own = {"images": text_sha256(" ".join(file_sha256(image) for image in self.images))}
-        return {
-            "base": base,
-            "dtypes": [str(backbone.dtype), str(drawn_in)],
-            "image": [backbone.image_size, backbone.size_ids and list(backbone.size_ids)],
-            "label": self.label,
-            "prompts": list(self.prompts),
-            "negative": self.negative,
-            "count": self.count,
-            "batch": config.prepare.batch,
-        } | (own if self.images else drawn)
 
-
-def data_folder(run: Path, concept: Concept, role: str) -> Path:
-    """Where the shards of one role of one concept lie; names that letters and digits cannot tell apart get a checksum."""
+def data_folder(run: Path, concept: Concept, source: str) -> Path:
+    """The shards of one source of one concept; names that letters and digits cannot tell apart get a checksum."""
     name = normal(concept.target)
     plain = re.sub(r"[^a-z0-9]+", "-", name)
     unique = plain if plain.replace("-", " ") == name else f"{plain}-{text_sha256(name)[:8]}"
-    return run / "data" / f"{concept.kind}-{unique}" / role
+    return run / "data" / f"{concept.kind}-{unique}" / source
 
 
-def drawn_prompts(run: Path, concept: Concept, role: str) -> tuple[str, ...]:
-    """The prompts that the samples of a role were drawn with, in turn; none where there are no such samples."""
-    folder = data_folder(run, concept, role)
+def drawn_prompts(run: Path, concept: Concept, source: str) -> tuple[str, ...]:
+    """The prompts that the samples of a source were drawn with, in turn; none where there are no such samples."""
+    folder = data_folder(run, concept, source)
     return tuple(read_index(folder)[0]["prompts"]) if (folder / "index.json").is_file() else ()
 
 
-def prepared(
-    config: RunConfig, method: Method, backbone: Backbone, base: str, run: Path, group: Group, stop: StopRequest
-) -> tuple[Any, dict[str, str]]:
-    """(the engine, where drawing needed it, else None; the checksum of each index): the samples of a run, made where they are missing.
+def drawn_sources(method: Method) -> frozenset[str]:
+    """The sources whose samples the base model draws for a method: those of streams with latents, and a method's own.
 
-    On stage 3 the engine comes first, and its sharded net draws: no rank ever holds the net whole.
+    An earlier target's samples are those of its own concept.
     """
-    engine = build_engine(config, method, backbone, group) if config.engine.stage == 3 else None
-    return engine, prepare_samples(config, method, backbone, engine, base, run, group, stop)
+    found = set()
+    for spec in method.streams():
+        for source in spec.source_names:
+            name = "target" if source == EARLIER_TARGETS else source
+            if spec.latents or name not in FIRST:
+                found.add(name)
+    return frozenset(found)
 
 
 def prepare_samples(
-    config: RunConfig,
-    method: Method,
-    backbone: Backbone,
-    engine: Any,
-    base: str,
-    run: Path,
-    group: Group,
-    stop: StopRequest,
+    setup: RunSetup, backbone: Backbone, engine: Engine | None, base: str, group: Group, stop: StopRequest
 ) -> dict[str, str]:
-    """Make what is missing of the prompt embeddings and of the shards of the method's roles; returns the checksum of each index.
+    """Make what is missing of the prompt embeddings and of the method's samples; returns each index's checksum.
 
-    Every rank draws its share, in batches that do not depend on the number of ranks, each sample from noise of its own seed: with the
-    engine's net, or where that is None with the backbone's, which is loaded only if something is missing.
+    Every rank draws its share, in batches that do not depend on the number of ranks, each sample from noise of its own
+    seed: with the engine's net, or without an engine with the backbone's, which is loaded only if something is missing.
+    `base` is the base model's checksum.
     """
-    hashes = {}
-    everything = [concept_prompts(concept, config.prepare) for concept in config.concepts]
-    setups = [Setup(i, backbone, config.train.steps, prompts, config.concepts) for i, prompts in enumerate(everything)]
-    distractors = [
-        prompts.of(group.on_first(lambda: list(method.distractors(setup))))  # noqa: B023 (called within this turn)
-        for prompts, setup in zip(everything, setups)
-    ]
-    _embed_once(backbone, everything, distractors, base, run, group)
-    for concept, prompts, others in zip(config.concepts, everything, distractors):
-        for plan in _plans(config, method, concept, prompts, others, run):
-            _make_stream(config, plan, backbone, engine, base, group, stop)
-            hashes[str(plan.folder.relative_to(run))] = file_sha256(plan.folder / "index.json")
-    return hashes
+    method, _ = setup.trained
+    drawing = Drawing(setup.config.prepare, setup.config.train.seed, backbone, engine, base, group, stop)
+    updates = setup.config.train.steps
+    setups = [Setup(i, backbone, updates, prompts, setup.concepts) for i, prompts in enumerate(setup.prompts)]
+    extras = []
+    for concept_setup in setups:
+        names = group.on_first(lambda: dict(method.extra_concepts(concept_setup)))  # noqa: B023 (called at once)
+        extras.append({source: concept_setup.prompts.of(members) for source, members in names.items()})
+    _embed_once(backbone, setup.prompts, extras, base, setup.folder, group)
+    checksums = {}
+    for concept, prompts, extra in zip(setup.concepts, setup.prompts, extras):
+        for plan in _plans(setup, drawn_sources(method), concept, prompts, extra):
+            drawing.make(plan)
+            checksums[str(plan.folder.relative_to(setup.folder))] = file_sha256(plan.folder / "index.json")
+    return checksums
 
 
 def _plans(
-    config: RunConfig, method: Method, concept: Concept, prompts: ConceptPrompts, distractors: Sequence[str], run: Path
-) -> list[StreamPlan]:
-    known = {
-        "target": (prompts.target, "", concept.target),
-        "superclass": (prompts.superclass, prompts.negative, concept.superclass),
-    }
-    wanted = {role: known[role] for role in known if role in method.samples}
-    if prompts.keep and "keep" in method.anchors:
-        wanted["keep"] = (prompts.keep, "", None)
-    if distractors:
-        wanted["distractor"] = (tuple(distractors), "", None)
-    plans = []
-    for role, (texts, negative, name) in wanted.items():
-        images = _own_images(config.prepare.images, name)
-        count = len(images) or config.prepare.samples
-        label = f"{concept.kind} {concept.target} {role}"
-        plans.append(StreamPlan(data_folder(run, concept, role), label, texts, negative, count, images))
+    setup: RunSetup,
+    sources: frozenset[str],
+    concept: Concept,
+    prompts: ConceptPrompts,
+    extra: Mapping[str, tuple[str, ...]],
+) -> list[SourcePlan]:
+    texts = {"target": prompts.target, "superclass": prompts.superclass, "keep": prompts.keep, **extra}
+    prepare, plans = setup.config.prepare, []
+    for source in [name for name in (*FIRST, *extra) if name in sources and texts[name]]:
+        images = _own_images(prepare.images, {"target": concept.target, "superclass": concept.superclass}.get(source))
+        plans.append(
+            SourcePlan(
+                folder=data_folder(setup.folder, concept, source),
+                label=f"{concept.kind} {concept.target} {source}",
+                prompts=tuple(texts[source]),
+                negative=prompts.negative if source == "superclass" else "",
+                count=len(images) or prepare.samples,
+                images=images,
+            )
+        )
     return plans
 
 
 def _own_images(folder: str | None, name: str | None) -> tuple[Path, ...]:
+    """The user's images of a concept; none where there is no folder of its name."""
     if folder is None or name is None:
         return ()
     if not Path(folder).is_dir():
         raise ConfigError(
             f"prepare.images={folder}: there is no such folder; it should hold one subfolder of images per concept"
         )
-    mine = Path(folder) / name
-    if not mine.is_dir():
+    own = Path(folder) / name
+    if not own.is_dir():
         return ()
-    images = tuple(sorted(path for path in mine.iterdir() if path.suffix.lower() in IMAGE_TYPES))
+    images = tuple(sorted(path for path in own.iterdir() if path.suffix.lower() in IMAGE_TYPES))
     if not images:
-        raise ConfigError(f"{mine}: holds no image ({', '.join(IMAGE_TYPES)}); add some or remove the folder")
+        raise ConfigError(f"{own}: holds no image ({', '.join(IMAGE_TYPES)}); add some or remove the folder")
     return images
 
 
-def _make_stream(
-    config: RunConfig, plan: StreamPlan, backbone: Backbone, engine: Any, base: str, group: Group, stop: StopRequest
-) -> None:
-    recipe = plan.recipe(config, backbone, backbone.dtype if engine is None else engine.dtype, base)
-    starts = list(range(0, plan.count, config.prepare.batch))
-    whole = group.from_first(_whole_shards(plan.folder, recipe) if group.is_first else None)
-    todo = [start for start in starts if start not in whole]
-    if group.from_first(not todo and _is_indexed(plan.folder, recipe, whole) if group.is_first else None):
-        return
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    for turn in progress(range(0, len(todo), group.size), f"prepare {plan.label}", group.is_first):
-        stop.check(f"the samples of {plan.label}")
-        mine = turn + group.rank
-        start = todo[
-            min(mine, len(todo) - 1)
-        ]  # a sharded net needs all ranks in every forward: one without a batch draws one along
-        ids = range(start, min(start + config.prepare.batch, plan.count))
-        samples = group.together(lambda: _samples(config, plan, ids, backbone, engine))  # noqa: B023 (called within this turn)
-        if mine < len(todo):
-            name = f"{start // config.prepare.batch:05d}.tar"
-            record = write_shard(plan.folder, name, samples)
-            write_atomically(
-                _note(plan.folder, name), json.dumps({"recipe": recipe, "record": asdict(record)}).encode()
-            )
-    stop.check(f"the samples of {plan.label}")
-    if group.is_first:
-        records = _whole_shards(plan.folder, recipe)
-        missing = [start for start in starts if start not in records]
-        if missing:
-            raise ShardError(f"{plan.folder}: shards at samples {missing} did not arrive; call prepare again")
-        for stray in plan.folder.glob("*.tar"):
-            if stray.name not in {record.name for record in records.values()}:
-                stray.unlink()
-        write_index(plan.folder, recipe, records.values())
-    group.barrier()
+@dataclass(frozen=True)
+class Drawing:
+    """Draws, or encodes, the samples of a run on all ranks, and writes them as shards."""
 
+    prepare: PrepareConfig
+    seed: int
+    backbone: Backbone
+    engine: Engine | None
+    base: str
+    group: Group
+    stop: StopRequest
 
-def _samples(config: RunConfig, plan: StreamPlan, ids: Sequence[int], backbone: Backbone, engine: Any) -> list[Sample]:
-    prompts = [plan.prompts[i % len(plan.prompts)] for i in ids]
-    if plan.images:
-        latents, sizes = _encode(plan, ids, backbone)
-    else:
-        net = backbone.net if engine is None else engine.net
-        latents, sizes = _draw(config, plan, ids, prompts, backbone, net), [backbone.size_ids] * len(ids)
-    return [Sample(*sample) for sample in zip(latents, prompts, ids, sizes)]
+    def make(self, plan: SourcePlan) -> None:
+        """Make the shards of one source that are missing or damaged, and its index; all ranks enter."""
+        recipe, group = self.recipe(plan), self.group
+        starts = list(range(0, plan.count, self.prepare.batch))
+        whole: dict[int, ShardRecord] = group.from_first(_whole_shards(plan.folder, recipe) if group.is_first else {})
+        todo = [start for start in starts if start not in whole]
+        if group.from_first(not todo and _is_indexed(plan.folder, recipe, whole) if group.is_first else None):
+            return
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        for first in progress(range(0, len(todo), group.size), f"prepare {plan.label}", group.is_first):
+            self.stop.check(f"the samples of {plan.label}")
+            place = first + group.rank
+            start = todo[
+                min(place, len(todo) - 1)
+            ]  # a sharded net needs all ranks, so a rank without a batch draws along
+            ids = range(start, min(start + self.prepare.batch, plan.count))
+            samples = group.together(lambda: self.samples(plan, ids))  # noqa: B023 (called at once)
+            if place < len(todo):
+                name = f"{start // self.prepare.batch:05d}.tar"
+                record = write_shard(plan.folder, name, samples)
+                note = json.dumps({"recipe": recipe, "record": asdict(record)})
+                write_atomically(plan.folder / f".{name}.json", note.encode())
+        self.stop.check(f"the samples of {plan.label}")
+        if group.is_first:
+            _write_index(plan.folder, recipe, starts)
+        group.barrier()
+
+    def recipe(self, plan: SourcePlan) -> dict[str, Any]:
+        """Everything that decides the samples of a source."""
+        backbone = self.backbone
+        drawn_in = backbone.dtype if self.engine is None else self.engine.dtype
+        drawn = {"steps": self.prepare.steps, "guidance": self.prepare.guidance, "seed": self.seed}
+        own = {"images": text_sha256(" ".join(file_sha256(image) for image in plan.images))}
+        return {
+            "base": self.base,
+            "dtypes": [str(backbone.dtype), str(drawn_in)],
+            "image": [backbone.image_size, backbone.size_ids and list(backbone.size_ids)],
+            "label": plan.label,
+            "prompts": list(plan.prompts),
+            "negative": plan.negative,
+            "count": plan.count,
+            "batch": self.prepare.batch,
+        } | (own if plan.images else drawn)
+
+    def samples(self, plan: SourcePlan, ids: Sequence[int]) -> list[Sample]:
+        """The samples with these ids, drawn by the model or encoded from the user's images."""
+        prompts = [plan.prompts[i % len(plan.prompts)] for i in ids]
+        sizes: Sequence[tuple[int, ...] | None]
+        if plan.images:
+            latents, sizes = self._encode(plan, ids)
+        else:
+            latents, sizes = self._draw(plan, ids, prompts), [self.backbone.size_ids] * len(ids)
+        return [Sample(*sample) for sample in zip(latents, prompts, ids, sizes)]
+
+    def _draw(self, plan: SourcePlan, ids: Sequence[int], prompts: Sequence[str]) -> Tensor:
+        """Latents of samples drawn by the model, [len(ids), C, H, W]."""
+        backbone, shape = self.backbone, self.backbone.latent_shape
+        seeds = [derived_seed(self.seed, "prepare", plan.label, i) for i in ids]
+        noise = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        negative = backbone.embed([plan.negative] * len(ids), negative=True)
+        denoiser = backbone.denoiser(backbone.net if self.engine is None else self.engine.net)
+        noise, cond = noise.to(negative.tokens.device), backbone.embed(prompts)
+        return backbone.sample(denoiser, noise, cond, negative, self.prepare.steps, self.prepare.guidance)
+
+    def _encode(self, plan: SourcePlan, ids: Sequence[int]) -> tuple[Tensor, list[tuple[int, ...] | None]]:
+        """Latents [len(ids), C, H, W] of the user's images, cropped to a centred square and resized, and size conditions."""
+        images = [read_image(plan.images[i], self.backbone.image_size) for i in ids]
+        latents = self.backbone.encode(torch.stack([pixels for pixels, _ in images]))
+        return latents, [self.backbone.size_ids_of(*size) for _, size in images]
 
 
 def _is_indexed(folder: Path, recipe: Mapping[str, Any], whole: Mapping[int, ShardRecord]) -> bool:
-    """Whether the index on the disk is of this recipe and of these very shards."""
+    """Whether the index on disk is of this recipe and of exactly these shards."""
     if not (folder / "index.json").is_file():
         return False
     try:
@@ -205,7 +236,7 @@ def _is_indexed(folder: Path, recipe: Mapping[str, Any], whole: Mapping[int, Sha
 
 
 def _whole_shards(folder: Path, recipe: Mapping[str, Any]) -> dict[int, ShardRecord]:
-    """First sample id -> record, of the shards that were made by this recipe and are undamaged."""
+    """First sample id -> record, of the undamaged shards that were made by this recipe."""
     whole = {}
     for note in sorted(folder.glob(".*.tar.json")):
         try:
@@ -218,35 +249,21 @@ def _whole_shards(folder: Path, recipe: Mapping[str, Any]) -> dict[int, ShardRec
     return whole
 
 
-def _note(folder: Path, name: str) -> Path:
-    return folder / f".{name}.json"
-
-
-def _draw(
-    config: RunConfig, plan: StreamPlan, ids: Sequence[int], prompts: Sequence[str], backbone: Backbone, net: nn.Module
-) -> Tensor:
-    """Latents of samples drawn by the model, [len(ids), C, H, W]."""
-    seeds = [derived_seed(config.train.seed, "prepare", plan.label, i) for i in ids]
-    noise = torch.stack(
-        [torch.randn(*backbone.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )
-    negative = backbone.embed([plan.negative] * len(ids), negative=True)
-    denoiser = backbone.denoiser(net)
-    noise = noise.to(negative.tokens.device)
-    return backbone.sample(
-        denoiser, noise, backbone.embed(prompts), negative, config.prepare.steps, config.prepare.guidance
-    )
-
-
-def _encode(plan: StreamPlan, ids: Sequence[int], backbone: Backbone) -> tuple[Tensor, list[tuple[int, ...] | None]]:
-    """Latents [len(ids), C, H, W] of the user's images, cut to a centred square and resized, and their size conditions."""
-    images = [read_image(plan.images[i], backbone.image_size) for i in ids]
-    latents = backbone.encode(torch.stack([pixels for pixels, _ in images]))
-    return latents, [backbone.size_ids_of(*size) for _, size in images]
+def _write_index(folder: Path, recipe: Mapping[str, Any], starts: Sequence[int]) -> None:
+    """Index the shards, remove strays. Raises ShardError when shards of other ranks did not arrive."""
+    records = _whole_shards(folder, recipe)
+    missing = [start for start in starts if start not in records]
+    if missing:
+        raise ShardError(f"{folder}: shards at samples {missing} did not arrive; call prepare again")
+    known = {record.name for record in records.values()}
+    for stray in folder.glob("*.tar"):
+        if stray.name not in known:
+            stray.unlink()
+    write_index(folder, recipe, records.values())
 
 
 def read_image(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """An image as [3, side, side] in [-1, 1], and the (height, width) it had. Raises ConfigError naming the file, as open_image does."""
+    """An image as [3, side, side] in [-1, 1], and its original (height, width). Raises ConfigError naming the file."""
     from PIL import Image, ImageOps
 
     image = open_image(path)
@@ -257,14 +274,15 @@ def read_image(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
 def _embed_once(
     backbone: Backbone,
     concepts: Sequence[ConceptPrompts],
-    distractors: Sequence[Sequence[str]],
+    extras: Sequence[Mapping[str, tuple[str, ...]]],
     base: str,
     run: Path,
     group: Group,
 ) -> None:
-    """Prompt embeddings, computed by the first rank once and kept beside the shards; every rank then knows them, the same bits."""
+    """Prompt embeddings: the first rank computes them once and keeps them beside the shards; all ranks read the same bits."""
     known = [text for concept in concepts for text in (*concept.target, *concept.superclass, *concept.keep)]
-    prompts = list(dict.fromkeys([*known, *(text for texts in distractors for text in texts)]))
+    further = [text for extra in extras for texts in extra.values() for text in texts]
+    prompts = list(dict.fromkeys([*known, *further]))
     negatives = list(dict.fromkeys(["", *(concept.negative for concept in concepts)]))
     file = run / "data" / "embeddings.safetensors"
     key = text_sha256(json.dumps([base, str(backbone.dtype), prompts, negatives]))

@@ -11,75 +11,18 @@ from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.parts.trajectory import Trajectory
-from sculpt_dist.config.load import as_steps
-from sculpt_dist.config.schema import RunConfig
-from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.config.schema import TrainConfig
 from sculpt_dist.core.progress import progress
 from sculpt_dist.core.types import ConceptBatch
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import ConceptStreams, Draws, micro_batches
-from sculpt_dist.engine.masking import MAX_GENERATIONS
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.engine.zero import Engine, FrozenWeights
-from sculpt_dist.maths.schedules import one_cycle, turnover_share
+from sculpt_dist.maths.schedules import turnover_share
 from sculpt_dist.methods.base import Method, Predictor, Step
 from sculpt_dist.run.clock import Clock
 from sculpt_dist.run.costs import peak_memory
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The steps of one concept: `collect` of them, then `updates`. Update u has progress u / updates."""
-
-    collect: int
-    updates: int
-    refresh: int
-    turnover: float
-    until: float
-    lr: float
-    warmup: float
-    masked: bool
-    offset: int = 0  # collect steps that the published clock counts as training
-
-    @property
-    def steps(self) -> int:
-        return self.collect + self.updates
-
-    def progress(self, step: int) -> float:
-        return (step - self.collect + self.offset) / (self.updates + self.offset)
-
-    def learning_rate(self, step: int) -> float:
-        if step < self.collect:
-            return 0.0
-        return self.lr * one_cycle((step - self.collect) / (self.updates + self.offset), self.warmup)
-
-    def refreshes_after(self, step: int) -> bool:
-        done = step - self.collect + 1 + self.offset
-        return self.masked and self.refresh > 0 and done % self.refresh == 0 and self.progress(step + 1) < self.until
-
-
-def make_plan(config: RunConfig, method: Method) -> Plan:
-    """The plan of every concept of a run. Raises ConfigError when the mask would turn over too often."""
-    train, mask = config.train, config.mask
-    collect, refresh = as_steps(mask.collect, train.steps), as_steps(mask.refresh, train.steps)
-    if not mask.turnover:
-        refresh = 0
-    masked = mask.keep < 1
-    if masked and refresh and train.steps / refresh > MAX_GENERATIONS - 1:
-        raise ConfigError(
-            f"mask.refresh={mask.refresh}: more than {MAX_GENERATIONS - 1} turnovers in train.steps={train.steps}; refresh less often"
-        )
-    if masked and not collect and mask.saliency != "random":
-        raise ConfigError(
-            "mask.collect=0: a mask needs collected gradients; use at least 1 step, mask.saliency=random or mask.keep=1"
-        )
-    if config.engine.moments == "open" and method.reference_mask:
-        raise ConfigError(
-            "engine.moments=open: as published, closed weights move on (method.reference_compat); use engine.moments=all"
-        )
-    needed = collect if masked else 0
-    offset = needed if method.reference_mask else 0
-    return Plan(needed, train.steps, refresh, mask.turnover, mask.until, train.lr, train.warmup, masked, offset)
+from sculpt_dist.run.plan import Plan
 
 
 @dataclass
@@ -96,6 +39,7 @@ class LossWindow:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
+        """The means, after which the window is empty."""
         means = {name: value / self.count for name, value in self.sums.items()}
         self.sums, self.count = {}, 0
         return means
@@ -103,7 +47,10 @@ class LossWindow:
 
 @dataclass
 class ConceptRun:
-    """What the loop works with for one concept; `step`, `recent`, `start`, `trajectories` and `candidate` are the state that a checkpoint keeps."""
+    """What the loop works with for one concept.
+
+    A checkpoint keeps `step`, `recent`, `start`, `trajectories` and `candidate`; the rest is made anew.
+    """
 
     number: int
     target: str
@@ -113,7 +60,7 @@ class ConceptRun:
     prompts: ConceptPrompts
     measure: Callable[
         [], Mapping[str, float]
-    ]  # scores of images that the present weights draw, for methods that ask for them
+    ]  # scores of images drawn with the present weights, for methods that judge
     teacher: FrozenWeights
     original: FrozenWeights | None
     recent: LossWindow
@@ -127,7 +74,7 @@ def run_concept(
     run: ConceptRun,
     engine: Engine,
     backbone: Backbone,
-    config: RunConfig,
+    train: TrainConfig,
     log: Callable[[Mapping[str, Any]], None],
     save: Callable[[], None],
     stop: StopRequest,
@@ -137,37 +84,36 @@ def run_concept(
     Raises StopRequested, after saving, when any rank was asked to stop, and NonFiniteError on all ranks at the same step.
     """
     plan, method, saved_at = run.plan, run.method, time.monotonic()
-    batches = micro_batches(
-        run.streams, backbone.embed, run.prompts, engine.group.device, run.step, plan.steps, config.train.workers
-    )
-    for step in progress(range(run.step, plan.steps), f"unlearn {run.target}", engine.group.is_first, start=run.step):
+    device, first = engine.group.device, engine.group.is_first
+    batches = micro_batches(run.streams, backbone.embed, run.prompts, device, run.step, plan.steps, train.workers)
+    for step in progress(range(run.step, plan.steps), f"unlearn {run.target}", first, start=run.step):
         clock = Clock(engine.group)
         collecting = step < plan.collect
         with clock("data"):
-            micro_steps = [
-                _micro_step(run, engine, backbone, config, next(batches), step, micro)
-                for micro in range(config.train.accumulate)
+            parts = [
+                _micro_step(run, engine, backbone, train.seed, next(batches), step, micro)
+                for micro in range(train.accumulate)
             ]
         terms: dict[str, float] = {}
         loss_functions = [method.saliency] if collecting else method.loss_groups()
         for i, loss_function in enumerate(loss_functions):
             phase = "collect" if collecting else "train" if i == len(loss_functions) - 1 else "capture"
-            for offer in micro_steps:
+            for part in parts:
                 with clock("forward"):
-                    losses = loss_function(offer)
+                    losses = loss_function(part)
                     for name, mean in engine.agree_finite(losses.terms).items():
-                        terms[name] = terms.get(name, 0.0) + mean / len(micro_steps)
+                        terms[name] = terms.get(name, 0.0) + mean / len(parts)
                 with clock("backward"):
                     engine.backward(losses.total)
                 with clock("step"):
                     engine.step(phase, plan.learning_rate(step), method.combine)
         run.step = step + 1
         with clock("refresh"):
-            tended = _update_mask(engine, plan, step)
+            mask_entry = _update_mask(engine, plan, step)
         if not collecting:
             _consider_candidate(run, engine, terms)
-        log(_entry(run, engine, step, terms, tended, clock))
-        due = 0 < config.train.checkpoint_every < time.monotonic() - saved_at
+        log(_entry(run, engine, step, terms, mask_entry, clock))
+        due = 0 < train.checkpoint_every < time.monotonic() - saved_at
         stopping, due = stop.agreed(due)
         if stopping or due:
             save()
@@ -179,17 +125,16 @@ def run_concept(
 
 
 def _micro_step(
-    run: ConceptRun, engine: Engine, backbone: Backbone, config: RunConfig, batch: ConceptBatch, step: int, micro: int
+    run: ConceptRun, engine: Engine, backbone: Backbone, seed: int, batch: ConceptBatch, step: int, micro: int
 ) -> Step:
-    """What the method gets to see of one micro-batch."""
-    rng = Draws(config.train.seed, run.number, step, run.streams.layout.positions(micro), engine.group.device)
+    """What the method sees of one micro-batch."""
     return Step(
         student=Predictor(backbone, engine.net),
         teacher=Predictor(backbone, engine.net, run.teacher),
         original=Predictor(backbone, engine.net, run.original) if run.original else None,
         batch=batch,
         backbone=backbone,
-        rng=rng,
+        rng=Draws(seed, run.number, step, run.streams.layout.positions(micro), engine.group.device),
         trajectory=run.trajectories[micro],
         update=max(0, step - run.plan.collect),
         progress=run.plan.progress(step),
@@ -197,7 +142,7 @@ def _micro_step(
 
 
 def _update_mask(engine: Engine, plan: Plan, step: int) -> dict[str, Any]:
-    """Build the mask after the last collect step, turn it over when due; returns what there is to tell of it then."""
+    """Build the mask after the last collect step and turn it over when due; returns what the log says of it."""
     mask = engine.mask
     if plan.masked and step + 1 == plan.collect:
         mask.build()
@@ -228,9 +173,14 @@ def _consider_candidate(run: ConceptRun, engine: Engine, terms: Mapping[str, flo
 
 
 def _entry(
-    run: ConceptRun, engine: Engine, step: int, terms: Mapping[str, float], tended: Mapping[str, Any], clock: Clock
+    run: ConceptRun,
+    engine: Engine,
+    step: int,
+    terms: Mapping[str, float],
+    mask_entry: Mapping[str, Any],
+    clock: Clock,
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl; all ranks enter. `global_step` counts on over the concepts."""
+    """One line of metrics.jsonl; all ranks call this. `global_step` counts on over the concepts."""
     entry: dict[str, Any] = {
         "concept": run.number,
         "target": run.target,
@@ -246,4 +196,4 @@ def _entry(
     if step >= run.plan.collect:
         entry |= {"lr": run.plan.learning_rate(step), "open": engine.mask.open_count}
         entry |= {"grad_norm": engine.optimizer.grad_norm, "update_norm": engine.optimizer.update_norm()}
-    return entry | tended
+    return {**entry, **mask_entry}

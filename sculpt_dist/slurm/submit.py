@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError, SubmitError
-from sculpt_dist.run.preflight import check_settings
+from sculpt_dist.run.setup import resolve
 
 SCRIPTS = Path(__file__).parent
 LAUNCHERS = ("srun", "torchrun")
@@ -43,7 +43,7 @@ def compose(request: Request) -> str:
         )
     if request.launch not in LAUNCHERS:
         raise ConfigError(f"--launch {request.launch}: choose one of {', '.join(LAUNCHERS)}")
-    check_settings(load_config(request.config, request.overrides), request.nodes * request.ranks_per_node)
+    resolve(load_config(request.config, request.overrides)).micro_batch(request.nodes * request.ranks_per_node)
     arguments = shlex.join(["set", "--", str(request.config), *request.overrides])
     filled = [f"export SCULPT_SLURM={shlex.quote(str(SCRIPTS))} LAUNCH={request.launch}", arguments]
     return _filled((SCRIPTS / "unlearn.sbatch").read_text(), _options(request), filled)

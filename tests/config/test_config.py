@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 from harness import PROJECT
+from setups import method_of
 
 from sculpt_dist.config.load import check_batch, load_config, to_yaml
 from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.methods.base import Editor, Method
-from sculpt_dist.run.build import build_method
 
 CONFIGS = sorted(
     file for file in (PROJECT / "configs").rglob("*.yaml") if file.parent.name not in ("compare", "sweeps")
@@ -20,7 +20,7 @@ CONFIGS = sorted(
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(PROJECT)))
 def test_every_config_loads_with_its_method(file):
     path = [] if file.parent.name == "canvas" else ["model.path=/models/mine"]
-    assert isinstance(build_method(load_config(file, path)), (Method, Editor))
+    assert isinstance(method_of(load_config(file, path)), (Method, Editor))
 
 
 def test_a_full_size_configuration_asks_for_the_model():
@@ -94,18 +94,18 @@ def test_batch_that_does_not_divide_names_both_numbers_and_the_cure():
 
 def test_unknown_method_lists_what_there_is():
     with pytest.raises(ConfigError, match=r"Did you mean 'dm_cal'\? There are: .*dm_cal, esd"):
-        build_method(load_config(None, ["method.name=dm_call"]))
+        method_of(load_config(None, ["method.name=dm_call"]))
 
 
 def test_unknown_method_option_is_named():
     with pytest.raises(ConfigError, match="method.label_guidence.*label_guidance"):
-        build_method(load_config(None, ["method.label_guidence=1"]))
+        method_of(load_config(None, ["method.label_guidence=1"]))
 
 
 @pytest.mark.parametrize("value", ["nan", "-1", "inf"])
 def test_numbers_of_a_method_are_checked_too(value):
     with pytest.raises(ConfigError, match="method.retain_weight"):
-        build_method(load_config(None, [f"method.retain_weight={value}"]))
+        method_of(load_config(None, [f"method.retain_weight={value}"]))
 
 
 @pytest.mark.parametrize("template", ["{concept}", "a painting in the style of {concept}"])
@@ -116,7 +116,7 @@ def test_a_style_free_prompt_that_would_be_empty_or_broken_off_is_refused(templa
 
 def test_wrong_type_of_a_method_option_is_named():
     with pytest.raises(ConfigError, match="method.label_guidance.*strong"):
-        build_method(load_config(None, ["method.label_guidance=strong"]))
+        method_of(load_config(None, ["method.label_guidance=strong"]))
 
 
 @pytest.mark.parametrize("content", ["a: [", "- x", "train:\n\tlr: 1", "train: {lr: 1}\ntrain: {lr: 2}"])

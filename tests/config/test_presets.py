@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import PROJECT
 from published_models import MODELS
+from setups import method_of, plan_of
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.config.schema import RunConfig
@@ -18,8 +19,6 @@ from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
 from sculpt_dist.methods.base import Editor
 from sculpt_dist.planning.check import check_run
-from sculpt_dist.run.build import build_method
-from sculpt_dist.run.train import make_plan
 
 FOLDER = PROJECT / "configs" / "presets"
 PRESETS = sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "base")
@@ -143,10 +142,10 @@ def value(config: RunConfig, method: Any, key: str) -> Any:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_has_the_published_values(preset):
     config = load(preset)
-    method = build_method(config)
+    method = method_of(config)
     assert {key: value(config, method, key) for key in PUBLISHED[preset]} == PUBLISHED[preset]
     if not isinstance(method, Editor):
-        make_plan(config, method)
+        plan_of(config, method)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -217,13 +217,13 @@ def test_workers_ignore_the_stop_signals_that_a_launcher_sends_to_the_process_gr
     make_stream(tmp_path / "t", 10)
     streams = ConceptStreams({"target": [ShardReader(tmp_path / "t")]}, Layout(2, 1, 0, 1), 0, 0)
     items = iter(load(streams, range(20), 1))
-    found = [[sample.key for sample in next(items)[0]]]
+    found = [[sample.key for sample in next(items)["target"]]]
     (worker,) = multiprocessing.active_children()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(worker.pid, number)
     time.sleep(0.2)  # long enough for a signal to end the worker
-    found += [[sample.key for sample in item[0]] for item in items]
-    assert found == [[sample.key for sample in streams[i][0]] for i in range(20)]
+    found += [[sample.key for sample in item["target"]] for item in items]
+    assert found == [[sample.key for sample in streams[i]["target"]] for i in range(20)]
     worker.join(10)
     assert worker.exitcode == 0
 

@@ -22,7 +22,7 @@ from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.evaluation.requests import Evaluation, as_batches, resolve_evaluation
 from sculpt_dist.maths.scores import Answers, Target, unlearning_scores
-from sculpt_dist.run.folder import config_fingerprint
+from sculpt_dist.run.fingerprint import config_fingerprint
 
 CANVAS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
 ODD = ["${train.lr} and ???", "a {concept}, [oil] {object}", "# a bird, -1", "prompt"]  # special texts elsewhere

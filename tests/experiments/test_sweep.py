@@ -33,7 +33,7 @@ from sculpt_dist.experiments.ledger import (
 from sculpt_dist.experiments.summary import as_markdown, summary_rows, write_summary
 from sculpt_dist.experiments.sweep import run_sweep, trial_arguments
 from sculpt_dist.experiments.trials import read_sweep
-from sculpt_dist.run.folder import config_fingerprint
+from sculpt_dist.run.fingerprint import config_fingerprint
 
 FILES = sorted((PROJECT / "configs" / "sweeps").glob("*.yaml"))
 CANVAS = PROJECT / "configs" / "canvas"

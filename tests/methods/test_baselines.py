@@ -14,12 +14,13 @@ from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.plugins import plugin
-from sculpt_dist.core.types import TextCond
+from sculpt_dist.core.types import ConceptBatch, TextCond
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.engine.optimizer import ShardedVector
 from sculpt_dist.maths.closed_form import edit_transform
 from sculpt_dist.methods import concept_ablation, esd, kscu, rgd, salun, uce
 from sculpt_dist.methods.base import Setup
+from sculpt_dist.run.prepare import drawn_sources
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"
 
@@ -56,7 +57,7 @@ def test_esd_leads_the_students_own_latents_away_from_the_prompt(reference, eta)
     x = drawn(step, index, 10, 3.0)
     goal = (0.25 * x + EMPTY) - eta * (5 - EMPTY)
     torch.testing.assert_close(method.losses(step).terms["forget"], (0.5 * x + 5 - goal).pow(2).mean())
-    assert method.needs_original == (reference == "original") and method.samples == ()
+    assert method.needs_original == (reference == "original") and not drawn_sources(method)
 
 
 def test_esd_variants_train_what_they_are_named_for():
@@ -140,7 +141,7 @@ def test_the_closed_form_forgets_on_its_own_terms():
     concept = ConceptPrompts(
         ("a photo of a cat",), ("a photo of a animal",), "a photo of a cat", (), names=("cat", "animal")
     )
-    changed = uce.Editor(uce.Config(ridge=1e-3, preserve_scale=1.0)).edit(backbone, [concept])
+    changed = uce.Method(uce.Config(ridge=1e-3, preserve_scale=1.0)).edit(backbone, [concept])
     assert len(changed) == 8 and all(name.endswith(("to_k.weight", "to_v.weight")) for name in changed)
     old, new = uce.aligned_rows(backbone, ("a photo of a cat", "a photo of a animal"), concept.names)
     kept = uce.received(backbone, "a photo of a animal", negative=False)
@@ -211,7 +212,7 @@ def test_kscu_terms_on_the_students_own_latents(progress):
 
 def test_uce_without_a_ridge_is_refused():
     with pytest.raises(ConfigError, match="method.ridge=0.0: must be greater than 0"):
-        uce.Editor(uce.Config(ridge=0.0))
+        uce.Method(uce.Config(ridge=0.0))
 
 
 def test_disturbed_prompts_keep_the_target():
@@ -239,7 +240,7 @@ def test_a_trajectory_goes_on_by_one_step_or_starts_afresh():
         calls.append(int(time[0]))
         return 0.5 * noisy + both.tokens.view(-1, 1, 1, 1)
 
-    trajectory, start = Trajectory(LinearBackbone.schedule), torch.randn(2, 1, 2, 2)
+    trajectory, start = Trajectory(LinearBackbone()), torch.randn(2, 1, 2, 2)
     arguments = (10, denoiser, cond(5.0), cond(EMPTY), 3.0)
     times = LinearBackbone.schedule.first_order(10).timesteps.tolist()
     assert not trajectory.continues_at(0) and not trajectory.continues_at(1)
@@ -249,7 +250,7 @@ def test_a_trajectory_goes_on_by_one_step_or_starts_afresh():
     assert [index for index in range(10) if trajectory.continues_at(index)] == [4]
     fourth, _ = trajectory.advance_to(4, *arguments)
     assert calls == times[:4]
-    again = Trajectory(LinearBackbone.schedule)
+    again = Trajectory(LinearBackbone())
     again.begin(start, ["p", "q"], 10)
     assert torch.equal(fourth, again.advance_to(4, *arguments)[0]) and not torch.equal(third, fourth)
 
@@ -266,7 +267,7 @@ def test_a_walk_keeps_the_prompts_that_it_began_with(monkeypatch):
         ),
     )
     for update, number in enumerate([5.0, 9.0, 7.0]):
-        batch = replace(first.batch, target=stream(1.0, number))
+        batch = ConceptBatch({**first.batch.streams, "target": stream(1.0, number)})
         method.losses(replace(first, batch=batch, update=update))
     assert {prompts[0] for prompts in asked} == {"p" * 5, "p" * 7} and [len(prompts[0]) for prompts in asked] == [
         5,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from harness import PROJECT
+from setups import method_of, plan_of
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.plugins import plugin
@@ -20,8 +21,8 @@ from sculpt_dist.engine.masking import DynamicMask, MaskSettings
 from sculpt_dist.engine.optimizer import MaskedAdamW
 from sculpt_dist.engine.sharding import Fragment, Shard
 from sculpt_dist.methods import kscu, uce
-from sculpt_dist.run.build import build_method
-from sculpt_dist.run.train import Plan, _update_mask, make_plan
+from sculpt_dist.run.plan import Plan
+from sculpt_dist.run.train import _update_mask
 
 PRESETS = PROJECT / "configs" / "presets"
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"
@@ -57,7 +58,7 @@ class Masked:
 
 def planned(preset: str, *overrides: str) -> Plan:
     config = load_config(PRESETS / f"{preset}.yaml", ["model.path=/models/mine", *overrides])
-    return make_plan(config, build_method(config))
+    return plan_of(config, method_of(config))
 
 
 def gradients(count: int, seed: int) -> Iterator[np.ndarray]:
@@ -187,7 +188,7 @@ def test_the_key_steps_of_a_preset_are_the_published_table(preset, start, steps,
         planned(preset, f"train.steps={length}"),
         key_steps(start, steps, 44 if steps == 50 else 25),
     )  # below 0.9 of them
-    method = build_method(load_config(PRESETS / f"{preset}.yaml", ["model.path=/models/mine"]))
+    method = method_of(load_config(PRESETS / f"{preset}.yaml", ["model.path=/models/mine"]))
     table = [kscu.key_step(update, method.config.start, method.config.sampler_steps) for update in range(plan.updates)]
     assert len(table) == length and table == [next(source) for _ in range(length)]
     assert min(table) == start and max(table) == steps - 1
@@ -225,7 +226,7 @@ def test_uces_edit_equals_the_naive_inverse_in_every_layer(arch):
     """W' = (l W + e sum v* c^T + p sum W c_p c_p^T) (l I + e sum c c^T + p sum c_p c_p^T)^-1 with v* = W c*, token by token in fp64."""
     backbone = plugin("sculpt_dist.backbones", arch, "").Backbone(ASSETS / arch, torch.float32, torch.device("cpu"))
     ridge, erase, preserve = 0.1, 1.0, 0.1
-    changed = uce.Editor(uce.Config(ridge=ridge, erase_scale=erase, preserve_scale=preserve)).edit(backbone, CONCEPTS)
+    changed = uce.Method(uce.Config(ridge=ridge, erase_scale=erase, preserve_scale=preserve)).edit(backbone, CONCEPTS)
 
     def rows(prompt: str, negative: bool = False) -> np.ndarray:
         return uce.received(backbone, prompt, negative).double().detach().numpy()

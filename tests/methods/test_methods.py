@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 import torch
 from linear import net, noise, offer
+from setups import method_of
 
 from sculpt_dist.backbones.parts.groups import parameter_groups
 from sculpt_dist.config.load import load_config
@@ -15,10 +16,9 @@ from sculpt_dist.core.plugins import plugin, plugins
 from sculpt_dist.methods.base import Editor, Method
 from sculpt_dist.methods.dm_cal import Config
 from sculpt_dist.methods.dm_cal import Method as DmCal
-from sculpt_dist.run.build import build_method
 
 METHODS = plugins("sculpt_dist.methods")
-TRAINED = [name for name in METHODS if hasattr(plugin("sculpt_dist.methods", name, ""), "Method")]
+TRAINED = [name for name in METHODS if plugin("sculpt_dist.methods", name, "").Method.kind == "trains"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -26,8 +26,8 @@ def test_a_method_file_has_a_frozen_config_named_like_the_file_and_a_method(name
     module = plugin("sculpt_dist.methods", name, "method.name")
     assert is_dataclass(module.Config) and module.Config.__dataclass_params__.frozen
     assert {f.name: f.default for f in fields(module.Config)}["name"] == name
-    assert issubclass(getattr(module, "Method", None) or module.Editor, (Method, Editor))
-    assert isinstance(build_method(load_config(None, [f"method.name={name}"])), (Method, Editor))
+    assert issubclass(module.Method, (Method, Editor))
+    assert isinstance(method_of(load_config(None, [f"method.name={name}"])), (Method, Editor))
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -40,7 +40,7 @@ def test_a_method_trains_matrices_of_the_net_only(name):
         "conv.weight",
         "a.attn2.to_k.weight",
     ]
-    chosen = build_method(load_config(None, [f"method.name={name}"])).trainable(
+    chosen = method_of(load_config(None, [f"method.name={name}"])).trainable(
         parameter_groups({n: (2,) if n.endswith("bias") else (2, 2) for n in [*names, "a.attn2.to_v.weight"]})
     )
     assert chosen and not any(entry.endswith("bias") for entry in chosen)

@@ -11,6 +11,7 @@ import torch
 from harness import PROJECT
 from linear import net, noise, offer
 from omegaconf import OmegaConf
+from setups import backbone_of, method_of, plan_of, setup_of
 from stream_folders import make_stream
 
 from sculpt_dist.backbones.parts.groups import parameter_groups
@@ -23,9 +24,10 @@ from sculpt_dist.engine.optimizer import MaskedAdamW
 from sculpt_dist.engine.sharding import Fragment, Shard
 from sculpt_dist.methods.base import Predictor
 from sculpt_dist.methods.dm_cal import Config, Method
-from sculpt_dist.run.build import build_backbone, build_engine, build_method
+from sculpt_dist.run.build import build_engine
+from sculpt_dist.run.plan import Plan
 from sculpt_dist.run.prepare import data_folder
-from sculpt_dist.run.train import LossWindow, Plan, _consider_candidate, make_plan
+from sculpt_dist.run.train import LossWindow, _consider_candidate
 from sculpt_dist.run.trainer import concept_streams
 
 CANVAS = PROJECT / "configs" / "canvas"
@@ -54,7 +56,7 @@ PLAIN = {"keep": 0.5, "scope": "matrix", "saliency": "abs_sum", "seed": 0}
 def flat(file: str) -> dict[str, Any]:
     """Every key of a configuration, with the method's defaults, dotted."""
     config = load_config(CANVAS / file)
-    sections = OmegaConf.to_container(OmegaConf.create(to_yaml(config))) | {"method": vars(build_method(config).config)}
+    sections = OmegaConf.to_container(OmegaConf.create(to_yaml(config))) | {"method": vars(method_of(config).config)}
     return {
         f"{section}.{key}": value
         for section, keys in sections.items()
@@ -158,7 +160,7 @@ def test_a_turnover_swaps_within_the_scope(scope, share, opened):
 def plan(*overrides: str) -> Plan:
     published = ["train.steps=450", "mask.collect=50", "mask.refresh=100", "mask.turnover=0.2", "mask.until=0.8"]
     config = load_config(None, [*published, *overrides])
-    return make_plan(config, build_method(config))
+    return plan_of(config, method_of(config))
 
 
 def refreshes(made: Plan) -> list[int]:
@@ -198,8 +200,10 @@ def test_a_share_above_0_is_at_least_one_step():
     assert (few.collect, few.refresh) == (1, 1)
 
 
-def test_moments_of_open_weights_alone_do_not_go_with_the_published_form_which_is_told_before_anything_runs():
-    with pytest.raises(ConfigError, match="engine.moments=open: as published, closed weights move on"):
+def test_moments_of_open_weights_alone_are_refused_with_the_published_form_before_anything_runs():
+    with pytest.raises(
+        ConfigError, match="engine.moments=open: with method.reference_compat closed weights keep moving"
+    ):
         plan("method.reference_compat=true", "engine.moments=open")
 
 
@@ -241,9 +245,11 @@ def test_the_engine_is_given_the_masks_options(monkeypatch, overrides, expected)
     monkeypatch.setattr(
         "sculpt_dist.engine.zero.Engine", lambda net, names, group, settings, mask, stored: given.extend([names, mask])
     )
-    backbone = SimpleNamespace(net=None, groups=lambda: parameter_groups(SHAPES), stored_weights=None)
+    backbone = SimpleNamespace(
+        net=None, dtype=torch.float32, groups=lambda: parameter_groups(SHAPES), stored_weights=None
+    )
     config = load_config(None, ["engine.stage=2", *overrides])
-    build_engine(config, build_method(config), backbone, SimpleNamespace(size=1))
+    build_engine(setup_of(config), backbone, SimpleNamespace(size=1))
     assert given == [[name for name in SHAPES if ".attn2." in name and name.endswith("weight")], expected]
 
 
@@ -323,8 +329,8 @@ def test_anchors_name_the_sources_of_the_stream(tmp_path, anchors, concept, expe
         name, role = source.split()
         of = next(one for one in config.concepts if one.target == name)
         make_stream(data_folder(tmp_path, of, role), 6, offset=value)
-    streams = concept_streams(config, build_method(config), None, SimpleNamespace(size=1, rank=0), concept)
-    _, _, anchored, _ = streams[0]
+    streams = concept_streams(setup_of(config), None, SimpleNamespace(size=1, rank=0), concept)
+    anchored = streams[0].get("anchor", [])
     found = [
         next(source for source, value in SOURCES.items() if value <= float(sample.latent.mean()) < value + 6)
         for sample in anchored
@@ -360,8 +366,8 @@ def test_activations_computed_again_are_not_kept(arch):
     kept = []
     for overrides in ([], ["engine.checkpointing=true"]):
         config = load_config(None, [f"model.arch={arch}", "engine.stage=0", *overrides])
-        backbone = build_backbone(config, Group())
-        engine = build_engine(config, build_method(config), backbone, Group())
+        backbone = backbone_of(config, Group())
+        engine = build_engine(setup_of(config), backbone, Group())
         noisy, time = torch.randn(2, *backbone.latent_shape), backbone.sample_time(torch.tensor([0.3, 0.6]))
         saved = 0
 

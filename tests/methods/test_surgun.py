@@ -112,14 +112,14 @@ def setup(*concepts: Concept, which: int = 0) -> Setup:
 def test_distractors_are_no_concepts_of_the_run_and_enough():
     cat, dog = Concept("cat", "animal"), Concept("Dog", "pet")
     method = Method(Config(candidates=["dog", "ANIMAL", "cat", "tree", "sun", "tree"], distractors=2))
-    assert sorted(method.distractors(setup(cat, dog))) == ["sun", "tree"]
+    assert sorted(method.extra_concepts(setup(cat, dog))["distractor"]) == ["sun", "tree"]
     with pytest.raises(ConfigError, match="method.distractors=2, but only 1 candidates"):
-        Method(Config(candidates=["dog", "sun"], distractors=2)).distractors(setup(cat, dog))
+        Method(Config(candidates=["dog", "sun"], distractors=2)).extra_concepts(setup(cat, dog))
     style = Concept("van gogh", None, "style")
-    chosen = Method(Config(candidates=[], style_candidates=["a", "b", "van gogh"], distractors=2)).distractors(
+    chosen = Method(Config(candidates=[], style_candidates=["a", "b", "van gogh"], distractors=2)).extra_concepts(
         setup(style)
     )
-    assert sorted(chosen) == ["a", "b"]
+    assert sorted(chosen["distractor"]) == ["a", "b"]
 
 
 def test_blocks_and_attention_choose_what_trains():

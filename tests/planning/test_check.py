@@ -113,7 +113,7 @@ MISTAKES = {
     "a part of the attention": (["method.parts=[q, w]"], r"method.parts holds \['w'\]"),
     "a part that the net has not": (
         ["method.parts=[q, pooled]"],
-        "trains the group 'pooled_text', which UNet2DConditionModel has not",
+        "trains the group 'pooled_text', which UNet2DConditionModel lacks",
     ),
     "no concepts": (["concepts=[]"], "concepts is empty"),
     "the plan": (["mask.collect=0"], "mask.collect=0"),
@@ -181,7 +181,7 @@ def test_a_closed_form_is_checked_without_its_edit(monkeypatch):
         def edit(self, backbone, concepts):
             raise AssertionError("an edit needs values")
 
-    monkeypatch.setattr("sculpt_dist.run.preflight.build_method", lambda config: Never())
+    monkeypatch.setattr("sculpt_dist.run.setup.load_method", lambda options: Never())
     assert "trainable" not in check_run(load_config(CANVAS_CONFIG), 1)
 
 

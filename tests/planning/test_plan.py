@@ -13,6 +13,7 @@ import pytest
 import torch
 from big_models import SANA, UNET, write_model
 from harness import PROJECT, launch_anew, rank_command, rank_environment, sculpt
+from setups import backbone_of, method_of
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError
@@ -21,10 +22,10 @@ from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.data.streams import Draws
 from sculpt_dist.maths.planning import Rates
 from sculpt_dist.methods.base import Predictor, Step
-from sculpt_dist.planning.plan import Subject, plan_run
+from sculpt_dist.planning.plan import plan_run
 from sculpt_dist.planning.rates import read_rates
 from sculpt_dist.planning.rehearsal import rehearse
-from sculpt_dist.run.build import build_backbone, build_method
+from sculpt_dist.planning.subject import Subject
 
 CANVAS = PROJECT / "configs" / "canvas" / "dm_cal.yaml"
 CONCEPT = "concepts=[{target: bird, superclass: animal}]"
@@ -226,18 +227,18 @@ def test_the_rehearsal_counts_what_lives_when_it_is_real(arch):
     config = load_config(CANVAS, [f"model.arch={arch}", "train.batch=2", "method.distill_weight=0"])
     rehearsed = Subject(config, 1).training[0]
     group = SimpleNamespace(device=torch.device("cpu"), size=1, rank=0, on_first=lambda work: work())
-    backbone, method = build_backbone(config, group), build_method(config)
+    backbone, method = backbone_of(config, group), method_of(config)
     opened = set(method.trainable(backbone.groups()))
     for parameter_name, parameter in backbone.net.named_parameters():
         parameter.requires_grad_(parameter_name in opened)
     prompts = concept_prompts(config.concepts[-1], config.prepare)
     streams = {}
-    for role, texts in (("target", prompts.target), ("superclass", prompts.superclass)):
-        chosen = tuple(texts[i % len(texts)] for i in range(2))
-        streams[role] = Stream(torch.randn(2, *backbone.latent_shape), backbone.embed(chosen), chosen, (0, 1))
-    batch = ConceptBatch(
-        streams["target"], streams["superclass"], None, streams["superclass"].cond, streams["target"].cond
-    )
+    texts = {"target": prompts.target, "superclass": prompts.superclass}
+    for role, other in (("target", "superclass"), ("superclass", "target")):
+        chosen, others = (tuple(texts[name][i % len(texts[name])] for i in range(2)) for name in (role, other))
+        latents = torch.randn(2, *backbone.latent_shape)
+        streams[role] = Stream(latents, backbone.embed(chosen), chosen, (0, 1), (0, 1), backbone.embed(others))
+    batch = ConceptBatch(streams)
     predictor = Predictor(backbone, backbone.net)
     step = Step(
         predictor,

@@ -362,7 +362,7 @@ def test_a_folder_of_something_else_is_refused(canvas_config, tmp_path):
 def test_a_foreign_config_is_not_taken_for_a_run(canvas_config, tmp_path):
     (tmp_path / "config.yaml").write_text("name: my thesis")
     printed = sculpt("unlearn", canvas_config, *SMALL, f"run.folder={tmp_path}", "run.fresh=true", code=2)
-    assert "no configuration of a run" in printed and (tmp_path / "config.yaml").read_text() == "name: my thesis"
+    assert "not the configuration of a run" in printed and (tmp_path / "config.yaml").read_text() == "name: my thesis"
 
 
 def test_a_checkpoint_that_was_changed_is_passed_over_or_refused(finished, canvas_config, tmp_path):
@@ -374,7 +374,7 @@ def test_a_checkpoint_that_was_changed_is_passed_over_or_refused(finished, canva
     content[-100] ^= 4
     newest.write_bytes(content)
     printed = sculpt("export", canvas_config, *SMALL, f"run.folder={copy}")
-    assert "rank-1.safetensors was changed or cut" in printed and f"model: {copy / 'model'}" in printed
+    assert "rank-1.safetensors was changed or truncated" in printed and f"model: {copy / 'model'}" in printed
     for manifest in (copy / "checkpoints").rglob("manifest.json"):
         manifest.write_text("{}")
     printed = sculpt("export", canvas_config, *SMALL, f"run.folder={copy}", code=2)

@@ -66,7 +66,7 @@ def rank_command(ranks: int, *arguments: str) -> list[str]:
 
 def rank_environment() -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_LIBRARIES or name in BEFORE}
-    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'tests' / 'support'}"}
 
 
 class Forking:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from setups import backbone_of, method_of, setup_of
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.engine.checkpoints import restore as checkpoint
@@ -15,7 +16,7 @@ from sculpt_dist.engine.checkpoints.save import Saver
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.optimizer import ShardedVector
 from sculpt_dist.maths.losses import mse
-from sculpt_dist.run.build import build_backbone, build_engine, build_method
+from sculpt_dist.run.build import build_engine
 from sculpt_dist.run.export import export_model
 
 STEPS, BATCH = 8, 4
@@ -64,10 +65,10 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
     overrides.append(f"engine.moments={moments}")
     config = load_config(None, [*overrides, "train.weight_decay=0.1", "train.clip=0.5", "mask.keep=0.3"])
     group = Group(60)
-    backbone, method = build_backbone(config, group), build_method(config)
+    backbone, method = backbone_of(config, group), method_of(config)
     biases = [name for name in method.trainable(backbone.groups()) if not name.endswith("weight")]
     assert not biases, biases
-    engine = build_engine(config, method, backbone, group)
+    engine = build_engine(setup_of(config), backbone, group)
     saved: dict[str, torch.Tensor] = {}
     notes: dict[str, object] = {"trained": engine.num_trained}
 
@@ -174,7 +175,7 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
 
     # The export loads in plain diffusers and predicts the same as the student.
     student = backbone.denoise(engine.net, clean[0], time[0], cond)
-    folder = export_model(config, backbone, engine.full_weights(), out.parent / f"{out.stem}-model", group)
+    folder = export_model(config.model.dtype, backbone, engine.full_weights(), out.parent / f"{out.stem}-model", group)
     if group.is_first:
         from diffusers import DiffusionPipeline
 

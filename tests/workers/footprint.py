@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from setups import backbone_of, method_of, plan_of, setup_of
 
 from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.bench.measure import own_memory
@@ -24,8 +25,8 @@ from sculpt_dist.engine.checkpoints.save import Saver
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.methods.base import Setup
-from sculpt_dist.run.build import build_backbone, build_engine, build_method
-from sculpt_dist.run.train import ConceptRun, LossWindow, make_plan, run_concept
+from sculpt_dist.run.build import build_engine
+from sculpt_dist.run.train import ConceptRun, LossWindow, run_concept
 
 
 class Peak:
@@ -48,14 +49,14 @@ def main(overrides: list[str]) -> None:
     # DeepSpeed imports these on first use; their memory should not count.
     for late in ("zero.stage_1_and_2", "zero.stage3", "zero.muon.muon_optimizer"):
         importlib.import_module(f"deepspeed.runtime.{late}")
-    method, backbone = build_method(config), build_backbone(config, group)
-    plan, concept = make_plan(config, method), config.concepts[0]
+    method, backbone = method_of(config), backbone_of(config, group)
+    plan, concept = plan_of(config, method), config.concepts[0]
     prompts = concept_prompts(concept, config.prepare)
     backbone.embed([*prompts.target, *prompts.superclass])
     backbone.embed([""], negative=True)
     backbone.release()
     before, watch = own_memory(), Peak()
-    engine = build_engine(config, method, backbone, group)
+    engine = build_engine(setup_of(config), backbone, group)
     built = watch.peak
     layout = Layout(config.train.batch, group.size, group.rank, config.train.accumulate)
     roles = {
@@ -78,7 +79,7 @@ def main(overrides: list[str]) -> None:
         original=engine.snapshot() if method.needs_original else None,
         recent=LossWindow(),
         start=start,
-        trajectories=[Trajectory(backbone.schedule) for _ in range(config.train.accumulate)],
+        trajectories=[Trajectory(backbone) for _ in range(config.train.accumulate)],
     )
     engine.begin_concept(0)
     entries = []
@@ -95,7 +96,7 @@ def main(overrides: list[str]) -> None:
         saver.save((0, run.step), engine.shards, {"teacher": run.start}, {})
 
     with StopRequest(group, run_folder) as stop, saver:
-        run_concept(run, engine, backbone, config, log, save, stop)
+        run_concept(run, engine, backbone, config.train, log, save, stop)
     report = {
         "before": before,
         "built": built - before,

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from setups import backbone_of, method_of, plan_of, setup_of
 
 from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.bench.step import RandomReader
@@ -20,9 +21,9 @@ from sculpt_dist.data.streams import ConceptStreams, Layout
 from sculpt_dist.engine import zero
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
-from sculpt_dist.run.build import build_backbone, build_engine, build_method
+from sculpt_dist.run.build import build_engine
 from sculpt_dist.run.export import export_model
-from sculpt_dist.run.train import ConceptRun, LossWindow, make_plan, run_concept
+from sculpt_dist.run.train import ConceptRun, LossWindow, run_concept
 
 
 def memory(kind: str) -> int:
@@ -98,7 +99,7 @@ def main(model: Path, out: Path) -> None:
     ]
     config = load_config(None, overrides)
     group, report = Group(1200), Report()
-    method, backbone = build_method(config), build_backbone(config, group)
+    method, backbone = method_of(config), backbone_of(config, group)
     report.add("before")
     shard = zero.sharded_net
 
@@ -108,7 +109,7 @@ def main(model: Path, out: Path) -> None:
         return net
 
     zero.sharded_net = reported_shard
-    engine = build_engine(config, method, backbone, group)
+    engine = build_engine(setup_of(config), backbone, group)
     report.add("engine")
     backbone.embed = conditions
     prompts = concept_prompts(Concept(target="cat", superclass="animal"), config.prepare)
@@ -122,7 +123,7 @@ def main(model: Path, out: Path) -> None:
     }
     streams = ConceptStreams(readers, Layout(2, group.size, group.rank, 1), 0, 0)
     engine.begin_concept(0)
-    plan = make_plan(config, method)
+    plan = plan_of(config, method)
     run = ConceptRun(
         0,
         "cat",
@@ -135,7 +136,7 @@ def main(model: Path, out: Path) -> None:
         None,
         LossWindow(),
         [],
-        [Trajectory(backbone.schedule)],
+        [Trajectory(backbone)],
     )
     report.add("teacher")
 
@@ -147,7 +148,7 @@ def main(model: Path, out: Path) -> None:
 
     sent = group.bytes_communicated()
     with StopRequest(group, out.parent) as stop:
-        run_concept(run, engine, backbone, config, log, lambda: None, stop)
+        run_concept(run, engine, backbone, config.train, log, lambda: None, stop)
     report |= {"trained": engine.num_trained, "open": engine.mask.num_open(), "sent": group.bytes_communicated() - sent}
     moved = kept = 0
     stored = dict(backbone.stored_weights({f.name for shard in engine.shards for f in shard.fragments}))
@@ -159,7 +160,7 @@ def main(model: Path, out: Path) -> None:
             moved, kept = moved + int((~same).sum()), kept + int((~opened).sum())
     report |= {"moved": moved, "closed": kept}
     report.add("check")
-    export_model(config, backbone, engine.full_weights(), out, group)
+    export_model(config.model.dtype, backbone, engine.full_weights(), out, group)
     report.add("export")
     ranks = group.to_all(dict(report))
     if group.is_first:

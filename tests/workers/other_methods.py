@@ -11,7 +11,7 @@ from sculpt_dist.config.load import load_config
 from sculpt_dist.core.types import Losses
 from sculpt_dist.methods.base import Editor
 from sculpt_dist.methods.dm_cal import Config, Method
-from sculpt_dist.run import build
+from sculpt_dist.run import setup
 from sculpt_dist.run.sequence import run_sequence
 
 combined: list[int] = []
@@ -48,7 +48,7 @@ kind, config, *overrides = sys.argv[1:]
 made = {"adapter": Adapted, "groups": Grouped, "editor": lambda _: Halved()}[kind](
     Config(retain_weight=0.1, distill_weight=1.0)
 )
-build.build_method = lambda _: made
+setup.load_method = lambda options: made
 run_sequence(load_config(Path(config), overrides))
 if os.environ["RANK"] == "0":
     print(json.dumps({"combined": len(combined)}))

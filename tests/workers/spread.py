@@ -6,17 +6,18 @@ import sys
 
 import torch
 from engine_laws import gather
+from setups import backbone_of, setup_of
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.maths.losses import mse
-from sculpt_dist.run.build import build_backbone, build_engine, build_method, join_ranks
+from sculpt_dist.run.build import build_engine
 
 
 def main(stage: str) -> None:
     config = load_config(None, [f"engine.stage={stage}", "train.batch=4", "train.weight_decay=0.1", "mask.keep=0.3"])
-    group = join_ranks(config)
-    backbone, method = build_backbone(config, group), build_method(config)
-    engine = build_engine(config, method, backbone, group)
+    group = setup_of(config).join_ranks()
+    backbone = backbone_of(config, group)
+    engine = build_engine(setup_of(config), backbone, group)
     engine.begin_concept(0)
     spreads = []
     for kind in ("smooth", "tied", "zero"):

@@ -1,0 +1,128 @@
+"""A finished or unfinished run, written in one of the forms that other programs read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.backbones.formats.adapter import FORMS as ADAPTERS
+from sculpt_dist.backbones.formats.adapter import WEIGHT_NAME, check_adapter, write_adapter, write_adapter_of
+from sculpt_dist.backbones.formats.original import check_single_file
+from sculpt_dist.core.errors import ConfigError, RunFolderError
+from sculpt_dist.engine import checkpoints
+from sculpt_dist.engine.group import Group
+from sculpt_dist.run.build import build_engine
+from sculpt_dist.run.export import export_model, write_card
+from sculpt_dist.run.folder import claim_folder, release_folder
+from sculpt_dist.run.model import base_fingerprint, open_backbone
+from sculpt_dist.run.setup import RunSetup
+
+FILES = {  # the file of each form, in the run folder
+    "single": "model.safetensors",
+    "delta": "delta.safetensors",
+    "lora": f"lora/{WEIGHT_NAME}",
+    "kohya": "kohya.safetensors",
+}
+FORMS = ("folder", *FILES)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What to write: `name` is one of FORMS; `output` the file (None: in the run folder); `rank` that of an adapter."""
+
+    name: str = "folder"
+    output: Path | None = None
+    rank: int = 16
+
+    def check(self) -> None:
+        """Raises ConfigError for an unknown form, and for options that do not go with it."""
+        if self.name not in FORMS or (self.name == "folder" and self.output is not None):
+            raise ConfigError(
+                f"--as {self.name}, --output {self.output}: choose one of {', '.join(FORMS)}; --output names the file of "
+                "all but a folder"
+            )
+        if self.rank < 1:
+            raise ConfigError(f"--rank {self.rank}: an adapter has a rank of 1 or more")
+
+    def file(self, run: Path) -> Path:
+        """Where the form goes."""
+        return self.output or run / FILES.get(self.name, "model")
+
+
+def export_trained(setup: RunSetup, form: Form, group: Group) -> Path:
+    """Write the model folder from the newest checkpoint, and then `form` of it. Raises RunFolderError without one."""
+    found = checkpoints.newest(setup.folder / "checkpoints", group)
+    if found is None:
+        raise RunFolderError(f"{setup.folder}: has no checkpoint yet; run unlearn first")
+    folder = claim_folder(setup.config, group)
+    backbone = open_backbone(setup.config.model, group, folder)
+    base = group.on_first(lambda: base_fingerprint(backbone.folder))
+    setup.check_checkpoint(*found, {"base": base, "config": setup.fingerprint})
+    if form.name == "single":
+        group.on_first(lambda: check_single_file(backbone.folder, form.output))
+    if form.name in ADAPTERS:
+        group.on_first(lambda: check_adapter(backbone.folder, form.name, form.rank, form.file(folder)))
+    engine = build_engine(setup, backbone, group)
+    checkpoints.load(found[0], engine.shards, [])
+    engine.publish()
+    model = export_model(setup.config.model.dtype, backbone, engine.full_weights(), folder / "model", group)
+    if group.is_first and (folder / "report" / "report.json").is_file():
+        write_card(folder)
+    if form.name in ADAPTERS:
+        written = form.file(folder)
+        group.together(lambda: _write_adapter(backbone, engine.full_weights(), written, form, group))
+    else:
+        written = group.on_first(lambda: _write_form(form, backbone.folder, model))
+    release_folder(folder)
+    return written
+
+
+def export_edited(setup: RunSetup, form: Form, group: Group) -> Path:
+    """A closed form has no checkpoint: `form` is made from the model folder that the run wrote."""
+    model = setup.folder / "model"
+    if not (model / "model_index.json").is_file():
+        raise RunFolderError(f"{setup.folder}: has no model yet; run unlearn first")
+    folder = claim_folder(setup.config, group)
+    base, file = open_backbone(setup.config.model, group, folder).folder, form.file(folder)
+
+    def write() -> None:
+        if form.name in ADAPTERS:
+            write_adapter(base, model, file, form.name, form.rank)
+        else:
+            _write_form(form, base, model)
+
+    group.on_first(write)
+    release_folder(folder)
+    return file
+
+
+def _write_form(form: Form, base: Path, model: Path) -> Path:
+    """The exported folder in another form."""
+    from sculpt_dist.backbones.formats.delta import write_delta
+    from sculpt_dist.backbones.formats.original import write_single_file
+
+    output = form.file(model.parent)
+    if form.name == "single":
+        write_single_file(model, output)
+    elif form.name == "delta":
+        write_delta(base, model, output)
+    return output
+
+
+def _write_adapter(
+    backbone: Backbone, weights: Iterator[tuple[str, Tensor | None]], file: Path, form: Form, group: Group
+) -> None:
+    """All ranks enter, the first writes.
+
+    The source is not the exported folder: its `model.dtype` may have rounded small changes away.
+    """
+    try:
+        if group.is_first:
+            write_adapter_of(backbone.folder, backbone.merged(weights), file, form.name, form.rank)
+    finally:
+        for _ in weights:  # each is summed over all ranks; the others would wait for a rank that stops early
+            pass

@@ -1,0 +1,42 @@
+"""The one place that knows how each kind of method runs: `Method.kind` names an entry of KINDS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from sculpt_dist.engine.group import Group
+from sculpt_dist.run.editor import EditorRun
+from sculpt_dist.run.forms import Form, export_edited, export_trained
+from sculpt_dist.run.session import Session
+from sculpt_dist.run.setup import RunSetup
+from sculpt_dist.run.trainer import Trainer
+
+
+class Runner(Protocol):
+    """A run of one kind of method. All ranks call every member."""
+
+    def __init__(self, session: Session) -> None: ...
+
+    def prepare(self) -> dict[str, str]:
+        """Make what must exist before the method runs; returns the checksum of each index of samples."""
+        ...
+
+    def unlearn(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Forget all concepts, with scores before and after; yields the changed weights, whole on rank 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of method runs, and how its result is exported later."""
+
+    runner: type[Runner]
+    export: Callable[[RunSetup, Form, Group], Path]
+
+
+KINDS = {"trains": Kind(Trainer, export_trained), "edits": Kind(EditorRun, export_edited)}

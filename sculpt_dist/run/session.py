@@ -1,0 +1,72 @@
+"""One process's part in a run, from its start to its end or to a stop: what every kind of method works with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.config.load import plain_values
+from sculpt_dist.config.schema import Concept
+from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.stopping.request import StopRequest
+from sculpt_dist.engine.stopping.watch import watched
+from sculpt_dist.evaluation.evaluator import check_prompts, evaluate
+from sculpt_dist.run.costs import Costs
+from sculpt_dist.run.folder import claim_folder
+from sculpt_dist.run.model import base_fingerprint, open_backbone
+from sculpt_dist.run.preflight import check_model
+from sculpt_dist.run.setup import RunSetup
+from sculpt_dist.track.tracker import Tracker
+
+
+@dataclass
+class Session:
+    """The open run folder, the ranks, the base model, and where costs and metrics go."""
+
+    setup: RunSetup
+    folder: Path
+    group: Group
+    backbone: Backbone
+    base: str  # checksum of the base model
+    costs: Costs
+    stop: StopRequest
+    tracker: Tracker
+
+    def score(self, net: nn.Module, stage: str, concepts: Sequence[Concept]) -> None:
+        """Score the present weights, unless their scores are on disk already or evaluation is off."""
+        where = self.folder / "evaluation" / stage
+        done = self.group.from_first((where / "scores.json").is_file())
+        if self.setup.config.evaluate.enabled and not done:
+            # compiled for the training's batches, the net would compile again for these
+            with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):
+                evaluate(self.setup.evaluation, self.backbone, net, self.group, where, concepts, stage, self.stop)
+            self.costs.write()
+        self.tracker.stage(stage)
+
+
+@contextmanager
+def open_session(setup: RunSetup, group: Group, scores: bool = True) -> Iterator[Session]:
+    """Claim the run folder, listen for requests to stop, open the tracker and the base model, and check that they fit.
+
+    `scores`: whether the session will draw the images of the evaluation, whose prompts are then checked, too.
+    """
+    config = setup.config
+    folder = claim_folder(config, group)
+    with (
+        Tracker(config.track, plain_values(config), folder, group.is_first) as tracker,
+        watched(group, folder, config.engine.grace) as stop,
+    ):
+        backbone = open_backbone(config.model, group, folder)
+        base = group.on_first(lambda: base_fingerprint(backbone.folder))
+        group.on_first(lambda: check_model(config.model, backbone.folder))
+        costs = Costs(folder, group, backbone)
+        costs.read()
+        if scores and setup.scores:
+            group.together(lambda: check_prompts(setup.evaluation, backbone))
+        yield Session(setup, folder, group, backbone, base, costs, stop, tracker)

@@ -1,0 +1,103 @@
+"""What a run works with, resolved once from its configuration and then handed down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sculpt_dist.config.load import check_batch
+from sculpt_dist.config.schema import Concept, RunConfig
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
+from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
+from sculpt_dist.methods.base import Editor, Method, load_method
+from sculpt_dist.run.fingerprint import config_fingerprint
+from sculpt_dist.run.folder import check_checkpoint
+from sculpt_dist.run.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from sculpt_dist.engine.group import Group
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """A configuration with the method, plan, prompts and images that it stands for."""
+
+    config: RunConfig
+    method: Method | Editor
+    plan: Plan | None  # the steps of each concept; None for a method in closed form
+    prompts: tuple[ConceptPrompts, ...]  # of each concept
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        return tuple(self.config.concepts)
+
+    @property
+    def method_name(self) -> str:
+        return str(self.config.method.get("name", "dm_cal"))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+    @property
+    def scores(self) -> bool:
+        """Whether the run draws images and scores them."""
+        calibrates = isinstance(self.method, Method) and self.method.calibration_images > 0
+        return self.config.evaluate.enabled or calibrates
+
+    @property
+    def trained(self) -> tuple[Method, Plan]:
+        """The method and the plan of its steps, for what only a method that trains can do."""
+        assert isinstance(self.method, Method) and self.plan is not None
+        return self.method, self.plan
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The images to draw and score. Raises ConfigError where the configuration does not say enough for it."""
+        return resolve_evaluation(self.config.evaluate, self.config.concepts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum over everything in the configuration that decides the result."""
+        return config_fingerprint(self.config)
+
+    def micro_batch(self, ranks: int) -> int:
+        """Samples per stream of one rank's micro-batch. Raises ConfigError where the batch does not divide."""
+        if ranks < 1:
+            raise ConfigError(f"ranks={ranks}: must be at least 1")
+        micro = check_batch(self.config, ranks)
+        if self.plan is not None:
+            from sculpt_dist.data.streams import Layout
+
+            layout = Layout(self.config.train.batch, ranks, 0, self.config.train.accumulate)
+            for spec in self.trained[0].streams():
+                layout.shared(spec)
+        return micro
+
+    def check_checkpoint(self, path: Path, state: Mapping[str, Any], fingerprints: Mapping[str, str]) -> bool:
+        """Whether a checkpoint was made with another configuration or other data; raises RunFolderError unless accepted."""
+        targets = [concept.target for concept in self.concepts]
+        return check_checkpoint(path, state, fingerprints, self.config.run.override, targets)
+
+    def join_ranks(self) -> Group:
+        """The ranks of this job. Raises LaunchError when they come with different run folders or configurations."""
+        from sculpt_dist.engine.group import Group
+
+        identity = f"run.folder={self.config.run.folder}, configuration {self.fingerprint[:12]}"
+        return Group(self.config.engine.timeout, identity)
+
+
+def resolve(config: RunConfig) -> RunSetup:
+    """Raises ConfigError for a configuration that cannot run; no model is opened."""
+    if not config.concepts:
+        raise ConfigError(
+            "concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'"
+        )
+    prompts = tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)
+    method = load_method(config.method)
+    plan = make_plan(config.train, config.mask, config.engine, method) if isinstance(method, Method) else None
+    return RunSetup(config, method, plan, prompts)

@@ -1,0 +1,151 @@
+"""What a checkpoint of a training run holds, and how a run takes it up again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculpt_dist.core.files import append_line
+from sculpt_dist.engine import checkpoints
+from sculpt_dist.engine.checkpoints.save import Saver
+from sculpt_dist.engine.stopping.request import LOG_FILE
+from sculpt_dist.engine.zero import Engine
+from sculpt_dist.run.folder import code_versions
+from sculpt_dist.run.session import Session
+from sculpt_dist.run.setup import RunSetup
+from sculpt_dist.run.train import ConceptRun, LossWindow
+
+Found = tuple[Path, dict[str, Any]]  # a checkpoint and its state
+
+
+def find_checkpoint(session: Session) -> Found | None:
+    """The newest checkpoint of the run folder. Raises RunFolderError where it belongs to another base or configuration."""
+    found = checkpoints.newest(session.folder / "checkpoints", session.group)
+    if found is not None:
+        fingerprints = {"base": session.base, "config": session.setup.fingerprint}
+        session.setup.check_checkpoint(*found, fingerprints)
+    return found
+
+
+@dataclass
+class TrainingState:
+    """Saves the state of a run, within concepts and between them, and restores it."""
+
+    session: Session
+    engine: Engine
+    saver: Saver
+    fingerprints: dict[str, str]  # of what a checkpoint must belong to
+
+    def save(self, run: ConceptRun) -> None:
+        """A checkpoint within a concept."""
+        extra: dict[str, list[Tensor]] = {"teacher": run.start}
+        if run.candidate is not None:
+            extra["candidate"] = run.candidate
+        state = {
+            "updates": self.engine.optimizer.updates,
+            "mask": masking(self.session.setup),
+            "births": self.engine.mask.births,
+            "selections": self.engine.mask.selections,
+            "open_count": self.engine.mask.open_count,
+            "recent": asdict(run.recent),
+            "candidate": run.candidate is not None,
+            "trajectories": [trajectory.index for trajectory in run.trajectories],
+        }
+        self._write((run.number, run.step), extra, state, _trajectory_tensors(run))
+
+    def save_between(self, finished: int) -> None:
+        """A checkpoint between two concepts, where only the weights matter."""
+        self._write((finished, 0), {}, {"candidate": False}, {})
+
+    def _write(
+        self,
+        place: tuple[int, int],
+        extra: dict[str, list[Tensor]],
+        state: dict[str, Any],
+        trajectories: Mapping[str, Tensor],
+    ) -> None:
+        concept, step = place
+        finished = [done.target for done in self.session.setup.concepts[:concept]]
+        about = {"concept": concept, "step": step, "finished": finished, "code": code_versions()}
+        # replicas are written once
+        held = self.engine.shards if self.session.group.is_first or not self.engine.replicated else []
+        self.saver.save(place, held, extra, about | state | self.fingerprints, trajectories)
+        self.session.costs.write()
+
+    def resume(self, found: Found | None) -> tuple[int, dict[str, Any] | None]:
+        """Load the weights as they were before the concept to go on with.
+
+        Returns the concept's number and its saved state; the state is None where the concept begins from its start.
+        """
+        if found is None:
+            return 0, None
+        (path, state), session = found, self.session
+        changed = session.setup.check_checkpoint(path, state, self.fingerprints)
+        session.group.on_first(lambda: self._clear_later(path, state["concept"] if changed else None))
+        within, mask = state["step"] > 0, masking(session.setup)
+        anew = within and state.get("mask", mask) != mask
+        if session.group.is_first:
+            log, finished = session.folder / LOG_FILE, ", ".join(state["finished"]) or "no concept"
+            append_line(log, f"resumes from {path.name}, {finished} finished")
+            if anew:
+                append_line(log, "begins this concept anew, because the mask's settings have changed")
+        extra = ["teacher"] if within else []
+        filled = session.group.together(lambda: checkpoints.load(path, self.engine.shards, extra))
+        if within:
+            self.engine.set_masters(filled["teacher"])
+        else:
+            self.engine.publish()
+        return state["concept"], state | {"path": str(path)} if within and not anew else None
+
+    def _clear_later(self, path: Path, concept: int | None) -> None:
+        """Put damaged later checkpoints aside; with a `concept`, also remove the scores from it on."""
+        checkpoints.set_aside_later(path)
+        for scored in (self.session.folder / "evaluation").glob("after-*") if concept is not None else ():
+            if scored.name >= f"after-{concept:02d}":
+                shutil.rmtree(scored)
+
+    def restore(self, run: ConceptRun, state: dict[str, Any]) -> None:
+        """Weights, moments, saliency, mask and trajectories as they were at the saved step; the teacher exists already."""
+        path = Path(state["path"])
+        filled = checkpoints.load(path, self.engine.shards, ["candidate"] if state["candidate"] else [])
+        self.engine.publish()
+        run.step, run.recent = state["step"], LossWindow(**state["recent"])
+        run.candidate = filled.get("candidate")
+        self._restore_trajectories(run, path, state["trajectories"])
+        self.engine.optimizer.updates = state["updates"]
+        mask = self.engine.mask
+        mask.births, mask.selections, mask.open_count = state["births"], state["selections"], state["open_count"]
+
+    def _restore_trajectories(self, run: ConceptRun, path: Path, indices: list[int]) -> None:
+        latents, prompts = (checkpoints.load_named(path, kind) for kind in ("trajectory", "trajectory_prompt"))
+        backbone, device = self.session.backbone, self.session.group.device
+        for micro, trajectory in enumerate(run.trajectories if prompts else []):
+            places = [str(position) for position in run.streams.layout.positions(micro)]
+            if micro >= len(indices) or not latents.keys() >= set(places):
+                continue  # another batch or accumulation, accepted with run.override: the trajectory begins anew
+            stacked = torch.stack([latents[place].view(backbone.latent_shape) for place in places])  # [B, C, H, W]
+            trajectory.latents, trajectory.index = stacked.to(device), indices[micro]
+            trajectory.prompts = tuple(bytes(prompts[place].tolist()).decode() for place in places)
+
+
+def masking(setup: RunSetup) -> dict[str, Any]:
+    """What a saved mask and its saliency depend on."""
+    mask, (_, plan) = setup.config.mask, setup.trained
+    return {"keep": mask.keep, "scope": mask.scope, "saliency": mask.saliency, "collect": plan.collect}
+
+
+def _trajectory_tensors(run: ConceptRun) -> dict[str, Tensor]:
+    """This rank's trajectories: one flat tensor for each position of the global batch."""
+    kept = {}
+    for micro, trajectory in enumerate(run.trajectories):
+        latents: list[Tensor] = [] if trajectory.latents is None else list(trajectory.latents)
+        for position, latent, prompt in zip(run.streams.layout.positions(micro), latents, trajectory.prompts):
+            kept[f"trajectory|{position}|0"] = latent.flatten()
+            kept[f"trajectory_prompt|{position}|0"] = torch.tensor(list(prompt.encode()), dtype=torch.uint8)
+    return kept
