@@ -22,8 +22,12 @@ from sculpt_dist.methods.base import Step, matrices
 
 @dataclass(frozen=True)
 class Config:
+    """The options of concept_ablation."""
+
     name: str = "concept_ablation"
-    parts: list[str] = field(default_factory=lambda: ["k", "v"])  # of the cross-attention that train: of q, k, v, out
+    """Name of this method."""
+    parts: list[str] = field(default_factory=lambda: ["k", "v"])
+    """Matrices of the cross-attention that train: any of q, k, v, out."""
 
 
 class Method(Base):

@@ -23,16 +23,24 @@ from sculpt_dist.methods.base import Request, Step
 
 @dataclass(frozen=True)
 class Config:
+    """The options of dm_cal."""
+
     name: str = "dm_cal"
+    """Name of this method."""
     retain_weight: float = 0.25
+    """Weight of denoising the superclass, r."""
     distill_weight: float = 0.25
-    label_source: str = "teacher"  # who gives the label: teacher, student (published), original
-    label_guidance: float = 1.0  # w; 0 = published
+    """Weight of the distillation on anchors, d."""
+    label_source: str = "teacher"
+    """Net that gives the label: teacher, student (published) or original."""
+    label_guidance: float = 1.0
+    """Guidance of the label, w; 0 is published."""
     anchors: list[str] = field(default_factory=lambda: ["targets", "superclass", "keep"])
-    parts: list[str] = field(
-        default_factory=lambda: ["q", "k", "v", "out"]
-    )  # of the cross-attention that may move; pooled: see PARTS
-    reference_compat: bool = False  # the published code's behaviour, with what it gets wrong (see REFERENCE)
+    """Sources of the anchor stream: targets (earlier ones), superclass, keep."""
+    parts: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])
+    """Matrices of the cross-attention that may move: q, k, v, out; and pooled, what takes in SDXL's pooled text."""
+    reference_compat: bool = False
+    """Reproduce the published code's behaviour, including its faults (see REFERENCE)."""
 
 
 # The group of parameters that each part is. `pooled`, ours: what takes in the pooled text of SDXL, by which a style may be drawn.

@@ -25,12 +25,20 @@ GROUPS = {"x": "cross_attention", "u": "not_cross_attention", "full": "all"}
 
 @dataclass(frozen=True)
 class Config:
+    """The options of esd."""
+
     name: str = "esd"
-    variant: str = "x"  # x: cross-attention (styles); u: everything else (objects, nudity); full
+    """Name of this method."""
+    variant: str = "x"
+    """What trains: x, the cross-attention (styles); u, everything else (objects, nudity); full, all."""
     eta: float = 1.0
-    guidance: float = 3.0  # with which the student draws
+    """Strength of the negative guidance."""
+    guidance: float = 3.0
+    """Guidance scale with which the student draws its latents."""
     sampler_steps: int = 50
-    reference: str = "teacher"  # e0: teacher, original
+    """Sampler steps of these latents."""
+    reference: str = "teacher"
+    """Net that gives the label, e0: teacher or original."""
 
 
 class Method(Base):

@@ -34,14 +34,24 @@ PREFIXES, SUFFIXES = ("a picture of", "an image with"), ("in detail", "in the ba
 
 @dataclass(frozen=True)
 class Config:
+    """The options of kscu."""
+
     name: str = "kscu"
-    sampler_steps: int = 50  # flow: 28
-    start: int = 14  # S; published for 50 steps: 14 nudity and objects, 24 style, 40 instance; for 28: 8, 14, 22
-    trains: str = "not_cross_attention"  # objects; cross_attention for styles and instances
-    guidance: float = 3.0  # with which the student draws; flow: 3.5
+    """Name of this method."""
+    sampler_steps: int = 50
+    """Sampler steps of the student's latents: 50, or 28 for flow."""
+    start: int = 14
+    """First key step, S. Published for 50 steps: 14 nudity and objects, 24 styles, 40 instances; for 28: 8, 14, 22."""
+    trains: str = "not_cross_attention"
+    """Group of parameters that trains: not_cross_attention for objects, cross_attention for styles and instances."""
+    guidance: float = 3.0
+    """Guidance scale with which the student draws: 3, or 3.5 for flow."""
     leakage_weight: float = 1e-4
-    leakage: float = 0.02  # l at t = 0: (1000 - t) 2e-5
-    disturbance: float = 1e-5  # standard deviation of the noise on the embedding
+    """Weight of the term on the empty prompt."""
+    leakage: float = 0.02
+    """Leakage coefficient l at time 0, which falls to 0 at full noise."""
+    disturbance: float = 1e-5
+    """Standard deviation of the noise on the embedding in the last updates."""
 
 
 class Method(Base):

@@ -25,9 +25,14 @@ from sculpt_dist.methods.base import Method as Base
 
 @dataclass(frozen=True)
 class Config:
+    """The options of rgd."""
+
     name: str = "rgd"
-    retain_scale: float = 1.5  # r
-    trains: str = "cross_attention"  # group of the backbone
+    """Name of this method."""
+    retain_scale: float = 1.5
+    """Factor on the retaining gradient, r."""
+    trains: str = "cross_attention"
+    """Group of the backbone's parameters that trains."""
 
 
 class Method(Base):

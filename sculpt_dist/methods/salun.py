@@ -22,9 +22,14 @@ from sculpt_dist.methods.base import Step, matrices
 
 @dataclass(frozen=True)
 class Config:
+    """The options of salun."""
+
     name: str = "salun"
-    retain_weight: float = 0.1  # beta
-    saliency_guidance: float = 8.5  # w; the published code takes (1 + 7.5) e(x_f, c_f) - 7.5 e(x_f, "")
+    """Name of this method."""
+    retain_weight: float = 0.1
+    """Weight of denoising the retained samples, beta."""
+    saliency_guidance: float = 8.5
+    """Guidance w of the saliency's prediction; published is (1 + 7.5) e(x_f, c_f) - 7.5 e(x_f, \"\")."""
 
 
 class Method(Base):

@@ -34,18 +34,26 @@ CONTRASTS = ("log", "ratio", "margin")
 
 @dataclass(frozen=True)
 class Config:
+    """The options of surgun."""
+
     name: str = "surgun"
-    contrast: str = "log"  # log, ratio, margin
-    contrast_weight: float = 0.1  # b
-    margin: float = 1.0  # m
+    """Name of this method."""
+    contrast: str = "log"
+    """Form of the contrast: log, ratio or margin."""
+    contrast_weight: float = 0.1
+    """Weight of the contrast, b."""
+    margin: float = 1.0
+    """Largest loss of the target that counts in the margin form, m."""
     distractors: int = 4
-    candidates: list[str] = field(  # for objects; the concepts of the run are left out
+    """Number of distractors per concept."""
+    candidates: list[str] = field(
         default_factory=lambda: (
             "apple, airplane, bicycle, book, bridge, butterfly, cake, camera, castle, chair, clock, cloud, coin, cup, drum, elephant, "
             "flower, fountain, guitar, hat, horse, island, key, ladder, lamp, leaf, lighthouse, moon, mountain, mushroom, piano, robot, "
             "sailboat, shell, shoe, snowman, table, telescope, train, tree, umbrella, volcano, waterfall, windmill"
         ).split(", ")
     )
+    """Objects from which distractors are chosen; the run's own concepts are left out."""
     style_candidates: list[str] = field(
         default_factory=lambda: [
             "oil painting",
@@ -58,13 +66,17 @@ class Config:
             "comic",
         ]
     )
-    blocks: list[int] = field(
-        default_factory=list
-    )  # numbers of `block.K` groups; empty = all (see `sculpt-dist localize`)
+    """Styles from which distractors of a style are chosen."""
+    blocks: list[int] = field(default_factory=list)
+    """Numbers of the blocks that train (`block.K` groups); empty trains all. See `sculpt-dist localize`."""
     attention: list[str] = field(default_factory=lambda: ["cross_attention", "self_attention"])
-    rank: int = 16  # of the adapter; 0 = the blocks' own weights train
-    calibrations: int = 0  # checkpoints per concept of which the best is kept
-    calibration_images: int = 1  # per object and style, drawn of each of them
+    """Kinds of attention that train: cross_attention, self_attention."""
+    rank: int = 16
+    """Rank of the adapter; 0 trains the blocks' own weights."""
+    calibrations: int = 0
+    """Candidates per concept, of which the best is kept; 0 keeps the last weights."""
+    calibration_images: int = 1
+    """Images per object and style, drawn of each candidate."""
 
 
 class Method(Base):

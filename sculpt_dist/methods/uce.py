@@ -27,10 +27,16 @@ from sculpt_dist.methods.base import Editor, matrices
 
 @dataclass(frozen=True)
 class Config:
+    """The options of uce."""
+
     name: str = "uce"
-    ridge: float = 0.1  # l
-    erase_scale: float = 1.0  # e
-    preserve_scale: float = 0.1  # p
+    """Name of this method."""
+    ridge: float = 0.1
+    """Ridge towards the old weights, l."""
+    erase_scale: float = 1.0
+    """Weight of the erased tokens, e."""
+    preserve_scale: float = 0.1
+    """Weight of the preserved tokens, p."""
 
 
 class Method(Editor):
