@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sculpt_dist.backbones.io.folders import (
-    check_folder,
-    component_config,
-    load_scheduler,
-    stored_entries,
-    stored_weights,
-)
+from sculpt_dist.backbones.io.checking import check_folder
+from sculpt_dist.backbones.io.folders import component_config, load_scheduler, stored_entries, stored_weights
 from sculpt_dist.backbones.io.tensorfile import Entry
 from sculpt_dist.backbones.parts.components import Components, forces_upcast, model_class
 from sculpt_dist.backbones.parts.embeddings import PromptEmbeddings

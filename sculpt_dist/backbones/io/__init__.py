@@ -1,6 +1,7 @@
-"""Pipeline folders on disk: `find` locates them (folder, hub, shipped), `folders` checks and loads, `writing` exports.
+"""Pipeline folders on disk: `find` locates them, `checking` refuses damaged ones, `folders` loads, `writing` exports.
 
-`tensorfile` reads safetensors headers and writes such files tensor by tensor. Rooms above may import this.
+`tensorfile` reads the headers of safetensors files, and writes them tensor by tensor. Every layer above may import
+these.
 """
 
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from sculpt_dist.core.exports import lazy_exports
 
 if TYPE_CHECKING:
+    from sculpt_dist.backbones.io.checking import check_folder
     from sculpt_dist.backbones.io.find import find_folder, find_settings
     from sculpt_dist.backbones.io.folders import stored_entries, stored_weights, weight_files
     from sculpt_dist.backbones.io.tensorfile import Entry, TensorWriter, entries, write_tensors
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "checking": ["check_folder"],
         "find": ["find_folder", "find_settings"],
         "folders": ["stored_entries", "stored_weights", "weight_files"],
         "tensorfile": ["Entry", "TensorWriter", "entries", "write_tensors"],

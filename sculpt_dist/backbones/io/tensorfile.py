@@ -1,4 +1,4 @@
-"""Safetensors files, header first: what a file holds without reading it, and writing one tensor at a time."""
+"""Safetensors files: headers read without the content, and tensors written one at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sculpt_dist.core.errors import ModelError
 
-# The format, from its public description (github.com/huggingface/safetensors, README "Format"): 8 bytes of header length, little-endian;
-# a JSON header {name: {dtype, shape, data_offsets}}, padded with spaces; then the tensors' bytes, row-major, without gaps.
+# The format (github.com/huggingface/safetensors, README "Format"): 8 bytes of header length, little-endian; a JSON
+# header {name: {dtype, shape, data_offsets}}, padded with spaces; then the tensors' bytes, row-major, without gaps.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,8 +31,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 LABELS = {dtype: label for label, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000  # what the safetensors library itself accepts
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 PICKLED = (".ckpt", ".bin", ".pt", ".pth")
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # of files of torch.save: zip, pickle
 
 
 class Entry(NamedTuple):
@@ -52,23 +53,22 @@ class Entry(NamedTuple):
 
 
 def entries(file: Path) -> list[Entry]:
-    """What a safetensors file holds, in the order of its bytes; only the header is read.
+    """The tensors of a safetensors file, in the order of their bytes; only the header is read.
 
-    Raises ModelError when the file is missing, is a pickle or anything else that is no safetensors, or is cut short.
+    Raises ModelError when the file is missing, a pickle, no safetensors file, or cut short.
     """
     if not file.is_file():
-        raise ModelError(
-            f"{file}: {'is a folder, not a file' if file.is_dir() else 'there is no such file'}; give a .safetensors file"
-        )
+        fault = "is a folder, not a file" if file.is_dir() else "there is no such file"
+        raise ModelError(f"{file}: {fault}; give a .safetensors file")
     with file.open("rb") as content:
         start = content.read(9)
         length = int.from_bytes(start[:8], "little")
         if len(start) < 9 or length > MAX_HEADER_BYTES or start[8:] != b"{":
-            raise _no_safetensors(file, start)
+            raise _not_safetensors(file, start)
         text = start[8:] + content.read(length - 1)
     size = file.stat().st_size
     if len(text) < length:
-        raise ModelError(f"{file}: is cut short, within its header ({size} bytes are there); copy or download it again")
+        raise ModelError(f"{file}: is cut short, within its header (it has {size} bytes); copy or download it again")
     try:
         found = sorted(_placed(name, value) for name, value in json.loads(text).items() if name != "__metadata__")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -78,54 +78,59 @@ def entries(file: Path) -> list[Entry]:
     end = 0
     for begin, stop, name, dtype, shape in found:
         if begin != end or stop - begin != Entry(name, DTYPES[dtype], shape).size:
-            raise ModelError(f"{file}: is damaged, {name} does not lie where its shape says; copy or download it again")
+            raise ModelError(f"{file}: is damaged, {name} is not where its shape says; copy or download it again")
         end = stop
-    if size != 8 + length + end:
-        state = "is cut short" if size < 8 + length + end else "is damaged"
-        raise ModelError(
-            f"{file}: {state}: {size} bytes are there, its header says {8 + length + end}; copy or download it again"
-        )
+    expected = 8 + length + end
+    if size != expected:
+        state = "is cut short" if size < expected else "is damaged"
+        raise ModelError(f"{file}: {state}: it has {size} bytes, its header says {expected}; copy or download it again")
     return [Entry(name, DTYPES[dtype], shape) for _, _, name, dtype, shape in found]
 
 
 def _placed(name: str, value: dict[str, Any]) -> tuple[int, int, str, str, tuple[int, ...]]:
     begin, stop = value["data_offsets"]
     if value["dtype"] not in DTYPES:
-        raise ValueError(f"{name} is stored as {value['dtype']}, none of {', '.join(DTYPES)}")
+        raise ValueError(f"{name} is stored as {value['dtype']}, which is none of {', '.join(DTYPES)}")
     return int(begin), int(stop), name, value["dtype"], tuple(int(length) for length in value["shape"])
 
 
-def _no_safetensors(file: Path, start: bytes) -> ModelError:
-    if file.suffix not in PICKLED and not start.startswith(
-        (b"PK\x03\x04", b"\x80")
-    ):  # how torch.save's files begin: zip, pickle
-        return ModelError(f"{file}: is no safetensors file (it begins with {start[:8]!r}); copy or download it again")
-    return pickled(file)
+def _not_safetensors(file: Path, start: bytes) -> ModelError:
+    if file.suffix in PICKLED or start.startswith(PICKLE_STARTS):
+        return pickled(file)
+    return ModelError(f"{file}: is no safetensors file (it begins with {start[:8]!r}); copy or download it again")
 
 
 def pickled(file: Path) -> ModelError:
-    """What is said of a file of pickled weights, with the command that converts it."""
-    target = file.with_name(
-        file.name.replace("pytorch_model", "model") if file.name.startswith("pytorch_model") else file.name
-    )
+    """The error for a file of pickled weights, with the command that converts it."""
+    name = file.name
+    if name.startswith("pytorch_model"):
+        name = name.replace("pytorch_model", "model")
+    target = file.with_name(name).with_suffix(".safetensors")
     code = (
         "from torch import is_tensor, load; from safetensors.torch import save_file; "
         f"held = load({str(file)!r}, map_location='cpu', weights_only=True); held = held.get('state_dict', held); "
         "save_file({name: value.clone().contiguous() for name, value in held.items() if is_tensor(value)}, "
-        f"{str(target.with_suffix('.safetensors'))!r})"
+        f"{str(target)!r})"
     )
     return ModelError(
-        f"{file}: holds pickled weights, which can run code and are not read; convert it with: python -c {shlex.quote(code)}"
+        f"{file}: holds pickled weights, which can run code and are not read; convert it with: "
+        f"python -c {shlex.quote(code)}"
     )
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, row-major; of a contiguous tensor on the CPU without a copy."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class TensorWriter:
-    """A safetensors file whose tensors arrive one by one, in any order; each lands at its place at once.
+    """Writes a safetensors file from tensors that arrive one by one, in any order.
 
-    The file is absent, as before, or complete: it is written aside, and `finish` renames it. Wrong calls are ValueErrors.
+    The file is absent, as before, or complete: it is written under a temporary name, which `finish` changes.
     """
 
     def __init__(self, file: Path, planned: Sequence[Entry], metadata: dict[str, str] | None = None) -> None:
+        """Raises ValueError when the plan names a tensor twice."""
         self.file, self._missing = file, {entry.name: entry for entry in planned}
         if len(self._missing) != len(planned):
             raise ValueError(f"{file}: the plan names a tensor twice")
@@ -136,19 +141,19 @@ class TensorWriter:
         self._out.write(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Raises ValueError when it is another tensor than planned, or came before."""
-        came = Entry(name, tensor.dtype, tuple(tensor.shape))
-        if self._missing.get(name) != came:
-            raise ValueError(f"{self.file}: planned {self._missing.get(name)}, but {came} came")
+        """Raises ValueError when the tensor differs from the plan, or is written already."""
+        given = Entry(name, tensor.dtype, tuple(tensor.shape))
+        if self._missing.get(name) != given:
+            raise ValueError(f"{self.file}: planned {self._missing.get(name)}, got {given}")
         self._out.seek(self._start + self._places[name])
-        self._out.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._out.write(raw_bytes(tensor))
         del self._missing[name]
 
     def finish(self) -> None:
-        """Raises ValueError when a planned tensor did not come."""
+        """Move the file into place. Raises ValueError when a planned tensor is missing."""
         if self._missing:
             raise ValueError(
-                f"{self.file}: {len(self._missing)} planned tensors did not come, first {next(iter(self._missing))}"
+                f"{self.file}: {len(self._missing)} planned tensors are missing, first {next(iter(self._missing))}"
             )
         self._out.flush()
         os.fsync(self._out.fileno())
@@ -156,7 +161,7 @@ class TensorWriter:
         os.replace(self._aside, self.file)
 
     def abandon(self) -> None:
-        """Leave nothing behind, where `finish` was not reached."""
+        """Remove the temporary file, if `finish` did not move it."""
         self._out.close()
         self._aside.unlink(missing_ok=True)
 
@@ -164,9 +169,9 @@ class TensorWriter:
 def write_tensors(
     file: Path, planned: Sequence[Entry], tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file from tensors that arrive one by one; each is dropped before the next is asked for.
+    """Write a safetensors file from tensors that arrive one by one; each is dropped before the next is requested.
 
-    The file is absent, as before, or complete. Raises ValueError when a tensor is another than planned, or does not come.
+    The file is absent, as before, or complete. Raises ValueError when a tensor differs from the plan, or is missing.
     """
     writer = TensorWriter(file, planned, metadata)
     try:
@@ -179,7 +184,10 @@ def write_tensors(
 
 
 def _header(planned: Sequence[Entry], metadata: dict[str, str] | None) -> tuple[bytes, dict[str, int]]:
-    """The file's first bytes, and each tensor's place after them. Wider types come first, so that every tensor is aligned to its type."""
+    """The file's first bytes, and the place of each tensor after them.
+
+    Wider types come first, so that every tensor is aligned to its type.
+    """
     content: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
     places, end = {}, 0
     for entry in sorted(planned, key=lambda entry: -entry.dtype.itemsize):

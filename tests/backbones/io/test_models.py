@@ -81,7 +81,7 @@ def test_an_export_is_sharded_again_where_it_is_large(sharded, monkeypatch):
 def test_an_index_that_names_a_missing_shard_is_refused(sharded):
     (sharded / "unet" / "diffusion_pytorch_model-00002-of-00004.safetensors").unlink()
     with pytest.raises(
-        ModelError, match=r"index.json: names 1 shards that are not there \(diffusion_pytorch_model-00002"
+        ModelError, match=r"index.json: lists 1 shards that are missing \(diffusion_pytorch_model-00002"
     ):
         opened(sharded)
 
@@ -258,7 +258,7 @@ def test_a_shard_that_lacks_what_its_index_promises_is_refused(sharded):
     file.write_bytes(file.read_bytes().replace(b'weight":', b'veight":', 1))  # one bit of the header
     with pytest.raises(
         ModelError,
-        match="index.json: 2 weights are not where it says, first .*veight, which is not named and is in .*00002-of-00004",
+        match="index.json: 2 weights are not where it says, first .*veight, which is not listed and is in .*00002-of-00004",
     ):
         opened(sharded)
 
@@ -424,7 +424,7 @@ def test_a_hub_that_does_not_answer_is_given_up_within_10_seconds_and_the_cache_
         endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{mute.getsockname()[1]}"}
         said, seconds = find(cache, "nobody/nothing", None, **endpoint)
         assert (
-            "is no local folder and not in the cache, and the hub cannot be asked: network (ReadTimeout" in said
+            "is neither a local folder nor in the cache, and the hub does not answer: network (ReadTimeout" in said
             and seconds < 10
         )
         said, seconds = find(cache, "somebody/model", "v2", **endpoint)
