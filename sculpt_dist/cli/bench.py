@@ -6,18 +6,20 @@ from pathlib import Path
 
 import typer
 
-bench_app = typer.Typer(help="What things cost on this machine, at real sizes.", no_args_is_help=True)
+from sculpt_dist.cli.options import load
+
+bench_app = typer.Typer(help="Benchmarks: what things cost on this machine, at real sizes.", no_args_is_help=True)
 AS_JSON = typer.Option(False, "--json", help="The last line of stdout is one JSON object.")
 
 
 @bench_app.command("mask")
 def bench_mask(
-    preset: str = typer.Option("sd15", help="Whose matrices: sd15, sdxl or sana."),
+    preset: str = typer.Option("sd15", help="Model whose matrices are used: sd15, sdxl or sana."),
     scope: str = typer.Option("matrix", help="matrix or global, as mask.scope."),
-    weights: int | None = typer.Option(None, help="At most so many weights: only the first matrices."),
+    weights: int | None = typer.Option(None, help="Largest number of weights: takes the first matrices only."),
     as_json: bool = AS_JSON,
 ) -> None:
-    """Refresh and masked step on random data, against the ways of published code. On several ranks only its own figures."""
+    """Time a refresh and a masked step on random data, on one rank beside the ways of published code."""
     from sculpt_dist.bench.mask import bench_mask as run
     from sculpt_dist.cli.console import print_figures
     from sculpt_dist.engine.group import Group
@@ -33,10 +35,10 @@ def bench_step(
     overrides: list[str] | None = typer.Argument(
         None, help="key=value, for example train.batch=4 model.path=FOLDER engine.stage=3."
     ),
-    arch: str = typer.Option("sd15", help="The kind of model; without model.path the shipped one of this kind."),
+    arch: str = typer.Option("sd15", help="Kind of model; without model.path the shipped one."),
     as_json: bool = AS_JSON,
 ) -> None:
-    """A step of the training loop by part; on one rank beside its bare passes and beside the work of published code."""
+    """Time a step of the training loop by part, on one rank beside its bare passes and the work of published code."""
     from sculpt_dist.bench.step import bench_step as run
     from sculpt_dist.cli.console import print_figures
     from sculpt_dist.engine.group import Group
@@ -49,10 +51,10 @@ def bench_step(
 
 @bench_app.command("comm")
 def bench_comm(
-    megabytes: list[float] = typer.Option([0.1, 1.0, 10.0, 100.0], help="A size; may be given again."),
+    megabytes: list[float] = typer.Option([0.1, 1.0, 10.0, 100.0], help="Size in MB; repeatable."),
     as_json: bool = AS_JSON,
 ) -> None:
-    """Sums, gatherings and scatterings over the ranks of this job: start it as you start a run. `plan --rates` reads the JSON."""
+    """Time sums, gathers and scatters over the ranks of this job, which is started like a run, for `plan --rates`."""
     from sculpt_dist.bench.comm import bench_comm as run
     from sculpt_dist.cli.console import print_figures
     from sculpt_dist.engine.group import Group
@@ -69,16 +71,15 @@ def bench_comm(
 def bench_data(
     config: Path = typer.Argument(help="A yaml file whose run has prepared its samples."),
     overrides: list[str] | None = typer.Argument(None, help="key=value, for example train.workers=2."),
-    seconds: float = typer.Option(3.0, help="How long to read, of each role and of all together."),
+    seconds: float = typer.Option(3.0, help="Seconds to read each role, and all together."),
     as_json: bool = AS_JSON,
 ) -> None:
-    """Samples per second that the loader reads from CONFIG's shards, without the net, beside the seconds of the run's own steps."""
+    """Time how fast the loader reads CONFIG's shards, without the net, beside the run's own steps."""
+    loaded = load(config, overrides)
     from sculpt_dist.bench.data import bench_data as run
     from sculpt_dist.cli.console import print_figures
-    from sculpt_dist.config.load import load_config
     from sculpt_dist.run.setup import resolve
 
-    loaded = load_config(config, overrides or [])
     group = resolve(loaded).join_ranks()
     found = run(loaded, group, seconds)
     if group.is_first:

@@ -61,9 +61,8 @@ def print_check(found: dict[str, Any]) -> None:
 def print_plan(found: dict[str, Any]) -> None:
     """What `plan.plan_run` found."""
     micro = f"micro-batch {found['micro_batch']} x {found['accumulate']}"
-    Console().print(
-        f"{found['net']}: {found['trainable']:,} of {found['parameters']:,} parameters train; stage {found['stage']}, {micro}"
-    )
+    trained = f"{found['trainable']:,} of {found['parameters']:,} parameters train"
+    Console().print(f"{found['net']}: {trained}; stage {found['stage']}, {micro}")
     parts = Table(title=f"GB of each of {found['ranks']} ranks at the fullest moment of a step")
     for name, size in [
         *found["bytes"].items(),

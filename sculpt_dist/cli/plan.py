@@ -1,4 +1,4 @@
-"""The commands that look ahead: what a configuration would train, what it would need, where it would lie."""
+"""The commands that look ahead: what a configuration would train and need, and where its run would be."""
 
 from __future__ import annotations
 
@@ -7,45 +7,44 @@ from pathlib import Path
 
 import typer
 
-CONFIG = typer.Argument(help="A yaml file, for example configs/sdxl/dm_cal.yaml.")
-OVERRIDES = typer.Argument(None, help="key=value, for example train.batch=8.")
+from sculpt_dist.cli.options import CONFIG, OVERRIDES, load
 
 
 def check(
     config: Path = CONFIG,
     overrides: list[str] | None = OVERRIDES,
-    ranks: int = typer.Option(1, help="The ranks that the run will have."),
+    ranks: int = typer.Option(1, help="Ranks of the run."),
 ) -> None:
-    """Check CONFIG against its model's settings and count what would train; needs no weights and no GPU. Evaluation is left out."""
+    """Check CONFIG against its model's settings and count what would train; needs no weights and no GPU."""
+    loaded = load(config, overrides)
     from sculpt_dist.cli.console import print_check
-    from sculpt_dist.config.load import load_config
     from sculpt_dist.planning.check import check_run
 
-    print_check(check_run(load_config(config, overrides or []), ranks))
+    print_check(check_run(loaded, ranks))
 
 
 def plan(
     config: Path = CONFIG,
     overrides: list[str] | None = OVERRIDES,
-    ranks: int = typer.Option(1, help="The ranks that the run will have, one per GPU."),
+    ranks: int = typer.Option(1, help="Ranks of the run, one per GPU."),
     memory: float = typer.Option(80.0, help="GB (1e9 bytes) of each rank."),
-    device: str = typer.Option("cuda", help="What the ranks compute on: cuda or cpu."),
+    device: str = typer.Option("cuda", help="Device of the ranks: cuda or cpu."),
     flops: float | None = typer.Option(None, help="Operations per second of a rank, for example 3e14."),
-    bandwidth: float | None = typer.Option(None, help="GB/s of a rank's link; 10 where nobody says."),
+    bandwidth: float | None = typer.Option(None, help="GB/s of a rank's link; 10 if unknown."),
     latency: float | None = typer.Option(
-        None, help="Microseconds of a small collective between two ranks; 50 where nobody says."
+        None, help="Microseconds of a small collective between two ranks; 50 if unknown."
     ),
-    rates: list[Path] = typer.Option([], help="JSON that a bench printed, for what is not given; may be given again."),
+    rates: list[Path] = typer.Option([], help="JSON that a bench printed, for rates that are not given; repeatable."),
     as_json: bool = typer.Option(False, "--json", help="The last line of stdout is one JSON object."),
 ) -> None:
-    """Memory, traffic and time that CONFIG needs, and the cheapest change that makes it fit; needs no weights and no GPU."""
+    """Compute the memory, traffic and time that CONFIG needs, and the cheapest change that makes it fit."""
+    loaded = load(config, overrides)
     from sculpt_dist.cli.console import print_plan
-    from sculpt_dist.config.load import load_config
     from sculpt_dist.planning.plan import GIGA, plan_run
     from sculpt_dist.planning.rates import read_rates
 
     known = read_rates(rates, flops, bandwidth, latency)
-    found = plan_run(load_config(config, overrides or []), ranks, memory * GIGA, known, device)
+    found = plan_run(loaded, ranks, memory * GIGA, known, device)
     if as_json:
         print(json.dumps(found))
     else:

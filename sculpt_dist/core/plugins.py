@@ -17,12 +17,16 @@ def plugins(package: str) -> list[str]:
 
 
 def plugin(package: str, name: str, key: str) -> ModuleType:
-    """Import `<package>.<name>`. Raises ConfigError that lists what there is."""
-    there = plugins(package)
-    if name not in there:
-        close = difflib.get_close_matches(str(name), there, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(
-            f"{key}={name}: there is no such {package.rpartition('.')[2].removesuffix('s')}.{hint} There are: {', '.join(there)}."
-        )
+    """Import `<package>.<name>`. Raises ConfigError as `check_plugin`."""
+    check_plugin(package, name, key)
     return importlib.import_module(f"{package}.{name}")
+
+
+def check_plugin(package: str, name: str, key: str) -> None:
+    """Raises ConfigError with a close name and all there are where a package has no plugin `name`; imports none."""
+    names = plugins(package)
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        kind = package.rpartition(".")[2].removesuffix("s")
+        raise ConfigError(f"{key}={name}: there is no such {kind}.{hint} There are: {', '.join(names)}.")

@@ -10,6 +10,7 @@ from sculpt_dist.core.errors import ModelError
 
 SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
 WANTED = [*SETTINGS, "*/*.safetensors"]  # no pickles, and no original single file beside the components
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SECONDS = 5.0  # to wait for an answer of the hub
 
 
@@ -20,16 +21,21 @@ def find_folder(path: str | None, arch: str, revision: str | None) -> Path:
         if not (shipped / "model_index.json").is_file():
             raise ModelError(f"model.path is not set, and there is no shipped canvas model for model.arch={arch}")
         return shipped
+    check_path(path)
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
+    return folder if folder.is_dir() else _from_hub(path, revision)
+
+
+def check_path(path: str | None) -> None:
+    """Raises ModelError where `model.path` can be neither a folder, nor a file, nor a hub id; asks no hub."""
+    if path is None or Path(path).expanduser().exists():
+        return
     if path.endswith((".safetensors", ".ckpt")):
         raise ModelError(f"model.path={path}: there is no such file")
-    if folder.is_absolute() or path.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if Path(path).expanduser().is_absolute() or path.startswith((".", "~")) or not HUB_ID.fullmatch(path):
         raise ModelError(
             f"model.path={path}: there is no such folder; give a diffusers pipeline folder or a hub id owner/name"
         )
-    return _from_hub(path, revision)
 
 
 def find_settings(path: str | None, public: str | None, revision: str | None) -> Path:

@@ -1,0 +1,81 @@
+"""What all commands share: their arguments, how a configuration is read, and what they do once on several ranks."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.plugins import check_plugin, plugins
+
+if TYPE_CHECKING:
+    from sculpt_dist.config.schema import RunConfig
+
+NAMED = {  # keys whose value is the name of a file in a package
+    "model.arch": "sculpt_dist.backbones",
+    "method.name": "sculpt_dist.methods",
+    "evaluate.classifier": "sculpt_dist.evaluation.classifiers",
+}
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Completions of key=value: keys, and the values of those that name a model, method or classifier."""
+    from sculpt_dist.config.reference import run_keys
+
+    key, equals, value = incomplete.partition("=")
+    if equals:
+        return [f"{key}={name}" for name in plugins(NAMED[key]) if name.startswith(value)] if key in NAMED else []
+    keys = [*(entry.name for entry in run_keys() if "[]" not in entry.name and entry.name != "method"), "method.name"]
+    return [f"{name}=" for name in keys if name.startswith(key)]
+
+
+CONFIG = typer.Argument(help="A yaml file, for example configs/canvas/dm_cal.yaml.")
+OVERRIDES = typer.Argument(None, help="key=value, for example train.lr=1e-5.", autocompletion=complete_override)
+JOBS = typer.Option(1, help="Runs at a time on this machine.")
+RANKS = typer.Option(1, help="Processes of each run.")
+
+
+def load(config: Path, overrides: list[str] | None, loading: str = "torch and diffusers") -> RunConfig:
+    """Read a configuration and check all names in it, then announce what takes seconds to load.
+
+    Raises ConfigError and ModelError for a wrong key, name or path before torch is imported.
+    """
+    from sculpt_dist.backbones.io.find import check_path
+    from sculpt_dist.config.load import load_config
+
+    loaded = load_config(config, overrides or [])
+    check_plugin(NAMED["model.arch"], loaded.model.arch, "model.arch")
+    _check_method(loaded.method)
+    check_path(loaded.model.path)
+    if is_first():
+        print(f"loading {loading} ...", file=sys.stderr, flush=True)
+    return loaded
+
+
+def _check_method(options: dict[str, object]) -> None:
+    """Raises ConfigError for an unknown method, and for an option that it does not have."""
+    from sculpt_dist.config.reference import method_keys
+
+    name = str(options.get("name", "dm_cal"))
+    check_plugin(NAMED["method.name"], name, "method.name")
+    known = [key.name for key in method_keys(name)]
+    for option in options:
+        if f"method.{option}" not in known:
+            close = difflib.get_close_matches(f"method.{option}", known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"method.{option}: {name} has no such option.{hint} There are: {', '.join(known)}.")
+
+
+def is_first() -> bool:
+    """Whether this is the first rank of its job, which speaks for all."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def num_ranks() -> int:
+    """The ranks of this job, as its launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

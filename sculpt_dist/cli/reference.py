@@ -1,0 +1,51 @@
+"""The commands that list what there is: keys of a configuration, methods, kinds of models, metrics and classifiers."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sculpt_dist.config.reference import reference, summaries
+from sculpt_dist.core.errors import ConfigError
+
+
+def config(
+    prefix: str = typer.Argument("", help="Only keys that begin like this, for example train or method.esd."),
+) -> None:
+    """Print every key of a configuration with its type, default and meaning."""
+    keys = reference(prefix)
+    if not keys:
+        raise ConfigError(f"no key begins with {prefix!r}: `sculpt-dist config` lists all of them")
+    table = Table("key", "default", "meaning", show_lines=False)
+    for key in keys:
+        table.add_row(key.name, key.default or "required", f"{key.meaning} ({key.type})")
+    _print(table)
+
+
+def methods() -> None:
+    """List the methods: the values of method.name."""
+    _list("sculpt_dist.methods")
+
+
+def models() -> None:
+    """List the kinds of models: the values of model.arch."""
+    _list("sculpt_dist.backbones")
+
+
+def metrics() -> None:
+    """List the metrics, and the classifiers that evaluate.classifier may name."""
+    _list("sculpt_dist.evaluation.metrics")
+    _list("sculpt_dist.evaluation.classifiers")
+
+
+def _list(package: str) -> None:
+    table = Table(package.rpartition(".")[2].removesuffix("s"), "")
+    for name, line in summaries(package).items():
+        table.add_row(name, line)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=200).print(table)

@@ -1,0 +1,141 @@
+"""The commands that run: all of a run, or one of its stages; and what is made of its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from sculpt_dist.cli.options import CONFIG, OVERRIDES, is_first, load
+from sculpt_dist.core.signals import catch_early_signals
+
+FRESH = typer.Option(False, "--fresh", help="Start over: discard what the run folder holds, except drawn samples.")
+OVERRIDE = typer.Option(
+    False, "--override", help="Continue although the configuration has changed since; the changes are shown."
+)
+
+
+def unlearn(
+    config: Path = CONFIG, overrides: list[str] | None = OVERRIDES, fresh: bool = FRESH, override: bool = OVERRIDE
+) -> None:
+    """Forget the concepts of CONFIG one by one: prepare, train, score, export, report. Resumes what was stopped."""
+    catch_early_signals()
+    flags = ["run.fresh=true"] * fresh + ["run.override=true"] * override
+    loaded = load(config, [*(overrides or []), *flags])
+    from sculpt_dist.cli.console import print_run
+    from sculpt_dist.run.sequence import run_sequence
+
+    run = run_sequence(loaded)
+    if is_first():
+        print_run(run.folder, run.report)
+
+
+def prepare(config: Path = CONFIG, overrides: list[str] | None = OVERRIDES) -> None:
+    """Draw and store the training samples of CONFIG, and stop there; unlearn then starts at once."""
+    catch_early_signals()
+    loaded = load(config, overrides)
+    from sculpt_dist.run.stages import prepare_only
+
+    folder = prepare_only(loaded)
+    if is_first():
+        print(f"samples are in {folder}")
+
+
+def evaluate(
+    config: Path = CONFIG,
+    overrides: list[str] | None = OVERRIDES,
+    model: Path | None = typer.Option(None, help="Model folder to score; default: the run's export."),
+    output: Path | None = typer.Option(None, help="Folder for scores.json and images; default: RUN/evaluation/model."),
+) -> None:
+    """Score a model folder on the concepts of CONFIG."""
+    catch_early_signals()
+    loaded = load(config, overrides)
+    from sculpt_dist.run.stages import evaluate_only
+
+    scores, where = evaluate_only(loaded, model, output)
+    if is_first():
+        for kind, part in scores.items():
+            if part:
+                named = ((name, part[name]) for name in ("UA", "IRA", "CRA", "SA"))
+                print(kind, *(f"{name} {value:.3f}" for name, value in named if value is not None))
+        print(f"scores: {where / 'scores.json'}")
+
+
+def export(
+    config: Path = CONFIG,
+    overrides: list[str] | None = OVERRIDES,
+    form: str = typer.Option(
+        "folder",
+        "--as",
+        help="folder; single: one .safetensors file for ComfyUI and A1111; delta: the changed tensors; "
+        "lora: an adapter for diffusers and peft; kohya: one for ComfyUI and A1111.",
+    ),
+    output: Path | None = typer.Option(None, help="File to write (not for a folder); default: in the run folder."),
+    rank: int = typer.Option(16, help="Rank of the adapter, for lora and kohya."),
+) -> None:
+    """Write the model of CONFIG's run from its newest checkpoint, finished or not."""
+    loaded = load(config, overrides)
+    from sculpt_dist.run.stages import export_only
+
+    model = export_only(loaded, form, output, rank)
+    if is_first():
+        if form in ("lora", "kohya"):
+            from sculpt_dist.backbones.formats.adapter import read_lost
+
+            print(read_lost(model))
+        print(f"model: {model}")
+
+
+def apply(
+    delta: Path = typer.Argument(help="A file that export --as delta wrote."),
+    model: Path = typer.Argument(help="The pipeline folder to change; it stays as it is."),
+    output: Path = typer.Argument(help="The new pipeline folder."),
+    remove: bool = typer.Option(False, help="Take the delta out again, which restores the base model bit for bit."),
+) -> None:
+    """Apply a delta to the base model that it was made from."""
+    from sculpt_dist.backbones.formats.delta import apply_delta
+
+    apply_delta(model, delta, output, remove)
+    print(f"model: {output}")
+
+
+def report(folder: Path = typer.Argument(help="A run folder.")) -> None:
+    """Write the report of a run folder anew."""
+    from sculpt_dist.core.errors import RunFolderError
+    from sculpt_dist.report.report import write_report
+
+    if not (folder / "config.yaml").is_file():
+        raise RunFolderError(f"{folder}: is not a run folder (no config.yaml)")
+    print(f"report: {write_report(folder)}")
+
+
+def submit(
+    config: Path = CONFIG,
+    overrides: list[str] | None = OVERRIDES,
+    nodes: int = typer.Option(1, help="Nodes of the job."),
+    gpus_per_node: int = typer.Option(0, help="GPUs, and ranks, of each node; 0: one rank per node, on the CPU."),
+    time: str | None = typer.Option(
+        None, help="Time limit in Slurm's format, such as 4:00:00 or 2-12. At its end the job is requeued."
+    ),
+    partition: str | None = typer.Option(None, help="Slurm partition."),
+    option: list[str] = typer.Option([], help="Further option of sbatch, such as account=vision; repeatable."),
+    launch: str = typer.Option("srun", help="srun: one task per rank; torchrun: one launcher per node."),
+    show: bool = typer.Option(False, "--print", help="Print the script instead of sending it."),
+) -> None:
+    """Check CONFIG and send it to Slurm as a job that is requeued until it is done."""
+    from sculpt_dist.slurm.submit import Request, compose, send
+
+    request = Request(config, tuple(overrides or ()), nodes, gpus_per_node, time, partition, tuple(option), launch)
+    script = compose(request)
+    print(script if show else f"job: {send(script)}", end="" if show else "\n")
+
+
+def canvas_build(
+    arch: str = typer.Option("sd15", help="Kind of model to train."),
+    output: Path = typer.Option(Path("runs/canvas"), help="Folder for the model and the classifier."),
+    seed: int = typer.Option(0, help="Seed of everything random."),
+) -> None:
+    """Train a tiny model on the drawn world, and report how well its samples are recognised."""
+    from sculpt_dist.canvas.pretrain import build_canvas
+
+    build_canvas(arch, output, seed)
