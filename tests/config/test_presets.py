@@ -52,6 +52,7 @@ DM_CAL = ADAM | {
     "train.batch": 2,
     "train.steps": 450,
     "train.warmup": 0.3,
+    "train.schedule": "one_cycle",
     "prepare.samples": 100,
     "prepare.guidance": 7.5,
     "prepare.prompts.object": ["a photo of {concept}"],
@@ -65,6 +66,7 @@ ESD = UNMASKED | {
     "train.lr": 1e-5,
     "train.batch": 1,
     "train.warmup": 0.0,
+    "train.schedule": "constant",
 }
 KSCU = (
     ADAM
@@ -72,6 +74,7 @@ KSCU = (
     | {
         "train.batch": 1,
         "train.warmup": 0.0,
+        "train.schedule": "constant",
         "method.leakage_weight": 1e-4,
         "method.leakage": 0.02,
         "method.disturbance": 1e-5,
@@ -82,7 +85,14 @@ FLOW = KSCU | {"model.arch": "sana", "method.sampler_steps": 28, "method.guidanc
 OUTSIDE, CROSS, BOTH = ({"method.trains": group} for group in ("not_cross_attention", "cross_attention", "attention"))
 PUBLISHED: dict[str, dict[str, Any]] = {
     "concept_ablation-object": UNMASKED
-    | {"train.steps": 100, "train.batch": 8, "train.lr": 1.6e-5, "train.warmup": 0.0, "method.parts": ["k", "v"]},
+    | {
+        "train.steps": 100,
+        "train.batch": 8,
+        "train.lr": 1.6e-5,
+        "train.warmup": 0.0,
+        "train.schedule": "constant",
+        "method.parts": ["k", "v"],
+    },
     "dm_cal-imagenette": DM_CAL | {"method.reference_compat": False},
     "dm_cal-imagenette-reference": DM_CAL | {"method.reference_compat": True},
     "dm_cal-nudity": DM_CAL,  # as the Imagenette run; the paper's own nudity run is unverified
