@@ -1,15 +1,17 @@
-"""Adapters: the change that a run made to the denoiser's matrices, as a LoRA file for diffusers and peft, or for ComfyUI and A1111.
+"""Adapters: a run's change to the denoiser's matrices, as a LoRA file for diffusers and peft, or ComfyUI and A1111.
 
-For each changed matrix W [out, in] (a convolution's kernel flattened to [out, in * kh * kw]) the file holds B [out, r] and A [r, in] in
-fp32, W' - W ~ (alpha / r) B A with alpha = r (Hu et al., arXiv 2106.09685, section 4.1): the best factors of that rank, by singular value
-decomposition. The change of a run that trained a LoRA of rank r has that rank, so that r loses nothing of it but rounding; of a run that
-trained the weights themselves a part is lost, and the file says how much. Two forms:
+For each changed matrix W [out, in] (a convolution's kernel flattened to [out, in * kh * kw]) the file holds B [out, r]
+and A [r, in] in fp32: W' - W ~ (alpha / r) B A with alpha = r (Hu et al., arXiv 2106.09685, section 4.1), the best
+factors of that rank, by singular value decomposition. A run that trained a LoRA of rank r made a change of that rank,
+which rank r holds up to rounding. Of a run that trained the weights themselves a part is lost; the file says how much.
+There are two forms:
 
-    lora    unet.MODULE.lora_A.weight, .lora_B.weight (SANA: transformer.MODULE...), and peft's settings in the metadata
-    kohya   lora_unet_MODULE.lora_down.weight, .lora_up.weight, .alpha, the module's dots as underscores: diffusers' names for Stable
-            Diffusion 1.x and 2.x, those of the original layout for SDXL, which is how kohya's trainer names each of them
+    lora    unet.MODULE.lora_A.weight, .lora_B.weight (SANA: transformer.MODULE...), peft's settings in the metadata
+    kohya   lora_unet_MODULE.lora_down.weight, .lora_up.weight, .alpha, dots of the module as underscores. As kohya's
+            trainer does: diffusers' names for Stable Diffusion 1.x and 2.x, those of the original layout for SDXL
 
-All pairs of a file have one rank, the smaller ones filled up with zeros: diffusers reads alphas that differ wrongly from kohya's names.
+All pairs of a file have one rank, smaller ones padded with zeros: under kohya's names, diffusers misreads alphas that
+differ.
 """
 
 from __future__ import annotations
@@ -25,86 +27,90 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sculpt_dist.backbones.formats.delta import Net
 from sculpt_dist.backbones.formats.original_names import unet_originals
-from sculpt_dist.backbones.io.folders import component_config, empty_component, read_json
-from sculpt_dist.backbones.io.tensorfile import Entry, write_tensors
+from sculpt_dist.backbones.formats.stored_net import StoredNet
+from sculpt_dist.backbones.io.folders import component_config, empty_component
+from sculpt_dist.backbones.io.tensorfile import Entry, raw_bytes, write_tensors
+from sculpt_dist.backbones.parts.components import model_class
 from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.maths.low_rank import low_rank_factors
 
 FORMS = ("lora", "kohya")
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # the file that diffusers looks for in a folder
 ABOUT = "sculpt_dist"  # our key of the metadata
-KOHYA = {
+KOHYA = {  # kohya's name for the version of the base
     "StableDiffusionPipeline": "sd_v1",
     "StableDiffusionXLPipeline": "sdxl_base_v1-0",
-}  # its name for the base's version
+}
 
 
 class Lost(NamedTuple):
-    """What an adapter lacks of the change: the Frobenius norm of the rest, as a share of the change's own."""
+    """What an adapter lacks of the change: Frobenius norm of the rest, divided by that of the change."""
 
     rank: int
     share: float  # of all matrices together
-    worst: float  # of the matrix that lost most
+    worst: float  # of the matrix that loses most
     name: str  # of that matrix
 
     def __str__(self) -> str:
-        return f"rank {self.rank}: {100 * self.share:.2g} % of the change is lost (worst: {self.name} {100 * self.worst:.2g} %)"
+        share, worst = 100 * self.share, 100 * self.worst
+        return f"rank {self.rank}: {share:.2g} % of the change is lost (worst: {self.name} {worst:.2g} %)"
 
 
 class Pair(NamedTuple):
-    """The factors of one matrix, as they lie in the spool, and what they are to become."""
+    """The factors of one matrix, as the spool holds them."""
 
     name: str  # of the parameter
     shape: tuple[int, ...]  # of the parameter
-    rank: int  # at most that asked for, and that which the matrix can have
+    rank: int  # at most the requested one, and the matrix's own
     change: float  # squared Frobenius norms
     rest: float
 
 
 def check_adapter(base: Path, form: str, rank: int, file: Path) -> None:
-    """Raises ConfigError when no such adapter can be of this pipeline folder, or `file` is not named as one; reads headers only."""
+    """Raises ConfigError when no such adapter fits the pipeline folder, or `file` has a wrong name; reads headers."""
     with ExitStack() as stack:
-        _check(Net(base, stack), form, rank, file)
+        _check(StoredNet(base, stack), form, rank, file)
 
 
 def write_adapter(base: Path, model: Path, file: Path, form: str = "lora", rank: int = 16) -> Lost:
-    """Write what the denoiser of `model` changes in that of `base`, two pipeline folders, as an adapter of this form.
+    """Write how the denoiser of the pipeline folder `model` differs from that of `base`, as an adapter.
 
-    The change is that between the stored values, both in the dtype of `model`: a folder in half precision has rounded its weights, and
-    the rounding is part of the change and has every rank. `write_adapter_of` takes weights in fp32. About one matrix is in memory at a
-    time; the file is absent, as before, or complete.
-    Raises ModelError when the folders hold different models, nothing differs, or a parameter differs that no adapter can carry (a bias,
-    a norm, a grouped convolution), ConfigError as `check_adapter`.
+    The change is between the stored values, both in the dtype of `model`. A folder in half precision has rounded its
+    weights; the rounding is part of the change, and has full rank. `write_adapter_of` takes fp32 weights instead. About
+    one matrix is in memory at a time; the file is absent, as before, or complete.
+
+    Raises ModelError when the folders hold different models, nothing differs, or a parameter differs that no adapter
+    can carry (a bias, a norm, a grouped convolution), ConfigError as `check_adapter`.
     """
     with ExitStack() as stack:
-        ours, theirs = Net(base, stack), Net(model, stack)
-        if (ours.pipeline, ours.name, ours.held.keys()) != (theirs.pipeline, theirs.name, theirs.held.keys()):
+        before, after = StoredNet(base, stack), StoredNet(model, stack)
+        if (before.pipeline, before.name, before.held.keys()) != (after.pipeline, after.name, after.held.keys()):
             raise ModelError(
-                f"{theirs.part}: is the {theirs.name} of a {theirs.pipeline} with {len(theirs.held)} tensors, {ours.part} the {ours.name} "
-                f"of a {ours.pipeline} with {len(ours.held)}, or their names differ; give the base that the model was made from"
+                f"{after.part}: is the {after.name} of a {after.pipeline} with {len(after.held)} tensors, "
+                f"{before.part} is the {before.name} of a {before.pipeline} with {len(before.held)}, or their names "
+                "differ; give the base that the model was made from"
             )
-        if file.resolve() in {weights.resolve() for weights in theirs.files}:
+        if file.resolve() in {weights.resolve() for weights in after.files}:
             raise ConfigError(f"{file}: is a weight file of the model; name another file")
-        return _write(ours, ((name, theirs[name]) for name in theirs.held), file, form, rank)
+        return _write(before, ((name, after[name]) for name in after.held), file, form, rank)
 
 
 def write_adapter_of(
     base: Path, weights: Iterable[tuple[str, Tensor]], file: Path, form: str = "lora", rank: int = 16
 ) -> Lost:
-    """As `write_adapter`, from the changed parameters one by one, whole and by their names in the folder; equal ones are left out."""
+    """As `write_adapter`, from whole parameters under their names in the folder; unchanged ones are left out."""
     with ExitStack() as stack:
-        return _write(Net(base, stack), weights, file, form, rank)
+        return _write(StoredNet(base, stack), weights, file, form, rank)
 
 
 def read_lost(file: Path) -> Lost:
-    """What an adapter that we wrote says it lacks."""
+    """What one of our adapters lacks, from its metadata."""
     with safe_open(file, "pt") as content:
         return Lost(**json.loads(content.metadata()[ABOUT]))
 
 
-def _check(net: Net, form: str, rank: int, file: Path) -> None:
+def _check(net: StoredNet, form: str, rank: int, file: Path) -> None:
     if form not in FORMS:
         raise ConfigError(f"there is no adapter {form!r}; choose one of {', '.join(FORMS)}")
     if rank < 1:
@@ -114,22 +120,22 @@ def _check(net: Net, form: str, rank: int, file: Path) -> None:
             f"--as kohya: no such layout exists for a {net.pipeline}, only for {' and '.join(KOHYA)}; use --as lora"
         )
     if file.suffix != ".safetensors" or file.is_dir():
-        raise ConfigError(f"{file}: an adapter is one file that is known by its name; let it end in .safetensors")
+        raise ConfigError(
+            f"{file}: other programs know an adapter by its ending; let it end in .safetensors"
+        )
     if file.resolve() in {weights.resolve() for weights in net.files}:
         raise ConfigError(f"{file}: is a weight file of the base; name another file")
 
 
-def _write(net: Net, weights: Iterable[tuple[str, Tensor]], file: Path, form: str, rank: int) -> Lost:
-    """Factorise matrix by matrix into a spool, as the header that comes first says what was lost; then write it out."""
+def _write(net: StoredNet, weights: Iterable[tuple[str, Tensor]], file: Path, form: str, rank: int) -> Lost:
+    """Factorise matrix by matrix into a spool, then write the file: its header comes first, and says what is lost."""
     _check(net, form, rank, file)
     file.parent.mkdir(parents=True, exist_ok=True)
     carried = _carried(net)
     with TemporaryFile(dir=file.parent) as spool:
         pairs = [_spooled(spool, name, change, rank) for name, change in _changes(net, carried, weights)]
         if not pairs:
-            raise ModelError(
-                f"{net.part}: nothing of it was changed, so there is nothing to write; give the unlearned model"
-            )
+            raise ModelError(f"{net.part}: nothing changed, so there is nothing to write; give the unlearned model")
         rank = max(pair.rank for pair in pairs)
         lost = _lost(pairs, rank)
         keys = _kohya_keys(net, pairs) if form == "kohya" else _lora_keys(net, pairs)
@@ -141,15 +147,13 @@ def _write(net: Net, weights: Iterable[tuple[str, Tensor]], file: Path, form: st
         about = _kohya_about(net, rank) if form == "kohya" else _lora_about(net, pairs, rank)
         metadata = {"format": "pt", ABOUT: json.dumps(lost._asdict())} | about
         spool.seek(0)
-        write_tensors(file, planned, _filled(spool, pairs, keys, rank), metadata)
+        write_tensors(file, planned, _padded(spool, pairs, keys, rank), metadata)
     return lost
 
 
-def _carried(net: Net) -> set[str]:
-    """Names of the parameters that a pair can change: weights of linear layers, and of convolutions from all channels to all."""
-    import diffusers
-
-    kind = getattr(diffusers, component_config(net.folder, net.name)["_class_name"])
+def _carried(net: StoredNet) -> set[str]:
+    """Names of the parameters that a pair can change: weights of linear layers, and of ungrouped convolutions."""
+    kind = model_class(f"diffusers.{component_config(net.folder, net.name)['_class_name']}")
     layers = empty_component(kind, net.folder, net.name, torch.float32).named_modules()
     return {
         f"{name}.weight"
@@ -158,21 +162,21 @@ def _carried(net: Net) -> set[str]:
     }
 
 
-def _changes(net: Net, carried: set[str], weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _changes(net: StoredNet, carried: set[str], weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The parameters that differ, each with W' - W in fp32, of the parameter's shape."""
     for name, after in weights:
         if name not in net.held or net.held[name].shape != tuple(after.shape):
-            there = net.held[name].shape if name in net.held else "missing"
+            stored = net.held[name].shape if name in net.held else "missing"
             raise ModelError(
-                f"{net.part}: {name} is {there}, not {tuple(after.shape)}; give the base that the model was made from"
+                f"{net.part}: {name} is {stored}, not {tuple(after.shape)}; give the base that the model was made from"
             )
         before = net[name].to(after.dtype)
         if torch.equal(before, after):
             continue
         if name not in carried:
             raise ModelError(
-                f"{name} was changed, which no adapter can carry: it holds the weights of linear layers and of ungrouped convolutions; "
-                "use --as delta"
+                f"{name} was changed, which no adapter can carry: adapters hold the weights of linear layers and of "
+                "ungrouped convolutions; use --as delta"
             )
         change = after.float() - before.float()
         if not torch.isfinite(change).all():
@@ -181,14 +185,13 @@ def _changes(net: Net, carried: set[str], weights: Iterable[tuple[str, Tensor]])
 
 
 def _spooled(spool: IO[bytes], name: str, change: Tensor, rank: int) -> Pair:
-    """Factorise a change [out, in] or [out, in, kh, kw], and append B [out, r] and A [r, in * kh * kw] to the spool."""
+    """Factorise a change [out, in] or [out, in, kh, kw]; append B [out, r] and A [r, in * kh * kw] to the spool."""
     matrix = change.flatten(1)
     up, down = (factor.float().contiguous() for factor in low_rank_factors(matrix, rank))
     for factor in (up, down):
-        spool.write(memoryview(factor.numpy()))
-    squares = [
-        matrix.double().square().sum().item() for matrix in (matrix, matrix.double() - up.double() @ down.double())
-    ]
+        spool.write(raw_bytes(factor))
+    rest = matrix.double() - up.double() @ down.double()
+    squares = [part.double().square().sum().item() for part in (matrix, rest)]
     return Pair(name, tuple(change.shape), len(down), *squares)
 
 
@@ -199,21 +202,20 @@ def _lost(pairs: list[Pair], rank: int) -> Lost:
 
 
 def _shapes(shape: tuple[int, ...], rank: int) -> list[tuple[int, ...]]:
-    """Of B, A and alpha for a parameter: of a convolution, B is one of 1 x 1 behind A, which keeps the kernel."""
+    """Of B, A and alpha for a parameter; of a convolution, A has the kernel, and B is 1 x 1 after it."""
     return [(shape[0], rank, *(1 for _ in shape[2:])), (rank, *shape[1:]), ()]
 
 
-def _filled(
+def _padded(
     spool: IO[bytes], pairs: list[Pair], keys: dict[str, tuple[str, ...]], rank: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The factors as the spool holds them, one after another, filled up with zeros to the rank of the file."""
+    """The factors in the order of the spool, padded with zeros to the rank of the file."""
     for pair in pairs:
         width = torch.Size(pair.shape[1:]).numel()
         up = nn.functional.pad(_read(spool, pair.shape[0], pair.rank), (0, rank - pair.rank))  # [out, rank]
         down = nn.functional.pad(_read(spool, pair.rank, width), (0, 0, 0, rank - pair.rank))  # [rank, in * kh * kw]
-        for key, shape, tensor in zip(
-            keys[pair.name], _shapes(pair.shape, rank), (up, down, torch.tensor(float(rank)))
-        ):
+        tensors = (up, down, torch.tensor(float(rank)))
+        for key, shape, tensor in zip(keys[pair.name], _shapes(pair.shape, rank), tensors):
             yield key, tensor.reshape(shape)
 
 
@@ -221,37 +223,35 @@ def _read(spool: IO[bytes], rows: int, columns: int) -> Tensor:
     return torch.frombuffer(bytearray(spool.read(4 * rows * columns)), dtype=torch.float32).view(rows, columns)
 
 
-def _lora_keys(net: Net, pairs: list[Pair]) -> dict[str, tuple[str, ...]]:
+def _lora_keys(net: StoredNet, pairs: list[Pair]) -> dict[str, tuple[str, ...]]:
     """Of B and A, as diffusers and peft name them; alpha is in the metadata."""
     modules = {pair.name: f"{net.name}.{pair.name.removesuffix('.weight')}" for pair in pairs}
     return {name: (f"{module}.lora_B.weight", f"{module}.lora_A.weight") for name, module in modules.items()}
 
 
-def _lora_about(net: Net, pairs: list[Pair], rank: int) -> dict[str, str]:
-    """The arguments of peft.LoraConfig, under the key and prefix where diffusers' save_lora_weights puts them."""
+def _lora_about(net: StoredNet, pairs: list[Pair], rank: int) -> dict[str, str]:
+    """The arguments of peft.LoraConfig, under the key and prefix of diffusers' save_lora_weights."""
     modules = [pair.name.removesuffix(".weight") for pair in pairs]
     options = {"r": rank, "lora_alpha": rank, "target_modules": modules}
     return {"lora_adapter_metadata": json.dumps({f"{net.name}.{key}": value for key, value in options.items()})}
 
 
-def _kohya_keys(net: Net, pairs: list[Pair]) -> dict[str, tuple[str, ...]]:
+def _kohya_keys(net: StoredNet, pairs: list[Pair]) -> dict[str, tuple[str, ...]]:
     """Of B, A and alpha."""
     originals = unet_originals(net.folder) if net.pipeline == "StableDiffusionXLPipeline" else {}
-    modules = {
-        pair.name: originals.get(pair.name, pair.name).removesuffix(".weight").replace(".", "_") for pair in pairs
-    }
     ends = ("lora_up.weight", "lora_down.weight", "alpha")
-    return {name: tuple(f"lora_unet_{module}.{end}" for end in ends) for name, module in modules.items()}
+    keys = {}
+    for pair in pairs:
+        module = originals.get(pair.name, pair.name).removesuffix(".weight").replace(".", "_")
+        keys[pair.name] = tuple(f"lora_unet_{module}.{end}" for end in ends)
+    return keys
 
 
-def _kohya_about(net: Net, rank: int) -> dict[str, str]:
-    """What kohya's trainer would say; A1111 lists a file under the version that it finds here, and hides it from other models."""
-    is_second = net.pipeline == "StableDiffusionPipeline" and read_json(net.part / "config.json").get(
-        "use_linear_projection"
-    )
-    version = (
-        {"ss_base_model_version": "sd_v2", "ss_v2": "True"}
-        if is_second
-        else {"ss_base_model_version": KOHYA[net.pipeline]}
-    )
+def _kohya_about(net: StoredNet, rank: int) -> dict[str, str]:
+    """The metadata of kohya's trainer; A1111 lists a file under the version it finds here, and for no other model."""
+    linear = component_config(net.folder, net.name).get("use_linear_projection")
+    if net.pipeline == "StableDiffusionPipeline" and linear:
+        version = {"ss_base_model_version": "sd_v2", "ss_v2": "True"}
+    else:
+        version = {"ss_base_model_version": KOHYA[net.pipeline]}
     return version | {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}

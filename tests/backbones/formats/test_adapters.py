@@ -106,7 +106,7 @@ def assert_loads(file: Path, model: Path, arch: str, base: Path | None = None) -
     assert (before - expected).abs().max() > 0.01
 
 
-def told(file: Path) -> dict[str, str]:
+def metadata_of(file: Path) -> dict[str, str]:
     with safe_open(file, "pt") as content:
         return content.metadata()
 
@@ -145,8 +145,11 @@ def test_the_keys_are_those_that_diffusers_itself_writes(models, tmp_path):
         assert {name: tensor.shape for name, tensor in mine.items()} == {
             name: tensor.shape for name, tensor in theirs.items()
         }
-    said = json.loads(told(tmp_path / WEIGHT_NAME)["lora_adapter_metadata"])
-    assert said["transformer.r"] == said["transformer.lora_alpha"] == 3 and len(said["transformer.target_modules"]) == 3
+    stored = json.loads(metadata_of(tmp_path / WEIGHT_NAME)["lora_adapter_metadata"])
+    assert (
+        stored["transformer.r"] == stored["transformer.lora_alpha"] == 3
+        and len(stored["transformer.target_modules"]) == 3
+    )
 
 
 def test_the_keys_for_comfyui_and_a1111(models, tmp_path):
@@ -164,8 +167,10 @@ def test_the_keys_for_comfyui_and_a1111(models, tmp_path):
         assert len(held) == 9 and alpha.shape == () and alpha == 2
         torch.testing.assert_close(up @ down * (alpha / len(down)), change, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))  # each singular value lies half on either side
-        said = told(file)
-        assert said["ss_base_model_version"] == version and said["ss_network_dim"] == said["ss_network_alpha"] == "2"
+        stored = metadata_of(file)
+        assert (
+            stored["ss_base_model_version"] == version and stored["ss_network_dim"] == stored["ss_network_alpha"] == "2"
+        )
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 5), (1, 7)])
@@ -253,7 +258,7 @@ def test_what_no_adapter_is_written_of(models, tmp_path):
     broken = {ATTENTION["sd15"][0]: torch.full((80, 64), torch.nan)}
     with pytest.raises(ModelError, match=f"{BIAS} was changed, which no adapter can carry"):
         write_adapter(base, biased, file)
-    with pytest.raises(ModelError, match="nothing of it was changed"):
+    with pytest.raises(ModelError, match="nothing changed, so there is nothing to write"):
         write_adapter(base, base, file)
     with pytest.raises(ModelError, match="give the base that the model was made from"):
         write_adapter(base, models["sdxl"][0], file)
@@ -302,13 +307,13 @@ def test_a_stable_diffusion_2_says_so_and_loads(tmp_path):
     write_pipeline(base, model, "unet", torch.float32, iter(whole.items()))
     file = tmp_path / "kohya.safetensors"
     assert write_adapter(base, model, file, "kohya", rank=2).worst < 1e-5
-    assert (told(file)["ss_base_model_version"], told(file)["ss_v2"]) == ("sd_v2", "True")
+    assert (metadata_of(file)["ss_base_model_version"], metadata_of(file)["ss_v2"]) == ("sd_v2", "True")
     assert load_file(file)["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"].shape == (80, 2)
     assert_loads(file, model, "sd15", base)
 
 
 def test_a_refusal_leaves_no_rank_waiting(tmp_path):
-    """Each weight that is not asked for would leave the other ranks in its sum."""
+    """Each weight that is not taken would leave the other ranks waiting in its sum."""
 
     class First:
         is_first = True
@@ -317,16 +322,16 @@ def test_a_refusal_leaves_no_rank_waiting(tmp_path):
         folder = CANVAS / "sd15"
         merged = staticmethod(iter)
 
-    asked = []
+    taken = []
 
     def gathered():
         for name in (BIAS, "conv_in.bias", "conv_out.bias"):
-            asked.append(name)
+            taken.append(name)
             yield name, torch.full((base_weights("sd15")[name].shape), 9.0)
 
     with pytest.raises(ModelError, match=BIAS):
         _write_adapter(Plain(), gathered(), tmp_path / "a.safetensors", Form("lora", rank=2), First())
-    assert len(asked) == 3
+    assert len(taken) == 3
 
 
 RUN = [*TINY_RUN, "evaluate.enabled=false", "train.steps=3", "concepts=[{target: bird, superclass: animal}]"]

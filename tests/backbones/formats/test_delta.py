@@ -279,7 +279,7 @@ def test_what_no_delta_is_written_of(tmp_path):
     other = {"a.weight": model["a.weight"], "c": model["b.weight"], "steps": base["steps"]}
     huge = {name: tensor.float() * 1e5 if tensor.is_floating_point() else tensor for name, tensor in model.items()}
     cases = {
-        "nothing was changed": tiny(tmp_path / "same", wide),
+        "equals that of": tiny(tmp_path / "same", wide),
         "holds a SanaPipeline with a unet": tiny(tmp_path / "other", model, pipeline="SanaPipeline"),
         "holds a StableDiffusionPipeline with a transformer": tiny(tmp_path / "net", model, "transformer"),
         "missing b.weight; unknown c": tiny(tmp_path / "names", other),
@@ -319,7 +319,11 @@ def test_where_a_delta_does_not_belong(tmp_path):
         ("is not applied to it", folder, True),
         (r"another base: .* 1 of its 2 tensors hold other values \(a.weight\)", tiny(tmp_path / "b", moved), False),
         (r"another base: .* 1 of its 2 tensors hold other values \(b.weight\)", tiny(tmp_path / "m", mixed), False),
-        (r"another base: .* \(a.weight\); give the model it was applied to; if another delta", tmp_path / "m", True),
+        (
+            r"another base: .* \(a.weight\); give the model that it was applied to; if another delta",
+            tmp_path / "m",
+            True,
+        ),
         (r"another base: a.weight is F16 \(4, 3\) there, F32 \(4, 3\) in", tiny(tmp_path / "w", wider), False),
         ("another base: .* lacks a.weight", tiny(tmp_path / "l", lacking), False),
         (
@@ -349,12 +353,12 @@ def test_what_is_no_delta(tmp_path):
     cases = [
         ("is no delta .*'pt'", held, {"format": "pt"}),
         ("is no delta .*None", held, None),
-        ("version 2, version 1 is read here; update", held, said | {"version": "2"}),
+        ("version 2, this program reads version 1; update", held, said | {"version": "2"}),
         ("metadata is damaged", held, said | {"tensors": "{"}),
         ("metadata is damaged", held, said | {"tensors": '{"a.weight": {"base": ""}}'}),
         ("metadata is damaged", held, {"format": FORMAT, "version": "1"}),
-        ("other tensors than its metadata names", held | {"more": torch.zeros(2)}, said),
-        ("a.weight does not give what its metadata says", flipped, said),
+        ("its tensors are not those of its metadata", held | {"more": torch.zeros(2)}, said),
+        ("a.weight does not give what its metadata promises", flipped, said),
     ]
     for text, tensors, metadata in cases:
         save_file(tensors, file, metadata=metadata)

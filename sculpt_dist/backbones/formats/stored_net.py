@@ -1,0 +1,65 @@
+"""The denoiser of a pipeline folder as it is stored: headers first, tensors on request."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from sculpt_dist.backbones.io.folders import DENOISERS, has_weights, is_named, pipeline_index, weight_files
+from sculpt_dist.backbones.io.tensorfile import PICKLED, Entry, entries, pickled
+from sculpt_dist.core.errors import ModelError
+
+
+class StoredNet:
+    """The stored denoiser of a pipeline folder; its files stay mapped until the stack ends.
+
+    `held` maps names to entries, `net[name]` reads one tensor. Raises ModelError when the folder is no pipeline with
+    one denoiser, or its weights are missing, pickled, damaged or duplicated.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self.pipeline, self.name = _pipeline_and_denoiser(folder)
+        self.part = folder / self.name
+        self.files = weight_files(self.part)
+        if not self.files:
+            refuse_pickles(self.part)
+            raise ModelError(f"{self.part}: no .safetensors weights; fetch the component again")
+        self.held: dict[str, Entry] = {}
+        self._readers: dict[str, Any] = {}
+        for file in self.files:
+            found = entries(file)
+            reader = stack.enter_context(safe_open(file, "pt"))
+            for entry in found:
+                if entry.name in self.held:
+                    raise ModelError(
+                        f"{file}: {entry.name} is also in another file of the folder; keep one set of weights in it"
+                    )
+                self.held[entry.name], self._readers[entry.name] = entry, reader
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name].get_tensor(name)
+
+
+def refuse_pickles(part: Path) -> None:
+    """Raises ModelError when a component has pickled weights only: a copy without them would not load."""
+    if not has_weights(part):
+        for file in sorted(part.glob("*")):
+            if file.suffix in PICKLED:
+                raise pickled(file)
+
+
+def _pipeline_and_denoiser(folder: Path) -> tuple[str, str]:
+    """(class of the folder's pipeline, name of its denoiser)."""
+    index = pipeline_index(folder)
+    nets = [name for name in DENOISERS if is_named(index, name)]
+    if len(nets) != 1:
+        raise ModelError(
+            f"{folder / 'model_index.json'}: names {' and '.join(nets) or 'no denoiser'}; deltas and adapters are "
+            "made of pipelines with one unet or transformer"
+        )
+    return str(index.get("_class_name")), nets[0]
