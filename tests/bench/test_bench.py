@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from harness import PROJECT, SMALL, launch, sculpt
 
 from sculpt_dist.bench.mask import PRESETS
@@ -33,6 +34,7 @@ def test_a_global_turnover_agrees_with_a_sort():
     assert found["masks_equal"] is True and found["speedup_vs_argsort"] > 1
 
 
+@pytest.mark.two_ranks
 def test_on_two_ranks_it_counts_what_is_sent():
     found = json.loads(sculpt("bench", "mask", "--weights", "3000000", "--json", ranks=2).splitlines()[-1])
     sums_of_counts = found["matrices"] * (2 * 2048 + 2 * (128 + 128 + 64) * 2) * 4
@@ -44,6 +46,7 @@ def test_an_unknown_preset_is_refused():
     assert "--preset flux" in sculpt("bench", "mask", "--preset", "flux", code=2)
 
 
+@pytest.mark.two_ranks
 def test_collectives_are_timed_by_kind_and_size():
     found = json.loads(
         sculpt("bench", "comm", "--megabytes", "0.1", "--megabytes", "2", "--json", ranks=2).splitlines()[-1]
@@ -59,6 +62,7 @@ def test_collectives_are_timed_by_kind_and_size():
         assert abs(row["gb_per_second"] * row["seconds"] / moved - 1) < 1e-3
 
 
+@pytest.mark.two_ranks
 def test_collectives_gather_and_scatter_what_they_say():
     printed = launch(2, str(PROJECT / "tests" / "workers" / "collectives.py"))
     assert printed.count("as by hand") == 2
@@ -68,6 +72,7 @@ def test_collectives_need_two_ranks():
     assert "there is one rank alone" in sculpt("bench", "comm", code=2)
 
 
+@pytest.mark.two_ranks
 def test_the_loader_is_timed_on_the_shards_of_the_run(tmp_path, canvas_config):
     run = [canvas_config, *SMALL, f"run.folder={tmp_path}"]
     assert "run prepare again" in sculpt("bench", "data", *run, code=2)

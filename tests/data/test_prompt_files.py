@@ -233,6 +233,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["esd-nudity", "dm_cal-nudity"])
 def test_a_nudity_preset_runs_with_a_list_and_a_detector(tmp_path, preset):
@@ -258,6 +259,7 @@ def test_a_nudity_preset_runs_with_a_list_and_a_detector(tmp_path, preset):
     assert "list.txt: its prompts were others" in printed
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 def test_two_ranks_draw_the_same_images_of_a_list(tmp_path):
     judged = (

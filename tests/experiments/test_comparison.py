@@ -257,6 +257,7 @@ def test_a_failed_job_gives_its_last_line_and_the_others_run():
         run_jobs(jobs, 0, 1, lambda job, failure: None)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 def test_a_comparison_runs_in_shards_goes_on_and_writes_its_tables(tmp_path):
     file = written(

@@ -66,6 +66,7 @@ def test_what_cannot_be_localized_is_told(file, overrides, index, message):
         run_localization(PROJECT / "configs" / "canvas" / file, overrides, index=index)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 def test_blocks_are_run_one_by_one_or_together_and_ranked_by_their_images(tmp_path):
     arguments = [str(CONFIG), *TINY, f"run.folder={tmp_path / 'run'}"]

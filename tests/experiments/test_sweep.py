@@ -270,6 +270,7 @@ def test_bayes_keeps_the_point_of_a_trial_and_how_it_ended(tmp_path):
     assert [trial.index for trial in known_trials(again)] == [0, 1, 7]
 
 
+@pytest.mark.two_ranks
 def test_processes_that_ask_at_once_get_points_of_their_own(tmp_path):
     pytest.importorskip("optuna")
     plan = read_sweep(written(tmp_path, *BAYES), folder=tmp_path / "out")
@@ -461,6 +462,7 @@ def scores_of(folder: Path) -> dict[str, float]:
     return json.loads((folder / "report" / "report.json").read_text())["after"]
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 def test_a_grid_runs_as_an_array_is_killed_goes_on_and_is_summarised(tmp_path):
     out = tmp_path / "out"

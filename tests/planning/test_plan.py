@@ -95,6 +95,7 @@ def measure(ranks: int, arguments: list[str], at_once: bool = True) -> list[dict
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow if case in IN_CI else pytest.mark.huge) for case in MEASURED]
 )

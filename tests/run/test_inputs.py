@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from harness import PROJECT, SMALL, rank_environment, sculpt
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 from sculpt_dist.data.shards import ShardReader
 
 
+@pytest.mark.two_ranks
 def test_a_style_and_an_object_are_forgotten_in_one_sequence(canvas_config, tmp_path):
     concepts = "concepts=[{target: neon, kind: style},{target: bird, superclass: animal, keep: [rocket]}]"
     sculpt("unlearn", canvas_config, *SMALL, concepts, f"run.folder={tmp_path / 'run'}", ranks=2)

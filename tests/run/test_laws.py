@@ -42,6 +42,7 @@ def alone(alone_of):
     return alone_of("sd15")
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
@@ -91,6 +92,7 @@ def test_a_compiled_net_trains_alike(alone_of, canvas_config, tmp_path, arch):
     assert losses(tmp_path / "run") == pytest.approx(losses(alone_of(arch)), rel=1e-3)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 def test_on_stage_3_no_rank_loads_the_net_whole_not_even_to_draw(canvas_config, tmp_path):
     arguments = [*SMALL, "model.arch=sana", "engine.stage=3", f"run.folder={tmp_path / 'run'}"]
@@ -114,6 +116,7 @@ def test_the_stages_agree_where_the_frozen_parts_are_rounded(canvas_config, tmp_
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "sd15"])
 @pytest.mark.parametrize(
@@ -139,6 +142,7 @@ def test_ranks_and_stage_do_not_change_the_run_of_other_kinds(
     assert float((difference > 1e-4).float().mean()) <= 1e-3
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arch", ["sana", *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in ("sd15", "sdxl"))]
@@ -190,6 +194,7 @@ def test_golden_losses_of_the_first_updates(alone_of, tmp_path, method, arch, re
     assert told == pytest.approx(known[f"{method} {arch}"], rel=1e-4)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "overrides"),
@@ -217,6 +222,7 @@ def test_the_ranks_do_not_change_the_run_of_a_method_that_draws_or_combines(tmp_
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
 
 
+@pytest.mark.two_ranks
 def test_nan_on_one_rank_stops_all_at_the_same_step_and_the_checkpoint_stays(canvas_config, tmp_path):
     arguments = [canvas_config, *QUICK, "train.checkpoint_every=0.001", f"run.folder={tmp_path / 'run'}"]
     printed = launch(2, str(WORKERS / "nan_on_one_rank.py"), *arguments, code=2)

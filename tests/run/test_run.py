@@ -34,6 +34,7 @@ def finished(tmp_path_factory, canvas_config):
     return folder, printed
 
 
+@pytest.mark.two_ranks
 def test_a_run_leaves_everything_that_others_rely_on(finished):
     folder, printed = finished
     assert "after boat" in printed and str(folder / "report" / "report.html") in printed
@@ -64,6 +65,7 @@ def test_a_run_leaves_everything_that_others_rely_on(finished):
     assert set(manifest) == {"base", "config", "shards", "prompts", "code", "finished"} and len(manifest["shards"]) == 4
 
 
+@pytest.mark.two_ranks
 def test_the_export_loads_in_plain_diffusers_and_only_cross_attention_matrices_changed(finished):
     from diffusers import StableDiffusionPipeline
 
@@ -80,6 +82,7 @@ def test_the_export_loads_in_plain_diffusers_and_only_cross_attention_matrices_c
     assert image.shape == (32, 32, 3)
 
 
+@pytest.mark.two_ranks
 def test_metrics_tell_every_step(finished):
     folder, _ = finished
     told = lines(folder)
@@ -96,6 +99,7 @@ def test_metrics_tell_every_step(finished):
     assert set(told[-1]["terms"]) == {"forget", "retain", "distill"}
 
 
+@pytest.mark.two_ranks
 def test_called_again_it_is_done_and_changes_nothing(finished, canvas_config):
     folder, _ = finished
     before, trained = weights(folder), len(lines(folder))
@@ -103,6 +107,7 @@ def test_called_again_it_is_done_and_changes_nothing(finished, canvas_config):
     assert same(before, weights(folder)) and len(lines(folder)) == trained
 
 
+@pytest.mark.two_ranks
 def test_samples_do_not_depend_on_the_number_of_ranks(finished, canvas_config, tmp_path):
     folder, _ = finished
     sculpt("prepare", canvas_config, *SMALL, f"run.folder={tmp_path / 'one'}")
@@ -112,6 +117,7 @@ def test_samples_do_not_depend_on_the_number_of_ranks(finished, canvas_config, t
         assert (folder / shard).read_bytes() == (tmp_path / "one" / shard).read_bytes(), shard
 
 
+@pytest.mark.two_ranks
 def test_prepare_redraws_what_is_not_whole_and_reuses_the_rest(finished, canvas_config, tmp_path):
     folder, _ = finished
     copy = tmp_path / "copy"
@@ -139,6 +145,7 @@ def wait_until_still(folder: Path) -> int:
     return before
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     ("arch", "stage"),
     [
@@ -340,6 +347,7 @@ def test_a_bad_model_is_refused_before_anything_is_drawn(canvas_config, tmp_path
     assert not (tmp_path / "run" / "data").exists()
 
 
+@pytest.mark.two_ranks
 def test_another_runs_folder_is_refused_with_the_difference(finished, canvas_config):
     folder, _ = finished
     before = (folder / "config.yaml").read_text()
@@ -365,6 +373,7 @@ def test_a_foreign_config_is_not_taken_for_a_run(canvas_config, tmp_path):
     assert "not the configuration of a run" in printed and (tmp_path / "config.yaml").read_text() == "name: my thesis"
 
 
+@pytest.mark.two_ranks
 def test_a_checkpoint_that_was_changed_is_passed_over_or_refused(finished, canvas_config, tmp_path):
     folder, _ = finished
     copy = tmp_path / "copy"
@@ -386,6 +395,7 @@ def test_wrong_keys_end_with_code_2_and_one_line(canvas_config):
     assert printed.startswith("ConfigError: override 'trian.lr=1'") and len(printed.splitlines()) == 1
 
 
+@pytest.mark.two_ranks
 def test_batch_that_does_not_divide_is_refused(canvas_config, tmp_path):
     printed = sculpt(
         "unlearn", canvas_config, *SMALL, "train.batch=3", f"run.folder={tmp_path / 'run'}", ranks=2, code=2

@@ -14,7 +14,7 @@ import torch
 from cluster import Cluster, Job, missing
 from harness import PROJECT, sculpt, weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.two_ranks]
 CONFIG = str(PROJECT / "configs" / "canvas" / "dm_cal_sana.yaml")
 RUN = [
     "prepare.samples=6",

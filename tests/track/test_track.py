@@ -393,6 +393,7 @@ class WantsAnotherKey(BaseHTTPRequestHandler):
         """Nothing."""
 
 
+@pytest.mark.two_ranks
 def test_a_run_is_offline_if_the_server_refuses_the_key(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), WantsAnotherKey)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -424,6 +425,7 @@ def test_wandb_mode_disabled_disables_wandb(tmp_path):
     assert "W&B" not in printed and not offline_runs(tmp_path / "run")
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     ("ranks", "stage"), [(2, 3), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(1, 0, marks=pytest.mark.slow)]
 )

@@ -364,6 +364,7 @@ def test_a_run_that_trained_an_adapter_gives_it_back(trained, tmp_path):
     assert write_adapter(CANVAS / "sd15", run / "model", tmp_path / "a.safetensors", rank=2).share > 10 * lost.share
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 def test_two_ranks_write_one_adapter_for_comfyui(trained):
     run, arguments = trained

@@ -375,14 +375,14 @@ def test_diffusers_sorts_the_released_names_the_same(real, kind):
     assert infer_diffusers_model_type(every) == {"sd15": "v1", "sdxl": "xl_base"}[kind]
     unet = {entry.name: torch.empty(entry.shape, device="meta") for entry in real[kind]["unet"]}
     config = {"layers_per_block": 2, "addition_embed_type": "text_time" if kind == "sdxl" else None}
-    turned = convert_ldm_unet_checkpoint(dict(unet), config)
-    assert len(turned) == len(unet) and all(
-        turned[entry.sources[0]] is unet[entry.name] for entry in real[kind]["unet"]
+    converted = convert_ldm_unet_checkpoint(dict(unet), config)
+    assert len(converted) == len(unet) and all(
+        converted[entry.sources[0]] is unet[entry.name] for entry in real[kind]["unet"]
     )
     vae = {entry.name: torch.full(entry.shape[:1], i) for i, entry in enumerate(real[kind]["vae"])}
-    turned = convert_ldm_vae_checkpoint(dict(vae), REAL_VAE)
-    assert len(turned) == len(vae) and all(
-        torch.equal(turned[entry.sources[0]], vae[entry.name]) for entry in real[kind]["vae"]
+    converted = convert_ldm_vae_checkpoint(dict(vae), REAL_VAE)
+    assert len(converted) == len(vae) and all(
+        torch.equal(converted[entry.sources[0]], vae[entry.name]) for entry in real[kind]["vae"]
     )
 
 
@@ -578,7 +578,7 @@ def test_the_writer_makes_what_the_library_makes(tmp_path):
     tensors = {
         f"{i}": (torch.arange(i * 3) % 2).to(dtype).reshape(i, 3) for i, dtype in enumerate(DTYPES)
     }  # the first is empty
-    tensors |= {"scalar": torch.tensor(2.5), "turned": torch.arange(6.0).reshape(2, 3).T}
+    tensors |= {"scalar": torch.tensor(2.5), "converted": torch.arange(6.0).reshape(2, 3).T}
     planned = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     write_tensors(tmp_path / "ours.safetensors", planned, tensors.items(), {"format": "pt", "note": "\u00fc"})
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs.safetensors")

@@ -132,6 +132,7 @@ def test_half_a_net_is_refused_on_every_stage(canvas_config, tmp_path):
     assert "weights do not fit" in sculpt("check", canvas_config, *arguments, code=2)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 def test_an_infinite_weight_is_found_on_stage_3_too(canvas_config, tmp_path, model):
     tensors = load_file(model / "unet" / PLAIN)
@@ -161,6 +162,7 @@ def test_a_bad_single_file_is_told_before_the_settings_that_it_lacks(canvas_conf
     assert ("holds pickled weights" if name == "model.ckpt" else "is cut short") in printed
 
 
+@pytest.mark.two_ranks
 def test_one_ranks_trouble_is_told_by_the_first(canvas_config, tmp_path):
     """A damaged image of the second rank's share, and a prompt that is too long."""
     from PIL import Image
@@ -363,6 +365,7 @@ def test_a_single_file_of_stable_diffusion_2_is_told_without_settings(tmp_path, 
         )
 
 
+@pytest.mark.two_ranks
 def test_a_damaged_shard_ends_every_rank_with_one_line(canvas_config, tmp_path, sharded):
     file = sharded / "unet" / "diffusion_pytorch_model-00003-of-00004.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

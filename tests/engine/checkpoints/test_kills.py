@@ -48,6 +48,7 @@ def wait_for_step(folder: Path, pids: list[int], concept: int, step: int) -> Non
         time.sleep(0.01)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     "kills", [pytest.param(len(CELLS), marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)]
 )
@@ -111,6 +112,7 @@ def stopped_in_the_middle(canvas_config: str, folder: Path, output: Path, *more:
     return call
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 def test_a_run_resumed_on_other_ranks_and_another_stage_continues_with_the_same_samples(canvas_config, tmp_path):
     # All turnovers come before the stop: after it rounding could decide a near tie, and one such weight affects others.
@@ -132,6 +134,7 @@ def test_a_run_resumed_on_other_ranks_and_another_stage_continues_with_the_same_
     assert all(torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 def test_a_changed_configuration_is_refused_before_the_model_is_built_unless_overridden(canvas_config, tmp_path):
     call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt")
@@ -148,6 +151,7 @@ def test_a_changed_configuration_is_refused_before_the_model_is_built_unless_ove
     assert [(e["concept"], e["step"]) for e in entries] == [(c, s) for c in range(2) for s in range(42)]
 
 
+@pytest.mark.two_ranks
 @pytest.mark.slow
 def test_a_changed_mask_restarts_the_concept(canvas_config, tmp_path):
     call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness import PROJECT, free_port, rank_environment
 
+pytestmark = pytest.mark.two_ranks
 WORKER = str(PROJECT / "tests" / "workers" / "rank_faults.py")
 
 

@@ -57,6 +57,7 @@ def flips(a: dict, b: dict, kind: str) -> float:
     return different / sum(a[key].numel() for key in keys)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places())
 def test_the_same_saliency_gives_the_same_mask_everywhere(outcome, arch, cell, ranks):
     reference, _ = outcome(arch, 1, 0, "fp32", 1)
@@ -66,6 +67,7 @@ def test_the_same_saliency_gives_the_same_mask_everywhere(outcome, arch, cell, r
     assert all(torch.equal(reference[key], tensors[key]) for key in keys)
 
 
+@pytest.mark.two_ranks
 def test_the_mask_opens_exactly_its_share(outcome):
     tensors, notes = outcome("sd15", 2, 3, "fp32", 1)
     for key in (key for key in tensors if key.startswith("built matrix")):
@@ -75,6 +77,7 @@ def test_the_mask_opens_exactly_its_share(outcome):
     assert int((total > 0).sum()) == int(0.3 * notes["trained"])
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places("fp32"))
 def test_all_stages_and_rank_counts_train_alike_in_fp32(outcome, arch, cell, ranks):
     reference, reference_notes = outcome(arch, 1, 0, "fp32", 1)
@@ -91,6 +94,7 @@ def test_all_stages_and_rank_counts_train_alike_in_fp32(outcome, arch, cell, ran
         assert float((a - b).abs()[agreed].max()) < 2e-4  # a fifth of one update at lr 1e-3
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places("bf16"))
 def test_bf16_trains_on_stages_2_and_3(outcome, arch, cell, ranks):
     _, reference_notes = outcome(arch, 1, 0, "fp32", 1)
@@ -99,12 +103,14 @@ def test_bf16_trains_on_stages_2_and_3(outcome, arch, cell, ranks):
     assert notes["losses"] != reference_notes["losses"]
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places())
 def test_export_loads_in_plain_diffusers_and_predicts_the_same(outcome, arch, cell, ranks):
     _, notes = outcome(arch, ranks, *cell)
     assert notes["export_difference"] <= (2e-6 if cell[1] == "fp32" else 0.1)
 
 
+@pytest.mark.two_ranks
 def test_selection_communicates_only_counts(outcome):
     _, notes = outcome("sd15", 2, 2, "fp32", 1)
     # The first digit is counted for open and closed weights, the others at both ends.
