@@ -120,9 +120,7 @@ def _check(net: StoredNet, form: str, rank: int, file: Path) -> None:
             f"--as kohya: no such layout exists for a {net.pipeline}, only for {' and '.join(KOHYA)}; use --as lora"
         )
     if file.suffix != ".safetensors" or file.is_dir():
-        raise ConfigError(
-            f"{file}: other programs know an adapter by its ending; let it end in .safetensors"
-        )
+        raise ConfigError(f"{file}: other programs know an adapter by its ending; let it end in .safetensors")
     if file.resolve() in {weights.resolve() for weights in net.files}:
         raise ConfigError(f"{file}: is a weight file of the base; name another file")
 

@@ -1,4 +1,4 @@
-"""Single-file checkpoints of Stable Diffusion 1.x and SDXL in Stability's original layout, written and read one tensor at a time."""
+"""Single-file checkpoints of Stable Diffusion 1.x and SDXL in Stability's original layout, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from sculpt_dist.backbones.formats.original_names import (
     plain_name,
     settings,
 )
-from sculpt_dist.backbones.io.folders import weight_files
+from sculpt_dist.backbones.io.folders import is_named, weight_files
 from sculpt_dist.backbones.io.tensorfile import Entry, entries, write_tensors
-from sculpt_dist.backbones.io.writing import COPIED
+from sculpt_dist.backbones.io.writing import COPIED, set_dtype
 from sculpt_dist.core.errors import ModelError
 
 __all__ = ["looks_like", "read_single_file", "write_single_file"]
@@ -38,15 +38,11 @@ NAMES = {
     "sdxl": "SDXL",
     "sd2": "Stable Diffusion 2.x",
     "lora": "a LoRA",
-    "unknown": "no whole Stable Diffusion 1.x or SDXL",
+    "unknown": "no complete Stable Diffusion 1.x or SDXL",
 }
-UNWEIGHTED = (
-    "scheduler",
-    "tokenizer",
-    "tokenizer_2",
-    "feature_extractor",
-)  # parts of a pipeline that are settings alone
-# What single files carry within their models that no diffusers model has: averages and losses of the training, and leftovers of CLIP.
+# Parts of a pipeline without weights.
+UNWEIGHTED = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
+# Tensors of single files that no diffusers model has: moving averages and losses of the training, leftovers of CLIP.
 IGNORED = re.compile(
     r"first_stage_model\.loss\.|model_ema\.|\.position_ids$|\.logit_scale$|\.transformer\.(text_model\.)?text_projection\b"
 )
@@ -54,7 +50,7 @@ Fetch = Callable[[Path, str], Tensor]
 
 
 class Stored(NamedTuple):
-    """A tensor of the folder or the single file: where it lies, and under which name."""
+    """Where a tensor is stored, and under which name."""
 
     file: Path
     name: str
@@ -64,19 +60,21 @@ class Stored(NamedTuple):
 
 Piece = tuple[Original, list[Stored]]
 
+# Writing
+
 
 def check_single_file(folder: Path, file: Path | None) -> None:
-    """Raises ModelError when a pipeline folder has no original layout, or the file is not named as one."""
+    """Raises ModelError when a pipeline folder has no original layout, or the file's name has another ending."""
     pipeline_kind(folder)
     if file is not None and file.suffix != ".safetensors":
-        raise ModelError(f"{file}: ComfyUI and A1111 tell the format by the name; let it end in .safetensors")
+        raise ModelError(f"{file}: ComfyUI and A1111 know the format by its ending; let it end in .safetensors")
 
 
 def write_single_file(folder: Path, file: Path) -> None:
-    """Write a diffusers pipeline folder (SD 1.x or SDXL) as one .safetensors file in the original layout, in the stored dtypes.
+    """Write a diffusers pipeline folder (SD 1.x or SDXL) as one .safetensors file, in its stored dtypes.
 
-    The file is absent, as before, or complete; about one tensor is in memory at a time. Raises ModelError when the folder is no such
-    pipeline, or its weights are not those that its configs ask for.
+    The file is absent, as before, or complete; about one tensor is in memory at a time. Raises ModelError when the
+    folder is no such pipeline, or its weights do not fit its configs.
     """
     check_single_file(folder, file)
     plan = originals(folder, pipeline_kind(folder))
@@ -88,18 +86,19 @@ def write_single_file(folder: Path, file: Path) -> None:
         if len({source.dtype for source in sources}) > 1:
             held = ", ".join(f"{source.name} {source.dtype}" for source in sources)
             raise ModelError(
-                f"{sources[0].file}: mixed dtypes ({held}) cannot be stacked into {entry.name}; save the model in one dtype"
+                f"{sources[0].file}: mixed dtypes ({held}) cannot be stacked into {entry.name}; save the model in "
+                "one dtype"
             )
     planned = [Entry(entry.name, sources[0].dtype, entry.shape) for entry, sources in pieces]
     marks = [Entry(mark, torch.float32, (0,)) for mark in _marks(folder)]
     file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         marking = ((mark.name, torch.empty(0)) for mark in marks)
-        write_tensors(file, [*planned, *marks], chain(_turned(pieces, _fetcher(stack)), marking))
+        write_tensors(file, [*planned, *marks], chain(_converted(pieces, _fetcher(stack)), marking))
 
 
 def _marks(folder: Path) -> list[str]:
-    """Names of the empty tensors by which ComfyUI knows an SDXL of v-prediction (comfy/supported_models.py, SDXL.model_type)."""
+    """Names of empty tensors that mark SDXL's v-prediction for ComfyUI (comfy/supported_models.py, SDXL.model_type)."""
     scheduler = settings(folder / "scheduler" / "scheduler_config.json")
     if pipeline_kind(folder) != "sdxl" or scheduler.get("prediction_type") != "v_prediction":
         return []
@@ -107,7 +106,7 @@ def _marks(folder: Path) -> list[str]:
 
 
 def _stored(part: Path, plan: list[Original]) -> dict[str, Stored]:
-    """The tensors of one model of the folder, under the names that the plan uses."""
+    """The tensors of one model of the folder, under the plan's names. Raises ModelError when they differ from it."""
     stored: dict[str, Stored] = {}
     for file in weight_files(part):
         for name, dtype, shape in entries(file):
@@ -120,26 +119,18 @@ def _stored(part: Path, plan: list[Original]) -> dict[str, Stored]:
                 stored[plain] = Stored(file, name, dtype, shape)
     if not stored:
         raise ModelError(f"{part}: no .safetensors weights; save the pipeline with pipeline.save_pretrained()")
-    expected = {source: _source_shape(entry) for entry in plan for source in entry.sources}
+    expected = {source: entry.source_shape for entry in plan for source in entry.sources}
     wrong = [f"missing {name}" for name in expected if name not in stored]
     wrong += [f"unknown {name}" for name in stored if name not in expected]
-    both = [name for name in expected if name in stored]
-    wrong += [
-        f"{name} is {stored[name].shape}, not {expected[name]}" for name in both if stored[name].shape != expected[name]
-    ]
+    for name in [name for name in expected if name in stored]:
+        if stored[name].shape != expected[name]:
+            wrong.append(f"{name} is {stored[name].shape}, not {expected[name]}")
     if wrong:
         raise ModelError(
-            f"{part}: {len(wrong)} weights do not fit its config: {'; '.join(wrong[:3])}; the folder is damaged or of another model"
+            f"{part}: {len(wrong)} weights do not fit its config: {'; '.join(wrong[:3])}; the folder is damaged or of "
+            "another model"
         )
     return stored
-
-
-def _source_shape(entry: Original) -> tuple[int, ...]:
-    """The shape of each of the diffusers tensors that the entry is made of."""
-    shape = (
-        entry.shape[:2] if entry.turn == "conv" else entry.shape[::-1] if entry.turn == "transposed" else entry.shape
-    )
-    return (shape[0] // len(entry.sources), *shape[1:])
 
 
 def _fetcher(stack: ExitStack) -> Fetch:
@@ -154,29 +145,31 @@ def _fetcher(stack: ExitStack) -> Fetch:
     return fetch
 
 
-def _turned(pieces: Iterable[Piece], fetch: Fetch) -> Iterator[tuple[str, Tensor]]:
+def _converted(pieces: Iterable[Piece], fetch: Fetch) -> Iterator[tuple[str, Tensor]]:
     for entry, sources in pieces:
         tensors = [fetch(source.file, source.name) for source in sources]
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        yield entry.name, tensor.T if entry.turn == "transposed" else tensor.reshape(entry.shape)
+        yield entry.name, tensor.T if entry.change == "transposed" else tensor.reshape(entry.shape)
+
+
+# Reading
 
 
 def check_single_kind(file: Path) -> None:
-    """Raises ModelError when a single file is damaged, or of a kind that is never read; its header is enough for that."""
+    """Raises ModelError when a single file is damaged, or of a kind that is not read; only its header is needed."""
     looks = looks_like(entry.name for entry in entries(file))
     if looks not in PREFIXES:
-        raise ModelError(
-            f"{file}: looks like {NAMES[looks]}; single files of {' and '.join(NAMES[kind] for kind in PREFIXES)} are read"
-        )
+        readable = " and ".join(NAMES[kind] for kind in PREFIXES)
+        raise ModelError(f"{file}: looks like {NAMES[looks]}; single files of {readable} are read")
 
 
 def read_single_file(file: Path, template: Path, folder: Path) -> None:
-    """Write a single file in the original layout as a diffusers pipeline folder, in the stored dtypes; about one tensor is in memory.
+    """Write a single file in the original layout as a diffusers pipeline folder, in the stored dtypes.
 
-    `template`: a pipeline folder of the same kind, whose configs, tokenizers and scheduler are used (the prediction type too, unless
-    the file says that it is v-prediction); its weights, if any, are not. A safety checker, which no single file has, is left out.
-    `folder` must not exist; it is absent or complete.
-    Raises ModelError when the file is missing, pickled, damaged, of another kind than the template, or lacks or has other tensors.
+    `template` is a pipeline folder of the same kind. It gives configs, tokenizers and scheduler (with the prediction
+    type, unless the file is marked as v-prediction), but no weights. A safety checker, which single files lack, is left
+    out. `folder` must not exist; it is absent or complete. About one tensor is in memory at a time.
+    Raises ModelError when the file is missing, pickled, damaged, of another kind or size than the template.
     """
     if folder.exists():
         raise ModelError(f"{folder}: exists already; name a folder that does not")
@@ -186,7 +179,8 @@ def read_single_file(file: Path, template: Path, folder: Path) -> None:
     if looks != kind:
         first = ", ".join(entry.name for entry in held[:3])
         raise ModelError(
-            f"{file}: looks like {NAMES[looks]} ({first}, ...), {template} is {NAMES[kind]}; give a template of the file's kind"
+            f"{file}: looks like {NAMES[looks]} ({first}, ...), {template} is {NAMES[kind]}; give a template of the "
+            "file's kind"
         )
     plan = originals(template, kind)
     found = _found(file, held, PREFIXES[kind])
@@ -206,7 +200,7 @@ def read_single_file(file: Path, template: Path, folder: Path) -> None:
 
 
 def _apply_marks(folder: Path, names: set[str]) -> None:
-    """Make the scheduler one of v-prediction where the file is marked so (see _marks)."""
+    """Set the scheduler to v-prediction where the file is marked so (see _marks)."""
     if "v_pred" in names:
         file = folder / "scheduler" / "scheduler_config.json"
         changes = {"prediction_type": "v_prediction"} | ({"rescale_betas_zero_snr": True} if "ztsnr" in names else {})
@@ -214,46 +208,51 @@ def _apply_marks(folder: Path, names: set[str]) -> None:
 
 
 def _found(file: Path, held: list[Entry], prefixes: dict[str, str]) -> dict[str, Stored]:
-    """The file's tensors that belong to the models, under the names that the original layout has for them."""
+    """The file's tensors that belong to the models, under the names of the original layout."""
     found = {}
+    head = prefixes["text_encoder"]
+    bare = tuple(head + part for part in ("embeddings.", "encoder.", "final_layer_norm."))
     for name, dtype, shape in held:
-        if any(name.startswith(prefix) for prefix in prefixes.values()) and not IGNORED.search(name):
-            head = prefixes["text_encoder"]
-            # Some merges were saved by a transformers that drops this from the names.
-            bare = name.startswith((f"{head}embeddings.", f"{head}encoder.", f"{head}final_layer_norm."))
-            found[f"{head}text_model.{name.removeprefix(head)}" if bare else name] = Stored(file, name, dtype, shape)
+        if name.startswith(tuple(prefixes.values())) and not IGNORED.search(name):
+            # Some merges were saved by a transformers that drops `text_model.` from the names.
+            full = f"{head}text_model.{name.removeprefix(head)}" if name.startswith(bare) else name
+            found[full] = Stored(file, name, dtype, shape)
     return found
 
 
 def _check(file: Path, template: Path, plan: list[Original], found: dict[str, Stored]) -> None:
+    """Raises ModelError when the file's tensors are not those of the template."""
     missing = [entry.name for entry in plan if entry.name not in found]
     if missing:
         raise ModelError(
-            f"{file}: lacks {len(missing)} tensors of {template}: {', '.join(missing[:3])}; give a whole model's file, and its template"
+            f"{file}: lacks {len(missing)} tensors of {template}: {', '.join(missing[:3])}; give the file of a "
+            "complete model, and its template"
         )
     extra = sorted(set(found) - {entry.name for entry in plan})
     if extra:
         raise ModelError(
-            f"{file}: holds {len(extra)} tensors beyond {template}: {', '.join(extra[:3])}; give a template of the file's size"
+            f"{file}: holds {len(extra)} tensors beyond {template}: {', '.join(extra[:3])}; give a template of the "
+            "file's size"
         )
     for entry in plan:
         shape = found[entry.name].shape
-        if shape != entry.shape and not (
-            entry.turn == "conv" and shape == entry.shape[:2]
-        ):  # some tools save these as matrices
+        as_matrix = entry.change == "conv" and shape == entry.shape[:2]  # some tools save these kernels as matrices
+        if shape != entry.shape and not as_matrix:
             raise ModelError(
-                f"{file}: {entry.name} is {shape}, {template} asks for {entry.shape}; give a template of the file's size"
+                f"{file}: {entry.name} is {shape}, {template} asks for {entry.shape}; give a template of the file's "
+                "size"
             )
 
 
 def _copy_settings(template: Path, folder: Path, plan: dict[str, list[Original]]) -> None:
-    """Everything of the template but its weights and the components that a single file cannot fill."""
+    """Copy the template without its weights, and without the components that a single file cannot fill."""
     index = settings(template / "model_index.json")
-    named = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
+    named = [name for name in index if is_named(index, name)]
     unnamed = [part for part in plan if part not in named]
     if unnamed:
         raise ModelError(
-            f"{template / 'model_index.json'}: does not name {', '.join(unnamed)}; give a complete diffusers pipeline folder"
+            f"{template / 'model_index.json'}: does not name {', '.join(unnamed)}; give a complete diffusers pipeline "
+            "folder"
         )
     for part in named:
         if part not in plan and part not in UNWEIGHTED:
@@ -273,22 +272,17 @@ def _copy_settings(template: Path, folder: Path, plan: dict[str, list[Original]]
 
 
 def _write_part(part: Path, plan: list[Original], found: dict[str, Stored], fetch: Fetch) -> None:
-    """One model's weights, and their dtype in its config where it names one: plain loaders trust what is stored there."""
-    planned = [
-        Entry(source, found[entry.name].dtype, _source_shape(entry)) for entry in plan for source in entry.sources
-    ]
+    """Write one model's weights, and their most frequent dtype into its config."""
+    planned = [Entry(source, found[entry.name].dtype, entry.source_shape) for entry in plan for source in entry.sources]
 
     def pieces() -> Iterator[tuple[str, Tensor]]:
         for entry in plan:
             tensor = fetch(found[entry.name].file, found[entry.name].name)
-            shape = _source_shape(entry)
+            shape = entry.source_shape
             for source, piece in zip(entry.sources, tensor.chunk(len(entry.sources))):
-                yield source, piece.T if entry.turn == "transposed" else piece.reshape(shape)
+                yield source, piece.T if entry.change == "transposed" else piece.reshape(shape)
 
     stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
     write_tensors(part / f"{stem}.safetensors", planned, pieces())
-    config = settings(part / "config.json")
     dtype = Counter(entry.dtype for entry in planned if entry.dtype.is_floating_point).most_common(1)[0][0]
-    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config}
-    if named:
-        (part / "config.json").write_text(json.dumps(config | named, indent=2, sort_keys=True) + "\n")
+    set_dtype(part / "config.json", dtype)

@@ -1,6 +1,6 @@
-"""The names of a model's tensors in Stability's original layout (`ldm` for SD 1.x, `sgm` for SDXL), from the model's own config.
+"""The names of a model's tensors in Stability's original layout (`ldm` for SD 1.x, `sgm` for SDXL), from its config.
 
-Original names, as the released v1-5-pruned-emaonly.safetensors and sd_xl_base_1.0.safetensors have them.
+They are those of the released v1-5-pruned-emaonly.safetensors and sd_xl_base_1.0.safetensors.
 """
 
 from __future__ import annotations
@@ -13,11 +13,18 @@ from typing import Any, NamedTuple
 import torch
 
 from sculpt_dist.backbones.io.folders import empty_component, read_json
+from sculpt_dist.backbones.parts.components import model_class
 from sculpt_dist.core.errors import ModelError
 
 PIPELINES = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
+KINDS = {
+    "unet": "diffusers.UNet2DConditionModel",
+    "vae": "diffusers.AutoencoderKL",
+    "text_encoder": "transformers.CLIPTextModel",
+    "text_encoder_2": "transformers.CLIPTextModelWithProjection",
+}
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-PREFIXES = {  # of each model of a pipeline, in a single file
+PREFIXES = {  # of each component's tensors, in a single file
     "sd15": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.transformer."},
     "sdxl": {
         "unet": UNET,
@@ -44,12 +51,12 @@ UNET_ENDS = {
     "conv_out": "out.2",
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-OLD_ATTENTION = {
+OLD_ATTENTION = {  # names in folders from before diffusers 0.17
     "query": "to_q",
     "key": "to_k",
     "value": "to_v",
     "proj_attn": "to_out.0",
-}  # as folders before diffusers 0.17 name them
+}
 OPENCLIP = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -69,16 +76,26 @@ Shape = tuple[int, ...]
 
 
 class Original(NamedTuple):
-    """One tensor of a single file, and the tensors of the diffusers folder that it is made of."""
+    """One tensor of a single file, and the tensors of the diffusers folder that it consists of."""
 
     name: str
     shape: Shape
-    sources: tuple[str, ...]  # several are stacked along the first axis, in this order, all of one shape
-    turn: str = ""  # "transposed", or "conv": [C, C] there is [C, C, 1, 1] here
+    sources: tuple[str, ...]  # several, all of one shape, are stacked along the first axis, in this order
+    change: str = ""  # "transposed", or "conv": [C, C] in the folder is [C, C, 1, 1] in the file
+
+    @property
+    def source_shape(self) -> Shape:
+        """The shape of each source."""
+        shape = self.shape
+        if self.change == "conv":
+            shape = shape[:2]
+        elif self.change == "transposed":
+            shape = shape[::-1]
+        return (shape[0] // len(self.sources), *shape[1:])
 
 
 def looks_like(names: Iterable[str]) -> str:
-    """What kind of file has tensors of these names: "sd15", "sdxl", "sd2", "lora" or "unknown"."""
+    """The kind of file that has tensors of these names: "sd15", "sdxl", "sd2", "lora" or "unknown"."""
     held = tuple(names)
     marks = {
         "sdxl": "conditioner.embedders.1.",
@@ -92,18 +109,18 @@ def looks_like(names: Iterable[str]) -> str:
 
 
 def settings(file: Path) -> dict[str, Any]:
-    """A json file of the pipeline. Raises ModelError when it is missing or damaged."""
+    """The content of a json file of the pipeline. Raises ModelError when it is missing or damaged."""
     if not file.is_file():
         raise ModelError(f"{file}: is missing; give a complete diffusers pipeline folder")
     return read_json(file)
 
 
 def pipeline_kind(folder: Path) -> str:
-    """ "sd15" or "sdxl". Raises ModelError when the folder holds no pipeline of the two."""
+    """The kind of a pipeline folder: "sd15" or "sdxl". Raises ModelError for any other."""
     name = settings(folder / "model_index.json").get("_class_name")
     if name not in PIPELINES:
         raise ModelError(f"{folder}: holds a {name}; single files are read and written for {' and '.join(PIPELINES)}")
-    # What tells 2.x from 1.x: its UNet's linear projections, and OpenCLIP's activation.
+    # 2.x differs from 1.x by the linear projections of its UNet, and OpenCLIP's activation.
     linear = settings(folder / "unet" / "config.json").get("use_linear_projection")
     if PIPELINES[name] == "sd15" and (
         linear or settings(folder / "text_encoder" / "config.json").get("hidden_act") == "gelu"
@@ -115,7 +132,7 @@ def pipeline_kind(folder: Path) -> str:
 
 
 def originals(folder: Path, kind: str) -> dict[str, list[Original]]:
-    """What a single file of this pipeline folder holds, by model; from the folder's configs alone. `kind` as `pipeline_kind` gives it.
+    """The tensors of a single file, by component, from the configs of a pipeline folder; `kind`: see `pipeline_kind`.
 
     Raises ModelError when a config is missing or describes a model that the original layout cannot hold.
     """
@@ -123,19 +140,19 @@ def originals(folder: Path, kind: str) -> dict[str, list[Original]]:
 
 
 def unet_originals(folder: Path) -> dict[str, str]:
-    """The original names of a pipeline's UNet's tensors, without the prefix of a single file, by their names in the folder.
+    """The UNet's tensors: name in the pipeline folder -> original name, without the prefix of a single file.
 
-    Raises ModelError when its config is missing or describes one that the original layout cannot hold.
+    Raises ModelError when its config is missing or describes a UNet that the original layout cannot hold.
     """
     return {entry.sources[0]: entry.name for entry in _of_model(folder / "unet", "")}
 
 
 def plain_name(part: str, name: str) -> str:
-    """The name that `originals` uses for a tensor stored as `name` by whichever version of diffusers or transformers."""
+    """The name in `originals` of a tensor that some version of diffusers or transformers stored as `name`."""
     if part == "vae" and (found := re.fullmatch(r"(.*\.attentions\.0)\.(query|key|value|proj_attn)\.(\w+)", name)):
         return f"{found[1]}.{OLD_ATTENTION[found[2]]}.{found[3]}"
     if part.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection.")):
-        return f"text_model.{name}"  # transformers 5 drops it from a CLIPTextModel, and reads both
+        return f"text_model.{name}"  # transformers 5 drops the prefix of a CLIPTextModel, and reads both
     return name
 
 
@@ -152,29 +169,23 @@ def _of_model(part: Path, prefix: str) -> list[Original]:
     left = sorted(set(shapes) - {source for entry in found for source in entry.sources})
     if left:
         raise ModelError(
-            f"{part}: {len(left)} tensors have no place in the original layout ({', '.join(left[:3])}); keep the folder as it is"
+            f"{part}: {len(left)} tensors have no place in the original layout ({', '.join(left[:3])}); keep the "
+            "folder as it is"
         )
     return [entry._replace(name=prefix + entry.name) for entry in found]
 
 
 def _described(part: Path) -> tuple[dict[str, Any], dict[str, Shape]]:
-    """A model's config, with the defaults of what it leaves out, and its tensors' shapes; the model is built without memory."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    kinds = {
-        "unet": UNet2DConditionModel,
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModel,
-        "text_encoder_2": CLIPTextModelWithProjection,
-    }
-    kind, config = kinds[part.name], settings(part / "config.json")
-    if part.name in ("unet", "vae") and config.get("_class_name") != kind.__name__:
+    """(a model's config with its defaults, its tensors' shapes); the model is built without memory for its weights."""
+    config, kind = settings(part / "config.json"), KINDS[part.name]
+    expected = kind.rpartition(".")[2]
+    diffusers_model = part.name in ("unet", "vae")
+    if diffusers_model and config.get("_class_name") != expected:
         raise ModelError(
-            f"{part / 'config.json'}: a {config.get('_class_name')} is no {kind.__name__}; give a pipeline that has one"
+            f"{part / 'config.json'}: a {config.get('_class_name')} is no {expected}; give a pipeline that has one"
         )
-    model = empty_component(kind, part.parent, part.name, torch.float32)
-    config = dict(model.config) if part.name in ("unet", "vae") else config
+    model = empty_component(model_class(kind), part.parent, part.name, torch.float32)
+    config = dict(model.config) if diffusers_model else config
     return config, {plain_name(part.name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -197,12 +208,13 @@ def _unet(part: Path, config: dict[str, Any], shapes: dict[str, Shape]) -> list[
 
 
 def _unet_blocks(part: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Where each block of a UNet2DConditionModel lies: all layers of the way down are numbered through, and so are those of the way up."""
+    """The original name of each block: layers are numbered consecutively over all levels, down and up separately."""
     down, up, layers = config["down_block_types"], config["up_block_types"], config["layers_per_block"]
-    odd = {*down, config["mid_block_type"], *up} - BLOCKS
-    if odd:
+    unknown = {*down, config["mid_block_type"], *up} - BLOCKS
+    if unknown:
         raise ModelError(
-            f"{part}: blocks of type {', '.join(map(str, odd))} have no place in the original layout; keep the folder as it is"
+            f"{part}: blocks of type {', '.join(map(str, unknown))} have no place in the original layout; keep the "
+            "folder as it is"
         )
     layers = [layers] * len(down) if isinstance(layers, int) else layers
     blocks = {
@@ -225,7 +237,7 @@ def _unet_blocks(part: Path, config: dict[str, Any]) -> dict[str, str]:
             if attends:
                 blocks[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{place}.1"
             place += 1
-        # The upsampling is part of the level's last layer; the downsampling was a layer of its own.
+        # Upsampling belongs to the level's last layer, while downsampling is a layer of its own.
         blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{place - 1}.{1 + attends}.conv"
     return blocks
 
@@ -233,18 +245,18 @@ def _unet_blocks(part: Path, config: dict[str, Any]) -> dict[str, str]:
 def _vae(config: dict[str, Any], shapes: dict[str, Shape]) -> list[Original]:
     found = []
     for name, shape in shapes.items():
-        turn = ""
+        change = ""
         if match := re.fullmatch(
             r"(encoder|decoder)\.mid_block\.attentions\.0\.(group_norm|to_[qkv]|to_out\.0)\.(\w+)", name
         ):
-            turn = "conv" if len(shape) == 2 else ""
+            change = "conv" if len(shape) == 2 else ""
             new = f"{match[1]}.mid.attn_1.{VAE_ATTENTION[match[2]]}.{match[3]}"
         elif match := re.fullmatch(r"(encoder|decoder)\.mid_block\.resnets\.(\d)\.(.+)", name):
             new = f"{match[1]}.mid.block_{int(match[2]) + 1}.{match[3]}"
         elif match := re.fullmatch(
             r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets\.|(?:down|up)samplers\.0\.)(.+)", name
         ):
-            # The decoder's levels are counted by their resolution, so that the first one to run is the last.
+            # The decoder's levels are numbered by resolution: the first one to run has the highest number.
             level = int(match[2]) if match[1] == "encoder.down" else len(config["up_block_types"]) - 1 - int(match[2])
             new = f"{match[1]}.{level}.{match[3].replace('resnets', 'block').replace('samplers.0', 'sample')}{match[4]}"
         elif re.fullmatch(r"((en|de)coder\.conv_(in|out|norm_out)|(post_)?quant_conv)\.\w+", name):
@@ -252,7 +264,7 @@ def _vae(config: dict[str, Any], shapes: dict[str, Shape]) -> list[Original]:
         else:
             continue
         found.append(
-            Original(new.replace("conv_shortcut", "nin_shortcut"), (*shape, 1, 1) if turn else shape, (name,), turn)
+            Original(new.replace("conv_shortcut", "nin_shortcut"), (*shape, 1, 1) if change else shape, (name,), change)
         )
     return found
 
@@ -262,17 +274,14 @@ def _openclip(shapes: dict[str, Shape]) -> list[Original]:
     for name, shape in shapes.items():
         match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(\w+)", name)
         if name in OPENCLIP_ENDS:
-            turned = name == "text_projection.weight"
-            found.append(
-                Original(OPENCLIP_ENDS[name], shape[::-1] if turned else shape, (name,), "transposed" if turned else "")
-            )
+            if name == "text_projection.weight":
+                found.append(Original(OPENCLIP_ENDS[name], shape[::-1], (name,), "transposed"))
+            else:
+                found.append(Original(OPENCLIP_ENDS[name], shape, (name,)))
         elif match and match[2] in OPENCLIP:
             found.append(Original(f"transformer.resblocks.{match[1]}.{OPENCLIP[match[2]]}.{match[3]}", shape, (name,)))
         elif match and match[2] == "self_attn.q_proj":
             stacked = tuple(name.replace("q_proj", letter + "_proj") for letter in "qkv")
-            found.append(
-                Original(
-                    f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}", (3 * shape[0], *shape[1:]), stacked
-                )
-            )
+            joined = f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"
+            found.append(Original(joined, (3 * shape[0], *shape[1:]), stacked))
     return found
