@@ -1,4 +1,4 @@
-"""The backbone against the plain diffusers pipeline, and what a pipeline folder must hold."""
+"""Backbones agree with the plain diffusers pipelines, and refuse folders that are none."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
 CPU = torch.device("cpu")
 ARCHS = plugins("sculpt_dist.backbones")
 WORLD = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32}
-CALL = {
+CALL = {  # what the plain pipelines of tiny nets need
     "sana": {"use_resolution_binning": False, "complex_human_instruction": None, "max_sequence_length": 10}
-}  # plain pipelines of tiny nets
+}
 SCHEDULERS = [
     ("sd15", {}),
     ("sd15", {"prediction_type": "v_prediction"}),
     ("sd15", {"_class_name": "DDIMScheduler", "clip_sample": False}),
-    ("sd15", {"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 0}),  # the pipeline takes neither
+    ("sd15", {"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 0}),  # the pipeline overrides both
     ("sdxl", {"_class_name": "EulerDiscreteScheduler"}),
     ("sdxl", {"prediction_type": "v_prediction"}),
     ("sana", {}),
@@ -56,7 +56,7 @@ def untrained(tmp_path_factory):
 
 @pytest.fixture
 def folder_with(untrained, tmp_path):
-    """A copy of a kind's folder, its scheduler's settings changed."""
+    """A copy of a kind's folder with other scheduler settings."""
 
     def make(arch: str, settings: dict) -> Path:
         shutil.copytree(untrained / arch, tmp_path / arch)
@@ -72,7 +72,7 @@ def folder_with(untrained, tmp_path):
 
 
 def plain_pipeline(folder: Path):
-    """As a user's own script loads it."""
+    """The pipeline as a user's script loads it."""
     from diffusers import DiffusionPipeline
 
     loaded = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
@@ -86,7 +86,7 @@ def backbone():
 
 
 def assert_samples_as_the_plain_pipeline(arch: str, folder: Path) -> None:
-    """Latents alike, and pixels to rounding, for three prompts and a negative one."""
+    """Equal latents, and equal pixels up to rounding, for three prompts and a negative one."""
     ours, theirs = kind(arch)(folder, torch.float32, CPU), plain_pipeline(folder)
     noise = torch.randn(3, *ours.latent_shape, generator=torch.Generator().manual_seed(1))
     prompts, negative = ["a photo of a cat", "a photo of a boat in neon style", "bird"], ["a photo of a fish"] * 3
@@ -95,9 +95,7 @@ def assert_samples_as_the_plain_pipeline(arch: str, folder: Path) -> None:
     options = WORLD | CALL.get(arch, {}) | {"negative_prompt": negative}
     start = noise * getattr(theirs.scheduler, "init_noise_sigma", 1.0) if arch == "sana" else noise
     expected = theirs(prompts, latents=start, output_type="latent", **options).images
-    largest = (
-        expected.abs().max()
-    )  # 51 with Euler; a change of the noise's last bit alone moves latents by 1.3e-6 of it
+    largest = expected.abs().max()  # 51 with Euler; changing the noise's last bit moves latents by 1.3e-6 of it
     torch.testing.assert_close(latents / largest, expected / largest, rtol=1e-4, atol=4e-6)
     pixels = theirs(prompts, latents=start, output_type="np", **options).images
     difference = ours.decode(latents).permute(0, 2, 3, 1).int() - torch.from_numpy((pixels * 255).round()).int()
@@ -109,8 +107,8 @@ def test_sampling_equals_the_plain_pipeline(folder_with, arch, settings):
     assert_samples_as_the_plain_pipeline(arch, folder_with(arch, settings))
 
 
-def test_a_checkpoint_of_the_2_1_type_samples_as_its_pipeline_does(folder_with):
-    """Another text width and activation, linear projections, heads by level, v-prediction."""
+def test_a_checkpoint_like_stable_diffusion_2_1_samples_as_its_pipeline(folder_with):
+    """It has another text width and activation, linear projections, heads by level, and v-prediction."""
     folder = folder_with(
         "sd15", {"prediction_type": "v_prediction", "_class_name": "PNDMScheduler", "skip_prk_steps": True}
     )
@@ -129,7 +127,7 @@ def test_a_checkpoint_of_the_2_1_type_samples_as_its_pipeline_does(folder_with):
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-def test_a_pipeline_without_a_negative_prompt_is_guided_alike(untrained, tmp_path, zeros):
+def test_guidance_without_a_negative_prompt_equals_the_plain_pipelines(untrained, tmp_path, zeros):
     shutil.copytree(untrained / "sdxl", tmp_path / "xl")
     index = tmp_path / "xl" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": zeros}))
@@ -143,8 +141,11 @@ def test_a_pipeline_without_a_negative_prompt_is_guided_alike(untrained, tmp_pat
 
 
 @pytest.mark.parametrize(("arch", "settings"), SCHEDULERS, ids=str)
-def test_corruption_and_goal_are_those_of_the_scheduler_and_one_step_undoes_them(folder_with, arch, settings):
-    """Euler's and DDIM's step from a time to zero, given the exact goal, is the clean latent: it ties corrupt, goal and time together."""
+def test_corruption_and_goal_equal_the_schedulers_and_one_step_undoes_them(folder_with, arch, settings):
+    """Euler's or DDIM's step from a time to zero, given the exact goal, is the clean latent.
+
+    This ties corrupt, goal and time together.
+    """
     from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     ours = kind(arch)(folder_with(arch, settings), torch.float32, CPU)
@@ -160,7 +161,7 @@ def test_corruption_and_goal_are_those_of_the_scheduler_and_one_step_undoes_them
         torch.testing.assert_close(
             ours.corrupt(clean, noise, time) - (time / 1000).view(-1, 1, 1, 1) * ours.goal(clean, noise, time), clean
         )
-        # the times that are drawn are those that the sampler visits
+        # the drawn times are those that the sampler visits
         if "_class_name" not in settings:
             uniform = torch.linspace(1 - 1 / 1000, 0, len(sampler.timesteps) + 1)[:-1]
             torch.testing.assert_close(
@@ -185,20 +186,20 @@ def test_corruption_and_goal_are_those_of_the_scheduler_and_one_step_undoes_them
 
 @pytest.mark.parametrize(("arch", "settings"), SCHEDULERS, ids=str)
 @pytest.mark.parametrize("steps", [12, 50])
-def test_a_walk_has_at_each_step_the_noise_of_the_time_that_it_tells(folder_with, arch, settings, steps):
-    """A net that always says which noise is in it walks along that noise's path."""
+def test_a_trajectory_has_at_each_step_the_noise_of_the_returned_time(folder_with, arch, settings, steps):
+    """A net that predicts the added noise exactly stays on the path of that noise."""
     ours = kind(arch)(folder_with(arch, settings), torch.float32, CPU)
     clean, noise = torch.randn(2, 1, *ours.latent_shape, generator=torch.Generator().manual_seed(2))
-    empty, walk = ours.embed([""], negative=True), Trajectory(ours)
-    walk.begin(noise, ["a cat"], steps)
-    told = ours.schedule.first_order(steps).timesteps
-    walk.latents = ours.corrupt(clean, noise, told[:1])
+    empty, trajectory = ours.embed([""], negative=True), Trajectory(ours)
+    trajectory.begin(noise, ["a cat"], steps)
+    times = ours.schedule.first_order(steps).timesteps
+    trajectory.latents = ours.corrupt(clean, noise, times[:1])
     for index in range(1, steps):
-        latents, time = walk.advance_to(
+        latents, time = trajectory.advance_to(
             index,
             steps,
             lambda noisy, time, both: ours.goal(
-                *(x.expand(2, -1, -1, -1) for x in (clean, noise)), time.to(told.dtype)
+                *(x.expand(2, -1, -1, -1) for x in (clean, noise)), time.to(times.dtype)
             ),
             empty,
             empty,
@@ -214,13 +215,13 @@ def test_a_walk_has_at_each_step_the_noise_of_the_time_that_it_tells(folder_with
 
 def test_flow_times_follow_the_shift_of_the_scheduler(folder_with):
     ours = kind("sana")(folder_with("sana", {"flow_shift": 3.0}), torch.float32, CPU)
-    told = ours.sample_time(torch.tensor([0.0, 0.25, 0.5, 0.75]))
-    assert told.tolist() == pytest.approx([0.0, 500.0, 750.0, 900.0])  # 3 u / (1 + 2 u)
+    times = ours.sample_time(torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    assert times.tolist() == pytest.approx([0.0, 500.0, 750.0, 900.0])  # 3 u / (1 + 2 u)
     assert ours.sample_time(torch.tensor([0.0]), (0.5, 1.0)).item() == pytest.approx(750.0)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_encoding_gives_latents_as_the_denoiser_expects(untrained, arch):
+def test_encoding_scales_latents_as_the_denoiser_expects(untrained, arch):
     ours, theirs = kind(arch)(untrained / arch, torch.float32, CPU), plain_pipeline(untrained / arch)
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
@@ -230,7 +231,7 @@ def test_encoding_gives_latents_as_the_denoiser_expects(untrained, arch):
     assert ours.image_size == 32 and ours.latent_shape == (4, 8, 8)
 
 
-def test_a_vae_with_statistics_and_one_that_overflows_in_half_precision(untrained, tmp_path):
+def test_an_autoencoder_may_have_statistics_by_channel_and_overflow_in_half_precision(untrained, tmp_path):
     shutil.copytree(untrained / "sdxl", tmp_path / "xl")
     file = tmp_path / "xl" / "vae" / "config.json"
     settings = {
@@ -254,14 +255,14 @@ def test_a_vae_with_statistics_and_one_that_overflows_in_half_precision(untraine
     )
 
 
-def test_size_conditions_come_from_the_settings_and_of_own_images_from_themselves(untrained):
+def test_size_conditions_come_from_the_options_or_from_the_users_images(untrained):
     plain = kind("sdxl")(untrained / "sdxl", torch.float32, CPU)
     assert plain.size_ids == (32, 32, 0, 0, 32, 32) == tuple(plain.embed(["x"]).size_ids[0].tolist())
     assert plain.size_ids_of(64, 128) == (64, 128, 0, 16, 32, 32)
-    said = kind("sdxl")(
+    sized = kind("sdxl")(
         untrained / "sdxl", torch.float32, CPU, Options(original_size=(512, 640), crop=(1, 2), target_size=(24, 24))
     )
-    assert said.size_ids == (512, 640, 1, 2, 24, 24) == said.size_ids_of(64, 128)
+    assert sized.size_ids == (512, 640, 1, 2, 24, 24) == sized.size_ids_of(64, 128)
     assert kind("sd15")(untrained / "sd15", torch.float32, CPU).size_ids_of(64, 128) is None
 
 
@@ -281,7 +282,7 @@ def test_another_image_size_is_drawn_or_refused_before_anything_is_loaded(untrai
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_prompt_that_is_too_long_is_refused_or_cut_with_the_place_said(untrained, arch):
+def test_a_prompt_that_is_too_long_is_refused_or_cut_and_the_message_names_the_place(untrained, arch):
     long = "a photo of a cat in natural style a boat a house"
     with pytest.raises(
         ConfigError,
@@ -293,7 +294,7 @@ def test_a_prompt_that_is_too_long_is_refused_or_cut_with_the_place_said(untrain
         assert cutting.embed([long]).tokens.shape[1] == 10
 
 
-def test_sana_reads_the_instruction_where_its_encoder_has_room(untrained, tmp_path):
+def test_sana_prepends_the_instruction_when_its_encoder_has_room(untrained, tmp_path):
     shutil.copytree(untrained / "sana", tmp_path / "sana")
     file = tmp_path / "sana" / "tokenizer" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 10**30}))
@@ -315,7 +316,7 @@ def test_times_are_uniform_over_the_schedule_or_a_window(backbone):
     assert int(backbone.sample_time(torch.tensor([0.0]), (0.5, 1.0))) == 500
 
 
-def test_each_prompt_is_encoded_once_and_embeddings_are_kept(backbone, tmp_path, monkeypatch):
+def test_each_prompt_is_encoded_once_and_embeddings_are_stored(backbone, tmp_path, monkeypatch):
     prompts = ["a photo of a house", "a photo of a car", "a photo of a house"]
     cond = backbone.embed(prompts)
     assert torch.equal(cond.tokens[0], cond.tokens[2]) and not torch.equal(cond.tokens[0], cond.tokens[1])
@@ -330,7 +331,7 @@ def test_each_prompt_is_encoded_once_and_embeddings_are_kept(backbone, tmp_path,
     )
 
 
-def test_kept_embeddings_take_their_size_conditions_from_the_settings(untrained, tmp_path):
+def test_stored_embeddings_take_their_size_conditions_from_the_options(untrained, tmp_path):
     first = kind("sdxl")(untrained / "sdxl", torch.float32, CPU)
     first.write_embeddings(tmp_path / "e.safetensors", "key", ["a cat"], [""])
     other = kind("sdxl")(untrained / "sdxl", torch.float32, CPU, Options(target_size=(64, 48)))
@@ -339,7 +340,7 @@ def test_kept_embeddings_take_their_size_conditions_from_the_settings(untrained,
     assert torch.equal(other.embed(["a cat"]).pooled, first.embed(["a cat"]).pooled)
 
 
-def test_released_components_come_back_when_they_are_asked_for(untrained):
+def test_released_components_are_loaded_again_on_use(untrained):
     ours = kind("sdxl")(untrained / "sdxl", torch.float32, CPU)
     first = ours.embed(["a cat"])
     ours.decode(torch.zeros(1, *ours.latent_shape))
@@ -351,27 +352,29 @@ def test_released_components_come_back_when_they_are_asked_for(untrained):
 
 
 @pytest.mark.parametrize(("arch", "blocks"), [("sd15", 5), ("sdxl", 5), ("sana", None)])
-def test_groups_have_the_same_names_on_every_kind(untrained, arch, blocks):
+def test_groups_have_the_same_names_on_every_backbone(untrained, arch, blocks):
     groups = kind(arch)(untrained / arch, torch.float32, CPU).groups()
-    parts = {
-        f"{attention}.{part}" for attention in ("cross_attention", "self_attention") for part in ("q", "k", "v", "out")
-    }
-    assert parts | {"all", "not_cross_attention", "cross_attention", "self_attention", "block.0"} <= set(groups)
-    assert all("attn2.to_k." in name for name in groups["cross_attention.k"]) and groups["cross_attention.k"]
-    assert not set(groups["not_cross_attention"]) & set(groups["cross_attention"])
+    roles = ("text_to_image", "self_attention", "attention", "cross_attention")
+    parts = {f"{role}.{part}" for role in roles for part in ("q", "k", "v", "out")}
+    assert parts | {*roles, "all", "not_text_to_image", "not_cross_attention", "block.0"} <= set(groups)
+    assert all("attn2.to_k." in name for name in groups["text_to_image.k"]) and groups["text_to_image.k"]
+    assert set(groups["attention.v"]) == {*groups["text_to_image.v"], *groups["self_attention.v"]}
+    assert not set(groups["not_text_to_image"]) & set(groups["text_to_image"])
+    aliases = {name: name.replace("cross_attention", "text_to_image") for name in groups if "cross_attention" in name}
+    assert len(aliases) == 6 and all(groups[alias] == groups[role] for alias, role in aliases.items())
     depth = [name for name in groups if name.startswith("block.")]
     assert len(depth) == (
         blocks or len({name.split(".")[1] for name in groups["all"] if name.startswith("transformer_blocks")})
     )
     within = [name for block in depth for name in groups[block]]
-    assert len(within) == len(set(within)) and set(groups["cross_attention"]) <= set(within) < set(groups["all"])
+    assert len(within) == len(set(within)) and set(groups["text_to_image"]) <= set(within) < set(groups["all"])
     if blocks:
         assert [groups[f"block.{i}"][0].split(".")[0] for i in range(5)] == ["down_blocks"] * 2 + ["mid_block"] + [
             "up_blocks"
         ] * 2
 
 
-def test_shipped_model_is_the_default_and_other_archs_say_that_there_is_none():
+def test_the_shipped_model_is_the_default_and_a_missing_one_is_reported():
     assert find_folder(None, "sd15", None) == ASSETS
     with pytest.raises(ModelError, match="no shipped canvas model for model.arch=flux"):
         find_folder(None, "flux", None)
@@ -393,7 +396,7 @@ def test_a_sampler_with_noise_of_its_own_is_refused(tmp_path):
         kind("sd15")(tmp_path / "m", torch.float32, CPU)
 
 
-def test_an_export_takes_only_what_was_loaded(tmp_path, backbone):
+def test_an_export_copies_only_what_was_loaded(tmp_path, backbone):
     base = tmp_path / "base"
     shutil.copytree(ASSETS, base)
     (base / "v1-5-pruned.safetensors").write_bytes(b"the whole original model")
@@ -416,7 +419,7 @@ def test_an_export_takes_only_what_was_loaded(tmp_path, backbone):
     torch.testing.assert_close(again.embed(["a photo of a cat"]).tokens, backbone.embed(["a photo of a cat"]).tokens)
 
 
-def test_a_hub_that_cannot_be_reached_is_said_to_be_the_network(monkeypatch):
+def test_an_unreachable_hub_is_reported_as_a_network_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="nobody/nothing.*network"):
         find_folder("nobody/nothing", "sd15", None)

@@ -1,4 +1,4 @@
-"""Adapters: what plain diffusers loads predicts as the changed net does; what is lost is what numpy's SVD says; the rest is refused."""
+"""Adapters: loaded by plain diffusers they predict as the changed net; the loss agrees with numpy's SVD; refusals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def base_weights(arch: str) -> Tensors:
 
 
 def change_of(shape: torch.Size, rank: int | None, seed: int) -> torch.Tensor:
-    """A random change of this rank (None: of full rank) with entries of about 0.02."""
+    """A random change of this rank (None: full rank) with entries of about 0.02."""
     rng = torch.Generator().manual_seed(seed)
     out, width = shape[0], shape[1:].numel()
     if rank is None:
@@ -62,7 +62,7 @@ def change_of(shape: torch.Size, rank: int | None, seed: int) -> torch.Tensor:
 def changed(
     folder: Path, arch: str, names: list[str], rank: int | None = 2, dtype: torch.dtype = torch.float32
 ) -> tuple[Path, Tensors]:
-    """The shipped model with these parameters changed, as a run exports it, and the changes."""
+    """(the shipped model with these parameters changed, as a run exports it; the changes)."""
     base = base_weights(arch)
     changes = {name: change_of(base[name].shape, rank, seed) for seed, name in enumerate(names)}
     whole = {name: tensor + changes.get(name, 0.0) for name, tensor in base.items()}
@@ -77,7 +77,7 @@ def pipeline_of(folder: Path, arch: str) -> Any:
 
 
 def prediction(pipeline: Any, arch: str) -> torch.Tensor:
-    """Of the denoiser on fixed inputs, [2, 4, 8, 8]."""
+    """The denoiser's prediction on fixed inputs, [2, 4, 8, 8]."""
     rng = torch.Generator().manual_seed(5)
     net = getattr(pipeline, net_name(arch)).eval()
     noisy, time = torch.randn(2, 4, 8, 8, generator=rng), torch.tensor([300.0, 700.0])
@@ -96,7 +96,7 @@ def prediction(pipeline: Any, arch: str) -> torch.Tensor:
 
 
 def assert_loads(file: Path, model: Path, arch: str, base: Path | None = None) -> None:
-    """Plain diffusers with the base and the adapter predicts as the changed net, and not as the base."""
+    """Plain diffusers with base and adapter predicts as the changed net, which differs from the base."""
     pipeline = pipeline_of(base or CANVAS / arch, arch)
     before = prediction(pipeline, arch)
     where = file.parent if file.name == WEIGHT_NAME else file
@@ -113,7 +113,7 @@ def metadata_of(file: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, tuple[Path, Tensors]]:
-    """A model of each kind whose attention has a change of rank 2."""
+    """A model of each kind with a change of rank 2 in its attention."""
     folder = tmp_path_factory.mktemp("models")
     return {arch: changed(folder / arch, arch, names) for arch, names in ATTENTION.items()}
 
@@ -141,19 +141,17 @@ def test_the_keys_are_those_that_diffusers_itself_writes(models, tmp_path):
         net = getattr(pipeline, net_name(arch))
         net.add_adapter(LoraConfig(r=3, target_modules=[name.removesuffix(".weight") for name in ATTENTION[arch]]))
         pipeline.save_lora_weights(tmp_path / arch, **{f"{net_name(arch)}_lora_layers": get_peft_model_state_dict(net)})
-        theirs, mine = load_file(tmp_path / arch / WEIGHT_NAME), load_file(tmp_path / WEIGHT_NAME)
-        assert {name: tensor.shape for name, tensor in mine.items()} == {
-            name: tensor.shape for name, tensor in theirs.items()
+        expected, written = load_file(tmp_path / arch / WEIGHT_NAME), load_file(tmp_path / WEIGHT_NAME)
+        assert {name: tensor.shape for name, tensor in written.items()} == {
+            name: tensor.shape for name, tensor in expected.items()
         }
-    stored = json.loads(metadata_of(tmp_path / WEIGHT_NAME)["lora_adapter_metadata"])
-    assert (
-        stored["transformer.r"] == stored["transformer.lora_alpha"] == 3
-        and len(stored["transformer.target_modules"]) == 3
-    )
+    about = json.loads(metadata_of(tmp_path / WEIGHT_NAME)["lora_adapter_metadata"])
+    assert about["transformer.r"] == about["transformer.lora_alpha"] == 3
+    assert len(about["transformer.target_modules"]) == 3
 
 
-def test_the_keys_for_comfyui_and_a1111(models, tmp_path):
-    """Diffusers' names with underscores for SD 1.x, those of the original layout for SDXL; A1111 sorts by the metadata."""
+def test_kohya_keys_are_those_that_comfyui_and_a1111_read(models, tmp_path):
+    """diffusers' names with underscores for SD 1.x, those of the original layout for SDXL; A1111 reads the metadata."""
     file = tmp_path / "kohya.safetensors"
     expected = {
         "sd15": ("down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", "sd_v1"),
@@ -166,11 +164,10 @@ def test_the_keys_for_comfyui_and_a1111(models, tmp_path):
         change = models[arch][1][ATTENTION[arch][0]]
         assert len(held) == 9 and alpha.shape == () and alpha == 2
         torch.testing.assert_close(up @ down * (alpha / len(down)), change, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))  # each singular value lies half on either side
-        stored = metadata_of(file)
-        assert (
-            stored["ss_base_model_version"] == version and stored["ss_network_dim"] == stored["ss_network_alpha"] == "2"
-        )
+        torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))  # each factor has the root of every singular value
+        about = metadata_of(file)
+        assert about["ss_base_model_version"] == version
+        assert about["ss_network_dim"] == about["ss_network_alpha"] == "2"
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 5), (1, 7)])
@@ -185,13 +182,13 @@ def test_the_factors_are_the_best_of_their_rank(shape, rank):
     assert all(torch.equal(*pair) for pair in zip((up, down), low_rank_factors(matrix, rank)))  # deterministic
 
 
-def test_no_change_has_zero_factors():
+def test_a_zero_change_has_zero_factors():
     up, down = low_rank_factors(torch.zeros(3, 4), 2)
     assert not up.any() and not down.any()
 
 
-def test_what_is_lost_of_a_change_of_higher_rank_by_numpy(models, tmp_path):
-    """From the singular values alone: rank 1 keeps the largest of two."""
+def test_the_loss_of_a_change_of_higher_rank_agrees_with_numpy(models, tmp_path):
+    """From the singular values: rank 1 keeps the larger of two."""
     model, changes = models["sd15"]
     lost = write_adapter(CANVAS / "sd15", model, tmp_path / "a.safetensors", rank=1)
     values = {name: np.linalg.svd(change.double().numpy(), compute_uv=False) for name, change in changes.items()}
@@ -202,7 +199,7 @@ def test_what_is_lost_of_a_change_of_higher_rank_by_numpy(models, tmp_path):
     assert str(lost._replace(share=0.032, worst=0.08)) == f"rank 1: 3.2 % of the change is lost (worst: {worst} 8 %)"
 
 
-def test_a_change_of_full_rank_is_whole_at_full_rank_and_the_file_has_no_more(tmp_path):
+def test_a_change_of_full_rank_is_complete_at_full_rank_and_the_file_has_no_higher_rank(tmp_path):
     names = [
         "conv_out.weight",
         "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight",
@@ -212,13 +209,13 @@ def test_a_change_of_full_rank_is_whole_at_full_rank_and_the_file_has_no_more(tm
     assert write_adapter(CANVAS / "sd15", model, file, rank=8).share > 0.3
     lost = write_adapter(CANVAS / "sd15", model, file, rank=1000)
     assert lost.rank == 64 and lost.worst < 1e-5
-    assert load_file(file)["unet.conv_out.lora_B.weight"].shape == (4, 64, 1, 1)  # its own rank is 4: the rest is zeros
+    assert load_file(file)["unet.conv_out.lora_B.weight"].shape == (4, 64, 1, 1)  # its own rank is 4, the rest is zeros
     assert_loads(file, model, "sd15")
 
 
 @pytest.mark.parametrize("arch", ["sd15", "sdxl"])
 @pytest.mark.parametrize("form", ["lora", "kohya"])
-def test_every_matrix_and_kernel_of_a_unet_is_carried(tmp_path, arch, form):
+def test_adapters_carry_every_matrix_and_kernel_of_a_unet(tmp_path, arch, form):
     names = [name for name, tensor in base_weights(arch).items() if tensor.dim() > 1]
     assert any("resnets.0.conv1" in name for name in names) and any("time_embedding" in name for name in names)
     assert any("downsamplers" in name for name in names) and any("upsamplers" in name for name in names)
@@ -229,7 +226,7 @@ def test_every_matrix_and_kernel_of_a_unet_is_carried(tmp_path, arch, form):
     assert_loads(file, model, arch)
 
 
-def test_of_sana_all_but_the_grouped_kernels_and_the_tables_are_carried(tmp_path):
+def test_adapters_carry_all_of_sana_except_grouped_kernels_and_tables(tmp_path):
     names = [name for name, tensor in base_weights("sana").items() if tensor.dim() > 1]
     kept = [name for name in names if "conv_depth" not in name and "scale_shift_table" not in name]
     assert len(names) > len(kept) > 30
@@ -243,15 +240,15 @@ def test_of_sana_all_but_the_grouped_kernels_and_the_tables_are_carried(tmp_path
     assert not (tmp_path / "none.safetensors").exists()
 
 
-def test_an_export_in_half_precision_has_changed_only_what_was_changed(models, tmp_path):
-    """The base is fp16, the export bf16: all is rounded, but of the matrices that no run touched nothing is in the adapter."""
+def test_the_adapter_of_a_half_precision_export_holds_only_what_the_run_changed(models, tmp_path):
+    """The base is fp16, the export bf16: everything is rounded, but unchanged matrices are not in the adapter."""
     model, changes = changed(tmp_path / "model", "sd15", ATTENTION["sd15"], dtype=torch.bfloat16)
     lost = write_adapter(CANVAS / "sd15", model, tmp_path / "a.safetensors", rank=2)
     assert len(load_file(tmp_path / "a.safetensors")) == 2 * len(changes)
-    assert 1e-3 < lost.share < 0.1  # what the rounding of the changed ones added
+    assert 1e-3 < lost.share < 0.1  # the rounding of the changed matrices
 
 
-def test_what_no_adapter_is_written_of(models, tmp_path):
+def test_no_adapter_is_written_for_equal_incomparable_or_unsupported_models(models, tmp_path):
     base, (model, _) = CANVAS / "sd15", models["sd15"]
     file = tmp_path / "out" / "a.safetensors"
     biased, _ = changed(tmp_path / "biased", "sd15", [*ATTENTION["sd15"], BIAS])
@@ -280,7 +277,7 @@ def test_what_no_adapter_is_written_of(models, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_command_says_what_is_wrong_before_it_works(tmp_path):
+def test_wrong_export_options_are_detected_before_the_run_folder_is_touched(tmp_path):
     config = load_config(None, [f"run.folder={tmp_path / 'run'}"])
     with pytest.raises(ConfigError, match="--rank 0"):
         export_only(config, "lora", rank=0)
@@ -289,8 +286,8 @@ def test_the_command_says_what_is_wrong_before_it_works(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stable_diffusion_2_says_so_and_loads(tmp_path):
-    """It has linear projections in place of 1 x 1 convolutions, and diffusers' names in kohya's files as 1.x has."""
+def test_a_kohya_file_of_stable_diffusion_2_names_its_version_and_loads(tmp_path):
+    """It has linear projections in place of 1 x 1 convolutions; kohya's files use diffusers' names, as for 1.x."""
     from diffusers import UNet2DConditionModel
 
     base, model = tmp_path / "base", tmp_path / "model"
@@ -339,7 +336,7 @@ RUN = [*TINY_RUN, "evaluate.enabled=false", "train.steps=3", "concepts=[{target:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A run that trains a LoRA of rank 2, and exports in bfloat16; the arguments that name it."""
+    """(a run that trains a LoRA of rank 2 and exports in bfloat16, its arguments)."""
     folder = tmp_path_factory.mktemp("trained")
     config = str(PROJECT / "configs" / "canvas" / "surgun.yaml")
     method, dtype = ["method.rank=2", "method.distractors=1"], ["model.dtype=bfloat16", "engine.precision=bf16"]
@@ -348,8 +345,8 @@ def trained(tmp_path_factory) -> tuple[Path, list[str]]:
     return folder / "run", arguments
 
 
-def test_a_run_that_trained_an_adapter_gives_it_back(trained, tmp_path):
-    """Also where the exported folder, in bfloat16, has rounded most of it away."""
+def test_a_run_that_trained_an_adapter_exports_it_without_loss(trained, tmp_path):
+    """Also when the exported folder, in bfloat16, has rounded most of it away."""
     run, arguments = trained
     printed = sculpt("export", *arguments, "--as", "lora", "--rank", "2")
     file = run / "lora" / WEIGHT_NAME

@@ -1,4 +1,4 @@
-"""Delta files: applied and removed bit for bit, in every dtype and sharding, and refused wherever they do not belong."""
+"""Delta files: applied and removed bit for bit, in every dtype and sharding; refused for any other base."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def unlearned(tensors: Tensors) -> tuple[Tensors, set[str]]:
-    """The tensors with the cross-attention's keys and values moved, and which those are."""
+    """(the tensors with the keys and values of the cross-attention changed, the names of those)."""
     rng = torch.Generator().manual_seed(0)
     names = {name for name in tensors if "attn2.to_k" in name or "attn2.to_v" in name}
     moved = {
@@ -57,7 +57,7 @@ def unlearned(tensors: Tensors) -> tuple[Tensors, set[str]]:
 def tiny(
     folder: Path, tensors: Tensors, net: str = "unet", shards: int = 1, pipeline: str = "StableDiffusionPipeline"
 ) -> Path:
-    """A pipeline folder of a denoiser alone, whose tensors need not be a model's."""
+    """A pipeline folder with only a denoiser; its tensors need not form a model."""
     part = folder / net
     part.mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, net: ["diffusers", "Net"]}))
@@ -85,7 +85,7 @@ def pair(dtype: torch.dtype = torch.float16) -> tuple[Tensors, Tensors]:
 
 @pytest.fixture(scope="module")
 def canvas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, set[str]]:
-    """The shipped fp16 model, changed in its own dtype, and as a run exports it, in float32; which tensors are changed."""
+    """(the shipped fp16 model, a changed one in fp16, the same as a run exports it in fp32, the changed names)."""
     folder = tmp_path_factory.mktemp("canvas")
     changed, names = unlearned(weights(ASSETS))
     half, single = folder / "half", folder / "single"
@@ -101,7 +101,7 @@ def canvas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, 
 
 
 @pytest.mark.parametrize("precision", ["half", "single"])
-def test_the_shipped_model_there_and_back(canvas, tmp_path, precision):
+def test_a_delta_of_the_shipped_model_applies_and_comes_off_bit_for_bit(canvas, tmp_path, precision):
     base, half, single, names = canvas
     model = half if precision == "half" else single
     file = tmp_path / "deltas" / "bird.safetensors"
@@ -170,7 +170,7 @@ def test_a_sharded_denoiser_keeps_its_shards(canvas, tmp_path):
 
 
 @pytest.mark.parametrize("label", [label for label, dtype in DTYPES.items() if dtype.is_floating_point])
-def test_every_bit_pattern_of_every_dtype(tmp_path, label):
+def test_every_bit_pattern_of_every_dtype_survives(tmp_path, label):
     """Base and result are arbitrary patterns; the stored tensor is their XOR, computed here in plain integers."""
     dtype = DTYPES[label]
     rng = torch.Generator().manual_seed(3)
@@ -193,16 +193,16 @@ def test_every_bit_pattern_of_every_dtype(tmp_path, label):
     assert same(weights(tmp_path / "removed"), base)
 
 
-def test_by_hand():
+def test_the_xor_of_known_bits():
     """1.0 and 1.5 are 0x3C00 and 0x3E00 in fp16; 0.0 and -0.0 differ by the sign alone."""
-    turned = bits(torch.tensor([1.0, 0.0]).half()) ^ bits(torch.tensor([1.5, -0.0]).half())
-    assert turned.tolist() == [0x0200, -0x8000]
+    change = bits(torch.tensor([1.0, 0.0]).half()) ^ bits(torch.tensor([1.5, -0.0]).half())
+    assert change.tolist() == [0x0200, -0x8000]
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("exported", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_export_in_another_dtype_changes_only_what_was_changed(tmp_path, stored, exported):
-    """Also where that dtype is the coarser: the tensors that the run left alone keep the base's digits."""
+    """Also in a coarser dtype: tensors that the run did not change keep the base's digits."""
     base, model = pair(stored)
     model = {name: tensor.to(exported) if tensor.is_floating_point() else tensor for name, tensor in model.items()}
     tiny(tmp_path / "base", base, "transformer", shards=2, pipeline="SanaPipeline")
@@ -216,8 +216,8 @@ def test_an_export_in_another_dtype_changes_only_what_was_changed(tmp_path, stor
     assert same(weights(tmp_path / "removed", "transformer"), base)
 
 
-def test_changed_means_other_bits_in_the_dtype_of_the_base(tmp_path):
-    """A sign of zero is a change, an equal NaN is none, nor is what the base's dtype cannot hold."""
+def test_a_tensor_is_changed_when_its_bits_differ_in_the_dtype_of_the_base(tmp_path):
+    """The sign of a zero is a change; an equal NaN is none, and neither are digits that the dtype cannot hold."""
     base = {
         "nan": torch.tensor([float("nan"), 1.0]).half(),
         "zero": torch.zeros(2).half(),
@@ -229,7 +229,7 @@ def test_changed_means_other_bits_in_the_dtype_of_the_base(tmp_path):
     assert load_file(tmp_path / "delta.safetensors")["zero"].tolist() == [0, -0x8000]
 
 
-def test_a_variant_keeps_its_name_and_pickles_stay_behind(tmp_path):
+def test_a_variant_keeps_its_name_and_pickles_are_not_copied(tmp_path):
     base, model = pair()
     folder = tiny(tmp_path / "base", base)
     tiny(tmp_path / "model", model)
@@ -272,7 +272,7 @@ def test_a_variant_keeps_its_name_and_pickles_stay_behind(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_what_no_delta_is_written_of(tmp_path):
+def test_no_delta_is_written_for_models_that_are_equal_or_incomparable(tmp_path):
     base, model = pair()
     folder = tiny(tmp_path / "base", base)
     wide = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in base.items()}
@@ -303,7 +303,7 @@ def test_what_no_delta_is_written_of(tmp_path):
         write_delta(folder, good, tmp_path / "delta.safetensors")
 
 
-def test_where_a_delta_does_not_belong(tmp_path):
+def test_a_delta_of_another_base_is_refused(tmp_path):
     base, model = pair()
     model["b.weight"] = -base["b.weight"]
     folder = tiny(tmp_path / "base", base)
@@ -341,24 +341,24 @@ def test_where_a_delta_does_not_belong(tmp_path):
     assert not output.exists() and not list(tmp_path.glob(".*"))
 
 
-def test_what_is_no_delta(tmp_path):
+def test_damaged_files_and_files_of_other_formats_are_no_delta(tmp_path):
     base, model = pair()
     folder = tiny(tmp_path / "base", base)
     good, file, output = tmp_path / "good.safetensors", tmp_path / "bad.safetensors", tmp_path / "output"
     write_delta(folder, tiny(tmp_path / "model", model), good)
     held = load_file(good)
     with safe_open(good, "pt") as content:
-        said = content.metadata()
+        good_metadata = content.metadata()
     flipped = {"a.weight": held["a.weight"] ^ 1}
     cases = [
         ("is no delta .*'pt'", held, {"format": "pt"}),
         ("is no delta .*None", held, None),
-        ("version 2, this program reads version 1; update", held, said | {"version": "2"}),
-        ("metadata is damaged", held, said | {"tensors": "{"}),
-        ("metadata is damaged", held, said | {"tensors": '{"a.weight": {"base": ""}}'}),
+        ("version 2, this program reads version 1; update", held, good_metadata | {"version": "2"}),
+        ("metadata is damaged", held, good_metadata | {"tensors": "{"}),
+        ("metadata is damaged", held, good_metadata | {"tensors": '{"a.weight": {"base": ""}}'}),
         ("metadata is damaged", held, {"format": FORMAT, "version": "1"}),
-        ("its tensors are not those of its metadata", held | {"more": torch.zeros(2)}, said),
-        ("a.weight does not give what its metadata promises", flipped, said),
+        ("its tensors are not those of its metadata", held | {"more": torch.zeros(2)}, good_metadata),
+        ("a.weight does not give what its metadata promises", flipped, good_metadata),
     ]
     for text, tensors, metadata in cases:
         save_file(tensors, file, metadata=metadata)
@@ -387,7 +387,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "output").exists() and not list(tmp_path.glob(".*")) and files(folder) == before
 
 
-def test_deltas_stack_and_come_off_in_reverse(tmp_path):
+def test_deltas_stack_and_are_removed_in_reverse_order(tmp_path):
     base, first = pair()
     second = first | {"b.weight": -base["b.weight"], "a.weight": first["a.weight"] * 2}
     folders = [tiny(tmp_path / name, tensors) for name, tensors in (("0", base), ("1", first), ("2", second))]

@@ -1,4 +1,4 @@
-"""Single files in the original layout: round trips, diffusers as the judge, the released models' names, and what is refused."""
+"""Single files in the original layout: round trips, agreement with diffusers, names of released models, refusals."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ CLIP_G = {
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a pipeline folder by component and name."""
+    """Every tensor of a pipeline folder, by component and name."""
     return {
         f"{part}/{plain_name(part, name)}": tensor
         for part in WEIGHTS
@@ -106,7 +106,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 def pipeline_folder(folder: Path, kind: str, **configs: dict) -> Path:
-    """A pipeline folder of configs alone."""
+    """A pipeline folder that holds only configs."""
     models = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     folder.mkdir(parents=True)
     for part, config in configs.items():
@@ -118,7 +118,7 @@ def pipeline_folder(folder: Path, kind: str, **configs: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
-    """A tiny SDXL, its first encoder in half precision as many are."""
+    """A tiny SDXL; its first encoder is in half precision, as many are."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -151,7 +151,7 @@ def sdxl(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def attending(tmp_path_factory):
-    """The shipped SD 1.5 with attention in its VAE, in shards, its text encoder a variant named as older libraries did."""
+    """The shipped SD 1.5 with attention in its VAE, a sharded UNet, an fp16 text encoder with older names."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     folder = tmp_path_factory.mktemp("attending") / "pipeline"
@@ -183,7 +183,7 @@ def written(sdxl, attending, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["sd15", "attending", "sdxl"])
-def test_there_and_back_is_bit_equal(written, name, tmp_path):
+def test_a_round_trip_is_bit_equal(written, name, tmp_path):
     pipeline, file = written[name]
     read_single_file(file, pipeline, tmp_path / "new" / "back")
     expected = {key: tensor for key, tensor in weights(pipeline).items() if not key.endswith("position_ids")}
@@ -219,12 +219,12 @@ def test_diffusers_reads_the_file_as_it_reads_the_folder(written, name, tmp_path
         )
 
 
-def test_sharded_weights_were_sharded(attending):
+def test_the_attending_pipeline_is_sharded_and_attends(attending):
     assert len(list((attending / "unet").glob("*-of-*.safetensors"))) > 1
     assert any("attentions" in key for key in weights(attending) if key.startswith("vae/"))
 
 
-def test_the_read_folder_is_as_the_template_but_for_what_no_single_file_has(written, tmp_path):
+def test_the_read_folder_equals_the_template_except_for_the_safety_checker(written, tmp_path):
     pipeline, file = written["sd15"]
     template = tmp_path / "template"
     shutil.copytree(pipeline, template)
@@ -245,7 +245,7 @@ def test_the_read_folder_is_as_the_template_but_for_what_no_single_file_has(writ
         assert (tmp_path / "back" / name).read_bytes() == (pipeline / name).read_bytes()
 
 
-def test_what_single_files_carry_besides_is_ignored(written, tmp_path):
+def test_extra_tensors_of_single_files_are_ignored(written, tmp_path):
     pipeline, file = written["sdxl"]
     held = load_file(file)
     held |= {
@@ -255,7 +255,7 @@ def test_what_single_files_carry_besides_is_ignored(written, tmp_path):
     held |= {name: torch.zeros(2) for name in (f"{SECOND}logit_scale", f"{VAE}loss.logvar", f"{VAE}model_ema.decay")}
     held["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = torch.arange(10)[None]
     for name in [name for name in held if re.search(r"mid\.attn_1\.(q|k|v|proj_out)\.weight", name)]:
-        held[name] = held[name][:, :, 0, 0].clone()  # as some tools write it
+        held[name] = held[name][:, :, 0, 0].clone()  # some tools write these kernels as matrices
     save_file(held, tmp_path / "full.safetensors")
     read_single_file(tmp_path / "full.safetensors", pipeline, tmp_path / "back")
     assert same(weights(tmp_path / "back"), weights(pipeline))
@@ -266,7 +266,7 @@ def test_what_single_files_carry_besides_is_ignored(written, tmp_path):
     [{}, {"prediction_type": "v_prediction"}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}],
     ids=str,
 )
-def test_an_sdxl_of_v_prediction_is_marked_and_known_again(sdxl, tmp_path, settings):
+def test_v_prediction_of_sdxl_is_marked_in_the_file_and_detected_when_it_is_read(sdxl, tmp_path, settings):
     shutil.copytree(sdxl, tmp_path / "v")
     scheduler = Path("scheduler") / "scheduler_config.json"
     plain = json.loads((tmp_path / "v" / scheduler).read_text())
@@ -274,12 +274,12 @@ def test_an_sdxl_of_v_prediction_is_marked_and_known_again(sdxl, tmp_path, setti
     write_single_file(tmp_path / "v", tmp_path / "v.safetensors")
     marks = {entry.name for entry in entries(tmp_path / "v.safetensors")} & {"v_pred", "ztsnr"}
     assert marks == ({"v_pred"} if settings else set()) | ({"ztsnr"} if len(settings) == 2 else set())
-    read_single_file(tmp_path / "v.safetensors", sdxl, tmp_path / "back")  # the template is of eps
+    read_single_file(tmp_path / "v.safetensors", sdxl, tmp_path / "back")  # the template predicts eps
     back = json.loads((tmp_path / "back" / scheduler).read_text())
     assert {name: back.get(name) for name in settings} == settings and (settings or back == plain)
 
 
-def test_older_names_mean_the_same(written, attending, tmp_path):
+def test_older_tensor_names_are_read(written, attending, tmp_path):
     """The VAE of a folder from before diffusers 0.17, and the text encoder of a file saved without `text_model.`."""
     _, file = written["attending"]
     old = tmp_path / "old"
@@ -363,8 +363,8 @@ def test_released_files_hold_this_name_and_shape(real, kind, name, shape):
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_diffusers_sorts_the_released_names_the_same(real, kind):
-    """diffusers' own conversion at full size, of tensors without memory: each must arrive where it came from."""
+def test_diffusers_converts_the_released_names_the_same_way(real, kind):
+    """diffusers' own conversion, at full size on the meta device, gives each tensor the name it has in the folder."""
     from diffusers.loaders.single_file_utils import (
         convert_ldm_unet_checkpoint,
         convert_ldm_vae_checkpoint,
@@ -386,8 +386,8 @@ def test_diffusers_sorts_the_released_names_the_same(real, kind):
     )
 
 
-def test_layers_may_differ_by_level(tmp_path):
-    """Lists in the config are for the way down; the way up runs them backwards, with one layer more each."""
+def test_levels_may_differ_in_their_number_of_layers(tmp_path):
+    """Lists in the config describe the down blocks; the up blocks use them in reverse, each with one layer more."""
     config = TINY_UNET | {"layers_per_block": (1, 2, 3), "transformer_layers_per_block": (1, 2, 3)}
     parts = {"unet": config, "vae": TINY_VAE | {"mid_block_add_attention": False, "use_quant_conv": False}}
     folder = pipeline_folder(
@@ -413,7 +413,7 @@ def test_layers_may_differ_by_level(tmp_path):
 
 
 def refuse(match: str, file: Path, template: Path, folder: Path) -> str:
-    """The message of reading this file, which names it and leaves nothing behind."""
+    """The error for reading this file; it names the file, and nothing is left behind."""
     with pytest.raises(ModelError, match=match) as caught:
         read_single_file(file, template, folder)
     assert str(file) in str(caught.value)
@@ -462,13 +462,13 @@ def test_a_file_of_another_kind_is_refused(written, tmp_path):
     for name, match in {
         "cond_stage_model.model.ln_final.bias": "Stable Diffusion 2.x",
         "lora_unet_down_blocks_0.lora_up.weight": "a LoRA",
-        "transformer.blocks.0.weight": "no whole Stable Diffusion",
+        "transformer.blocks.0.weight": "no complete Stable Diffusion",
     }.items():
         save_file({name: torch.zeros(2)}, other)
         refuse(f"looks like {match} .*{re.escape(name)}", other, ASSETS, tmp_path / "back")
 
 
-def test_what_a_file_looks_like():
+def test_the_kind_of_a_file_is_recognised_by_its_names():
     assert (
         looks_like(["conditioner.embedders.1.model.ln_final.bias", "conditioner.embedders.0.transformer.x"]) == "sdxl"
     )
@@ -535,7 +535,7 @@ def test_folders_that_cannot_be_used_are_refused(written, tmp_path):
         ({"block_out_channels": [56, 88]}, r"\d+ weights do not fit its config: .* is \(.*\), not \("),
     ],
 )
-def test_a_unet_of_no_original_layout_is_refused(tmp_path, change, match):
+def test_a_unet_without_an_original_layout_is_refused(tmp_path, change, match):
     shutil.copytree(ASSETS, tmp_path / "odd")
     config = tmp_path / "odd" / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
@@ -544,7 +544,7 @@ def test_a_unet_of_no_original_layout_is_refused(tmp_path, change, match):
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 
 
-def test_weights_that_cannot_be_told_apart_or_stacked_are_refused(written, tmp_path):
+def test_duplicate_weights_and_weights_that_cannot_be_stacked_are_refused(written, tmp_path):
     pipeline, _ = written["sdxl"]
     shutil.copytree(pipeline, tmp_path / "odd")
     weight = tmp_path / "odd" / "text_encoder_2" / "model.safetensors"
@@ -574,11 +574,11 @@ DTYPES = (
 )
 
 
-def test_the_writer_makes_what_the_library_makes(tmp_path):
+def test_the_writer_agrees_with_the_safetensors_library(tmp_path):
     tensors = {
         f"{i}": (torch.arange(i * 3) % 2).to(dtype).reshape(i, 3) for i, dtype in enumerate(DTYPES)
     }  # the first is empty
-    tensors |= {"scalar": torch.tensor(2.5), "converted": torch.arange(6.0).reshape(2, 3).T}
+    tensors |= {"scalar": torch.tensor(2.5), "transposed": torch.arange(6.0).reshape(2, 3).T}
     planned = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     write_tensors(tmp_path / "ours.safetensors", planned, tensors.items(), {"format": "pt", "note": "\u00fc"})
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs.safetensors")
@@ -619,7 +619,7 @@ def test_the_writer_holds_one_tensor_at_a_time(tmp_path):
     ],
     ids=["too few", "twice", "shape", "dtype", "too many"],
 )
-def test_the_writer_keeps_to_its_plan_or_leaves_all_as_it_was(tmp_path, arriving):
+def test_the_writer_keeps_to_its_plan_or_leaves_the_file_as_it_was(tmp_path, arriving):
     file = tmp_path / "x.safetensors"
     file.write_bytes(b"before")
     with pytest.raises(ValueError, match="x.safetensors"):
