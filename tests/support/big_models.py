@@ -1,4 +1,4 @@
-"""Model folders of real size for tests: a shipped tiny pipeline with a larger denoiser of random weights in its place."""
+"""Model folders of real size for tests: a shipped tiny pipeline with a larger denoiser of random weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ UNET = {  # 106 M parameters
     "sample_size": 16,
     "cross_attention_dim": 64,
 }
-SANA = {"num_layers": 8, "num_attention_heads": 32, "attention_head_dim": 32, "num_cross_attention_heads": 16, "cross_attention_head_dim": 64,
-        "cross_attention_dim": 1024, "mlp_ratio": 2.5, "sample_size": 16}  # fmt: skip
+SANA = {
+    "num_layers": 8,
+    "num_attention_heads": 32,
+    "attention_head_dim": 32,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 64,
+    "cross_attention_dim": 1024,
+    "mlp_ratio": 2.5,
+    "sample_size": 16,
+}
 
 
 def write_model(folder: Path, arch: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> int:
-    """Write the pipeline folder; returns the parameters of its denoiser."""
+    """Write the pipeline folder; returns the number of parameters of its denoiser."""
     from sculpt_dist.backbones.io.tensorfile import Entry, write_tensors
 
     shutil.copytree(PROJECT / "sculpt_dist" / "assets" / "canvas" / arch, folder)
@@ -38,10 +46,8 @@ def write_model(folder: Path, arch: str, settings: dict[str, Any], dtype: torch.
     (part / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         net = getattr(diffusers, config["_class_name"]).from_config(config)
-    planned, rng = (
-        [Entry(name, dtype, tuple(p.shape)) for name, p in net.named_parameters()],
-        torch.Generator().manual_seed(0),
-    )
+    planned = [Entry(name, dtype, tuple(p.shape)) for name, p in net.named_parameters()]
+    rng = torch.Generator().manual_seed(0)
     values = ((e.name, torch.empty(e.shape, dtype=dtype).normal_(std=0.02, generator=rng)) for e in planned)
     write_tensors(part / "diffusion_pytorch_model.safetensors", planned, values, {"format": "pt"})
     return sum(p.numel() for p in net.parameters())

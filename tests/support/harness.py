@@ -69,11 +69,14 @@ def rank_environment() -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'tests' / 'support'}"}
 
 
+AT_START = rank_environment()  # before any test changes it
+
+
 class Forking:
     """Ranks that start at once (see workers/forking.py): a launcher and imports for each would take most of the time."""
 
     def __init__(self) -> None:
-        self.environment = rank_environment()
+        self.environment = AT_START
         self.process = subprocess.Popen(
             [sys.executable, str(PROJECT / "tests" / "workers" / "forking.py")],
             env=self.environment,

@@ -1,4 +1,4 @@
-"""A backbone and a batch small enough that a method's terms can be told by hand."""
+"""A backbone and a batch so small that a method's terms can be computed by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMPTY = 2.0  # the number of the empty prompt
 
 
 class LinearBackbone:
-    """A backbone whose prediction is weight x noisy + the prompt's number; corrupt adds, the goal is the noise."""
+    """A backbone that predicts weight x noisy + the prompt's number; corrupt adds the noise, which is the goal."""
 
     latent_shape = (1, 2, 2)
     schedule = DiscreteSchedule(DDIMScheduler(), torch.device("cpu"))
@@ -56,7 +56,7 @@ def net(weight: float) -> torch.nn.Module:
 
 
 class Still:
-    """A frozen state that is the net itself, without gradient."""
+    """A frozen state: the net itself, without gradient."""
 
     def __call__(self):
         return torch.no_grad()

@@ -34,7 +34,7 @@ OPENCLIP_BIG_G = CLIPTextConfig(
     hidden_act="gelu",
 )
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-# The published settings, without what only an image's look depends on.
+# The published settings that sizes depend on.
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {
         "model_index": {"_class_name": "StableDiffusionPipeline"},
@@ -106,7 +106,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "upsample_block_type": "interpolate",
             "scaling_factor": 0.41407,
         },
-        "text_encoder": Gemma2Config(),  # its defaults are those of the 2b model
+        "text_encoder": Gemma2Config(),  # the defaults are those of the 2b model
         "scheduler": diffusers.DPMSolverMultistepScheduler(
             use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
         ),
@@ -116,7 +116,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Pipeline folders of the real sizes with settings only; the tokenizers are of the real classes, but know few words."""
+    """Pipeline folders of the real sizes, settings only; the tokenizers have the real classes, but know few words."""
     root = tmp_path_factory.mktemp("models")
     for arch, parts in MODELS.items():
         folder = root / arch
@@ -130,6 +130,6 @@ def models(tmp_path_factory) -> Path:
         for name in [name.replace("text_encoder", "tokenizer") for name in parts if name.startswith("text_encoder")]:
             tokenizer = _word_tokenizer(["photo"]) if arch == "sana" else word_tokenizer(["photo"], max_length=77)
             if arch == "sana":
-                tokenizer.model_max_length = int(1e30)  # as Gemma's own has it
+                tokenizer.model_max_length = int(1e30)  # as in Gemma's own
             tokenizer.save_pretrained(folder / name)
     return root
