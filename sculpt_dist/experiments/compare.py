@@ -22,8 +22,8 @@ from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
 from sculpt_dist.experiments.tables import write_tables
-from sculpt_dist.run.folder import config_fingerprint
-from sculpt_dist.run.preflight import check_settings
+from sculpt_dist.run.fingerprint import config_fingerprint
+from sculpt_dist.run.setup import resolve
 
 RowRequests = tuple[str, list[tuple[str, int, int]]]  # a row, and the prompt, object and style of all its images
 
@@ -166,7 +166,7 @@ def _check_comparable(cell: Cell, config: RunConfig, asked: dict[tuple[str, str]
 def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str], ranks: int = 1) -> RunConfig:
     """One configuration; `evaluations` are those that were checked already. Raises ConfigError when it cannot work."""
     config = load_config(file, overrides)
-    check_settings(config, ranks)
+    resolve(config).micro_batch(ranks)
     evaluation = repr((config.evaluate, config.concepts))
     if evaluation not in evaluations:
         check_evaluation(resolve_evaluation(config.evaluate, config.concepts))

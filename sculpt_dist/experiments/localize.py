@@ -18,8 +18,9 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed, write_atomically
 from sculpt_dist.experiments.compare import finished_report
 from sculpt_dist.experiments.jobs import Job, run_jobs
-from sculpt_dist.run.build import build_backbone, build_method
-from sculpt_dist.run.folder import config_fingerprint
+from sculpt_dist.methods.base import load_method
+from sculpt_dist.run.model import open_backbone
+from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.preflight import META_GROUP
 
 
@@ -96,7 +97,7 @@ def block_runs(file: Path, overrides: Sequence[str]) -> list[BlockRun]:
     if not config.evaluate.enabled:
         raise ConfigError("evaluate.enabled=false: blocks are judged by the images that they draw")
     _with_block(config, file, overrides, 0)  # says when the method has no option `blocks`
-    groups = build_backbone(config, META_GROUP).groups()
+    groups = open_backbone(config.model, META_GROUP, Path(config.run.folder)).groups()
     numbers = range(sum(name.startswith("block.") for name in groups))
     runs = [_with_block(config, file, overrides, number) for number in numbers]
     return [run for run in runs if _trains(run.config, groups)]
@@ -104,7 +105,7 @@ def block_runs(file: Path, overrides: Sequence[str]) -> list[BlockRun]:
 
 def _trains(config: RunConfig, groups: Any) -> bool:
     try:
-        return bool(build_method(config).trainable(groups))
+        return bool(load_method(config.method).trainable(groups))
     except ConfigError:
         return False
 
@@ -112,7 +113,7 @@ def _trains(config: RunConfig, groups: Any) -> bool:
 def _with_block(config: RunConfig, file: Path, overrides: Sequence[str], block: int) -> BlockRun:
     seed = derived_seed(config.evaluate.seed, "localize") % 2**31
     plain = [
-        f"evaluate.{name}=null" for name in ("prompts", "retain_prompts", "reference", "clip")
+        f"evaluate.{name}=null" for name in ("prompts", "retain_prompts", "reference", "clip", "metrics")
     ]  # lists may say the reported seeds
     short = (
         f"train.steps={max(1, config.train.steps // 4)}",
@@ -124,5 +125,5 @@ def _with_block(config: RunConfig, file: Path, overrides: Sequence[str], block: 
     mine = (f"method.blocks=[{block}]", f"run.folder={config.run.folder}-localize/block-{block:02d}")
     given = (*short, *overrides, *mine)
     made = load_config(file, list(given))
-    build_method(made)
+    load_method(made.method)
     return BlockRun(block, given, made)

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sculpt_dist.config.load import merge_section
 from sculpt_dist.config.experiments import SweepFile
+from sculpt_dist.config.load import merge_section
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed
 from sculpt_dist.experiments.compare import checked_config
 from sculpt_dist.experiments.tables import SCORES
 from sculpt_dist.maths.points import KINDS, Parameter, value_at
-from sculpt_dist.run.folder import config_fingerprint
+from sculpt_dist.run.fingerprint import config_fingerprint
 
 ARGUMENTS = "${args_no_hyphens}"  # where W&B's agent puts the point, as key=value
 AGENTS = ("run.folder=", "track.")  # overrides of the command that only the agent needs
