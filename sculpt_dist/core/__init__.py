@@ -1,7 +1,8 @@
-"""The words that all rooms share. Everybody may import this; it imports nothing of the project.
+"""What every other package shares. Any package may import this one; it imports nothing else of the project.
 
-`errors` for users, `types` that cross rooms (batches, conditions, losses), `files` (atomic writes, checksums, seeds),
-`plugins` (a file name is a name in a configuration), `progress` bars, `signals` that ask a run to stop.
+`types` holds the batches, conditions and losses that packages exchange; `errors` the errors for users; `files` atomic
+writes, checksums and seeds. `plugins` finds modules by file name, `exports` makes package exports lazy, `progress`
+shows bars, and `signals` catches a stop signal that arrives before a run listens for it.
 """
 
 from typing import TYPE_CHECKING
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "errors": "ConfigError LaunchError ModelError NonFiniteError RunFolderError SculptError ShardError StopRequested "
-        "SubmitError".split(),
+        "errors": (
+            "ConfigError LaunchError ModelError NonFiniteError RunFolderError SculptError ShardError StopRequested "
+            "SubmitError"
+        ).split(),
         "types": "ConceptBatch Denoiser Losses Stream TextCond".split(),
     },
 )

@@ -2,7 +2,7 @@
 
 
 class SculptError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it without a traceback (exit code 2)."""
+    """Base of every error that the user can fix; the command line prints it without a traceback (exit code 2)."""
 
 
 class ConfigError(SculptError):
@@ -10,23 +10,23 @@ class ConfigError(SculptError):
 
 
 class ModelError(SculptError):
-    """A model folder is missing, is no pipeline, or lacks weights."""
+    """A model folder is missing, is not a pipeline, or lacks weights."""
 
 
 class ShardError(SculptError):
-    """A shard, or its index, is missing, damaged, or holds what a shard may not hold."""
+    """A shard or its index is missing, damaged, or holds something that a shard must not hold."""
 
 
 class RunFolderError(SculptError):
-    """The output folder belongs to another run, or none of its checkpoints can be trusted."""
+    """The run folder belongs to another run, or none of its checkpoints can be trusted."""
 
 
 class LaunchError(SculptError):
-    """The ranks of a job did not find one another, or found those of another job."""
+    """The ranks of a job did not find each other, or found the ranks of another job."""
 
 
 class SubmitError(SculptError):
-    """Slurm is not there, or did not take the job."""
+    """Slurm is not installed, or did not accept the job."""
 
 
 class NonFiniteError(SculptError):

@@ -1,4 +1,4 @@
-"""Lazy exports (PEP 562): `from sculpt_dist.run import run_sequence` imports `sculpt_dist.run.sequence` only then."""
+"""Lazy exports (PEP 562): `from sculpt_dist.run import run_sequence` is what imports `sculpt_dist.run.sequence`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 def lazy_exports(
     package: str, names: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package whose public names live in its submodules.
+    """Return `__getattr__` and `__dir__` for a package whose public names live in its submodules.
 
-    `names` maps each submodule to the names that it gives. The package imports the same names under
-    `if TYPE_CHECKING:`, which is what editors and mypy read.
+    `names` maps each submodule to the names it exports. The package imports the same names under `if TYPE_CHECKING:`,
+    which is what editors and mypy read.
     """
     homes = {name: module for module, members in names.items() for name in members}
 

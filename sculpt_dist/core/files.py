@@ -1,4 +1,4 @@
-"""Files that are either absent, as before, or complete; checksums; seeds."""
+"""Atomic writes, append-only logs, checksums and seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def file_sha256(path: Path) -> str:
-    """The checksum of a file's content, as hex."""
+    """SHA-256 of a file's content, as hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -18,7 +18,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write aside, sync, rename."""
+    """Replace `path` by `content`; after a crash it holds the old content or the new, never part of either."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with aside.open("wb") as file:
         file.write(content)
@@ -28,7 +28,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Add a line with the time to a log, in one piece whoever else writes to it."""
+    """Append one line with a timestamp to a log. A single write keeps it whole when several processes append."""
     line = f"{datetime.datetime.now().isoformat(' ', 'seconds')} {' '.join(text.splitlines())}\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -47,10 +47,10 @@ def sync(path: Path) -> None:
 
 
 def text_sha256(text: str) -> str:
-    """The checksum of a text, as hex."""
+    """SHA-256 of a text, as hex."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def derived_seed(*key: int | str) -> int:
-    """A 63-bit seed from a key, the same on every machine and Python."""
+    """A 63-bit seed derived from a key; the same on every machine and Python version."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1

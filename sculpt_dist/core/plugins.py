@@ -1,4 +1,4 @@
-"""Plugins: each module of a package but `base` is one, and its file name is its name in a configuration."""
+"""Plugins: every module of a package except `base` is one, and configurations refer to it by its file name."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from sculpt_dist.core.errors import ConfigError
 
 
 def plugins(package: str) -> list[str]:
-    """Names of the plugins in a package: its modules, but for `base`; what they share lies in packages of its own."""
+    """Names of the plugins in a package: its modules except `base`. Subpackages hold shared code and do not count."""
     found = pkgutil.iter_modules(importlib.import_module(package).__path__)
     return sorted(module.name for module in found if module.name != "base" and not module.ispkg)
 
 
 def plugin(package: str, name: str, key: str) -> ModuleType:
-    """Import `<package>.<name>`. Raises ConfigError as `check_plugin`."""
+    """Import `<package>.<name>`. Raises ConfigError as `check_plugin` does."""
     check_plugin(package, name, key)
     return importlib.import_module(f"{package}.{name}")
 
 
 def check_plugin(package: str, name: str, key: str) -> None:
-    """Raises ConfigError with a close name and all there are where a package has no plugin `name`; imports none."""
+    """Raise ConfigError, with the closest name and all names, if a package has no plugin `name`. Imports no plugin."""
     names = plugins(package)
     if name not in names:
         close = difflib.get_close_matches(str(name), names, n=1)

@@ -8,8 +8,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def progress(items: Sequence[Item] | range, label: str, shown: bool, start: int = 0) -> Iterator[Item]:
-    """The items, with a bar on stderr when `shown`; `start` items are done already."""
+def progress(items: Sequence[Item], label: str, shown: bool, start: int = 0) -> Iterator[Item]:
+    """Yield the items and, if `shown`, draw a bar on stderr; `start` items were done before."""
     if not shown:
         yield from items
         return

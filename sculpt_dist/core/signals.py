@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, from the first moment of the process: importing torch and loading a model take a while."""
+"""Stop signals that arrive before a run can handle them: importing torch and loading a model take a while."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import signal
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-early: list[int] = []  # signals that came before a run began to listen
+early: list[int] = []  # signals that arrived before a run listened for them
 
 
 def catch_early_signals() -> None:
-    """Note SIGTERM and SIGUSR1 instead of ending at once; the run stops as soon as it listens, and can be requeued."""
+    """Record SIGTERM and SIGUSR1 instead of exiting at once; the run stops as soon as it can, and can be requeued."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _note)
 

@@ -1,4 +1,4 @@
-"""The types that cross rooms.
+"""The types that packages exchange.
 
 Letters in shapes: B batch, C latent channels, H W latent size, h w image size, L tokens, D text width, P pooled width.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextCond:
-    """What a denoiser knows about the prompts of a batch; members that a backbone does not use are None."""
+    """The text conditioning of a batch of prompts; members that a backbone does not use are None."""
 
     tokens: Tensor  # [B, L, D]
     token_mask: Tensor | None = None  # [B, L], SANA
@@ -22,7 +22,7 @@ class TextCond:
     size_ids: Tensor | None = None  # [B, 6], SDXL
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TextCond:
-        """The condition with `change` applied to every member."""
+        """Apply `change` to every member."""
         members = {f.name: getattr(self, f.name) for f in fields(self)}
         return TextCond(**{name: None if member is None else change(member) for name, member in members.items()})
 
@@ -34,7 +34,7 @@ class TextCond:
 
     @staticmethod
     def cat(conds: Sequence[TextCond]) -> TextCond:
-        """Join along B. All conditions come from one backbone, so the same members are present."""
+        """Concatenate along B. All conditions come from one backbone, so they have the same members."""
         members = {}
         for f in fields(TextCond):
             parts = [getattr(cond, f.name) for cond in conds]
@@ -44,14 +44,14 @@ class TextCond:
 
 @dataclass(frozen=True)
 class Stream:
-    """One role's samples of a micro-batch: the clean latents, and the prompts that they were drawn with."""
+    """One role's samples in a micro-batch: the clean latents, and the prompts they were drawn with."""
 
-    latents: Tensor  # [B, C, H, W], clean, scaled as the denoiser expects; [B, 0] where only prompts were asked for
+    latents: Tensor  # [B, C, H, W], clean, scaled as the denoiser expects; [B, 0] if only prompts are needed
     cond: TextCond  # of the prompts, [B, ...]
     prompts: tuple[str, ...]  # B
     keys: tuple[int, ...]  # B, global sample ids within the role
-    positions: tuple[int, ...] = ()  # B, places in the stream's global batch; random numbers are keyed by them
-    counterpart: TextCond | None = None  # [B, ...], the same prompts with another name in place (see ConceptBatch)
+    positions: tuple[int, ...] = ()  # B, positions in the stream's global batch; they key the random numbers
+    counterpart: TextCond | None = None  # [B, ...], the prompts with the other name swapped in (see ConceptBatch)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -61,8 +61,8 @@ class Stream:
 class ConceptBatch:
     """This rank's part of a global batch: the streams that the method declared (`Method.streams`), by role.
 
-    The counterpart of the target's prompts names the superclass in the target's place; that of any other role names the
-    target in its place.
+    Each prompt has a counterpart. For the target's prompts it names the superclass instead of the target; for those of
+    every other role it names the target.
     """
 
     streams: Mapping[str, Stream]
@@ -84,7 +84,7 @@ class ConceptBatch:
 
     @property
     def anchor(self) -> Stream | None:
-        """None where none of the anchor's sources has a concept: the first one has no earlier target, for example."""
+        """None if no source of the anchor has a concept; the first concept, for example, has no earlier target."""
         return self.streams.get("anchor")
 
     @property
@@ -100,7 +100,7 @@ class ConceptBatch:
         return self.counterpart("distractor")
 
     def counterpart(self, role: str) -> TextCond:
-        """The prompts of a role with the other name in place, [B, ...]."""
+        """The prompts of a role with the other name swapped in, [B, ...]."""
         found = self.streams[role].counterpart
         assert found is not None, f"the stream {role!r} has no counterparts"
         return found
@@ -111,7 +111,7 @@ Denoiser = Callable[[Tensor, Tensor, TextCond], Tensor]  # ([B, C, H, W], [B], c
 
 @dataclass(frozen=True)
 class Losses:
-    """The weighted terms of one step, each a scalar that is logged under its name."""
+    """The weighted terms of one step; each is a scalar, logged under its name."""
 
     terms: Mapping[str, Tensor]
 
