@@ -1,8 +1,8 @@
-"""The canvas world: twelve objects in four superclasses, five styles, and their captions (a small UnlearnCanvas, arXiv 2402.11846)."""
+"""The canvas world: twelve objects in four superclasses, five styles, and captions. A small UnlearnCanvas (2402.11846)."""
 
 from __future__ import annotations
 
-# With fewer than three members a superclass prompt draws the target in half of its images, and forgetting stalls.
+# With fewer than three members, a superclass prompt draws the target in half of its images, and forgetting stalls.
 SUPERCLASSES: dict[str, tuple[str, ...]] = {
     "animal": ("cat", "fish", "bird"),
     "plant": ("flower", "tree", "cactus"),
@@ -13,14 +13,14 @@ OBJECTS: tuple[str, ...] = tuple(name for members in SUPERCLASSES.values() for n
 SUPERCLASS_OF: dict[str, str] = {name: superclass for superclass, members in SUPERCLASSES.items() for name in members}
 STYLES: tuple[str, ...] = ("natural", "sketch", "neon", "popart", "mosaic")
 
-NUM_FORMS = 3
+NUM_FORMS = 3  # ways to word a caption
 IMAGE_SIZE = 32  # pixels, h = w
 
 
 def prompt(name: str | None, style: str | None, form: int = 0) -> str:
-    """The caption of an object or superclass in a style; None leaves that part out, and "" says nothing at all.
+    """The caption of an object or superclass in a style. A part that is None or "" is left out; without both, it is "".
 
-    Form 0 is the one that targets are named with; forms 1 and 2 say the same in other words, to see whether a concept comes back.
+    Form 0 is the wording used to forget a target. Forms 1 and 2 paraphrase it, to test whether the concept comes back.
     """
     assert 0 <= form < NUM_FORMS, f"form {form} is not below {NUM_FORMS}"
     if not name and not style:

@@ -12,7 +12,7 @@ from sculpt_dist.config.schema import Concept
 
 @dataclass(frozen=True)
 class Row:
-    """A method with its settings, as a row of the tables."""
+    """A method and its settings: a row of the tables."""
 
     name: str = MISSING
     """Name of the row."""
@@ -21,25 +21,25 @@ class Row:
     overrides: list[str] = field(default_factory=list)
     """Overrides of that configuration, key=value."""
     per_backbone: dict[str, list[str]] = field(default_factory=dict)
-    """Further overrides for single backbones."""
+    """Additional overrides by backbone."""
     note: str = ""
     """Note printed beside the row's name."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A part of a comparison: its rows on each backbone, over the seeds."""
+    """One table of a comparison: its rows on each backbone, over all seeds."""
 
     title: str = MISSING
     """Heading of the table."""
     sequence: str = MISSING
     """Name of the sequence of concepts."""
     backbones: list[str] = field(default_factory=list)
-    """Kinds of model, one table each."""
+    """Kinds of model; each gets a table."""
     rows: list[str] = field(default_factory=list)
-    """Names of its rows; empty takes all."""
+    """Names of its rows; empty means all."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-    """Seeds of each cell."""
+    """Seeds of every cell."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Comparison:
     """A comparison file (see experiments/compare.py)."""
 
     folder: str = MISSING
-    """Folder of the cells' runs, the tables and the page."""
+    """Folder for the runs of all cells, the tables and the page."""
     record: str = ""
-    """File that keeps what the tables need of every cell, so that a finished cell need not run again elsewhere."""
+    """File with the results of every finished cell, so that another machine does not run it again."""
     against: str = MISSING
-    """The row to which the differences of the others are taken."""
+    """Row that all others are compared with."""
     sequences: dict[str, list[Concept]] = field(default_factory=dict)
     """Named sequences of concepts."""
     rows: list[Row] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Comparison:
     tables: list[Table] = field(default_factory=list)
     """The tables."""
     overrides: list[str] = field(default_factory=list)
-    """Overrides of every cell."""
+    """Overrides for every cell."""
     notes: list[str] = field(default_factory=list)
     """Notes printed under the tables."""
 
@@ -78,7 +78,7 @@ class Metric:
 class SweepFile:
     """A sweep in W&B's own schema (https://docs.wandb.ai/guides/sweeps/sweep-config-keys).
 
-    `parameters` and `command` are read apart. Keys that only the server needs are allowed, and have no effect here.
+    `parameters` and `command` are read separately. Keys that only the server uses are accepted and have no effect here.
     """
 
     method: str = MISSING
@@ -86,11 +86,11 @@ class SweepFile:
     metric: Metric = field(default_factory=Metric)
     """What to optimise."""
     run_cap: int | None = None
-    """Largest number of trials; random and bayes need it."""
+    """Largest number of trials; required for random and bayes."""
     name: str | None = None
-    """Name of the sweep; null takes the file's."""
+    """Name of the sweep; null takes the file's name."""
     early_terminate: dict[str, Any] | None = None
-    """Needs W&B's server, and is refused here."""
+    """Needs W&B's server; refused here."""
     program: str | None = None
     """For the server."""
     project: str | None = None

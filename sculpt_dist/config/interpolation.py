@@ -1,8 +1,9 @@
-"""Interpolation in a configuration: what is resolved, and how values of the environment stay out of all that is written.
+"""Interpolation in a configuration, and how values of environment variables stay out of all files that a run writes.
 
-`${oc.env:NAME}` may stand in the keys PLACES, which say where something lies. The run uses its value; config.yaml, the report, the
-model card, fingerprints and trackers get the text `${oc.env:NAME}`. Anywhere else it is refused, as the value would end up in prompts,
-names and numbers that are written everywhere. `${section.key}` refers to another key, and carries what that one may not do along.
+The keys PLACES, which hold paths, may use `${oc.env:NAME}`. The run uses the variable's value; config.yaml, the report,
+the model card, fingerprints and trackers show the text `${oc.env:NAME}`. All other keys refuse it, because their values
+are written into prompts, names and numbers everywhere. `${section.key}` refers to another key; if that key uses a
+variable, the reference is restricted in the same way.
 """
 
 from __future__ import annotations
@@ -26,34 +27,36 @@ MARK = "\x00"  # stands for the `${` of a variable while keys are resolved
 
 
 class FromEnvironment(str):
-    """A value that the environment gave; `written` is what the configuration says in its place."""
+    """A value from an environment variable; `written` is the text in the configuration that it came from."""
 
     written: str
 
 
 def environment_texts(content: Any) -> dict[str, str]:
-    """Key -> text of the values that hang on the environment, from an unresolved configuration; no value of it is looked up.
+    """Key -> text of every value that uses an environment variable, in an unresolved configuration.
 
-    Raises ConfigError for a variable outside PLACES, for any other resolver, and for `\\${`, which a second reading would resolve.
+    Looks up no variable. Raises ConfigError for a variable outside PLACES, for any other resolver, and for `\\${`, which
+    would be resolved when the written configuration is read again.
     """
     for key, text in _texts(content, ""):
         if "\\${" in text or "${" in KEY.sub("", VARIABLE.sub("", text)):
             raise ConfigError(
-                f"{key}: {text!r} holds '${{': only ${{oc.env:NAME}}, ${{oc.env:NAME,default}} and ${{section.key}} are resolved"
+                f"{key}: {text!r} contains '${{', but only ${{oc.env:NAME}}, ${{oc.env:NAME,default}} and ${{section.key}} "
+                "are resolved; remove it"
             )
     resolved = OmegaConf.to_container(OmegaConf.create(_marked(content)), resolve=True)
     found = {key: text.replace(MARK, "${") for key, text in _texts(resolved, "") if MARK in text}
     for key, text in found.items():
         if key not in PLACES:
             raise ConfigError(
-                f"{key}: {text!r} is taken from the environment, and would be written into files and trackers: only {', '.join(PLACES)} "
-                "may be; write the value itself, or give it on the command line"
+                f"{key}: {text!r} reads an environment variable, whose value would be written into files and trackers; only "
+                f"{', '.join(PLACES)} may do that. Write the value itself, or pass it on the command line"
             )
     return found
 
 
 def with_texts(config: Config, texts: Mapping[str, str]) -> Config:
-    """The configuration whose values at these keys remember the text that they came from."""
+    """Make the values at these keys remember the text that they came from."""
     for key, text in texts.items():
         section, name = key.split(".")
         value = FromEnvironment(getattr(getattr(config, section), name))
@@ -63,7 +66,7 @@ def with_texts(config: Config, texts: Mapping[str, str]) -> Config:
 
 
 def without_values(config: Config) -> Config:
-    """The configuration as it may be written: with texts in place of values that the environment gave."""
+    """The configuration as it may be written: with the original text instead of each value from the environment."""
     for key in PLACES:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)

@@ -1,6 +1,6 @@
-"""The reference of all keys, read from the source of the dataclasses: key, type, default and meaning.
+"""The reference of all configuration keys: type, default and meaning, read from the source of the dataclasses.
 
-Nothing is imported for it, so that it answers at once: a field's meaning is the string beneath it.
+A field's meaning is the string beneath it. Reading the source instead of importing the modules keeps commands fast.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ROOT = "RunConfig"
 class Key:
     """One key of a configuration."""
 
-    name: str  # with dots, such as train.lr
+    name: str  # dotted, such as train.lr
     type: str
-    default: str  # as yaml writes it; empty where a value is required
+    default: str  # as yaml writes it; empty if the key is required
     meaning: str
 
 
 def run_keys() -> list[Key]:
-    """All keys of a run's configuration but those of its method, in the order of the sections."""
+    """All keys of a run's configuration except its method's options, in the order of the sections."""
     classes = _classes(SCHEMA)
     return list(_keys(classes, ROOT, ""))
 
@@ -41,7 +41,7 @@ def method_keys(name: str) -> list[Key]:
 
 
 def reference(prefix: str = "") -> list[Key]:
-    """All keys that begin with `prefix`; those of methods are named method.NAME.key."""
+    """All keys that start with `prefix`; the options of methods are named method.NAME.key."""
     found = run_keys()
     for name in plugins("sculpt_dist.methods"):
         options = [key for key in method_keys(name) if key.name != "method.name"]
@@ -65,7 +65,7 @@ def reference_markdown() -> str:
 
 
 def summaries(package: str) -> dict[str, str]:
-    """Name -> first line of the docstring, of every plugin in a package."""
+    """Name -> first line of the docstring, for every plugin in a package."""
     found = {}
     for name in plugins(package):
         docstring = ast.get_docstring(ast.parse(plugin_file(package, name).read_text(encoding="utf-8"))) or ""
@@ -74,7 +74,7 @@ def summaries(package: str) -> dict[str, str]:
 
 
 def plugin_file(package: str, name: str) -> Path:
-    """The file of a plugin; only the packages above it are imported."""
+    """The source file of a plugin; imports only the packages that contain it."""
     spec = importlib.util.find_spec(f"{package}.{name}")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin)
@@ -104,7 +104,7 @@ def _keys(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> Iterator[
 
 
 def _default(value: ast.expr | None) -> str:
-    """A field's default as yaml writes it; of a factory, what it makes, or its source where that is computed."""
+    """A field's default as yaml writes it. A factory gives the value it returns, or its source if that is computed."""
     if value is None or (isinstance(value, ast.Name) and value.id == "MISSING"):
         return ""
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":

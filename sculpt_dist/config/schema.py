@@ -1,6 +1,6 @@
-"""The keys of a run's configuration. Each field has a default and, beneath it, a sentence that says what it does.
+"""The keys of a run's configuration. Each field has a default and, beneath it, a sentence that explains it.
 
-`sculpt-dist config` and the documentation print these sentences (see reference.py), so no key goes without one.
+`sculpt-dist config` and the documentation print these sentences (see reference.py), so every key needs one.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ class ModelConfig:
     """The checkpoint to change."""
 
     path: str | None = None
-    """Diffusers folder, hub id or single .safetensors file; null takes the shipped canvas model of `arch`."""
+    """Diffusers folder, hub id or single .safetensors file; null uses the shipped canvas model of `arch`."""
     arch: str = "sd15"
     """Kind of model: the name of a file in sculpt_dist/backbones, such as sd15, sdxl or sana."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     config: str | None = None
-    """For a single file: folder or hub id with settings and tokenizers of the same kind; null takes the public model's."""
+    """For a single file: folder or hub id with settings and tokenizers of its kind; null uses those of the public model."""
     dtype: str = "float32"
-    """Type of the frozen parts, of drawing (on stage 3 the sharded net draws instead) and of the export: float32, bfloat16
-    or float16."""
+    """Data type of the frozen parts, of sampling (except on stage 3, where the sharded net samples) and of the export:
+    float32, bfloat16 or float16."""
     image_size: int | None = None
-    """Height and width in pixels; null takes the size that the net was made for."""
+    """Height and width in pixels; null uses the size that the net was trained for."""
     original_size: tuple[int, int] | None = None
-    """SDXL's size condition (height, width) in pixels; null takes the image size, or the size of your own image."""
+    """SDXL's size condition (height, width) in pixels; null uses the image size, or the size of your own image."""
     crop: tuple[int, int] | None = None
-    """SDXL's crop condition (top, left) in pixels; null means no crop, or that of your own image."""
+    """SDXL's crop condition (top, left) in pixels; null means no crop, or the crop of your own image."""
     target_size: tuple[int, int] | None = None
-    """SDXL's target size (height, width) in pixels; null takes the image size."""
+    """SDXL's target size (height, width) in pixels; null uses the image size."""
     cut_prompts: bool = False
     """Truncate a prompt that is too long for the text encoder, with a warning, instead of refusing it."""
 
@@ -45,14 +45,14 @@ class Concept:
     target: str = MISSING
     """The concept to forget."""
     superclass: str | None = None
-    """The broader class that the target turns into; required for an object. A style without one turns into the
+    """The broader class that replaces the target; required for an object. A style without one is replaced by the
     style-free prompt."""
     kind: str = "object"
     """object or style."""
     prompts: list[str] | None = None
-    """Prompt templates with {concept}; null takes prepare.prompts of this kind."""
+    """Prompt templates with {concept}; null uses prepare.prompts of this kind."""
     keep: list[str] = field(default_factory=list)
-    """Concepts of the same kind that distillation holds in place."""
+    """Concepts of the same kind that distillation preserves."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class PromptsConfig:
     style: list[str] = field(default_factory=lambda: ["a photo[ in {concept} style]"])
     """Templates for styles."""
     files: dict[str, str] = field(default_factory=dict)
-    """Target -> .txt or .csv file of whole prompts for its samples; the first prepare.samples of them are used."""
+    """Target -> .txt or .csv file of complete prompts for its samples; the first prepare.samples of them are used."""
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """The training samples, which the base model draws before training."""
+    """The training samples, which the base model draws before training starts."""
 
     samples: int = 100
     """Samples per concept and stream."""
@@ -80,7 +80,7 @@ class PrepareConfig:
     batch: int = 16
     """Samples drawn together; also the number of samples in a shard."""
     images: str | None = None
-    """Folder with one subfolder of your images per concept name, used instead of drawing."""
+    """Folder with a subfolder of your own images per concept name, to use instead of drawn samples."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """Prompt templates."""
 
@@ -92,29 +92,29 @@ class TrainConfig:
     steps: int = 450
     """Updates per concept, after the collect steps."""
     batch: int = 2
-    """Samples per stream and update, over all ranks and accumulation steps."""
+    """Samples per stream and update, summed over ranks and accumulation steps."""
     accumulate: int = 1
     """Micro-batches per update on each rank."""
     lr: float = 3e-6
     """Peak learning rate."""
     warmup: float = 0.3
-    """Share of the updates in which the learning rate rises to its peak."""
+    """Share of the updates during which the learning rate rises to its peak."""
     schedule: str = "one_cycle"
     """Learning rate after the warm-up: one_cycle (torch's cosine cycle), cosine (to 0), linear (to 0) or constant."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of Adam's first and second moment."""
+    """Decay rates of Adam's first and second moments."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of open weights."""
+    """Decoupled weight decay, applied to open weights."""
     clip: float = 0.0
-    """Largest norm of the masked gradient; 0 means no clipping."""
+    """Maximum norm of the masked gradient; 0 means no clipping."""
     seed: int = 0
-    """Seed of all samples, noise and order."""
+    """Seed of all samples, noise and sample order."""
     checkpoint_every: float = 60.0
-    """Seconds between checkpoints; 0 saves only at each concept's end."""
+    """Seconds between checkpoints; 0 saves only at the end of each concept."""
     background_save: bool = True
-    """Write checkpoints beside the training from a copy in memory; false makes no copy, and training waits."""
+    """Write checkpoints in the background, from a copy in memory; false makes no copy, and training waits."""
     workers: int = 0
-    """Loader processes per rank."""
+    """Data loader processes per rank."""
 
 
 @dataclass(frozen=True)
@@ -124,127 +124,127 @@ class MaskConfig:
     keep: float = 0.5
     """Share of the weights that may move; 1 means no mask."""
     scope: str = "matrix"
-    """Where the share is counted: matrix (in each matrix) or global (over all of them)."""
+    """Scope of the share: matrix (within each matrix) or global (over all matrices)."""
     collect: float = 50
-    """Steps that collect saliency before training; below 1, a share of train.steps."""
+    """Steps that collect saliency before training; a value below 1 is a share of train.steps."""
     refresh: float = 100
-    """Updates between turnovers; below 1, a share of train.steps; 0 means a static mask."""
+    """Updates between turnovers; a value below 1 is a share of train.steps; 0 means a static mask."""
     turnover: float = 0.2
-    """Share of open weights swapped at a refresh, decayed by a cosine; 0 means a static mask."""
+    """Share of open weights swapped at a refresh, with cosine decay; 0 means a static mask."""
     until: float = 0.8
-    """Progress (0 to 1) after which the mask stays as it is."""
+    """Progress (0 to 1) after which the mask no longer changes."""
     saliency: str = "abs_sum"
     """Statistic that ranks weights: abs_sum |sum g|, sum_abs sum |g|, sum_sq sum g^2, or random."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the work is spread over ranks, and what it costs."""
+    """How the work is distributed over ranks, and what it costs."""
 
     stage: int = 2
     """ZeRO stage, 0 to 3."""
     precision: str = "fp32"
     """Precision of the trained net: fp32, or bf16 (stages 2 and 3)."""
     moments: str = "all"
-    """Weights for which Adam's moments are kept: all, or open (less memory, the same result)."""
+    """Weights whose Adam moments are kept: all, or open (less memory, same result)."""
     kernel: str = "auto"
-    """Implementation of the masked step: plain (torch), fused (C on a CPU, Triton on a GPU), or auto = fused where it works."""
+    """Implementation of the masked step: plain (torch), fused (C on CPU, Triton on GPU) or auto (fused where it works)."""
     gathered: float = 1e9
-    """Parameters that stage 3 holds whole at a time, at most; fewer take less memory and more time."""
+    """Maximum number of parameters that stage 3 gathers at a time; fewer take less memory and more time."""
     checkpointing: bool = False
-    """Recompute activations in the backward: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the net with torch.compile for training (not on stage 3); the first steps then take minutes."""
+    """Train with torch.compile (not on stage 3); the first steps then take minutes."""
     timeout: float = 600.0
-    """Seconds that a collective may wait."""
+    """Timeout of a collective in seconds."""
     grace: float = 60.0
-    """Seconds from a request to stop to the end of the step; a rank that still waits then leaves without saving."""
+    """Seconds that the current step may take after a stop request; a rank that still waits then exits without saving."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The images that are drawn and scored before, between and after the concepts."""
+    """The images that are drawn and scored before the first concept and after each one."""
 
     enabled: bool = True
-    """Whether to draw and score images at all."""
+    """Whether to draw and score images."""
     images: int = 10
-    """Images per object and style, plain prompts."""
+    """Images per object and style with the plain prompt."""
     paraphrase_images: int = 2
-    """Images per object, style and paraphrase."""
+    """Images per object and style with each paraphrase."""
     steps: int = 25
     """Sampler steps per image."""
     guidance: float = 7.5
     """Classifier-free guidance scale of the sampler."""
     batch: int = 32
-    """Images drawn together on a rank."""
+    """Images drawn together on each rank."""
     seed: int = 20000
-    """Seed of the images; each has a seed of its own, whatever the number of ranks."""
+    """Seed from which each image's own seed is derived, independent of the number of ranks."""
     classifier: str = "canvas"
-    """Judge of the images: canvas, clip:FOLDER, image:FOLDER or own:package.module:Class."""
+    """Classifier of the images: canvas, clip:FOLDER, image:FOLDER or own:package.module:Class."""
     prompt: str = "a photo of a {object}[ in {style} style]"
     """Template of the plain prompts."""
     paraphrases: list[str] = field(default_factory=list)
-    """Further templates, scored apart from the plain one."""
+    """Additional templates, scored separately from the plain one."""
     objects: list[str] = field(default_factory=list)
-    """Objects to draw; empty takes all of the canvas. Targets are added."""
+    """Objects to draw; empty means all of the canvas. Targets are added."""
     styles: list[str] = field(default_factory=list)
-    """Styles to draw; empty takes all of the canvas."""
+    """Styles to draw; empty means all of the canvas."""
     prompts: dict[str, str] | None = field(default_factory=dict)
-    """Object or style -> .txt or .csv file of whole prompts, one image each, used instead of the templates."""
+    """Object or style -> .txt or .csv file of complete prompts, one image each, used instead of the templates."""
     retain_prompts: str | None = None
-    """File (.txt or .csv) of prompts without a target; FID, KID and CLIPScore then look at their images alone."""
+    """File (.txt or .csv) of prompts without a target; FID, KID and CLIPScore then use only their images."""
     members: dict[str, list[str]] = field(default_factory=dict)
-    """Superclass -> its objects, for SA."""
+    """Superclass -> the objects that belong to it, for SA."""
     bootstrap: int = 2000
-    """Resamplings for the 95 % intervals."""
+    """Bootstrap resamples for the 95 % intervals."""
     reference: str | None = None
-    """Folder of reference images for FID and KID; canvas takes drawings of the canvas world."""
+    """Folder of reference images for FID and KID; `canvas` uses drawings of the canvas world."""
     clip: str | None = None
-    """Folder of a CLIP model for CLIPScore, and for the features of FID and KID."""
+    """Folder of a CLIP model, for CLIPScore and for the features of FID and KID."""
     metrics: dict[str, dict[str, Any]] | None = field(default_factory=dict)
-    """Further metrics and their options: name of a file in evaluation/metrics/ -> options, {} for none."""
+    """Additional metrics: name of a file in evaluation/metrics/ -> its options, {} for none."""
 
 
 @dataclass(frozen=True)
 class RunFolderConfig:
-    """Where the run lives."""
+    """Where the run is stored."""
 
     folder: str = "runs/unlearn"
-    """Folder of everything that the run writes."""
+    """Folder for everything that the run writes."""
     fresh: bool = False
-    """Discard what the folder holds of an earlier run, except drawn samples."""
+    """Discard an earlier run in this folder, except its drawn samples."""
     override: bool = False
-    """Continue although the configuration has changed since."""
+    """Continue a run although its configuration has changed."""
 
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """Trackers besides metrics.jsonl, which is always written."""
+    """Trackers in addition to metrics.jsonl, which is always written."""
 
     wandb: bool = False
     """Report to Weights & Biases."""
     tensorboard: bool = False
     """Write TensorBoard files into RUN/tensorboard."""
     sinks: list[str] = field(default_factory=list)
-    """Further trackers: names of files in track/sinks/."""
+    """Additional trackers: names of files in track/sinks/."""
     project: str = "sculpt-dist"
     """Project in W&B."""
     name: str | None = None
     """Name of the run in W&B."""
     group: str | None = None
-    """Group of runs that belong together, such as those of a sweep."""
+    """W&B group of runs that belong together, such as those of a sweep."""
     artifact: str = "reference"
-    """The model in W&B: none, reference (path and checksums) or files (uploaded)."""
+    """How W&B records the model: none, reference (path and checksums) or files (upload)."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run."""
+    """Everything that determines a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The checkpoint to change."""
     concepts: list[Concept] = field(default_factory=list)
-    """What to forget, one concept after another."""
+    """The concepts to forget, one after another."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """The training samples."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -256,8 +256,18 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """The scored images."""
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dm_cal"})
-    """The method's name and its options; each method declares its own (see methods/)."""
+    """Name of the method, and its options, which each method declares itself (see methods/)."""
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
     """The run folder."""
     track: TrackConfig = field(default_factory=TrackConfig)
     """Trackers."""
+
+
+def normalized_name(name: str) -> str:
+    """A concept's name for comparisons: case-folded, with single spaces."""
+    return " ".join(name.split()).casefold()
+
+
+def as_steps(value: float, total: int) -> int:
+    """A number of steps; a value below 1 is a share of `total`, and a share above 0 is at least one step."""
+    return max(int(value > 0), round(value * total)) if value < 1 else round(value)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import PROJECT
-from linear import EMPTY, LinearBackbone, cond, net, noise, offer, stream
+from linear import EMPTY, LinearBackbone, cond, linear_step, net, noise, stream
 
 from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.config.schema import Concept, PrepareConfig
@@ -36,7 +36,7 @@ def drawn(step, index: int, steps: int, guidance: float) -> torch.Tensor:
 
 
 def test_concept_ablation_relabels_the_superclass_samples_without_gradient_of_the_label():
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     (term,) = concept_ablation.Method(concept_ablation.Config()).losses(step).terms.values()
     assert float(term.detach()) == pytest.approx(
         (5 - 7) ** 2
@@ -49,7 +49,7 @@ def test_concept_ablation_relabels_the_superclass_samples_without_gradient_of_th
 @pytest.mark.parametrize("reference", ["teacher", "original"])
 @pytest.mark.parametrize("eta", [1.0, 2.5])
 def test_esd_leads_the_students_own_latents_away_from_the_prompt(reference, eta):
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     object.__setattr__(step, "original", step.teacher)
     method = esd.Method(esd.Config(eta=eta, sampler_steps=10, reference=reference))
     index = int(step.rng.shared("index") * 10)
@@ -74,7 +74,7 @@ def test_esd_variants_train_what_they_are_named_for():
 
 
 def test_salun_scores_by_the_guided_prediction_and_relabels_under_the_students_own_label():
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     method = salun.Method(salun.Config(retain_weight=0.1, saliency_guidance=7.5))
     n_f, n_s = noise(step, "target"), noise(step, "superclass")
     guided = 0.5 * (1 + n_f) + EMPTY + 7.5 * (5 - EMPTY)
@@ -179,7 +179,7 @@ def test_rgd_projects_both_gradients_where_they_oppose_and_adds_them_where_they_
 
 
 def test_rgd_has_one_loss_group_for_each_of_the_two():
-    method, step = rgd.Method(rgd.Config()), offer(net(0.5), net(0.25))
+    method, step = rgd.Method(rgd.Config()), linear_step(net(0.5), net(0.25))
     assert [list(group(step).terms) for group in method.loss_groups()] == [["forget"], ["retain"]]
 
 
@@ -196,7 +196,7 @@ def test_the_key_steps_run_to_the_end_eight_times_from_each_start():
 
 @pytest.mark.parametrize("progress", [0.5, 0.96])
 def test_kscu_terms_on_the_students_own_latents(progress):
-    step = offer(net(0.5), net(0.25), progress=progress)
+    step = linear_step(net(0.5), net(0.25), progress=progress)
     config = kscu.Config(sampler_steps=10, start=4, disturbance=0.5)
     method = kscu.Method(config, {"ppppp": ["a", "bb", "ccc", "dddd"]})
     x = drawn(step, 4, 10, 3.0)
@@ -256,7 +256,7 @@ def test_a_trajectory_goes_on_by_one_step_or_starts_afresh():
 
 
 def test_a_walk_keeps_the_prompts_that_it_began_with(monkeypatch):
-    first, method = offer(net(0.5), net(0.25), update=0), kscu.Method(kscu.Config(sampler_steps=10, start=4))
+    first, method = linear_step(net(0.5), net(0.25), update=0), kscu.Method(kscu.Config(sampler_steps=10, start=4))
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(kscu, "key_step", lambda update, start, steps: [4, 5, 4][update])
     monkeypatch.setattr(

@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
-from linear import net, noise, offer
+from linear import linear_step, net, noise
 from setups import method_of
 
 from sculpt_dist.backbones.parts.groups import parameter_groups
@@ -54,7 +54,7 @@ def test_dm_cal_trains_the_cross_attention():
 
 
 def test_saliency_is_plain_denoising_of_the_target():
-    step = offer(net(0.5), net(0.5))
+    step = linear_step(net(0.5), net(0.5))
     n = noise(step, "target")
     expected = (0.5 * (1 + n) + 5 - n).pow(2).mean()
     torch.testing.assert_close(DmCal(Config()).saliency(step).terms["saliency"], expected)
@@ -62,7 +62,7 @@ def test_saliency_is_plain_denoising_of_the_target():
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.0])
 def test_terms_with_a_teacher_label_by_hand(guidance):
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     terms = DmCal(Config(label_guidance=guidance, retain_weight=0.3, distill_weight=0.7)).losses(step).terms
     n_f, n_s, n_a = noise(step, "target"), noise(step, "superclass"), noise(step, "anchor")
     label = 0.25 * (1 + n_f) + 7 + guidance * (7 - 5)
@@ -72,7 +72,7 @@ def test_terms_with_a_teacher_label_by_hand(guidance):
 
 
 def test_student_label_is_the_published_one_and_passes_no_gradient():
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     term = DmCal(Config(label_source="student", label_guidance=0.0)).losses(step).terms["forget"]
     assert float(term.detach()) == pytest.approx((5 - 7) ** 2)
     term.backward()
@@ -82,21 +82,21 @@ def test_student_label_is_the_published_one_and_passes_no_gradient():
 
 def test_student_that_is_the_teacher_has_no_distillation():
     same = net(0.5)
-    assert float(DmCal(Config()).losses(offer(same, same)).terms["distill"].detach()) == 0.0
+    assert float(DmCal(Config()).losses(linear_step(same, same)).terms["distill"].detach()) == 0.0
 
 
 def test_without_anchors_there_is_no_distillation_term():
-    assert set(DmCal(Config()).losses(offer(net(0.5), net(0.5), anchored=False)).terms) == {"forget", "retain"}
+    assert set(DmCal(Config()).losses(linear_step(net(0.5), net(0.5), anchored=False)).terms) == {"forget", "retain"}
 
 
 def test_student_forwards_run_as_one_batch_and_the_teachers_as_another():
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     DmCal(Config()).losses(step)
     assert step.student.net.calls == [6] and step.teacher.net.calls == [6]
 
 
 def test_reference_compat_computes_distillation_but_does_not_train_on_it():
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     method = DmCal(Config(reference_compat=True))
     terms = method.losses(step).terms
     assert float(terms["distill"]) == 0.0 and float(terms["forget"]) == pytest.approx(4.0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import PROJECT
-from linear import net, noise, offer
+from linear import linear_step, net, noise
 from omegaconf import OmegaConf
 from setups import backbone_of, method_of, plan_of, setup_of
 from stream_folders import make_stream
@@ -266,7 +266,7 @@ def test_parts_choose_matrices_of_the_cross_attention():
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize(("source", "weight"), [("teacher", 0.25), ("student", 0.5), ("original", 0.125)])
 def test_the_label_by_hand_for_each_source_and_guidance(source, weight, guidance):
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     object.__setattr__(step, "original", Predictor(step.backbone, net(0.125)))
     method = Method(Config(label_source=source, label_guidance=guidance))
     label = weight * (1 + noise(step, "target")) + 7 + guidance * (7 - 5)
@@ -285,7 +285,7 @@ def test_the_label_by_hand_for_each_source_and_guidance(source, weight, guidance
 @pytest.mark.parametrize("source", ["teacher", "student", "original"])
 def test_no_label_passes_a_gradient(source):
     student, other = net(0.5), net(0.25)
-    step = offer(student, other)
+    step = linear_step(student, other)
     object.__setattr__(step, "original", Predictor(step.backbone, other))
     Method(Config(label_source=source, label_guidance=1.0, retain_weight=0.0, distill_weight=0.0)).losses(
         step
@@ -298,7 +298,7 @@ def test_no_label_passes_a_gradient(source):
 
 
 def test_without_its_weight_the_distillation_asks_nobody():
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     terms = Method(Config(distill_weight=0.0, label_guidance=0.0)).losses(step).terms
     assert set(terms) == {"forget", "retain"} and step.student.net.calls == [4] and step.teacher.net.calls == [2]
 

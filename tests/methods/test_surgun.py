@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from harness import PROJECT, TINY_RUN, sculpt
-from linear import LinearBackbone, net, noise, offer
+from linear import LinearBackbone, linear_step, net, noise
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.config.schema import Concept, PrepareConfig
@@ -48,7 +48,7 @@ def each(step) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_contrasts_by_hand():
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     lost, learned = each(step)
     terms = Method(Config(contrast_weight=0.3)).losses(step).terms
     torch.testing.assert_close(terms["learn"], learned.mean())
@@ -63,7 +63,7 @@ def test_the_contrasts_by_hand():
 
 @pytest.mark.parametrize("contrast", ["log", "ratio", "margin"])
 def test_a_step_loses_the_target_and_learns_the_distractors(contrast):
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     method = Method(Config(contrast=contrast, contrast_weight=0.5, margin=1e6))
     before = each(step)
     loss = method.losses(step)
@@ -82,7 +82,7 @@ def test_a_step_loses_the_target_and_learns_the_distractors(contrast):
 
 
 def test_both_streams_pass_the_student_as_one_batch_and_nobody_asks_the_teacher():
-    step = offer(net(0.5), net(0.25))
+    step = linear_step(net(0.5), net(0.25))
     Method(Config()).losses(step)
     assert step.student.net.calls == [4] and step.teacher.net.calls == []
 

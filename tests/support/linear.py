@@ -73,7 +73,7 @@ def cond(number: float, count: int = 2) -> TextCond:
     return TextCond(torch.full((count, 1, 1), number))
 
 
-def offer(
+def linear_step(
     student: torch.nn.Module, teacher: torch.nn.Module, anchored: bool = True, update: int = 0, progress: float = 0.0
 ) -> Step:
     backbone = LinearBackbone()
