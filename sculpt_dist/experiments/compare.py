@@ -1,6 +1,7 @@
-"""A comparison: methods x backbones x concept sequences x seeds, each cell a run folder of its own; then one table and one page.
+"""A comparison: methods x backbones x concept sequences x seeds.
 
-Which cells there are, which of them are done, and their running. What is made of them is in tables.py.
+Each cell is a run folder of its own. This file lists the cells, finds the finished ones and runs the others. `tables`
+computes the numbers from the finished cells, and `table_files` writes them.
 """
 
 from __future__ import annotations
@@ -15,26 +16,29 @@ from omegaconf import OmegaConf
 
 from sculpt_dist.config.experiments import Comparison, Row, Table
 from sculpt_dist.config.load import load_config, merge_section, read_yaml
-from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.config.schema import Concept, EvaluateConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
-from sculpt_dist.experiments.tables import write_tables
+from sculpt_dist.experiments.table_files import write_tables
+from sculpt_dist.experiments.tables import finished_cell
 from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.setup import resolve
 
-RowRequests = tuple[str, list[tuple[str, int, int]]]  # a row, and the prompt, object and style of all its images
+RowRequests = tuple[str, list[tuple[str, int, int]]]  # a row; (prompt, object, style) of all its images
 
 
 @dataclass(frozen=True)
 class Cell:
+    """One run: a row of the comparison on one sequence, backbone and seed."""
+
     sequence: str
     backbone: str
     row: str
     seed: int
-    file: Path  # its configuration
+    file: Path  # configuration of the row
     overrides: tuple[str, ...]
     folder: Path
 
@@ -51,11 +55,13 @@ def run_comparison(
     shard: tuple[int, int] | None = None,
     run: bool = True,
 ) -> Path:
-    """Run the cells of a comparison that are not done, and write its tables; returns the page.
+    """Run the unfinished cells of a comparison, write its tables, and return the path of the page.
 
-    `overrides` go to every cell. With `shard` (i, n) every n-th cell runs, from the i-th on, and no table is written; without `run` no
-    cell runs, and the tables hold what is done. Raises ConfigError, before anything runs, for a cell whose configuration cannot work, and
-    at the end, after the tables of the others, when a cell failed; StopRequested after a signal.
+    `overrides` apply to every cell. With `shard` (i, n) only every n-th cell runs, starting at the i-th, and no table
+    is written. With `run=False` no cell runs, and the tables cover the finished cells.
+
+    Raises ConfigError before anything runs if the configuration of a cell is invalid, and at the end, after the tables
+    of the other cells are written, if a cell failed. Raises StopRequested after a signal.
     """
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, overrides))
@@ -66,7 +72,7 @@ def run_comparison(
     if shard is not None:
         index, count = shard
         if not 0 <= index < count:
-            raise ConfigError(f"shard {index}/{count}: the first number is below the second, from 0 on")
+            raise ConfigError(f"shard {index}/{count}: the first number must be at least 0 and below the second")
         todo = [cell for i, cell in enumerate(cells) if i % count == index and cell in todo]
     failed = _run(todo, parallel, ranks) if run else {}
     page = Path(comparison.folder)
@@ -77,31 +83,32 @@ def run_comparison(
                 file.parent / comparison.record,
                 record | {key: result for key, result in results.items() if result is not None},
             )
-        page = write_tables(page, comparison, configs, results)
+        done = {key: finished_cell(configs[key], result) for key, result in results.items() if result is not None}
+        page = write_tables(page, comparison, done)
     if failed:
-        told = "; ".join(f"{key}: {failure}" for key, failure in failed.items())
-        raise ConfigError(f"{len(failed)} of {len(todo)} cells failed: {told}")
+        reasons = "; ".join(f"{key}: {failure}" for key, failure in failed.items())
+        raise ConfigError(f"{len(failed)} of {len(todo)} cells failed: {reasons}")
     return page
 
 
 def read_comparison(file: Path) -> Comparison:
-    """Raises ConfigError that names the file, and the key or name that does not fit."""
+    """Read a comparison file. Raises ConfigError, which names the file and the wrong key or name."""
     comparison = merge_section(Comparison, OmegaConf.to_container(read_yaml(file)), str(file), prefix="")
     names = [row.name for row in comparison.rows]
     if len(set(names)) < len(names) or not comparison.tables:
-        raise ConfigError(f"{file}: give at least one table, and every row a name of its own")
-    for what, given, there in (
+        raise ConfigError(f"{file}: define at least one table, and give every row a name of its own")
+    for key, given, defined in (
         *(("rows", name, names) for table in comparison.tables for name in table.rows),
         *(("sequence", table.sequence, list(comparison.sequences)) for table in comparison.tables),
         ("against", comparison.against, names),
     ):
-        if given not in there:
-            raise ConfigError(f"{file}: {what} {given!r} is not defined; there are: {', '.join(there)}")
+        if given not in defined:
+            raise ConfigError(f"{file}: {key} {given!r} is not defined; choose one of: {', '.join(defined)}")
     return comparison
 
 
 def comparison_cells(comparison: Comparison, file: Path, overrides: Sequence[str]) -> Iterator[Cell]:
-    """Every cell once, table by table and seed by seed, so that what is done first can be read first."""
+    """Every cell once, table by table and seed by seed, so that the first tables are complete first."""
     seen: set[str] = set()
     for table in comparison.tables:
         for seed in table.seeds:
@@ -123,25 +130,26 @@ def _cell(
     ]
     folder = Path(comparison.folder) / table.sequence / backbone / row.name / f"seed-{seed}"
     given = (*comparison.overrides, *overrides, *row.overrides, *row.per_backbone.get(backbone, ()))
-    mine = (f"model.arch={backbone}", f"train.seed={seed}", f"concepts={json.dumps(concepts)}", f"run.folder={folder}")
-    return Cell(table.sequence, backbone, row.name, seed, file.parent / row.config, (*given, *mine), folder)
+    own = (f"model.arch={backbone}", f"train.seed={seed}", f"concepts={json.dumps(concepts)}", f"run.folder={folder}")
+    return Cell(table.sequence, backbone, row.name, seed, file.parent / row.config, (*given, *own), folder)
 
 
 def checked_configs(cells: Sequence[Cell], ranks: int = 1) -> dict[str, RunConfig]:
-    """The configuration of every cell, by its key.
+    """The configuration of every cell, by the cell's key.
 
-    Raises ConfigError that names the cell which cannot work, is not evaluated, or asks for other images than others of its table.
+    Raises ConfigError, which names the cell, if a configuration is invalid, has no evaluation, or evaluates other
+    images than the other rows of its table.
     """
-    asked: dict[tuple[str, str], RowRequests] = {}
+    first_rows: dict[tuple[str, str], RowRequests] = {}
     configs: dict[str, RunConfig] = {}
     loaded: dict[tuple[str, str, str], RunConfig] = {}
     evaluations: set[str] = set()
     for cell in cells:
         row = (cell.sequence, cell.backbone, cell.row)
-        if row not in loaded:  # of a row's seeds, one is read and checked for all
+        if row not in loaded:  # the seeds of a row differ in seed and folder only
             try:
                 loaded[row] = checked_config(cell.file, cell.overrides, evaluations, ranks)
-                _check_comparable(cell, loaded[row], asked)
+                _check_comparable(cell, loaded[row].evaluate, loaded[row].concepts, first_rows)
             except ConfigError as error:
                 raise ConfigError(f"cell {cell.key}: {error}") from error
         config = loaded[row]
@@ -150,21 +158,30 @@ def checked_configs(cells: Sequence[Cell], ranks: int = 1) -> dict[str, RunConfi
     return configs
 
 
-def _check_comparable(cell: Cell, config: RunConfig, asked: dict[tuple[str, str], RowRequests]) -> None:
-    """`asked`: what the first row on each sequence and backbone asks for; differences are taken prompt by prompt."""
-    if not config.evaluate.enabled:
-        raise ConfigError("evaluate.enabled=false: nothing of it could be compared")
-    evaluation = resolve_evaluation(config.evaluate, config.concepts)
-    mine = [(request.prompt, request.object, request.style) for request in evaluation.requests]
-    first, theirs = asked.setdefault((cell.sequence, cell.backbone), (cell.row, mine))
-    if mine != theirs:
+def _check_comparable(
+    cell: Cell, evaluate: EvaluateConfig, concepts: Sequence[Concept], first_rows: dict[tuple[str, str], RowRequests]
+) -> None:
+    """Check that a cell evaluates the same images as the first row, so that prompts can be paired.
+
+    `first_rows`: the first row and its images by (sequence, backbone); a missing entry is added.
+    """
+    if not evaluate.enabled:
+        raise ConfigError("evaluate.enabled=false: a comparison needs the scores of every cell; set it to true")
+    evaluation = resolve_evaluation(evaluate, concepts)
+    requests = [(request.prompt, request.object, request.style) for request in evaluation.requests]
+    first_row, first_requests = first_rows.setdefault((cell.sequence, cell.backbone), (cell.row, requests))
+    if requests != first_requests:
         raise ConfigError(
-            f"evaluate.*: asks for other images than the row {first}, so that no differences can be taken"
+            f"evaluate.*: evaluates other images than the row {first_row}; "
+            "use the same evaluation in all rows, because differences are paired by prompt"
         )
 
 
 def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str], ranks: int = 1) -> RunConfig:
-    """One configuration; `evaluations` are those that were checked already. Raises ConfigError when it cannot work."""
+    """Load and check one configuration. Raises ConfigError if it is invalid.
+
+    `evaluations` holds the evaluations checked so far and is updated; each is checked once.
+    """
     config = load_config(file, overrides)
     resolve(config).micro_batch(ranks)
     evaluation = repr((config.evaluate, config.concepts))
@@ -175,7 +192,7 @@ def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str], 
 
 
 def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """What the tables need of a cell that is done, from its folder or from the record; None while it is not."""
+    """The results of a cell, from its run folder or from the record; None until it is finished."""
     recorded = record.get(cell.key)
     if recorded is not None and recorded["config"] == config_fingerprint(config):
         return recorded
@@ -193,13 +210,14 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
 
 
 def finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The report of a run folder, where a run of the configuration with this fingerprint has ended there; else None."""
+    """The content of report.json, if a run with this configuration fingerprint finished in the folder; else None."""
     file = folder / "report" / "report.json"
     content = json.loads(file.read_bytes()) if file.is_file() else {}
     return content if content.get("finished") and content.get("config") == fingerprint else None
 
 
 def read_record(file: Path | None) -> dict[str, dict[str, Any]]:
+    """The recorded results by the cell's key; empty without a file."""
     if file is None or not file.is_file():
         return {}
     entries = [json.loads(line) for line in file.read_text().splitlines() if line]
@@ -207,7 +225,7 @@ def read_record(file: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _write_record(file: Path, results: Mapping[str, Any]) -> None:
-    """A line for every cell; what it held of other configurations of a cell that is not done stays."""
+    """Write one line per cell, sorted by key."""
     lines = [json.dumps(results[key], sort_keys=True) for key in sorted(results)]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, ("\n".join(lines) + "\n").encode())

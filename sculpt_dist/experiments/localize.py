@@ -19,8 +19,8 @@ from sculpt_dist.core.files import derived_seed, write_atomically
 from sculpt_dist.experiments.compare import finished_report
 from sculpt_dist.experiments.jobs import Job, run_jobs
 from sculpt_dist.methods.base import load_method
-from sculpt_dist.run.model import open_backbone
 from sculpt_dist.run.fingerprint import config_fingerprint
+from sculpt_dist.run.model import open_backbone
 from sculpt_dist.run.preflight import META_GROUP
 
 

@@ -1,19 +1,19 @@
-"""The summary of a sweep: its trials sorted by the metric, the metric against each parameter, and UA against what was kept."""
+"""The summary of a sweep: trials sorted by the metric, the metric against each parameter, and UA against retention."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.experiments.ledger import DONE, Outcome, retention
-from sculpt_dist.experiments.tables import SCORES, TEMPLATES
+from sculpt_dist.experiments.tables import SCORES
 from sculpt_dist.experiments.trials import Sweep
 from sculpt_dist.maths.points import undominated
-from sculpt_dist.report.figures import STYLE, draw_front, draw_parameters
+from sculpt_dist.report.figures import draw_front, draw_parameters, draw_pngs
+from sculpt_dist.report.render import render
 
 
 def write_summary(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
@@ -31,11 +31,13 @@ def write_summary(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
         sweep.folder / "sweep.json", (json.dumps(head | {"rows": rows}, indent=1, default=str) + "\n").encode()
     )
     write_atomically(sweep.folder / "sweep.md", as_markdown(sweep, rows).encode())
-    write_atomically(sweep.folder / "sweep.html", _as_page(sweep, head, rows, _draw_figures(sweep, rows)).encode())
+    names = [parameter.name for parameter in sweep.parameters]
+    page = render("sweep.html", head=head, rows=rows, names=names, scores=SCORES, figures=_draw_figures(sweep, rows))
+    write_atomically(sweep.folder / "sweep.html", page.encode())
 
 
 def summary_rows(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """The best trial first; then those without the metric, those that failed, and those that are open."""
+    """Best trial first, then trials without the metric, failed trials and open trials."""
     metric = sweep.settings.metric
     sign = -1.0 if metric.goal == "maximize" else 1.0
 
@@ -71,7 +73,7 @@ def summary_rows(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[dict[str, An
 
 
 def as_markdown(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> str:
-    """The table as GitHub reads it."""
+    """The table in GitHub's Markdown."""
     names = [parameter.name for parameter in sweep.parameters]
     heads = [
         "trial",
@@ -92,10 +94,13 @@ def as_markdown(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> str:
             "yes" if row["front"] else "",
         ]
         lines.append([*cells, "" if row["state"] == DONE else f"{row['state']} {row['reason']}".strip()])
-    goal = f"Sorted by {sweep.settings.metric.name} ({sweep.settings.metric.goal}). kept: the harmonic mean of IRA and CRA; "
-    goal += "front: no other trial is better in UA or kept without being worse in the other."
+    metric = sweep.settings.metric
+    note = (
+        f"Sorted by {metric.name} ({metric.goal}). kept: the harmonic mean of IRA and CRA; "
+        "front: no other trial is better in UA or kept without being worse in the other."
+    )
     return (
-        f"### {sweep.name}\n\n{goal}\n\n"
+        f"### {sweep.name}\n\n{note}\n\n"
         + "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
         + "\n"
     )
@@ -109,52 +114,28 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _draw_figures(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """PNGs, by name, as base64, of what is done."""
-    import matplotlib
-
-    name = sweep.settings.metric.name
-    scored = [row for row in rows if row["scores"][name] is not None]
+def _draw_figures(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> dict[str, bytes]:
+    """PNGs by name, of the finished trials."""
+    metric = sweep.settings.metric.name
+    scored = [row for row in rows if row["scores"][metric] is not None]
     searched = [parameter for parameter in sweep.parameters if len(parameter.choices or (0, 1)) > 1]
     pairs = [row for row in rows if row["kept"] is not None and row["scores"]["UA"] is not None]
-    figures = {}
-    with matplotlib.rc_context(fname=STYLE):
-        if scored and searched:
-            points = {parameter.name: [row["point"][parameter.name] for row in scored] for parameter in searched}
-            logarithmic = [
-                parameter.name for parameter in searched if parameter.is_logarithmic or _is_wide(points[parameter.name])
-            ]
-            figures["parameters"] = draw_parameters(
-                points, logarithmic, [row["scores"][name] for row in scored], name, best=0
-            )
-        if pairs:
-            places = [(row["scores"]["UA"], row["kept"]) for row in pairs]
-            figures["front"] = draw_front(places, [row["front"] for row in pairs], [str(row["trial"]) for row in pairs])
-        drawn = {}
-        for key, figure in figures.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png")
-            drawn[key] = base64.b64encode(buffer.getvalue()).decode()
-    return drawn
+    drawings: dict[str, Callable[[], Any]] = {}
+    if scored and searched:
+        points = {parameter.name: [row["point"][parameter.name] for row in scored] for parameter in searched}
+        logarithmic = [
+            parameter.name for parameter in searched if parameter.is_logarithmic or _is_wide(points[parameter.name])
+        ]
+        scores = [row["scores"][metric] for row in scored]
+        drawings["parameters"] = partial(draw_parameters, points, logarithmic, scores, metric, best=0)
+    if pairs:
+        places = [(row["scores"]["UA"], row["kept"]) for row in pairs]
+        trials = [str(row["trial"]) for row in pairs]
+        drawings["front"] = partial(draw_front, places, [row["front"] for row in pairs], trials)
+    return draw_pngs(drawings)
 
 
 def _is_wide(values: Sequence[Any]) -> bool:
-    """Whether numbers span so much that they are read better on a logarithmic scale."""
+    """Whether the numbers span so much that a logarithmic scale reads better."""
     numbers = [value for value in values if isinstance(value, (int, float))]
     return len(numbers) == len(values) and min(numbers) > 0 and max(numbers) / min(numbers) > 8
-
-
-def _as_page(sweep: Sweep, head: dict[str, Any], rows: Sequence[dict[str, Any]], figures: dict[str, str]) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    names = [parameter.name for parameter in sweep.parameters]
-    return environment.get_template("sweep.html").render(
-        head=head, rows=rows, names=names, scores=SCORES, figures=figures
-    )

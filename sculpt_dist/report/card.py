@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sculpt_dist.report.render import render
 from sculpt_dist.report.summary import SCORES
 
-TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = ("method", "train", "mask", "engine")  # sections of the configuration that the card lists as settings
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
@@ -19,7 +19,6 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
     `config`: the resolved configuration; `report`: the content of report.json, which may be empty.
     """
-    import jinja2
     from huggingface_hub import ModelCardData
 
     model, evaluate = config.get("model") or {}, config.get("evaluate") or {}
@@ -31,15 +30,10 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         tags=["unlearning", "sculpt-dist"],
         base_model=path if is_hub_id else None,
     )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"plain": _plain, "code": _code}
     concepts = [{"superclass": None, "kind": "object", **concept} for concept in config["concepts"]]
-    body = environment.get_template("card.md").render(
+    body = render(
+        "card.md",
+        {"plain": _plain, "code": _code},
         base=path or f"canvas-{model.get('arch')}",
         concepts=concepts,
         example=next((concept["superclass"] for concept in concepts if concept["superclass"]), "house"),

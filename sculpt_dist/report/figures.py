@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,21 @@ STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 INK, MUTED, HAIR, ACCENT = "#1d1f23", "#70747c", "#b9b6ae", "#c4512d"  # as in page.css
 WIDTH = 10.4  # inches
 COLLECTING = "collecting saliency"  # the curve of the steps before a mask exists
+
+
+def draw_pngs(drawings: Mapping[str, Callable[[], Figure | None]]) -> dict[str, bytes]:
+    """Draw each figure in the style of the reports, as a PNG; a drawing that returns None is left out."""
+    import matplotlib
+
+    images = {}
+    with matplotlib.rc_context(fname=STYLE):
+        for name, draw in drawings.items():
+            figure = draw()
+            if figure is not None:
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png")
+                images[name] = buffer.getvalue()
+    return images
 
 
 def draw_loss(lines: Sequence[Line], targets: Sequence[str]) -> Figure | None:

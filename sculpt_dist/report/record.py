@@ -84,7 +84,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def plain_scores(stage: Mapping[str, Any], member: str) -> Mapping[str, Any]:
-    """A member of a stage's scores on plain (not paraphrased) prompts, such as the accuracies by object."""
+    """One entry of a stage's scores on plain (not paraphrased) prompts, such as the accuracies by object."""
     return (stage.get("plain") or {}).get(member) or {}
 
 

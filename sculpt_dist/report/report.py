@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sculpt_dist.core.files import write_atomically
-from sculpt_dist.report.figures import STYLE, draw_loss, draw_mask, draw_relapse
+from sculpt_dist.report.figures import draw_loss, draw_mask, draw_pngs, draw_relapse
 from sculpt_dist.report.grid import Grid, draw_grid, encode, read_grid
 from sculpt_dist.report.page import render_page
 from sculpt_dist.report.record import RunRecord, plain_scores, read_run
@@ -55,18 +54,11 @@ def _stage_grid(run: RunRecord, stage: str | None) -> Grid | None:
 
 def _draw_figures(run: RunRecord) -> dict[str, bytes]:
     """PNGs of the figures for which the run has data."""
-    import matplotlib
-
-    with matplotlib.rc_context(fname=STYLE):
-        figures = {
-            "loss": draw_loss(run.lines, run.targets),
-            "mask": draw_mask(run.lines, run.targets, (run.costs.get("weights") or {}).get("trained")),
-            "relapse": draw_relapse(run.accuracies, run.targets),
+    num_trained = (run.costs.get("weights") or {}).get("trained")
+    return draw_pngs(
+        {
+            "loss": lambda: draw_loss(run.lines, run.targets),
+            "mask": lambda: draw_mask(run.lines, run.targets, num_trained),
+            "relapse": lambda: draw_relapse(run.accuracies, run.targets),
         }
-        images = {}
-        for name, figure in figures.items():
-            if figure is not None:
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format="png")
-                images[name] = buffer.getvalue()
-    return images
+    )

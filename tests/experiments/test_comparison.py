@@ -27,7 +27,7 @@ from sculpt_dist.experiments.compare import (
     run_comparison,
 )
 from sculpt_dist.experiments.jobs import Job, _guard, run_jobs
-from sculpt_dist.experiments.tables import _of_targets, _relapse, _scores
+from sculpt_dist.experiments.tables import _relapse, _scores, _ua_by_target, finished_cell
 from sculpt_dist.maths.comparison import (
     harmonic,
     harmonic_mean,
@@ -185,7 +185,7 @@ def test_the_shipped_record_is_of_cells_as_they_are_defined_now():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("sequence: two", "sequence: six"), "sequence 'six' is not defined; there are: two"),
+        (lambda text: text.replace("sequence: two", "sequence: six"), "sequence 'six' is not defined; choose one of: two"),
         (lambda text: text.replace("rows: [plain, faster]", "rows: [plan]"), "rows 'plan' is not defined"),
         (lambda text: text.replace("against: plain", "against: best"), "against 'best' is not defined"),
         (lambda text: text.replace("name: faster", "name: plain"), "every row a name of its own"),
@@ -341,13 +341,13 @@ def test_a_row_is_compared_over_the_seeds_that_both_have(tmp_path):
                 "style_seen": [0] * 100,
             }
 
-        return {seed: (cells[seed], {"answers": told(1 - share)}) for seed, share in right.items()}
+        return {seed: finished_cell(cells[seed], {"answers": told(1 - share)}) for seed, share in right.items()}
 
     scores = _scores(row({0: 0.9, 1: 0.8}), row({0: 0.5, 2: 0.1}))
     assert scores["UA"].mean == pytest.approx(0.9 * 0.5 + 0.8 * 0.5, abs=0.01)
     assert scores["UA"].difference == pytest.approx(0.4, abs=0.01)  # of seed 0 alone
     assert scores["UA"].difference_interval[0] > 0 and "IRA" not in scores
-    assert _of_targets(list(row({0: 0.9, 1: 0.8}).values())) == {
+    assert _ua_by_target(list(row({0: 0.9, 1: 0.8}).values())) == {
         "cat": pytest.approx(0.85),
         "neon": None,
     }  # no image in neon was asked for

@@ -1,0 +1,98 @@
+"""Writes the tables of a comparison as an HTML page, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sculpt_dist.config.experiments import Comparison
+from sculpt_dist.core.files import write_atomically
+from sculpt_dist.experiments.tables import SCORES, FinishedCell, Line, extra_names, table_lines
+from sculpt_dist.report.render import render
+
+
+@dataclass(frozen=True)
+class Block:
+    """One table on one backbone."""
+
+    title: str
+    backbone: str
+    lines: Sequence[Line]
+
+
+def write_tables(folder: Path, comparison: Comparison, finished: Mapping[str, FinishedCell]) -> Path:
+    """Write compare.{html,md,json} into the folder and return the path of the page. `finished`: cells by their key."""
+    blocks = [
+        Block(table.title, backbone, table_lines(comparison, table, backbone, finished))
+        for table in comparison.tables
+        for backbone in table.backbones
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = [vars(block) | {"lines": [_as_json(line) for line in block.lines]} for block in blocks]
+    write_atomically(folder / "compare.json", (json.dumps(plain, indent=1) + "\n").encode())
+    write_atomically(folder / "compare.md", as_markdown(comparison, blocks).encode())
+    page = render(
+        "compare.html",
+        {"number": _number, "extra_names": lambda block: extra_names(block.lines)},
+        comparison=comparison,
+        blocks=blocks,
+        names=SCORES,
+    )
+    write_atomically(folder / "compare.html", page.encode())
+    return folder / "compare.html"
+
+
+def as_markdown(comparison: Comparison, blocks: Sequence[Block]) -> str:
+    """The tables in GitHub's Markdown, followed by the notes."""
+    parts = []
+    for block in blocks:
+        extra = extra_names(block.lines)
+        heads = ["", *SCORES, "UA of each", "relapse", "FID", "KID", *extra]
+        heads += ["passes", "CPU-s", "MB", "trained", "stored MB", "seeds"]
+        rows = [heads, ["---"] * len(heads), *(_cells(line, comparison.against, extra) for line in block.lines)]
+        table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        parts.append(f"### {block.title}, {block.backbone}\n\n{table}")
+    return "\n\n".join([*parts, *comparison.notes]) + "\n"
+
+
+def _cells(line: Line, against: str, extra: Sequence[str]) -> list[str]:
+    label = line.name + (f" ({line.note})" if line.note else "")
+    return [
+        f"**{label}**" if line.name == against else label,
+        *(_score_text(line, name) for name in SCORES),
+        ", ".join(f"{name} {_number(value, '.3f')}" for name, value in line.targets.items()),
+        _number(line.relapse, "+.3f"),
+        _number(line.fid, ".2f"),
+        _number(line.kid, ".4f"),
+        *(_number(line.extra.get(name), ".4g") for name in extra),
+        f"{line.passes:,.0f}",
+        f"{line.cpu_seconds:.1f}",
+        f"{line.peak_memory:.0f}",
+        f"{line.trained:,}",
+        f"{line.stored:.2f}",
+        str(len(line.seeds)),
+    ]
+
+
+def _score_text(line: Line, name: str) -> str:
+    """Mean [interval] (difference), with a star if the interval of the difference excludes 0."""
+    score = line.scores.get(name)
+    if score is None:
+        return "-"
+    text = f"{score.mean:.3f}" + (f" [{score.interval[0]:.3f}, {score.interval[1]:.3f}]" if score.interval else "")
+    if score.difference is not None and score.difference_interval is not None:
+        low, high = score.difference_interval
+        text += f" ({score.difference:+.3f}{'*' if low > 0 or high < 0 else ''})"
+    return text
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _as_json(line: Line) -> dict[str, Any]:
+    content = {name: getattr(line, name) for name in line.__dataclass_fields__ if name != "images"}
+    return content | {"scores": {name: vars(score) for name, score in line.scores.items()}}
