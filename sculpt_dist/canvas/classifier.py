@@ -50,7 +50,8 @@ def to_float(pixels: np.ndarray | Tensor) -> Tensor:
 
 
 def train_classifier(pixels: np.ndarray, objects: np.ndarray, styles: np.ndarray, seed: int) -> CanvasClassifier:
-    """Train on drawings, uint8 pixels [N, 32, 32, 3], with indices objects [N] and styles [N]; a fixed number of steps, on the CPU.
+    """Train on drawings, uint8 pixels [N, 32, 32, 3], with indices objects [N] and styles [N]; a fixed number of steps,
+    on the CPU.
 
     Images are noised and blurred, so that the softness of what a diffusion model draws does not mislead the judge.
     """
@@ -81,7 +82,10 @@ def save_classifier(model: CanvasClassifier, path: Path) -> None:
 
 
 def load_classifier(path: Path | None = None) -> CanvasClassifier:
-    """The classifier at `path`, or the shipped one, ready to judge. Raises ModelError when the file is missing or not a classifier."""
+    """The classifier at `path`, or the shipped one, ready to judge.
+
+    Raises ModelError when the file is missing or not a classifier.
+    """
     path = Path(path) if path is not None else SHIPPED_CLASSIFIER
     if not path.is_file():
         raise ModelError(

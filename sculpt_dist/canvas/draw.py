@@ -1,4 +1,6 @@
-"""Draws the canvas world: each object is a few polygons, each style a way to paint them, with a little jitter from the seed."""
+"""Draws the canvas world: each object is a few polygons, each style a way to paint them, with a little jitter from
+the seed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Shape:
-    """A filled polygon; `role` chooses its colour: 0 body, 1 second part, 2 detail. Units: the sheet spans -1 to 1, y points down."""
+    """A filled polygon; `role` chooses its colour: 0 body, 1 second part, 2 detail. Units: the sheet spans -1 to 1,
+    y points down.
+    """
 
     points: tuple[Point, ...]
     role: int
@@ -31,7 +35,8 @@ def draw(name: str, style: str, seed: int) -> np.ndarray:
     """One drawing, uint8 [32, 32, 3]; the same arguments give the same pixels in every process."""
     rng = np.random.default_rng(seed)
     shapes = _placed(_object_shapes(name), rng)
-    # Few hues, little jitter: with free hues and wide jitter a tiny model does not learn the objects (accuracy .10 to .32).
+    # Few hues, little jitter: with free hues and wide jitter a tiny model does not learn the objects (accuracy .10 to
+    # .32).
     hue = float(rng.choice([0.02, 0.12, 0.6, 0.8]) + rng.uniform(-0.02, 0.02))
     return _PAINTERS[style](shapes, hue, rng)
 
@@ -39,7 +44,8 @@ def draw(name: str, style: str, seed: int) -> np.ndarray:
 def draw_dataset(per_pair: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`per_pair` drawings of every object in every style.
 
-    Returns pixels uint8 [N, 32, 32, 3], objects int64 [N] (index into OBJECTS) and styles int64 [N] (index into STYLES).
+    Returns pixels uint8 [N, 32, 32, 3], objects int64 [N] (index into OBJECTS) and styles int64 [N] (index into
+    STYLES).
     """
     pixels, objects, styles = [], [], []
     for i, name in enumerate(track(OBJECTS, description="drawing", disable=per_pair < 50)):

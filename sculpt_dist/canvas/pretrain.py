@@ -91,7 +91,9 @@ def build_canvas(arch: str, folder: Path, seed: int = 0, cpu_minutes: float = 6.
 
 
 def train_vae(backbone: Backbone, pixels: Tensor, num_steps: int, rng: torch.Generator) -> float:
-    """Train the VAE on float pixels [N, 3, 32, 32], set its scaling factor, and return its reconstruction PSNR in dB."""
+    """Train the VAE on float pixels [N, 3, 32, 32], set its scaling factor, and return its reconstruction PSNR in
+    dB.
+    """
     peak, vae = 3e-3, backbone.vae.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(vae.parameters(), peak, betas=(0.9, 0.98), weight_decay=1e-3)
     for step in track(range(num_steps), description="vae", console=console):

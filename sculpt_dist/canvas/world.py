@@ -1,4 +1,7 @@
-"""The canvas world: twelve objects in four superclasses, five styles, and captions. A small UnlearnCanvas (2402.11846)."""
+"""The canvas world: twelve objects in four superclasses, five styles, and captions.
+
+A small UnlearnCanvas (2402.11846).
+"""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import OmegaConf
 
+from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 
-Config = TypeVar("Config")
 PLACES = (
     "model.path model.config prepare.images evaluate.classifier evaluate.reference evaluate.clip run.folder".split()
 )
@@ -35,13 +35,14 @@ class FromEnvironment(str):
 def environment_texts(content: Any) -> dict[str, str]:
     """Key -> text of every value that uses an environment variable, in an unresolved configuration.
 
-    Looks up no variable. Raises ConfigError for a variable outside PLACES, for any other resolver, and for `\\${`, which
-    would be resolved when the written configuration is read again.
+    Looks up no variable. Raises ConfigError for a variable outside PLACES, for any other resolver, and for `\\${`,
+    which would be resolved when the written configuration is read again.
     """
     for key, text in _texts(content, ""):
         if "\\${" in text or "${" in KEY.sub("", VARIABLE.sub("", text)):
             raise ConfigError(
-                f"{key}: {text!r} contains '${{', but only ${{oc.env:NAME}}, ${{oc.env:NAME,default}} and ${{section.key}} "
+                f"{key}: {text!r} contains "
+                f"'${{', but only ${{oc.env:NAME}}, ${{oc.env:NAME,default}} and ${{section.key}} "
                 "are resolved; remove it"
             )
     resolved = OmegaConf.to_container(OmegaConf.create(_marked(content)), resolve=True)
@@ -49,13 +50,13 @@ def environment_texts(content: Any) -> dict[str, str]:
     for key, text in found.items():
         if key not in PLACES:
             raise ConfigError(
-                f"{key}: {text!r} reads an environment variable, whose value would be written into files and trackers; only "
-                f"{', '.join(PLACES)} may do that. Write the value itself, or pass it on the command line"
+                f"{key}: {text!r} reads an environment variable, whose value would be written into files and trackers; "
+                f"only {', '.join(PLACES)} may do that. Write the value itself, or pass it on the command line"
             )
     return found
 
 
-def with_texts(config: Config, texts: Mapping[str, str]) -> Config:
+def with_texts(config: RunConfig, texts: Mapping[str, str]) -> RunConfig:
     """Make the values at these keys remember the text that they came from."""
     for key, text in texts.items():
         section, name = key.split(".")
@@ -65,7 +66,7 @@ def with_texts(config: Config, texts: Mapping[str, str]) -> Config:
     return config
 
 
-def without_values(config: Config) -> Config:
+def without_values(config: RunConfig) -> RunConfig:
     """The configuration as it may be written: with the original text instead of each value from the environment."""
     for key in PLACES:
         section, name = key.split(".")

@@ -22,7 +22,9 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     config: str | None = None
-    """For a single file: folder or hub id with settings and tokenizers of its kind; null uses those of the public model."""
+    """For a single file: folder or hub id with settings and tokenizers of its kind; null uses those of the public
+    model.
+    """
     dtype: str = "float32"
     """Data type of the frozen parts, of sampling (except on stage 3, where the sharded net samples) and of the export:
     float32, bfloat16 or float16."""
@@ -148,7 +150,9 @@ class EngineConfig:
     moments: str = "all"
     """Weights whose Adam moments are kept: all, or open (less memory, same result)."""
     kernel: str = "auto"
-    """Implementation of the masked step: plain (torch), fused (C on CPU, Triton on GPU) or auto (fused where it works)."""
+    """Implementation of the masked step: plain (torch), fused (C on CPU, Triton on GPU) or auto (fused where it
+    works).
+    """
     gathered: float = 1e9
     """Maximum number of parameters that stage 3 gathers at a time; fewer take less memory and more time."""
     checkpointing: bool = False
@@ -158,7 +162,9 @@ class EngineConfig:
     timeout: float = 600.0
     """Timeout of a collective in seconds."""
     grace: float = 60.0
-    """Seconds that the current step may take after a stop request; a rank that still waits then exits without saving."""
+    """Seconds that the current step may take after a stop request; a rank that still waits then exits without
+    saving.
+    """
 
 
 @dataclass(frozen=True)
@@ -261,13 +267,3 @@ class RunConfig:
     """The run folder."""
     track: TrackConfig = field(default_factory=TrackConfig)
     """Trackers."""
-
-
-def normalized_name(name: str) -> str:
-    """A concept's name for comparisons: case-folded, with single spaces."""
-    return " ".join(name.split()).casefold()
-
-
-def as_steps(value: float, total: int) -> int:
-    """A number of steps; a value below 1 is a share of `total`, and a share above 0 is at least one step."""
-    return max(int(value > 0), round(value * total)) if value < 1 else round(value)

@@ -23,8 +23,8 @@ class TextCond:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TextCond:
         """Apply `change` to every member."""
-        members = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TextCond(**{name: None if member is None else change(member) for name, member in members.items()})
+        present = {f.name: member for f in fields(self) if (member := getattr(self, f.name)) is not None}
+        return TextCond(**{name: change(member) for name, member in present.items()})
 
     def __getitem__(self, index: slice | Tensor) -> TextCond:
         return self.map(lambda member: member[index])
@@ -35,11 +35,8 @@ class TextCond:
     @staticmethod
     def cat(conds: Sequence[TextCond]) -> TextCond:
         """Concatenate along B. All conditions come from one backbone, so they have the same members."""
-        members = {}
-        for f in fields(TextCond):
-            parts = [getattr(cond, f.name) for cond in conds]
-            members[f.name] = None if parts[0] is None else torch.cat(parts)
-        return TextCond(**members)
+        present = [f.name for f in fields(TextCond) if getattr(conds[0], f.name) is not None]
+        return TextCond(**{name: torch.cat([getattr(cond, name) for cond in conds]) for name in present})
 
 
 @dataclass(frozen=True)

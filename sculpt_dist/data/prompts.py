@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sculpt_dist.config.load import normal
+from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompt_files import read_prompts

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from sculpt_dist.core.files import derived_seed
 from sculpt_dist.core.signals import STOPPING
 from sculpt_dist.core.types import ConceptBatch, Stream, TextCond
 from sculpt_dist.data.prompts import ConceptPrompts
-from sculpt_dist.data.shards import Sample, ShardReader
+from sculpt_dist.data.shards import Sample
 
 EARLIER_TARGETS = "earlier_targets"
 ORDER = ("target", "superclass", "anchor", "distractor")  # the number that seeds a role's order; others get one by name
@@ -103,7 +103,14 @@ class PromptReader:
         return Sample(torch.empty(0), self.prompts[position % len(self.prompts)], position, self.size_ids)
 
 
-Reader = ShardReader | PromptReader
+class Reader(Protocol):
+    """A source of samples: a folder of shards, or prompts alone."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> Sample: ...
+
+
 Item = dict[str, list[Sample]]  # the samples of a micro-batch by role
 
 

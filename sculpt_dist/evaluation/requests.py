@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
-from sculpt_dist.config.load import normal
+from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed

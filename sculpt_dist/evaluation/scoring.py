@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sculpt_dist.config.load import normal
+from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept
 from sculpt_dist.evaluation.requests import Evaluation, ImageRequest, World
 from sculpt_dist.maths.scores import Answers, Target, accuracy_by, bootstrap_intervals, unlearning_scores

@@ -140,7 +140,7 @@ class Method(ABC):
         """Names of the parameters that may move, from the backbone's groups; matrices only, as biases stay frozen."""
 
     def adapter(self, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any] | None:
-        """Keyword arguments of peft.LoraConfig, for a method that trains an adapter instead of the net's own weights."""
+        """Keyword arguments of peft.LoraConfig, for a method that trains an adapter instead of the net's weights."""
         return None
 
     def streams(self) -> Sequence[StreamSpec]:
@@ -178,7 +178,8 @@ class Method(ABC):
     def judge(self, recent: Mapping[str, float]) -> float:
         """Score of a candidate, lower is better, from the mean of each loss term since the candidate before.
 
-        With `calibration_images` also from the UA, IRA and CRA of images that the candidate drew with seeds of their own.
+        With `calibration_images` also from the UA, IRA and CRA of images that the candidate drew with seeds of their
+        own.
         """
         raise NotImplementedError(f"{type(self).__name__} names candidates but does not judge them")
 

@@ -1,6 +1,9 @@
-"""Concept Ablation, model-based: the target's prompt learns to do what the superclass's does (Kumari et al., arXiv 2303.13516).
+"""Concept Ablation, model-based: the target's prompt learns to do what the superclass's does.
 
-With e the student, x_s noisy samples of the superclass, c_f and c_s the target's and the superclass's prompts, sg stop-gradient:
+Kumari et al., arXiv 2303.13516.
+
+With e the student, x_s noisy samples of the superclass, c_f and c_s the target's and the superclass's prompts, sg
+stop-gradient:
 
     L = MSE(e(x_s, c_f), sg e(x_s, c_s))
 

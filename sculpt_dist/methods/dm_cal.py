@@ -1,11 +1,12 @@
 """Sculpting Memory: dynamic gradient mask and concept-aware loss (Li et al., arXiv 2504.09039, ICCV 2025).
 
-With e the student, eT the teacher (the net before this concept), f the target, s the superclass, a the anchors, sg stop-gradient:
+With e the student, eT the teacher (the net before this concept), f the target, s the superclass, a the anchors, sg
+stop-gradient:
 
     L = MSE(e(x_f, c_f), sg label) + r MSE(e(x_s, c_s), goal_s) + d MSE(e(x_a, c_a), sg eT(x_a, c_a))
 
-The published label is e(x_f, c_s). Ours, not in the paper: label = eT(x_f, c_s) + w (eT(x_f, c_s) - eT(x_f, c_f)). The paper's own
-equation and weights of the distillation term could not be checked: that term is a reconstruction.
+The published label is e(x_f, c_s). Ours, not in the paper: label = eT(x_f, c_s) + w (eT(x_f, c_s) - eT(x_f, c_f)). The
+paper's own equation and weights of the distillation term could not be checked: that term is a reconstruction.
 """
 
 from __future__ import annotations
@@ -43,18 +44,22 @@ class Config:
     """Reproduce the published code's behaviour, including its faults (see REFERENCE)."""
 
 
-# The group of parameters that each part is. `pooled`, ours: what takes in the pooled text of SDXL, by which a style may be drawn.
+# The group of parameters that each part is. `pooled`, ours: what takes in the pooled text of SDXL, by which a style may
+# be drawn.
 PARTS = {part: f"cross_attention.{part}" for part in ("q", "k", "v", "out")} | {"pooled": "pooled_text"}
 
 # The source of samples that each name of `anchors` stands for, in the order in which they share the stream.
 ANCHORS = {"targets": EARLIER_TARGETS, "superclass": "superclass", "keep": "keep"}
 
-REFERENCE = """With `reference_compat: true`: the distillation term is computed but does not train; the label is the student's own without
-guidance; moments of closed and opened weights are kept, so that closed weights go on moving on them; the schedule and the refreshes
-count the collect steps too, so that the schedule never ends; the result is the candidate with the lowest mean forget loss of a ninth of
-the updates. Not reproduced: rank-local masks, gradients of untrained weights, the moving bias of the output projection, ties that all
-open, progress counted by epochs, the first moment's decay that goes through .95, .85, .95 with the learning rate (torch's OneCycleLR does
-so unasked), and losses of the collect steps in the first candidate's mean."""
+REFERENCE = """With `reference_compat: true`
+- the distillation term is computed but does not train;
+- the label is the student's own, without guidance;
+- moments of closed and opened weights are kept, so that closed weights keep moving on them;
+- the schedule and the refreshes count the collect steps, too, so that the schedule never ends;
+- the result is the candidate with the lowest mean forget loss over a ninth of the updates.
+Not reproduced: rank-local masks, gradients of untrained weights, the moving bias of the output projection, ties that
+all open, progress counted by epochs, the decay of the first moment that goes through .95, .85, .95 with the learning
+rate (torch's OneCycleLR does so unasked), and losses of the collect steps in the first candidate's mean."""
 
 
 class Method(Base):

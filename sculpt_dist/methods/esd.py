@@ -1,11 +1,13 @@
 """Erased Stable Diffusion: the target's prompt is led away from what it drew (Gandikota et al., arXiv 2303.07345).
 
-With e the student, e0 the model before this concept, x latents that the student draws of the target's prompt c, "" the empty prompt:
+With e the student, e0 the model before this concept, x latents that the student draws of the target's prompt c, "" the
+empty prompt:
 
     L = MSE(e(x, c), e0(x, "") - eta (e0(x, c) - e0(x, "")))
 
-x stands before a random step of the sampler, the same one for the whole batch. Published for one concept, with the original model as e0;
-one after another, ours takes the model before each concept, so that what was forgotten stays so (`reference: original` for the former).
+x stands before a random step of the sampler, the same one for the whole batch. Published for one concept, with the
+original model as e0; one after another, ours takes the model before each concept, so that what was forgotten stays so
+(`reference: original` for the former).
 """
 
 from __future__ import annotations

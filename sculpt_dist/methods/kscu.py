@@ -1,15 +1,19 @@
-"""Key Step Concept Unlearning: only the late steps of the sampler are trained, on the student's own latents (arXiv 2507.06526).
+"""Key Step Concept Unlearning: trains the late steps of the sampler, on the student's own latents.
 
-With e the student, e0 the model before this concept, x_i latents that the student draws of the prompt c up to step i, "" the empty prompt:
+arXiv 2507.06526.
+
+With e the student, e0 the model before this concept, x_i latents that the student draws of the prompt c up to step i,
+"" the empty prompt:
 
     erase  = e0(x_i, "") - (e0(x_i, c) - e0(x_i, ""))
     uncond = e0(x_i, "") - l(t) (e0(x_i, c) - e0(x_i, "")),   l = (1000 - t) 2e-5, or 0.02 (1 - sigma) for flow
     L = MSE(e(x_i, c~), erase) + 1e-4 MSE(e(x_i, ""), uncond)
 
-i runs through S, S + 1, ..., the last step, again and again, with one c from S to the end; after 8 traversals S grows by one, but stays
-below 0.9 of the steps. c~ is c, and in the last 5 % of the updates a disturbed prompt: its words shuffled, one that does not name the
-target dropped, a prefix or suffix added, and noise on the embedding. A batch is several latents at the same i. UNVERIFIED: two releases
-differ by a factor of 4 to 5 in l; the prefixes and suffixes are ours, and that each sample of a batch has a disturbance of its own.
+i runs through S, S + 1, ..., the last step, again and again, with one c from S to the end; after 8 traversals S grows
+by one, but stays below 0.9 of the steps. c~ is c, and in the last 5 % of the updates a disturbed prompt: its words
+shuffled, one that does not name the target dropped, a prefix or suffix added, and noise on the embedding. A batch is
+several latents at the same i. UNVERIFIED: two releases differ by a factor of 4 to 5 in l; the prefixes and suffixes are
+ours, and that each sample of a batch has a disturbance of its own.
 """
 
 from __future__ import annotations
@@ -64,7 +68,9 @@ class Method(Base):
         self.config, self.variants = config, variants
 
     def prepare(self, setup: Setup) -> Method:
-        """With the disturbed prompts of the concept, embedded while the text encoders are there; those too long for them are left out."""
+        """Embed the concept's disturbed prompts while the text encoders are loaded; prompts too long for them are
+        left out.
+        """
         variants = {}
         for target, superclass in zip(setup.prompts.target, setup.prompts.superclass):
             variants[target] = [text for text in disturbed_prompts(target, superclass) if setup.backbone.takes(text)]
@@ -108,7 +114,10 @@ class Method(Base):
 
 
 def disturbed_prompts(target: str, superclass: str) -> list[str]:
-    """The forms that a target's prompt takes near the end; words that the superclass's prompt has too do not name the target."""
+    """The forms that a target's prompt takes near the end.
+
+    A word that the superclass's prompt contains, too, does not name the target.
+    """
     words, shared = target.split(), superclass.split()
     forms = [target]
     forms += [" ".join(random.Random(f"{target} {i}").sample(words, len(words))) for i in range(2)]
@@ -118,7 +127,10 @@ def disturbed_prompts(target: str, superclass: str) -> list[str]:
 
 
 def key_step(update: int, start: int, steps: int) -> int:
-    """The sampler index that this update trains: entry `update` of S, S + 1, ..., steps - 1, repeated; S grows after 8 traversals."""
+    """The sampler index that this update trains: entry `update` of S, S + 1, ..., steps - 1, repeated.
+
+    S grows by one after 8 traversals.
+    """
     last_start = math.ceil(LAST_START * steps) - 1
     while True:
         length = steps - start

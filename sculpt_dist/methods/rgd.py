@@ -2,13 +2,14 @@
 
 Ko et al., "Boosting Alignment for Post-Unlearning", NeurIPS 2024.
 
-Two losses with a reduced gradient each, g_f and g_r over all trainable weights. Where <g_f, g_r> < 0, each is projected on the other's
-orthogonal complement, with inner products over all ranks' shards; the update is
+Two losses with a reduced gradient each, g_f and g_r over all trainable weights. Where <g_f, g_r> < 0, each is projected
+on the other's orthogonal complement, with inner products over all ranks' shards; the update is
 
     g_f' + r g_r',  r = 1.5
 
-UNVERIFIED: the source could not be read here. The rule is as reference implementations describe it; the losses (relabelling by the
-superclass's prompt, plain denoising of the superclass) are ours, and so is the sequence of concepts: a reconstruction.
+UNVERIFIED: the source could not be read here. The rule is as reference implementations describe it; the losses
+(relabelling by the superclass's prompt, plain denoising of the superclass) are ours, and so is the sequence of
+concepts: a reconstruction.
 """
 
 from __future__ import annotations

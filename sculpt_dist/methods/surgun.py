@@ -1,16 +1,18 @@
 """SurgUn: the target's prompt is taught distractors while it loses the target (arXiv 2603.00975). A reconstruction.
 
-Known from the abstract alone: ascent on the target and descent on diverse distractors under the same target prompt, a logarithmic contrast,
-adapters on chosen attention blocks, a choice of blocks and of checkpoints by the images that they draw. All equations and numbers here are
-ours (UNVERIFIED). With l(x, c) the denoising loss of one sample, x_T a sample of the target, x_D one of the distractors, both at the same
-time and under the target's prompt c, l_T = l(x_T, c) and l_D = l(x_D, c):
+Known from the abstract alone: ascent on the target and descent on diverse distractors under the same target prompt, a
+logarithmic contrast, adapters on chosen attention blocks, a choice of blocks and of checkpoints by the images that they
+draw. All equations and numbers here are ours (UNVERIFIED). With l(x, c) the denoising loss of one sample, x_T a sample
+of the target, x_D one of the distractors, both at the same time and under the target's prompt c, l_T = l(x_T, c) and
+l_D = l(x_D, c):
 
     log     L = mean l_D - b log(l_T / (l_T + l_D))
     ratio   L = mean b log(l_D / l_T)
     margin  L = mean l_D - b min(l_T, m)
 
-Each sample has its own contrast, so that the loss is the same on any number of ranks. The distractors are the `distractors` names of the
-candidates that lie farthest from one another and from the target in text space; the model before the first concept draws them.
+Each sample has its own contrast, so that the loss is the same on any number of ranks. The distractors are the
+`distractors` names of the candidates that lie farthest from one another and from the target in text space; the model
+before the first concept draws them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sculpt_dist.config.load import normal
+from sculpt_dist.config.checks import normal
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses, TextCond
 from sculpt_dist.data.streams import StreamSpec
@@ -48,9 +50,10 @@ class Config:
     """Number of distractors per concept."""
     candidates: list[str] = field(
         default_factory=lambda: (
-            "apple, airplane, bicycle, book, bridge, butterfly, cake, camera, castle, chair, clock, cloud, coin, cup, drum, elephant, "
-            "flower, fountain, guitar, hat, horse, island, key, ladder, lamp, leaf, lighthouse, moon, mountain, mushroom, piano, robot, "
-            "sailboat, shell, shoe, snowman, table, telescope, train, tree, umbrella, volcano, waterfall, windmill"
+            "apple, airplane, bicycle, book, bridge, butterfly, cake, camera, castle, chair, clock, cloud, coin, cup, "
+            "drum, elephant, flower, fountain, guitar, hat, horse, island, key, ladder, lamp, leaf, lighthouse, moon, "
+            "mountain, mushroom, piano, robot, sailboat, shell, shoe, snowman, table, telescope, train, tree, "
+            "umbrella, volcano, waterfall, windmill"
         ).split(", ")
     )
     """Objects from which distractors are chosen; the run's own concepts are left out."""
@@ -80,7 +83,7 @@ class Config:
 
 
 class Method(Base):
-    """Trains an adapter on the query, key, value and output matrices of the chosen blocks, or these matrices themselves."""
+    """Trains an adapter on the attention matrices of the chosen blocks, or these matrices themselves."""
 
     def __init__(self, config: Config) -> None:
         if config.contrast not in CONTRASTS:
@@ -91,7 +94,8 @@ class Method(Base):
             raise ConfigError(f"method.attention={list(config.attention)}: choose from cross_attention, self_attention")
         if config.calibrations and config.calibration_images < 1:
             raise ConfigError(
-                f"method.calibration_images={config.calibration_images}: checkpoints are judged by images; use at least 1"
+                f"method.calibration_images={config.calibration_images}: checkpoints are judged by images; use at "
+                "least 1"
             )
         self.config = config
         self.calibration_images = config.calibration_images if config.calibrations else 0
@@ -122,7 +126,8 @@ class Method(Base):
         names = [name for name in dict.fromkeys(listed) if normal(name) not in taken]
         if len(names) < self.config.distractors:
             raise ConfigError(
-                f"method.distractors={self.config.distractors}, but only {len(names)} candidates are no concept of this run"
+                f"method.distractors={self.config.distractors}, but only {len(names)} candidates are no concept of "
+                "this run"
             )
         meanings = text_points(
             setup.backbone.embed([setup.prompts.of([name])[0] for name in [concept.target, *names]])

@@ -1,13 +1,16 @@
-"""Unified Concept Editing: a closed form on the keys and values of the cross-attention (Gandikota et al., arXiv 2308.14761, eq. 7).
+"""Unified Concept Editing: a closed form on the keys and values of the cross-attention.
 
-With c what the cross-attention receives at a token of the target's prompt, c* at the same token of the superclass's, c_p at tokens of
-prompts to preserve, and l a ridge towards the old weights W:
+Gandikota et al., arXiv 2308.14761, eq. 7.
+
+With c what the cross-attention receives at a token of the target's prompt, c* at the same token of the superclass's,
+c_p at tokens of prompts to preserve, and l a ridge towards the old weights W:
 
     W' = (l W + e sum W c* c^T + p sum W c_p c_p^T) (l I + e sum c c^T + p sum c_p c_p^T)^-1
 
-All sums stand right of W, so that W' = W T with one matrix T for all layers of a width: one factorisation. Concepts are edited at once.
-Tokens are compared from the name's last one to the end of the prompt; a style-free prompt has no name, and begins at its last word. The
-superclass's prompts, kept concepts and the empty prompt are preserved; which prompts published runs preserve depends on the task.
+All sums stand right of W, so that W' = W T with one matrix T for all layers of a width: one factorisation. Concepts are
+edited at once. Tokens are compared from the name's last one to the end of the prompt; a style-free prompt has no name,
+and begins at its last word. The superclass's prompts, kept concepts and the empty prompt are preserved; which prompts
+published runs preserve depends on the task.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from sculpt_dist.run.setup import RunSetup, resolve
 def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
     """What a run on `ranks` ranks would train, counted, after one step of shapes without values.
 
-    Of a model folder only settings and headers are read. Weights may be missing; where they exist, their names and shapes
-    are compared. A hub id or a single file is fetched or unpacked as for a run. The evaluation is not checked, and a
-    closed form's edit is not made. Raises ConfigError and ModelError for what would stop a run.
+    Of a model folder only settings and headers are read. Weights may be missing; where they exist, their names and
+    shapes are compared. A hub id or a single file is fetched or unpacked as for a run. The evaluation is not checked,
+    and a closed form's edit is not made. Raises ConfigError and ModelError for what would stop a run.
     """
     setup = resolve(config)
     micro_batch = setup.micro_batch(ranks)
@@ -74,8 +74,8 @@ def open_on_meta(setup: RunSetup) -> Backbone:
 def shard_elements(sizes: Sequence[int], stage: int, ranks: int) -> int:
     """Elements that each rank's optimizer steps, padding included, as DeepSpeed 0.19.8 cuts tensors of these sizes.
 
-    Stage 0: all. Stages 1 and 2: one flat buffer, padded to a multiple of 2 x ranks and cut evenly. Stage 3: each tensor
-    is padded to a multiple of the ranks and cut.
+    Stage 0: all. Stages 1 and 2: one flat buffer, padded to a multiple of 2 x ranks and cut evenly. Stage 3: each
+    tensor is padded to a multiple of the ranks and cut.
     """
     if stage == 0:
         return sum(sizes)

@@ -145,8 +145,8 @@ def _refresh(variant: Variant, subject: Subject) -> int:
 def cheapest_change(planner: Planner, variant: Variant, memory: float) -> dict[str, Any] | None:
     """What makes a run fit.
 
-    The first change that does so alone, from the cheapest to the most expensive; otherwise the first ones together, less
-    those that turn out not to be needed. None where nothing fits on 1,024 ranks.
+    The first change that does so alone, from the cheapest to the most expensive; otherwise the first ones together,
+    less those that turn out not to be needed. None where nothing fits on 1,024 ranks.
     """
     reference_mask = planner.subject(variant).method.reference_mask
 

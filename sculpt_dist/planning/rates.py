@@ -22,9 +22,11 @@ RATE_KEYS = (
 def read_rates(
     files: Sequence[Path], flops: float | None, bandwidth: float | None, latency: float | None
 ) -> Rates | None:
-    """Rates as given (operations per second of a rank, GB/s, microseconds), else from the JSON of `bench comm`, `bench step`, `bench mask`.
+    """Rates as given (operations per second of a rank, GB/s, microseconds), else from the JSON of `bench comm`, `bench
+    step`, `bench mask`.
 
-    None where nobody says how fast a rank computes. Raises ConfigError for what is no such file, and for rates that are not positive.
+    None where nobody says how fast a rank computes. Raises ConfigError for what is no such file, and for rates that are
+    not positive.
     """
     known: dict[str, float] = {}
     for file in files:

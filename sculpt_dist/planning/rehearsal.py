@@ -1,4 +1,6 @@
-"""A step without values: on the meta device a function runs as it would, and every tensor that it makes is counted while it lives."""
+"""A step without values: on the meta device a function runs as it would, and every tensor that it makes is counted
+while it lives.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,11 @@ FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
 
 
 class Living(TorchDispatchMode):
-    """Bytes of the storages that operations make, for as long as something refers to them, and the operations' arithmetic.
+    """Bytes of the storages that operations make, for as long as something refers to them, and the operations'
+    arithmetic.
 
-    Storages of `there` do not count. Torch's own FlopCounterMode is not taken: it keeps alive what a backward makes again.
+    Storages of `there` do not count. Torch's own FlopCounterMode is not taken: it keeps alive what a backward makes
+    again.
     """
 
     def __init__(self, there: Sequence[Tensor]) -> None:
@@ -70,11 +74,13 @@ class Living(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention as devices run it, which keeps the result and a row of sums: the meta device would write all scores out.
+    """Attention as devices run it, which keeps the result and a row of sums; the meta device would keep all scores.
 
-    The function is exchanged, because torch leaves out its own modes for functions while a backward makes activations again.
+    The function is exchanged, because torch leaves out its own modes for functions while a backward makes activations
+    again.
     """
-    functional.scaled_dot_product_attention = _fused
+    replacement: Any = _fused
+    functional.scaled_dot_product_attention = replacement
     try:
         yield
     finally:

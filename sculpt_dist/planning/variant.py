@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sculpt_dist.config.load import check, check_batch
+from sculpt_dist.config.checks import check, check_batch
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sculpt_dist.config.load import normal
+from sculpt_dist.config.checks import normal
 from sculpt_dist.report.record import RunRecord, plain_scores
 
 SCORES = ("UA", "SA", "IRA", "CRA")

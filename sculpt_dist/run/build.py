@@ -65,7 +65,8 @@ def trained_names(setup: RunSetup, backbone: Backbone) -> list[str]:
         names = list(method.trainable(groups)) if adapter is None else backbone.add_adapter(adapter, seed)
     except KeyError as error:
         raise ConfigError(
-            f"method.name={setup.method_name} trains the group {error}, which {net} lacks; there are: {', '.join(groups)}"
+            f"method.name={setup.method_name} trains the group {error}, which {net} lacks; there are: "
+            f"{', '.join(groups)}"
         ) from error
     if not names:
         raise ConfigError(

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Runs from its making; `with clock("forward"):` counts the block to that part, but for its collectives, which are `reduce`.
+    """Runs from its making; `with clock("forward"):` counts the block to that part, but for its collectives, which are
+    `reduce`.
 
-    It is this host's time and synchronises nothing. On a GPU the host only launches, and waits where a number is read: for the forward
-    at the finite check of the loss (in `forward`), for the backward at the norm of the gradient (in `step`). So there `backward` is
-    the time of its launching, its computing shows up in `step`, and `reduce` is what `Group.seconds_communicating` says. What no block
-    holds (choosing candidates, for one) is in `seconds` alone.
+    It is this host's time and synchronises nothing. On a GPU the host only launches, and waits where a number is read:
+    for the forward at the finite check of the loss (in `forward`), for the backward at the norm of the gradient (in
+    `step`). So there `backward` is the time of its launching, its computing shows up in `step`, and `reduce` is what
+    `Group.seconds_communicating` says. What no block holds (choosing candidates, for one) is in `seconds` alone.
     """
 
     def __init__(self, group: Group) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,9 +66,12 @@ class Costs:
             self.passes = mine["passes"]
 
     def write(self) -> None:
-        """costs.json: wall seconds and bytes of the first rank, CPU seconds and passes summed over ranks, peak memory of each; all enter."""
+        """Write costs.json; all ranks enter.
+
+        Wall seconds and bytes are the first rank's, CPU seconds and passes are summed, peak memory is given for each.
+        """
         self._flush()
-        mine = {
+        mine: dict[str, Any] = {
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "passes": self.passes,

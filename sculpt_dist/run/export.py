@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,6 +61,6 @@ def write_card(run: Path) -> None:
     from sculpt_dist.core.files import write_atomically
     from sculpt_dist.report.card import model_card
 
-    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
     report = json.loads((run / "report" / "report.json").read_text())
     write_atomically(run / "model" / "README.md", model_card(config, report).encode())

@@ -42,8 +42,8 @@ class Form:
         """Raises ConfigError for an unknown form, and for options that do not go with it."""
         if self.name not in FORMS or (self.name == "folder" and self.output is not None):
             raise ConfigError(
-                f"--as {self.name}, --output {self.output}: choose one of {', '.join(FORMS)}; --output names the file of "
-                "all but a folder"
+                f"--as {self.name}, --output {self.output}: choose one of {', '.join(FORMS)}; --output names the file "
+                "of all but a folder"
             )
         if self.rank < 1:
             raise ConfigError(f"--rank {self.rank}: an adapter has a rank of 1 or more")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def open_backbone(model: ModelConfig, group: Group, run: Path, folder: Path | None = None) -> Backbone:
     """The pipeline that `model.path` names, or the one in `folder`, opened on every rank.
 
-    Components load on first use. A single file is unpacked into the folder `run` once. Raises ConfigError for an unknown
-    kind of model, ModelError for a folder or file that cannot be used.
+    Components load on first use. A single file is unpacked into the folder `run` once. Raises ConfigError for an
+    unknown kind of model, ModelError for a folder or file that cannot be used.
     """
     import torch
 

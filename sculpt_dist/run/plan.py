@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sculpt_dist.config.load import as_steps
+from sculpt_dist.config.checks import as_steps
 from sculpt_dist.config.schema import EngineConfig, MaskConfig, TrainConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.engine.masking import MAX_GENERATIONS

@@ -1,4 +1,6 @@
-"""What a run checks first: whether the parts of its model fit together, as shapes, without weights and without a GPU."""
+"""What a run checks first: whether the parts of its model fit together, as shapes, without weights and without a
+GPU.
+"""
 
 from __future__ import annotations
 

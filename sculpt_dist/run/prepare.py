@@ -1,4 +1,6 @@
-"""The training data: the base model draws its own samples of every concept, or the user's images are encoded; then shards."""
+"""The training data: the base model draws its own samples of every concept, or the user's images are encoded; then
+shards.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.config.load import normal
+from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import ConfigError, ShardError
 from sculpt_dist.core.files import derived_seed, file_sha256, text_sha256, write_atomically
@@ -218,7 +220,9 @@ class Drawing:
         return backbone.sample(denoiser, noise, cond, negative, self.prepare.steps, self.prepare.guidance)
 
     def _encode(self, plan: SourcePlan, ids: Sequence[int]) -> tuple[Tensor, list[tuple[int, ...] | None]]:
-        """Latents [len(ids), C, H, W] of the user's images, cropped to a centred square and resized, and size conditions."""
+        """Latents [len(ids), C, H, W] of the user's images, cropped to a centred square and resized, and size
+        conditions.
+        """
         images = [read_image(plan.images[i], self.backbone.image_size) for i in ids]
         latents = self.backbone.encode(torch.stack([pixels for pixels, _ in images]))
         return latents, [self.backbone.size_ids_of(*size) for _, size in images]
@@ -279,7 +283,9 @@ def _embed_once(
     run: Path,
     group: Group,
 ) -> None:
-    """Prompt embeddings: the first rank computes them once and keeps them beside the shards; all ranks read the same bits."""
+    """Prompt embeddings: the first rank computes them once and keeps them beside the shards; all ranks read the same
+    bits.
+    """
     known = [text for concept in concepts for text in (*concept.target, *concept.superclass, *concept.keep)]
     further = [text for extra in extras for texts in extra.values() for text in texts]
     prompts = list(dict.fromkeys([*known, *further]))

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sculpt_dist.config.load import check_batch
+from sculpt_dist.config.checks import check_batch
 from sculpt_dist.config.schema import Concept, RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
@@ -79,7 +79,9 @@ class RunSetup:
         return micro
 
     def check_checkpoint(self, path: Path, state: Mapping[str, Any], fingerprints: Mapping[str, str]) -> bool:
-        """Whether a checkpoint was made with another configuration or other data; raises RunFolderError unless accepted."""
+        """Whether a checkpoint was made with another configuration or other data; raises RunFolderError unless
+        accepted.
+        """
         targets = [concept.target for concept in self.concepts]
         return check_checkpoint(path, state, fingerprints, self.config.run.override, targets)
 

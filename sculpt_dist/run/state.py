@@ -25,7 +25,10 @@ Found = tuple[Path, dict[str, Any]]  # a checkpoint and its state
 
 
 def find_checkpoint(session: Session) -> Found | None:
-    """The newest checkpoint of the run folder. Raises RunFolderError where it belongs to another base or configuration."""
+    """The newest checkpoint of the run folder.
+
+    Raises RunFolderError where it belongs to another base or configuration.
+    """
     found = checkpoints.newest(session.folder / "checkpoints", session.group)
     if found is not None:
         fingerprints = {"base": session.base, "config": session.setup.fingerprint}
@@ -111,7 +114,9 @@ class TrainingState:
                 shutil.rmtree(scored)
 
     def restore(self, run: ConceptRun, state: dict[str, Any]) -> None:
-        """Weights, moments, saliency, mask and trajectories as they were at the saved step; the teacher exists already."""
+        """Weights, moments, saliency, mask and trajectories as they were at the saved step; the teacher exists
+        already.
+        """
         path = Path(state["path"])
         filled = checkpoints.load(path, self.engine.shards, ["candidate"] if state["candidate"] else [])
         self.engine.publish()

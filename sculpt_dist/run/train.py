@@ -81,7 +81,8 @@ def run_concept(
 ) -> None:
     """Train one concept from `run.step` to its end.
 
-    Raises StopRequested, after saving, when any rank was asked to stop, and NonFiniteError on all ranks at the same step.
+    Raises StopRequested, after saving, when any rank was asked to stop, and NonFiniteError on all ranks at the same
+    step.
     """
     plan, method, saved_at = run.plan, run.method, time.monotonic()
     device, first = engine.group.device, engine.group.is_first

@@ -114,7 +114,9 @@ class Trainer:
         return run
 
     def _calibrate(self, engine: Engine, number: int) -> dict[str, float]:
-        """UA, IRA and CRA of the present weights on a few images with seeds of their own, which no reported score uses."""
+        """UA, IRA and CRA of the present weights on a few images with seeds of their own, which no reported score
+        uses.
+        """
         settings, concepts = self.setup.config.evaluate, self.setup.concepts
         few = replace(
             settings,

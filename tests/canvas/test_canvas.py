@@ -47,7 +47,8 @@ def test_prompts_are_the_forms_of_the_canvas() -> None:
 
 
 def test_a_drawing_is_the_same_in_another_process() -> None:
-    code = "import sys; from sculpt_dist.canvas.draw import draw; sys.stdout.write(draw('cat', 'mosaic', 7).tobytes().hex())"
+    code = "import sys; from sculpt_dist.canvas.draw import draw; "
+    code += "sys.stdout.write(draw('cat', 'mosaic', 7).tobytes().hex())"
     root = str(PROJECT)
     other = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True).stdout
     assert other == draw("cat", "mosaic", 7).tobytes().hex()
@@ -192,7 +193,9 @@ def test_the_shipped_pipelines_draw_what_the_prompt_says(classifier: CanvasClass
 
 
 def test_the_tiny_sdxl_draws_a_style_by_its_pooled_text_and_an_object_by_its_tokens() -> None:
-    """Which is why training the cross-attention, which is given the tokens, forgets no style there (docs/RESULTS.md)."""
+    """Which is why training the cross-attention, which is given the tokens, forgets no style there
+    (docs/RESULTS.md).
+    """
     backbone = plugin("sculpt_dist.backbones", "sdxl", "").Backbone(ASSETS / "sdxl", torch.float32, torch.device("cpu"))
     judge, number = load_judge("canvas", list(OBJECTS), list(STYLES)), len(OBJECTS)
     noise = torch.stack(

@@ -6,7 +6,8 @@ import pytest
 from harness import PROJECT
 from setups import method_of
 
-from sculpt_dist.config.load import check_batch, load_config, to_yaml
+from sculpt_dist.config.checks import check_batch
+from sculpt_dist.config.load import load_config, to_yaml
 from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompts import concept_prompts

@@ -136,7 +136,9 @@ def test_a_styles_own_token_meets_the_last_one_of_the_style_free_prompt(arch):
 
 
 def test_the_closed_form_forgets_on_its_own_terms():
-    """After the edit the target's token is keyed and valued nearly as the superclass's, and preserved prompts as before."""
+    """After the edit the target's token is keyed and valued nearly as the superclass's, and preserved prompts as
+    before.
+    """
     backbone = plugin("sculpt_dist.backbones", "sd15", "").Backbone(ASSETS / "sd15", torch.float32, torch.device("cpu"))
     concept = ConceptPrompts(
         ("a photo of a cat",), ("a photo of a animal",), "a photo of a cat", (), names=("cat", "animal")

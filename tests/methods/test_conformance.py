@@ -1,4 +1,6 @@
-"""What the papers' code does, told again in a few lines of numpy: the masks, KSCU's index tables, UCE's solution layer by layer."""
+"""What the papers' code does, told again in a few lines of numpy: the masks, KSCU's index tables, UCE's solution
+layer by layer.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ WHERE = np.cumsum([0, *SIZES.values()])
 
 
 class Masked:
-    """Matrices of these sizes under the mask of a configuration, driven through the loop's clock by gradients from outside."""
+    """Matrices of these sizes under the mask of a configuration, driven through the loop's clock by gradients from
+    outside.
+    """
 
     def __init__(self, plan: Plan, **settings: Any) -> None:
         weights = torch.nn.Parameter(torch.zeros(int(WHERE[-1])))
@@ -99,7 +103,9 @@ def test_after_collect_half_of_each_matrix_is_open_and_it_is_the_half_of_the_lar
 @pytest.mark.parametrize("scope", ["matrix", "global"])
 @pytest.mark.parametrize("published", [False, True])
 def test_every_turnover_swaps_as_many_and_the_same_weights_as_the_reference(scope, published):
-    """Over a whole concept of the Imagenette run: refreshes at 100, 200, 300 updates, or with the published clock at 50, 150, 250."""
+    """Over a whole concept of the Imagenette run: refreshes at 100, 200, 300 updates, or with the published clock at
+    50, 150, 250.
+    """
     plan = planned("dm_cal-imagenette-reference" if published else "dm_cal-imagenette")
     masked = Masked(plan, keep=0.5, scope=scope, resets_moments=not published)
     total, opened, turned = np.zeros(int(WHERE[-1]), np.float32), np.zeros(int(WHERE[-1]), bool), []
@@ -196,7 +202,9 @@ def test_the_key_steps_of_a_preset_are_the_published_table(preset, start, steps,
 
 @pytest.mark.parametrize(("start", "length", "last"), [(14, 750, 16), (24, 500, 26), (40, 200, 42)])
 def test_the_start_grows_as_far_as_the_length_allows(start, length, last):
-    """Eight traversals of 36, 35, then 182 entries from 16 on; of 26, 25, then 92 from 26 on; of 10, 9, then 48 from 42 on."""
+    """Eight traversals of 36, 35, then 182 entries from 16 on; of 26, 25, then 92 from 26 on; of 10, 9, then 48 from
+    42 on.
+    """
     table = [kscu.key_step(update, start, 50) for update in range(length)]
     begins = [i for i in range(length) if i == 0 or table[i] != table[i - 1] + 1]
     assert [table[i] for i in begins[:17]] == [start] * 8 + [start + 1] * 8 + [last] and table[begins[-1]] == last
@@ -223,7 +231,9 @@ CONCEPTS = [
 
 @pytest.mark.parametrize("arch", ["sd15", "sana"])
 def test_uces_edit_equals_the_naive_inverse_in_every_layer(arch):
-    """W' = (l W + e sum v* c^T + p sum W c_p c_p^T) (l I + e sum c c^T + p sum c_p c_p^T)^-1 with v* = W c*, token by token in fp64."""
+    """W' = (l W + e sum v* c^T + p sum W c_p c_p^T) (l I + e sum c c^T + p sum c_p c_p^T)^-1 with v* = W c*, token
+    by token in fp64.
+    """
     backbone = plugin("sculpt_dist.backbones", arch, "").Backbone(ASSETS / arch, torch.float32, torch.device("cpu"))
     ridge, erase, preserve = 0.1, 1.0, 0.1
     changed = uce.Method(uce.Config(ridge=ridge, erase_scale=erase, preserve_scale=preserve)).edit(backbone, CONCEPTS)

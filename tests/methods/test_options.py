@@ -1,4 +1,6 @@
-"""The options of Sculpting Memory, one by one and by hand, and the configurations that change one of them on the canvas."""
+"""The options of Sculpting Memory, one by one and by hand, and the configurations that change one of them on the
+canvas.
+"""
 
 from __future__ import annotations
 

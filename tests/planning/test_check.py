@@ -42,7 +42,8 @@ def attention(width: int, text: int) -> int:
     return 2 * width * width + 2 * width * text
 
 
-SIZES = {  # millions of parameters; cross-attention weights, biases left out, and their matrices; latents, tokens, image side
+# millions of parameters; cross-attention weights, biases left out, and their matrices; latents, tokens, image side
+SIZES = {
     "sd15": (
         859.5,
         5 * attention(320, 768) + 5 * attention(640, 768) + 6 * attention(1280, 768),

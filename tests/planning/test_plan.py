@@ -71,7 +71,9 @@ IN_CI = ("stage 2, open moments",)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Of at least 100 M parameters, each written when it is first asked for, as another type than it runs in: mapped files are not counted."""
+    """Of at least 100 M parameters, each written when it is first asked for, as another type than it runs in: mapped
+    files are not counted.
+    """
     folder, written = tmp_path_factory.mktemp("models"), {}
 
     def model(arch, dtype):
@@ -84,7 +86,9 @@ def models(tmp_path_factory):
 
 
 def measure(ranks: int, arguments: list[str], at_once: bool = True) -> list[dict]:
-    """What the ranks tell. `at_once`: the C library returns what is freed at once; else it keeps some, which is no need of the run."""
+    """What the ranks tell. `at_once`: the C library returns what is freed at once; else it keeps some, which is no
+    need of the run.
+    """
     script = str(PROJECT / "tests" / "workers" / "footprint.py")
     environment = rank_environment()
     if at_once:
@@ -113,7 +117,8 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(case, models, 
     told = measure(ranks, settings)
     measured = max(rank["peak"] for rank in told)
     print(
-        f"\n{case}: {ranks} ranks, predicted {predicted['peak'] / 1e9:.3f} GB, measured {measured / 1e9:.3f}: {predicted['peak'] / measured - 1:+.1%}"
+        f"\n{case}: {ranks} ranks, predicted {predicted['peak'] / 1e9:.3f} GB, measured {measured / 1e9:.3f}: "
+        f"{predicted['peak'] / measured - 1:+.1%}"
     )
     assert told[0]["trained"] == predicted["trainable"] and predicted["parameters"] > 100_000_000
     assert predicted["peak"] == pytest.approx(measured, rel=0.1)
@@ -143,7 +148,10 @@ def seconds(told: list[dict], part: str = "") -> float:
 
 @pytest.mark.huge
 def test_the_step_on_two_ranks_is_predicted_from_one_rank_and_the_collectives(tmp_path):
-    """To be run on a machine of 2 cores that does nothing else. 57.7 M parameters; 64 tokens and 2 samples of each stream per rank."""
+    """To be run on a machine of 2 cores that does nothing else.
+
+    57.7 M parameters; 64 tokens and 2 samples of each stream per rank.
+    """
     write_model(tmp_path / "model", "sana", SANA | {"num_layers": 3}, torch.bfloat16)
     settings = [f"model.path={tmp_path / 'model'}", *TIMED]
 
@@ -175,8 +183,18 @@ def test_the_step_on_two_ranks_is_predicted_from_one_rank_and_the_collectives(tm
         )
     )
     predicted = plan_run(config, 2, 1e12, read_rates([known], None, None, None), "cpu")
-    print(json.dumps({"one": one, "two unrelated": at_once, "two ranks": measured, "in collectives": seconds(two, "reduce"), "efficiency": one / measured,
-                      "against two unrelated": at_once / measured, "predicted": predicted["step_seconds"], "parts": predicted["seconds"], "rates": rates}, indent=1))  # fmt: skip
+    figures = {
+        "one": one,
+        "two unrelated": at_once,
+        "two ranks": measured,
+        "in collectives": seconds(two, "reduce"),
+        "efficiency": one / measured,
+        "against two unrelated": at_once / measured,
+        "predicted": predicted["step_seconds"],
+        "parts": predicted["seconds"],
+        "rates": rates,
+    }
+    print(json.dumps(figures, indent=1))
     assert predicted["parameters"] > 40e6
     assert predicted["step_seconds"] == pytest.approx(measured, rel=0.1)
     assert (
@@ -324,7 +342,8 @@ def test_a_mistake_is_named(mistake):
 def test_rates_come_from_the_command_or_from_a_bench(tmp_path):
     file = tmp_path / "rates.json"
     file.write_text(
-        'what a library printed\n{"sum_gb_per_second": 2.0, "latency_us": 125.0, "flops_per_second": 5e9, "weights": 3}\n'
+        "what a library printed\n"
+        '{"sum_gb_per_second": 2.0, "latency_us": 125.0, "flops_per_second": 5e9, "weights": 3}\n'
     )
     assert read_rates([file], None, None, None) == Rates(5e9, {"sum": 2e9, "gather": 1e10, "scatter": 1e10}, 125 * 1e-6)
     assert read_rates([file], 1e12, 4.0, 10.0) == Rates(
@@ -340,7 +359,8 @@ def test_rates_come_from_the_command_or_from_a_bench(tmp_path):
 def test_the_command_says_what_would_fit(tmp_path):
     rates = tmp_path / "rates.json"
     rates.write_text(
-        'noise\n{"sum_gb_per_second": 1.0, "gather_gb_per_second": 1.0, "scatter_gb_per_second": 1.0, "latency_us": 100.0}\n'
+        'noise\n{"sum_gb_per_second": 1.0, "gather_gb_per_second": 1.0, "scatter_gb_per_second": 1.0, '
+        '"latency_us": 100.0}\n'
     )
     printed = sculpt(
         "plan",

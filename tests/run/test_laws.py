@@ -1,4 +1,6 @@
-"""Laws of whole runs: one rank equals two, gradient accumulation, NaN on one rank, golden losses, the seam's other kinds."""
+"""Laws of whole runs: one rank equals two, gradient accumulation, NaN on one rank, golden losses, the seam's other
+kinds.
+"""
 
 from __future__ import annotations
 

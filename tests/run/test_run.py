@@ -1,4 +1,6 @@
-"""The main job for real: the command on one and two ranks, killed and called again, stopped, repeated, and with bad input."""
+"""The main job for real: the command on one and two ranks, killed and called again, stopped, repeated, and with bad
+input.
+"""
 
 from __future__ import annotations
 

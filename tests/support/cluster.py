@@ -1,7 +1,9 @@
-"""A Slurm of the tests' own: a controller and two virtual nodes on this machine, on private ports, in a folder of their own.
+"""A Slurm of the tests' own: a controller and two virtual nodes on this machine, on private ports, in a folder of their
+own.
 
-Nodes are daemons of one host (`slurmd -N NAME`), named by the loopback addresses that they would have. There is no munge, no cgroup and
-no accounting; so `scontrol` tells what became of a job. A Slurm that is on the machine already is never spoken to.
+Nodes are daemons of one host (`slurmd -N NAME`), named by the loopback addresses that they would have. There is no
+munge, no cgroup and no accounting; so `scontrol` tells what became of a job. A Slurm that is on the machine already is
+never spoken to.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ class Cluster:
         host = socket.gethostname().partition(".")[0]
         self.names = [f"127.0.0.{i + 1}" for i in range(NODES)]
         nodes = [
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=4000 State=UNKNOWN"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=4000 "
+            "State=UNKNOWN"
             for name in self.names
         ]
         (folder / "state").mkdir()
@@ -132,7 +135,9 @@ class Cluster:
         return done.stdout.strip()
 
     def wait_for_look_at_limits(self, ahead: float) -> None:
-        """Until it is `ahead` seconds before Slurm looks for jobs at their time limit, which it does every 30 s and says in its log."""
+        """Until it is `ahead` seconds before Slurm looks for jobs at their time limit, which it does every 30 s and
+        says in its log.
+        """
         looked = re.findall(r"\[(\S+)\] debug2: Testing job time limits", (self.folder / "slurmctld.log").read_text())
         since = (datetime.now() - datetime.fromisoformat(looked[-1])).total_seconds() if looked else 0.0
         time.sleep((LOOK - ahead - since) % LOOK)

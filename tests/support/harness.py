@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 hide_gpus()  # the tests start more ranks than a machine has GPUs
 BEFORE = set(os.environ)
 SET_BY_LIBRARIES = (  # in the tests' own process, when they are imported there
-    "PYTEST_CURRENT_TEST LOCAL_RANK DS_ACCELERATOR DEEPSPEED_LOG_LEVEL TORCH_EXTENSIONS_DIR PYTORCH_NVML_BASED_CUDA_CHECK "
+    "PYTEST_CURRENT_TEST LOCAL_RANK DS_ACCELERATOR DEEPSPEED_LOG_LEVEL TORCH_EXTENSIONS_DIR "
+    "PYTORCH_NVML_BASED_CUDA_CHECK "
     "DIFFUSERS_VERBOSITY TRANSFORMERS_VERBOSITY TORCHINDUCTOR_CACHE_DIR WANDB_ERROR_REPORTING"
 ).split()
 PROJECT = Path(__file__).parents[2]
@@ -73,7 +74,9 @@ AT_START = rank_environment()  # before any test changes it
 
 
 class Forking:
-    """Ranks that start at once (see workers/forking.py): a launcher and imports for each would take most of the time."""
+    """Ranks that start at once (see workers/forking.py): a launcher and imports for each would take most of the
+    time.
+    """
 
     def __init__(self) -> None:
         self.environment = AT_START
@@ -119,7 +122,8 @@ def forking() -> Forking:
 
 
 def launch(ranks: int, *arguments: str, timeout: float = 300, code: int = 0) -> str:
-    """Run `python ARGUMENTS` on so many ranks; returns what they printed, and checks the exit code of the first that failed.
+    """Run `python ARGUMENTS` on so many ranks; returns what they printed, and checks the exit code of the first that
+    failed.
 
     `arguments`: a script, or `-m sculpt_dist ...`.
     """

@@ -24,7 +24,9 @@ def setup_of(config: RunConfig) -> RunSetup:
     """As `resolve`, also of a configuration without concepts."""
     method = load_method(config.method)
     plan = plan_of(config, method) if isinstance(method, Method) else None
-    return RunSetup(config, method, plan, tuple(concept_prompts(concept, config.prepare) for concept in config.concepts))
+    return RunSetup(
+        config, method, plan, tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)
+    )
 
 
 def backbone_of(config: RunConfig, group):

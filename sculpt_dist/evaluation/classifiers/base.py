@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sculpt_dist.config.load import normal
+from sculpt_dist.config.checks import normal
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.plugins import plugins
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from sculpt_dist.config.load import normal
+from sculpt_dist.config.checks import normal
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.evaluation.classifiers.base import Classifier, Verdict, renumber
 from sculpt_dist.evaluation.model_folders import open_folder, read_model, read_part

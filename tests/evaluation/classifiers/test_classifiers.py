@@ -64,7 +64,9 @@ def test_classes_are_renumbered_and_the_rest_is_minus_one():
 
 @pytest.fixture
 def drawings(tmp_path, monkeypatch) -> torch.Tensor:
-    """One drawing of each object, styles in turn, and in the shipped classifier's place one that names the nearest of these 12."""
+    """One drawing of each object, styles in turn, and in the shipped classifier's place one that names the nearest
+    of these 12.
+    """
     pixels = torch.stack(
         [torch.tensor(draw(name, STYLES[i % 5], seed=i)) for i, name in enumerate(OBJECTS)]
     )  # [12, 32, 32, 3]
@@ -331,9 +333,9 @@ def test_image_takes_imagenette_by_class_index(tmp_path):
 
 def test_the_ten_imagenette_indices():
     labels = {i: f"thing {i}" for i in range(1000)} | {0: "tench, Tinca tinca"}
-    names = "tench|English springer|cassette player|chain saw|church|French horn|garbage truck|gas pump|golf ball|parachute".split(
-        "|"
-    )
+    names = (
+        "tench|English springer|cassette player|chain saw|church|French horn|garbage truck|gas pump|golf ball|parachute"
+    ).split("|")
     assert find_classes(names, labels) == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
 
 

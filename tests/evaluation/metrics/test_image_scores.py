@@ -1,4 +1,6 @@
-"""FID, KID and CLIP score: values by hand, agreement with scipy and written-out formulas, and states that add up over ranks."""
+"""FID, KID and CLIP score: values by hand, agreement with scipy and written-out formulas, and states that add up
+over ranks.
+"""
 
 import subprocess
 import sys
@@ -132,7 +134,8 @@ def test_fid_of_equal_sets_is_zero_within_the_accuracy_that_is_promised(count, w
 
 def test_fid_with_fewer_images_than_features_keeps_six_digits():
     # In the plane of the images the overlap is the sum of the singular values of one centred set against the other.
-    # Torchmetrics' eigenvalues of cov1 cov2 outside of that plane should be 0; the roots of their rounding errors add up to 1e-7 of
+    # Torchmetrics' eigenvalues of cov1 cov2 outside of that plane should be 0; the roots of their rounding errors add
+    # up to 1e-7 of
     # the variance, so that this tolerance is as far as a distance of nearby sets can be trusted.
     near, far = correlated(20, 1, 64), correlated(20, 1, 64) + 0.3 * correlated(20, 2, 64)
     x, y = ((rows - rows.mean(0)) / 19**0.5 for rows in (near, far))
@@ -313,7 +316,8 @@ def state_with_one_less(score: fid.Score | kid.Score | clip_score.Score, images:
 
 @pytest.mark.parametrize("metric", ["fid", "kid"])
 def test_a_result_is_not_summed_over_ranks_a_second_time(monkeypatch, metric):
-    # Torchmetrics itself joins the ranks in compute() when torch.distributed runs, but the state already holds all ranks.
+    # Torchmetrics itself joins the ranks in compute() when torch.distributed runs, but the state already holds all
+    # ranks.
     score = score_of_a_rank(metric, first_pixel(random_images(6, 0)), 0)
     score.update(random_images(4, 1), [""] * 4)
     alone = score.result(score.state())
@@ -537,6 +541,7 @@ def test_scores_take_the_canvas_features_and_those_of_the_reference_once(tmp_pat
 
 def test_importing_the_scores_is_light():
     metrics = "from sculpt_dist.evaluation.metrics import base, clip_score, fid, kid"
-    code = f"import sculpt_dist.evaluation.evaluator, sys; {metrics}; print(*({{'transformers', 'torchmetrics', 'diffusers'}} & set(sys.modules)))"
+    heavy = {"transformers", "torchmetrics", "diffusers"}
+    code = f"import sculpt_dist.evaluation.evaluator, sys; {metrics}; print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -1,0 +1,162 @@
+"""What must hold of a configuration: ranges, choices, and combinations of keys."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.core.errors import ConfigError
+
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "train.schedule": ("one_cycle", "cosine", "linear", "constant"),
+    "mask.scope": ("matrix", "global"),
+    "mask.saliency": ("abs_sum", "sum_abs", "sum_sq", "random"),
+    "engine.stage": (0, 1, 2, 3),
+    "engine.precision": ("fp32", "bf16"),
+    "engine.moments": ("all", "open"),
+    "engine.kernel": ("auto", "plain", "fused"),
+    "track.artifact": ("none", "reference", "files"),
+}
+POSITIVE = (
+    "prepare.samples prepare.steps prepare.batch train.steps train.batch train.accumulate train.lr mask.keep "
+    "engine.timeout engine.grace engine.gathered evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap"
+).split()
+SHARES = "train.warmup mask.keep mask.turnover mask.until".split()
+
+
+def check(config: RunConfig) -> None:
+    """Check ranges, choices and combinations, which the types alone do not catch. Raises ConfigError."""
+    check_numbers(config, "")
+    for key, choices in CHOICES.items():
+        if _value(config, key) not in choices:
+            raise ConfigError(f"{key}={_value(config, key)}: choose one of {', '.join(map(str, choices))}")
+    for key in POSITIVE:
+        if _value(config, key) <= 0:
+            raise ConfigError(f"{key}={_value(config, key)}: must be greater than 0")
+    for key in SHARES:
+        if _value(config, key) > 1:
+            raise ConfigError(f"{key}={_value(config, key)}: is a share, at most 1")
+    if max(config.train.betas) >= 1:
+        raise ConfigError(f"train.betas={list(config.train.betas)}: each must be below 1, as in [0.9, 0.999]")
+    if config.model.path is not None and not config.model.path.strip():
+        raise ConfigError("model.path is empty: give the folder, hub id or single .safetensors file of the checkpoint")
+    if not config.run.folder.strip():
+        raise ConfigError("run.folder is empty: name the folder of this run")
+    if config.engine.precision == "bf16" and config.engine.stage < 2:
+        raise ConfigError(
+            f"engine.precision=bf16 with engine.stage={config.engine.stage}: DeepSpeed trains bf16 correctly on stages "
+            "2 and 3 only; use engine.stage=2, or engine.precision=fp32"
+        )
+    if config.engine.compile and config.engine.stage == 3:
+        raise ConfigError(
+            "engine.compile=true with engine.stage=3: the hooks that gather weights cannot be compiled; use stage 2 or "
+            "less"
+        )
+    _check_concepts(config)
+    _check_prompts(config)
+    _check_evaluation(config)
+
+
+def check_batch(config: RunConfig, ranks: int) -> int:
+    """The micro-batch of one rank. Raises ConfigError when the global batch does not divide."""
+    share = ranks * config.train.accumulate
+    if config.train.batch % share:
+        raise ConfigError(
+            f"train.batch={config.train.batch} is not divisible by ranks {ranks} x train.accumulate "
+            f"{config.train.accumulate}: use a multiple of {share}"
+        )
+    return config.train.batch // share
+
+
+def as_steps(value: float, total: int) -> int:
+    """A number of steps, given as such or (below 1) as a share of `total`; a share above 0 is at least one step."""
+    return max(int(value > 0), round(value * total)) if value < 1 else round(value)
+
+
+def normal(name: str) -> str:
+    """A concept name for comparison: no case, single spaces."""
+    return " ".join(name.split()).casefold()
+
+
+def _check_concepts(config: RunConfig) -> None:
+    seen: set[str] = set()
+    for i, concept in enumerate(config.concepts):
+        key = f"concepts[{i}]"
+        if concept.kind not in ("object", "style"):
+            raise ConfigError(f"{key}.kind={concept.kind}: choose object or style")
+        if not normal(concept.target):
+            raise ConfigError(f"{key}.target is empty: name the concept to forget")
+        if concept.kind == "object" and not normal(concept.superclass or ""):
+            raise ConfigError(
+                f"{key}.superclass is missing: name the broader class that {concept.target!r} should turn into"
+            )
+        if normal(concept.target) == normal(concept.superclass or ""):
+            raise ConfigError(f"{key}: target and superclass are both {concept.target!r}; name a broader class")
+        if normal(concept.target) in seen:
+            raise ConfigError(f"{key}: the target {concept.target!r} is named twice; remove one")
+        seen.add(normal(concept.target))
+        for kept in concept.keep:
+            if not normal(kept):
+                raise ConfigError(f"{key}.keep holds an empty name: remove it")
+            if normal(kept) in (normal(other.target) for other in config.concepts):
+                raise ConfigError(f"{key}.keep holds {kept!r}, which is a target; remove it from one of them")
+
+
+def _check_prompts(config: RunConfig) -> None:
+    lists = {
+        "prepare.prompts.object": config.prepare.prompts.object,
+        "prepare.prompts.style": config.prepare.prompts.style,
+    }
+    lists |= {f"concepts[{i}].prompts": c.prompts for i, c in enumerate(config.concepts) if c.prompts is not None}
+    for key, templates in lists.items():
+        if not templates:
+            raise ConfigError(f"{key} is empty: give at least one template with {{concept}}")
+        for template in templates:
+            if "{concept}" not in template:
+                raise ConfigError(f"{key}: the prompt {template!r} does not hold {{concept}}, where the name goes")
+    targets = {normal(concept.target) for concept in config.concepts}
+    for name in config.prepare.prompts.files:
+        if normal(name) not in targets:
+            there = ", ".join(concept.target for concept in config.concepts)
+            raise ConfigError(f"prepare.prompts.files names {name!r}, which is no target; there are: {there or 'none'}")
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    for key, names in (("evaluate.objects", config.evaluate.objects), ("evaluate.styles", config.evaluate.styles)):
+        if not all(normal(name) for name in names):
+            raise ConfigError(f"{key} holds an empty name: remove it")
+        twice = [name for i, name in enumerate(names) if normal(name) in map(normal, names[:i])]
+        if twice:
+            raise ConfigError(f"{key} holds {twice[0]!r} twice: remove one")
+    measured = config.evaluate.reference or config.evaluate.clip or config.evaluate.metrics
+    if config.evaluate.retain_prompts and not measured:
+        raise ConfigError(
+            f"evaluate.retain_prompts={config.evaluate.retain_prompts}: FID, KID and CLIPScore are taken of these "
+            "images: give evaluate.reference or evaluate.clip"
+        )
+    for template in (config.evaluate.prompt, *config.evaluate.paraphrases):
+        if "{object}" not in template:
+            raise ConfigError(f"evaluate prompt {template!r} does not hold {{object}}, where the name goes")
+
+
+def check_numbers(section: Any, prefix: str) -> None:
+    """Raises ConfigError for a number that is negative or not finite."""
+    for f in fields(section):
+        value, key = getattr(section, f.name), prefix + f.name
+        if is_dataclass(value):
+            check_numbers(value, key + ".")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if (
+                isinstance(number, (int, float))
+                and not isinstance(number, bool)
+                and (number < 0 or not math.isfinite(number))
+            ):
+                raise ConfigError(f"{key}={number}: must be a finite number, not negative")
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
