@@ -1,4 +1,4 @@
-"""The judge of the canvas: a small convolutional net that names the object and the style of a 32 x 32 image."""
+"""The canvas classifier: a small convolutional net that names the object and the style of a 32 x 32 image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PEAK_RATE = 3e-3
 
 
 class CanvasClassifier(nn.Module):
-    """Four convolutions, pooled by mean and maximum, and one linear head each for objects and styles (63k weights)."""
+    """Four convolutions, mean and maximum pooling, and a linear head each for objects and styles (63k weights)."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -50,10 +50,10 @@ def to_float(pixels: np.ndarray | Tensor) -> Tensor:
 
 
 def train_classifier(pixels: np.ndarray, objects: np.ndarray, styles: np.ndarray, seed: int) -> CanvasClassifier:
-    """Train on drawings, uint8 pixels [N, 32, 32, 3], with indices objects [N] and styles [N]; a fixed number of steps,
-    on the CPU.
+    """Train on drawings, uint8 pixels [N, 32, 32, 3], with indices objects [N] and styles [N].
 
-    Images are noised and blurred, so that the softness of what a diffusion model draws does not mislead the judge.
+    Takes a fixed number of steps on the CPU. Noise and blur are added to the drawings, so that the softness of sampled
+    images does not mislead the classifier.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -63,11 +63,10 @@ def train_classifier(pixels: np.ndarray, objects: np.ndarray, styles: np.ndarray
     optimizer = torch.optim.AdamW(model.parameters(), PEAK_RATE, weight_decay=1e-2)
     model.train()
     for step in track(range(NUM_STEPS), description="classifier"):
-        optimizer.param_groups[0]["lr"] = (
-            PEAK_RATE * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / NUM_STEPS))
-        )
+        warmup, decay = min(1, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / NUM_STEPS)
+        optimizer.param_groups[0]["lr"] = PEAK_RATE * warmup * decay
         chosen = torch.randint(len(inputs), (BATCH,), generator=rng)
-        object_logits, style_logits = model(_softened(inputs[chosen], rng))
+        object_logits, style_logits = model(_soften(inputs[chosen], rng))
         loss = F.cross_entropy(object_logits, object_ids[chosen]) + F.cross_entropy(style_logits, style_ids[chosen])
         optimizer.zero_grad()
         loss.backward()
@@ -82,20 +81,21 @@ def save_classifier(model: CanvasClassifier, path: Path) -> None:
 
 
 def load_classifier(path: Path | None = None) -> CanvasClassifier:
-    """The classifier at `path`, or the shipped one, ready to judge.
+    """The classifier in the file `path`, or the shipped one, in eval mode and frozen.
 
-    Raises ModelError when the file is missing or not a classifier.
+    Raises ModelError when the file is missing or does not hold a classifier.
     """
     path = Path(path) if path is not None else SHIPPED_CLASSIFIER
     if not path.is_file():
         raise ModelError(
-            f"{path}: no such file: give the classifier.safetensors that `build_canvas` wrote, or leave it out"
+            f"{path}: no such file: give the classifier.safetensors that `build_canvas` wrote, or no path for the "
+            "shipped classifier"
         )
     model = CanvasClassifier()
     try:
         model.load_state_dict(load_file(str(path)))
     except (RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{path}: not the weights of a canvas classifier: {error}") from error
+        raise ModelError(f"{path}: does not hold the weights of a canvas classifier: {error}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -103,8 +103,8 @@ def _convolution(num_in: int, num_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(num_in, num_out, 3, stride, 1, bias=False), nn.BatchNorm2d(num_out), nn.ReLU())
 
 
-def _softened(pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """[B, 3, 32, 32] with noise of its own strength, and its own blend with a blurred copy, for each image."""
+def _soften(pixels: Tensor, rng: torch.Generator) -> Tensor:
+    """Pixels [B, 3, 32, 32], each image with random noise and randomly blended with a blurred copy of itself."""
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     share = 0.8 * torch.rand(len(pixels), 1, 1, 1, generator=rng)
     share = share * (torch.rand(len(pixels), 1, 1, 1, generator=rng) < 0.5)  # half of the images stay sharp

@@ -1,5 +1,6 @@
-"""Draws the canvas world: each object is a few polygons, each style a way to paint them, with a little jitter from
-the seed.
+"""Draws the canvas world.
+
+An object is a few polygons, a style is a way to paint them, and the seed adds a little jitter.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from rich.progress import track
 
 from sculpt_dist.canvas.world import IMAGE_SIZE, OBJECTS, STYLES
 
-SHEET = 128  # pixels; drawings are reduced from this size, which smooths their edges
-TILE = 4  # pixels of the reduced image, the side of a mosaic stone
+SHEET = 128  # pixels; drawings are scaled down from this size, which smooths their edges
+TILE = 4  # side of a mosaic stone, in pixels of the final image
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -23,29 +24,26 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Shape:
-    """A filled polygon; `role` chooses its colour: 0 body, 1 second part, 2 detail. Units: the sheet spans -1 to 1,
-    y points down.
-    """
+    """A filled polygon."""
 
-    points: tuple[Point, ...]
-    role: int
+    points: tuple[Point, ...]  # the sheet spans -1 to 1, y points down
+    role: int  # chooses the colour: 0 body, 1 second part, 2 detail
 
 
 def draw(name: str, style: str, seed: int) -> np.ndarray:
     """One drawing, uint8 [32, 32, 3]; the same arguments give the same pixels in every process."""
     rng = np.random.default_rng(seed)
-    shapes = _placed(_object_shapes(name), rng)
-    # Few hues, little jitter: with free hues and wide jitter a tiny model does not learn the objects (accuracy .10 to
-    # .32).
+    shapes = _place(_object_shapes(name), rng)
+    # Few hues and little jitter: with free hues and wide jitter, a tiny model fails to learn the objects
+    # (accuracy 0.10 to 0.32).
     hue = float(rng.choice([0.02, 0.12, 0.6, 0.8]) + rng.uniform(-0.02, 0.02))
     return _PAINTERS[style](shapes, hue, rng)
 
 
 def draw_dataset(per_pair: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`per_pair` drawings of every object in every style.
+    """`per_pair` drawings of every object in every style: (pixels, objects, styles).
 
-    Returns pixels uint8 [N, 32, 32, 3], objects int64 [N] (index into OBJECTS) and styles int64 [N] (index into
-    STYLES).
+    pixels: uint8 [N, 32, 32, 3]; objects: int64 [N], indices into OBJECTS; styles: int64 [N], indices into STYLES.
     """
     pixels, objects, styles = [], [], []
     for i, name in enumerate(track(OBJECTS, description="drawing", disable=per_pair < 50)):
@@ -108,7 +106,7 @@ _OBJECT_SHAPES: dict[str, list[Shape]] = {
         _box(-0.1, 0.6, -0.02, 0.95, 2),
         _box(0.14, 0.6, 0.22, 0.95, 2),
     ],
-    "flower": [_box(-0.06, 0.1, 0.06, 1.0, 1), _polygon(1, (0, 0.8), (0.45, 0.5), (0.3, 0.8))],  # and its petals
+    "flower": [_box(-0.06, 0.1, 0.06, 1.0, 1), _polygon(1, (0, 0.8), (0.45, 0.5), (0.3, 0.8))],  # plus petals
     "tree": [
         _box(-0.14, 0.4, 0.14, 1.0, 2),
         _polygon(0, (-0.75, 0.5), (0.75, 0.5), (0, -0.2)),
@@ -171,8 +169,8 @@ _OBJECT_SHAPES: dict[str, list[Shape]] = {
 }
 
 
-def _placed(shapes: list[Shape], rng: np.random.Generator) -> list[Shape]:
-    """The shapes in sheet pixels, moved, turned and stretched a little."""
+def _place(shapes: list[Shape], rng: np.random.Generator) -> list[Shape]:
+    """The shapes in sheet pixels, slightly moved, rotated and stretched."""
     size = rng.uniform(0.84, 0.95) * SHEET / 2
     angle = rng.uniform(-0.06, 0.06)
     x, y = SHEET / 2 + rng.uniform(-4, 4, size=2)
@@ -186,7 +184,7 @@ def _placed(shapes: list[Shape], rng: np.random.Generator) -> list[Shape]:
     return [Shape(tuple(place(point) for point in shape.points), shape.role) for shape in shapes]
 
 
-# Styles: each painter takes shapes in sheet pixels and a hue in [0, 1], and returns uint8 [32, 32, 3].
+# Styles: a painter takes shapes in sheet pixels and a hue in [0, 1], and returns uint8 [32, 32, 3].
 
 
 def _colour(hue: float, saturation: float, value: float) -> Colour:
@@ -194,7 +192,7 @@ def _colour(hue: float, saturation: float, value: float) -> Colour:
     return int(255 * red), int(255 * green), int(255 * blue)
 
 
-def _reduced(sheet: Image.Image) -> np.ndarray:
+def _scale_down(sheet: Image.Image) -> np.ndarray:
     return np.asarray(sheet.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
 
 
@@ -216,7 +214,7 @@ def _natural(shapes: list[Shape], hue: float, rng: np.random.Generator) -> np.nd
     gradient = (sky * (1 - down) + ground * down) * np.ones((SHEET, SHEET, 1))  # [128, 128, 3]
     sheet = Image.fromarray(gradient.astype(np.uint8))
     _fill(sheet, shapes, (_colour(hue, 0.55, 0.75), _colour(hue + 0.33, 0.5, 0.6), _colour(hue + 0.6, 0.5, 0.25)))
-    return _reduced(sheet)
+    return _scale_down(sheet)
 
 
 def _sketch(shapes: list[Shape], hue: float, rng: np.random.Generator) -> np.ndarray:
@@ -224,24 +222,24 @@ def _sketch(shapes: list[Shape], hue: float, rng: np.random.Generator) -> np.nda
     wash = paper - int(rng.integers(10, 41))
     sheet = Image.new("RGB", (SHEET, SHEET), (paper, paper, paper - 12))
     _fill(sheet, shapes, ((wash, wash, wash - 8),) * 3, ((ink, ink, ink),) * 3, width=5)
-    return _reduced(sheet)
+    return _scale_down(sheet)
 
 
 def _neon(shapes: list[Shape], hue: float, rng: np.random.Generator) -> np.ndarray:
     dark = int(rng.integers(0, 25))
     night = (dark, dark // 2, dark + 12)
     sheet = Image.new("RGB", (SHEET, SHEET), night)
-    _fill(sheet, shapes, (night,) * 3, tuple(_colour(hue + turn, 0.8, 1) for turn in (0, 0.33, 0.6)), width=6)
+    _fill(sheet, shapes, (night,) * 3, tuple(_colour(hue + shift, 0.8, 1) for shift in (0, 0.33, 0.6)), width=6)
     glow = np.asarray(sheet.filter(ImageFilter.GaussianBlur(6)), np.float32)
     lit = np.clip(np.asarray(sheet, np.float32) + glow, 0, 255).astype(np.uint8)
-    return _reduced(Image.fromarray(lit))
+    return _scale_down(Image.fromarray(lit))
 
 
 def _popart(shapes: list[Shape], hue: float, rng: np.random.Generator) -> np.ndarray:
     sheet = Image.new("RGB", (SHEET, SHEET), _colour(hue + 0.43, 0.55, 1))
     fills = (_colour(hue, 0.95, 1), _colour(hue + 0.23, 0.9, 0.9), (255, 255, 255))
     _fill(sheet, shapes, fills, ((0, 0, 0),) * 3, width=7)
-    return _reduced(sheet)
+    return _scale_down(sheet)
 
 
 def _mosaic(shapes: list[Shape], hue: float, rng: np.random.Generator) -> np.ndarray:
@@ -249,7 +247,7 @@ def _mosaic(shapes: list[Shape], hue: float, rng: np.random.Generator) -> np.nda
     _fill(sheet, shapes, (_colour(hue, 0.7, 0.7), _colour(hue + 0.33, 0.65, 0.6), _colour(hue + 0.6, 0.8, 0.35)))
     num_tiles = IMAGE_SIZE // TILE
     shades = np.kron(rng.uniform(0.95, 1.05, (num_tiles, num_tiles, 1)), np.ones((TILE, TILE, 1)))  # [32, 32, 1]
-    pixels = _reduced(sheet) * shades
+    pixels = _scale_down(sheet) * shades
     pixels[::TILE] = pixels[::TILE] * 0.25 + 40
     pixels[:, ::TILE] = pixels[:, ::TILE] * 0.25 + 40
     return np.clip(pixels, 0, 255).astype(np.uint8)

@@ -1,6 +1,6 @@
-"""The canvas world: twelve objects in four superclasses, five styles, and captions.
+"""The canvas world: twelve objects in four superclasses, five styles, and their captions.
 
-A small UnlearnCanvas (2402.11846).
+A small UnlearnCanvas (arXiv 2402.11846).
 """
 
 from __future__ import annotations
