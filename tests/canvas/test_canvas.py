@@ -1,4 +1,4 @@
-"""The canvas: its drawings, its judge, its words, and the pipeline that is shipped with the package."""
+"""The canvas: its drawings, its classifier, its words, and the pipelines shipped with the package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_superclass_has_three_members_and_every_object_one_superclass() ->
     assert all(name in SUPERCLASSES[SUPERCLASS_OF[name]] for name in OBJECTS)
 
 
-def test_prompts_are_the_forms_of_the_canvas() -> None:
+def test_a_prompt_has_three_forms() -> None:
     assert prompt("cat", "neon") == "a photo of a cat in neon style"
     assert prompt("cat", None) == "a photo of a cat"
     assert prompt(None, "neon") == "a photo in neon style"
@@ -44,6 +44,13 @@ def test_prompts_are_the_forms_of_the_canvas() -> None:
     assert prompt("cat", "neon", form=2) == "cat drawn in neon style"
     assert prompt("cat", None, form=2) == "cat"
     assert all(prompt(None, None, form) == "" for form in range(NUM_FORMS))
+
+
+def test_the_world_imports_neither_torch_nor_any_other_library() -> None:
+    code = "import sys; from sculpt_dist.canvas import OBJECTS; from sculpt_dist.canvas.world import prompt; "
+    code += "print({'torch', 'numpy', 'PIL', 'rich', 'diffusers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_drawing_is_the_same_in_another_process() -> None:
@@ -78,8 +85,8 @@ def test_the_shipped_classifier_recognises_held_out_drawings(classifier: CanvasC
 
 
 def test_a_saved_classifier_loads_with_the_same_weights(classifier: CanvasClassifier, tmp_path: Path) -> None:
-    save_classifier(classifier, tmp_path / "judge" / "classifier.safetensors")
-    again = load_classifier(tmp_path / "judge" / "classifier.safetensors").state_dict()
+    save_classifier(classifier, tmp_path / "folder" / "classifier.safetensors")
+    again = load_classifier(tmp_path / "folder" / "classifier.safetensors").state_dict()
     assert all(torch.equal(again[name], weight) for name, weight in classifier.state_dict().items())
 
 
@@ -100,12 +107,12 @@ def test_each_word_of_the_world_is_one_token() -> None:
         prompt(name, style, form) for name in (*OBJECTS, *SUPERCLASSES) for style in STYLES for form in range(NUM_FORMS)
     ]
     assert all(tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()] for caption in captions)
-    assert len(tokenizer.tokenize("xyz")) > 1  # unknown text falls to letters, not to one unknown token
+    assert len(tokenizer.tokenize("xyz")) > 1  # unknown text splits into letters, not one unknown token
     longest = tokenizer("a photo of a house in popart style", truncation=True).input_ids
     assert tokenizer.decode(longest, skip_special_tokens=True).strip() == "a photo of a house in popart style"
 
 
-def test_the_shipped_tokenizer_is_the_built_one() -> None:
+def test_the_shipped_tokenizer_equals_a_fresh_build() -> None:
     from transformers import CLIPTokenizer
 
     from sculpt_dist.backbones.parts.tiny import word_tokenizer
@@ -129,7 +136,7 @@ def test_an_untrained_pipeline_depends_on_its_seed_alone(tmp_path: Path) -> None
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_build_that_cannot_work_is_refused_with_the_cure(tmp_path: Path) -> None:
+def test_an_impossible_build_is_refused_with_the_fix(tmp_path: Path) -> None:
     from sculpt_dist.canvas.pretrain import build_canvas
 
     with pytest.raises(ConfigError, match="arch=sd3: there is no such backbone.*sd15"):
@@ -167,7 +174,7 @@ CALL = {"sana": {"use_resolution_binning": False, "complex_human_instruction": N
 
 @pytest.mark.parametrize("arch", ["sd15", "sdxl", "sana"])
 def test_the_shipped_pipelines_draw_what_the_prompt_says(classifier: CanvasClassifier, arch: str) -> None:
-    """Plain diffusers, nothing of ours: what a user's own script would do with the folder."""
+    """Plain diffusers without this package, as in a user's own script."""
     from diffusers import DiffusionPipeline
 
     with warnings.catch_warnings():
@@ -193,9 +200,7 @@ def test_the_shipped_pipelines_draw_what_the_prompt_says(classifier: CanvasClass
 
 
 def test_the_tiny_sdxl_draws_a_style_by_its_pooled_text_and_an_object_by_its_tokens() -> None:
-    """Which is why training the cross-attention, which is given the tokens, forgets no style there
-    (docs/RESULTS.md).
-    """
+    """So training the cross-attention, which sees only the tokens, forgets no style there (docs/RESULTS.md)."""
     backbone = plugin("sculpt_dist.backbones", "sdxl", "").Backbone(ASSETS / "sdxl", torch.float32, torch.device("cpu"))
     judge, number = load_judge("canvas", list(OBJECTS), list(STYLES)), len(OBJECTS)
     noise = torch.stack(

@@ -1,4 +1,4 @@
-"""Classifiers: found by their spec, and their answers are positions in the names that were asked for."""
+"""Classifiers: how their spec finds them, and that verdicts are positions in the evaluated names."""
 
 import json
 import os
@@ -41,7 +41,7 @@ CLIP_STYLES = ("plain", "striped")
 # Finding a classifier.
 
 
-def test_an_unknown_kind_is_named_with_the_kinds_that_there_are():
+def test_an_unknown_kind_lists_all_kinds():
     with pytest.raises(
         ConfigError,
         match=r"evaluate.classifier=nudenet:x: no classifier 'nudenet'. There are: canvas, clip, image, own\.",
@@ -55,7 +55,7 @@ def test_a_kind_is_never_a_path(spec):
         load_classifier(spec, ["cat"], [])
 
 
-def test_classes_are_renumbered_and_the_rest_is_minus_one():
+def test_wanted_classes_are_renumbered_and_all_others_become_minus_one():
     assert renumber(torch.tensor([3, 0, 2, -1, 1]), wanted=[2, 3], num_classes=4).tolist() == [1, -1, 0, -1, -1]
 
 
@@ -64,8 +64,9 @@ def test_classes_are_renumbered_and_the_rest_is_minus_one():
 
 @pytest.fixture
 def drawings(tmp_path, monkeypatch) -> torch.Tensor:
-    """One drawing of each object, styles in turn, and in the shipped classifier's place one that names the nearest
-    of these 12.
+    """One drawing of each object, cycling through the styles.
+
+    A classifier that names the nearest of these 12 drawings replaces the shipped one.
     """
     pixels = torch.stack(
         [torch.tensor(draw(name, STYLES[i % 5], seed=i)) for i, name in enumerate(OBJECTS)]
@@ -91,7 +92,7 @@ def test_canvas_names_every_object_and_the_styles_of_the_first_five(drawings):
     assert verdict.objects.dtype == verdict.styles.dtype == torch.int64
 
 
-def test_canvas_answers_in_the_asked_order_and_minus_one_outside(drawings):
+def test_canvas_verdicts_follow_the_evaluated_order_and_are_minus_one_outside(drawings):
     judge = load_classifier("canvas", ["Rocket", "cat"], ["neon"])
     verdict = judge.classify(drawings)
     assert judge.objects == ("Rocket", "cat")
@@ -99,11 +100,11 @@ def test_canvas_answers_in_the_asked_order_and_minus_one_outside(drawings):
     assert verdict.styles[:5].tolist() == [-1, -1, 0, -1, -1]
 
 
-def test_canvas_without_asked_styles_knows_none(drawings):
+def test_canvas_without_evaluated_styles_gives_none(drawings):
     assert load_classifier("canvas", OBJECTS, []).classify(drawings).styles is None
 
 
-def test_canvas_sees_the_same_in_an_enlarged_image(drawings):
+def test_canvas_recognises_enlarged_images(drawings):
     enlarged = drawings.repeat_interleave(4, 2).repeat_interleave(4, 3)  # [12, 3, 128, 128]
     assert load_classifier("canvas", OBJECTS, STYLES).classify(enlarged).objects.tolist() == list(range(12))
 
@@ -116,7 +117,7 @@ def test_canvas_pixels_are_area_means_in_minus_one_to_one():
     assert to_pixels(images[:, :, :32, :32]).unique().tolist() == [-1, 1]
 
 
-def test_canvas_features_are_what_the_heads_read(drawings):
+def test_canvas_features_are_the_input_of_both_heads(drawings):
     encoder = Encoder()
     expected = encoder.model(to_pixels(drawings))
     features = encoder.image_features(drawings)
@@ -124,7 +125,7 @@ def test_canvas_features_are_what_the_heads_read(drawings):
     assert torch.allclose(encoder.model.style_head(features), expected[1], atol=1e-4)
 
 
-def test_canvas_names_the_objects_and_styles_that_it_does_not_know(drawings):
+def test_canvas_lists_unknown_objects_and_styles(drawings):
     with pytest.raises(
         ConfigError, match="evaluate.objects: .* 'rockte', 'tench'. Closest to 'rockte': rocket. It knows: cat, fish"
     ):
@@ -198,25 +199,27 @@ def test_clip_names_colours_and_styles(clip_folder):
     assert verdict.styles.tolist() == [0, 1, 0, 1, 0, 1]
 
 
-def test_clip_answers_in_the_asked_order(clip_folder):
+def test_clip_verdicts_follow_the_evaluated_order(clip_folder):
     judge = load_classifier(f"clip:{clip_folder}", ["blue", "red"], [])
     verdict = judge.classify(COLOUR_IMAGES[[0, 1, 4, 5]])
     assert judge.objects == ("blue", "red")
     assert verdict.objects.tolist() == [1, 1, 0, 0] and verdict.styles is None
 
 
-def test_clip_asks_by_the_two_prompts(clip_folder, monkeypatch):
-    asked = []
+def test_clip_embeds_names_in_the_object_and_style_prompts(clip_folder, monkeypatch):
+    embedded = []
     text_features = clip_kind.Encoder.text_features
     monkeypatch.setattr(
-        clip_kind.Encoder, "text_features", lambda self, prompts: asked.append(prompts) or text_features(self, prompts)
+        clip_kind.Encoder,
+        "text_features",
+        lambda self, prompts: embedded.append(prompts) or text_features(self, prompts),
     )
     load_classifier(f"clip:{clip_folder}", ["red", "blue"], ["plain", "striped"])
     objects, styles = (
         ["a photo of a red", "a photo of a blue"],
         ["an image in plain style", "an image in striped style"],
     )
-    assert asked == [objects, styles]
+    assert embedded == [objects, styles]
 
 
 def test_clip_reads_images_with_the_folders_own_processor(clip_folder, tmp_path):
@@ -236,7 +239,7 @@ def test_clip_reads_images_with_the_folders_own_processor(clip_folder, tmp_path)
     assert not torch.allclose(own, swapped, atol=1e-2)
 
 
-def test_clip_shortens_a_prompt_beyond_its_length_and_keeps_the_end_token(clip_folder):
+def test_clip_truncates_long_prompts_and_keeps_the_end_token(clip_folder):
     encoder = clip_kind.Encoder(clip_folder)
     long = encoder.text_features(["a photo of a red in striped style a a a a"])
     kept = encoder.text_features(["a photo of a red in"])  # 6 words and 2 special tokens fill the 8 positions
@@ -259,7 +262,7 @@ def test_clip_score_of_a_folder_is_the_models_own_cosine(clip_folder):
     ("objects", "styles", "key"),
     [(["red"], [], "objects has 1"), ([], [], "objects has 0"), (["red", "blue"], ["plain"], "styles has 1")],
 )
-def test_clip_refuses_to_choose_among_less_than_two_names(clip_folder, objects, styles, key):
+def test_clip_needs_at_least_two_names_to_choose_from(clip_folder, objects, styles, key):
     with pytest.raises(ConfigError, match=f"evaluate.{key} names.*at least 2"):
         load_classifier(f"clip:{clip_folder}", objects, styles)
 
@@ -307,21 +310,21 @@ def vit_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_image_names_asked_objects_by_any_synonym_and_the_rest_minus_one(vit_folder):
+def test_image_finds_objects_by_any_synonym_and_all_others_become_minus_one(vit_folder):
     judge = load_classifier(f"image:{vit_folder}", ["Church building", "TINCA TINCA"], ["plain"])
     verdict = judge.classify(COLOUR_IMAGES)
     assert verdict.objects.tolist() == [1, 1, -1, -1, 0, 0]
     assert verdict.styles is None and judge.styles == ()
 
 
-def test_image_names_the_closest_labels_of_an_object_that_is_in_none(vit_folder):
+def test_image_suggests_the_closest_labels_for_an_object_without_one(vit_folder):
     with pytest.raises(
         ConfigError, match="evaluate.objects: no label .* 'tenhc'. The closest labels: tench, Tinca tinca;"
     ):
         load_classifier(f"image:{vit_folder}", ["tenhc"], [])
 
 
-def test_image_takes_imagenette_by_class_index(tmp_path):
+def test_image_finds_imagenette_classes_by_index(tmp_path):
     labels = {i: f"thing {i}" for i in range(1000)} | {0: "tench", 491: "chainsaw", 482: "tape player", 3: "chain saw"}
     model = save_vit(tmp_path, labels)
     with torch.no_grad():
@@ -339,7 +342,7 @@ def test_the_ten_imagenette_indices():
     assert find_classes(names, labels) == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
 
 
-def test_class_indices_are_imagenets_only():
+def test_class_indices_apply_to_imagenet_models_only():
     other = {i: f"thing {i}" for i in range(1000)}
     with pytest.raises(ConfigError, match="no label"):
         find_classes(["tench"], other)
@@ -351,7 +354,7 @@ def test_a_label_may_be_written_with_underscores():
     assert find_classes(["Golf ball", "garbage_truck"], {0: "garbage truck, dustcart", 1: "golf_ball"}) == [1, 0]
 
 
-def test_a_name_in_two_labels_is_refused_unless_it_is_one_in_full():
+def test_a_name_in_two_labels_is_refused_unless_it_equals_one_label():
     labels = {0: "Cardigan, Cardigan Welsh corgi", 1: "cardigan", 2: "crane, bird", 3: "crane, machine"}
     assert find_classes(["cardigan"], labels) == [1]
     with pytest.raises(ConfigError, match="'crane' is part of 2 labels .crane, bird; crane, machine."):
@@ -365,7 +368,7 @@ def test_a_name_in_two_labels_is_refused_unless_it_is_one_in_full():
 
 @pytest.mark.parametrize("kind", ["clip", "image"])
 @pytest.mark.parametrize("where", ["", "openai/clip-vit-base-patch32", "/no/such/folder"])
-def test_a_folder_that_is_not_there_is_named(kind, where):
+def test_a_missing_folder_is_named(kind, where):
     with pytest.raises(ModelError, match=f"'{where}': no such model folder: give a local folder"):
         load_classifier(f"{kind}:{where}", ["red", "blue"], [])
 
@@ -433,7 +436,7 @@ def test_a_damaged_clip_folder_is_named(clip_folder, tmp_path, file, damage):
         load_classifier(f"clip:{folder}", ["red", "blue"], [])
 
 
-def test_weights_that_are_missing_are_not_made_up(clip_folder, vit_folder, tmp_path):
+def test_missing_weights_are_never_filled_with_random_numbers(clip_folder, vit_folder, tmp_path):
     folder = shutil.copytree(clip_folder, tmp_path / "clip")
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]
@@ -444,7 +447,7 @@ def test_weights_that_are_missing_are_not_made_up(clip_folder, vit_folder, tmp_p
         load_classifier(f"image:{clip_folder}", ["red", "blue"], [])
 
 
-def test_code_in_a_folder_is_not_run(vit_folder, tmp_path):
+def test_code_in_a_model_folder_never_runs(vit_folder, tmp_path):
     folder = shutil.copytree(vit_folder, tmp_path / "vit")
     config = json.loads((folder / "config.json").read_text())
     auto_map = {"AutoConfig": "code.Config", "AutoModelForImageClassification": "code.Model"}
@@ -470,7 +473,7 @@ class NudityStub(Classifier):
         return Verdict((images.float().mean((1, 2, 3)) > 127).long() - 1, None)
 
 
-class AskedOrderStub(Classifier):
+class EvaluatedOrderStub(Classifier):
     """Answers with the top left pixel, in the numbers of what is evaluated."""
 
     def classify(self, images):
@@ -510,7 +513,7 @@ def own(name: str) -> str:
     return f"own:{__name__}:{name}"
 
 
-def test_own_detector_finds_its_one_object_or_none():
+def test_own_detector_recognises_its_one_object_or_none():
     judge = load_classifier(own("NudityStub"), ["nudity"], ["sketch"])  # it knows no styles
     assert judge.objects == ("nudity",) and judge.styles == ()
     verdict = judge.classify(single_pixels((255, 255, 255), (0, 0, 0), (200, 200, 200)))
@@ -522,7 +525,7 @@ def check(*overrides: str) -> None:
     check_evaluation(resolve_evaluation(config.evaluate, config.concepts))
 
 
-def test_a_style_is_refused_where_the_judge_knows_none():
+def test_a_style_target_needs_a_classifier_that_knows_styles():
     concepts = [
         "concepts=[{target: sketch, kind: style}]",
         "evaluate.objects=[nudity]",
@@ -541,13 +544,13 @@ def test_a_target_of_the_other_kind_is_refused(concept):
 
 
 def test_own_detector_answers_in_the_evaluated_names_by_default():
-    verdict = load_classifier(own("AskedOrderStub"), ["a", "b"], ["s", "t"]).classify(
+    verdict = load_classifier(own("EvaluatedOrderStub"), ["a", "b"], ["s", "t"]).classify(
         single_pixels((1, 0, 0), (0, 1, 0))
     )
     assert verdict.objects.tolist() == [1, 0] and verdict.styles.tolist() == [0, 1]
 
 
-def test_own_names_are_renumbered_as_they_were_asked_for():
+def test_own_names_are_renumbered_to_the_evaluated_ones():
     judge = load_classifier(own("ColourStub"), ["blue", "red"], ["striped"])
     verdict = judge.classify(single_pixels((0, 1, 0), (1, 0, 0), (2, 255, 0), (255, 1, 0)))
     assert judge.objects == ("blue", "red") and judge.styles == ("striped",)
@@ -592,7 +595,7 @@ def test_own_class_that_cannot_be_used_is_named(where, message):
         (Verdict(torch.tensor([0, 0]), torch.tensor([0, 1])), "styles range from 0 to 1, expected -1 .none. to 0"),
     ],
 )
-def test_own_answer_that_cannot_be_is_refused(answer, message, monkeypatch):
+def test_an_impossible_own_verdict_is_refused(answer, message, monkeypatch):
     monkeypatch.setattr(WrongStub, "answer", answer)
     with pytest.raises(ConfigError, match=f"own:{__name__}:WrongStub: .*{message}"):
         load_classifier(own("WrongStub"), ["a", "b"], ["s"]).classify(single_pixels((0, 0, 0), (0, 0, 0)))

@@ -1,6 +1,4 @@
-"""FID, KID and CLIP score: values by hand, agreement with scipy and written-out formulas, and states that add up
-over ranks.
-"""
+"""FID, KID and CLIP score: values by hand, agreement with scipy and explicit formulas, and additive states."""
 
 import subprocess
 import sys
@@ -100,7 +98,7 @@ def test_fid_in_one_dimension_by_hand():
     assert result_of(score, images_of([(10, 0, 0), (16, 0, 0)])) == pytest.approx(12, rel=1e-12)
 
 
-def test_fid_counts_correlation_by_hand():
+def test_fid_accounts_for_correlation_by_hand():
     # [[2, 1], [1, 2]] has the eigenvalues 3 and 1; against the identity: 4 + 2 - 2 (sqrt 3 + 1)
     identity = 1.5**0.5 * torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)  # 2 * 1.5 / (4 - 1) = 1
     tilted = (
@@ -124,7 +122,7 @@ def test_fid_of_covariances_that_do_not_commute_agrees_with_scipy():
 @pytest.mark.parametrize(
     ("count", "width", "error"), [(200, 16, 1e-10), (60, 256, 1e-6)]
 )  # the second has far fewer images than features
-def test_fid_of_equal_sets_is_zero_within_the_accuracy_that_is_promised(count, width, error):
+def test_fid_of_equal_sets_is_zero_within_the_documented_accuracy(count, width, error):
     features = correlated(count, 5, width) / width**0.5
     variance = features.var(0).sum().item()
     assert 0 <= fid_of(features, features.flip(0)) < error * variance
@@ -133,10 +131,9 @@ def test_fid_of_equal_sets_is_zero_within_the_accuracy_that_is_promised(count, w
 
 
 def test_fid_with_fewer_images_than_features_keeps_six_digits():
-    # In the plane of the images the overlap is the sum of the singular values of one centred set against the other.
-    # Torchmetrics' eigenvalues of cov1 cov2 outside of that plane should be 0; the roots of their rounding errors add
-    # up to 1e-7 of
-    # the variance, so that this tolerance is as far as a distance of nearby sets can be trusted.
+    # In the plane of the images, the overlap is the sum of the singular values of one centred set times the other.
+    # Torchmetrics' eigenvalues of cov1 cov2 outside that plane should be 0. The roots of their rounding errors add up
+    # to 1e-7 of the variance, which limits how far a distance between nearby sets can be trusted.
     near, far = correlated(20, 1, 64), correlated(20, 1, 64) + 0.3 * correlated(20, 2, 64)
     x, y = ((rows - rows.mean(0)) / 19**0.5 for rows in (near, far))
     means = (near.mean(0) - far.mean(0)).square().sum()
@@ -163,7 +160,7 @@ def test_fid_needs_two_drawn_images():
 # KID
 
 
-def written_out_kid(x: Tensor, y: Tensor) -> float:
+def explicit_kid(x: Tensor, y: Tensor) -> float:
     """Equation 4 over all pairs, one pair at a time."""
 
     def kernel(a: Tensor, b: Tensor) -> float:
@@ -188,12 +185,12 @@ def test_kid_divides_by_the_width_by_hand():
 
 def test_kid_of_sets_of_one_size_counts_all_pairs():
     x, y = correlated(30, 1, 8), correlated(30, 2, 8)
-    assert kid_of(x, y) == pytest.approx(written_out_kid(x, y), rel=1e-9)
+    assert kid_of(x, y) == pytest.approx(explicit_kid(x, y), rel=1e-9)
 
 
 def test_kid_of_a_set_with_itself_is_below_zero():
     x = correlated(30, 1, 8)
-    assert kid_of(x, x) == pytest.approx(written_out_kid(x, x), rel=1e-9) and kid_of(x, x) < 0
+    assert kid_of(x, x) == pytest.approx(explicit_kid(x, x), rel=1e-9) and kid_of(x, x) < 0
 
 
 def test_kid_of_draws_from_one_source_is_zero_on_average():
@@ -208,7 +205,7 @@ def test_kid_of_draws_from_one_source_is_zero_on_average():
 def test_kid_of_sets_of_two_sizes_averages_over_subsets(sizes):
     # One subset of 12 out of 40 is off by far more than a hundred of them.
     x, y = correlated(sizes[0], 1, 8), correlated(sizes[1], 2, 8) + 1
-    whole = written_out_kid(x, y)
+    whole = explicit_kid(x, y)
     value = kid_of(x, y)
     assert value != pytest.approx(whole, rel=1e-9)
     assert value == pytest.approx(whole, rel=0.1)
@@ -222,7 +219,7 @@ def test_kid_compares_at_most_as_many_images_as_a_subset_has(monkeypatch):
     assert kid_of(x, y) == pytest.approx(whole, rel=0.1)
 
 
-def test_kid_depends_on_no_outside_draw_and_disturbs_none():
+def test_kid_neither_depends_on_the_global_rng_nor_changes_it():
     x, y = correlated(12, 1, 8), correlated(40, 2, 8)
     torch.manual_seed(1)
     first = kid_of(x, y)
@@ -235,7 +232,7 @@ def test_kid_depends_on_no_outside_draw_and_disturbs_none():
 
 def test_kid_does_not_depend_on_the_order_of_the_drawn_images():
     x, y = correlated(12, 1, 8), correlated(40, 2, 8)
-    y[:, :4] = 0  # no single column tells the rows apart
+    y[:, :4] = 0  # no single column distinguishes the rows
     assert kid_of(x, y.flip(0)) == kid_of(x, y)
 
 
@@ -248,7 +245,7 @@ def test_kid_leaves_empty_rows_out():
     assert result_of(wide, random_images(6, 1)) == result_of(full, random_images(6, 1))
 
 
-def test_kid_rows_are_each_filled_once():
+def test_each_kid_row_is_filled_once():
     score = kid.Score(column(1, 2, 3, 4, 5), red, num_images=4)
     score.update(random_images(4, 1), [""] * 4)
     with pytest.raises(AssertionError, match="do not fit"):
@@ -262,7 +259,7 @@ def test_kid_needs_two_drawn_images():
         kid_of(column(1, 2, 3), column(1))
 
 
-# States add up.
+# Additive states
 
 
 class StubEncoder:
@@ -304,7 +301,7 @@ def test_added_states_of_ranks_give_what_one_rank_gives(metric):
 
 
 def state_with_one_less(score: fid.Score | kid.Score | clip_score.Score, images: Tensor) -> dict[str, Tensor]:
-    """The state with its first image left out, so that the comparison above is seen to tell states apart."""
+    """The state without its first image, to show that the comparison above distinguishes states."""
     if isinstance(score, kid.Score):
         return {name: torch.cat([torch.zeros_like(total[:1]), total[1:]]) for name, total in score.state().items()}
     if isinstance(score, fid.Score):
@@ -315,9 +312,8 @@ def state_with_one_less(score: fid.Score | kid.Score | clip_score.Score, images:
 
 
 @pytest.mark.parametrize("metric", ["fid", "kid"])
-def test_a_result_is_not_summed_over_ranks_a_second_time(monkeypatch, metric):
-    # Torchmetrics itself joins the ranks in compute() when torch.distributed runs, but the state already holds all
-    # ranks.
+def test_results_are_not_summed_over_ranks_twice(monkeypatch, metric):
+    # With torch.distributed running, torchmetrics would join the ranks in compute(), but the state already holds all.
     score = score_of_a_rank(metric, first_pixel(random_images(6, 0)), 0)
     score.update(random_images(4, 1), [""] * 4)
     alone = score.result(score.state())
@@ -328,7 +324,7 @@ def test_a_result_is_not_summed_over_ranks_a_second_time(monkeypatch, metric):
     assert score.result(score.state()) == alone
 
 
-def test_a_rank_may_ask_for_a_result_and_go_on():
+def test_updates_continue_after_a_result():
     score = fid.Score(first_pixel(random_images(6, 0)), first_pixel)
     before = result_of(score, random_images(4, 1))
     assert result_of(score, random_images(4, 2)) != pytest.approx(before, rel=1e-6)
@@ -336,7 +332,7 @@ def test_a_rank_may_ask_for_a_result_and_go_on():
 
 
 @pytest.mark.parametrize("metric", ["fid", "kid", "clip_score"])
-def test_a_state_that_was_handed_out_does_not_change(metric):
+def test_a_returned_state_does_not_change(metric):
     score = score_of_a_rank(metric, first_pixel(random_images(6, 0)), 0)
     score.update(random_images(3, 1), ["1 2 3"] * 3)
     before = score.state()
@@ -404,15 +400,15 @@ def test_clip_score_agrees_with_torchmetrics_on_the_same_embeddings():
     images, prompts = random_images(7, 3), [f"{i} 1 {7 - i}" for i in range(7)]
     score, adapter = clip_score.Score(StubEncoder()), ForTorchmetrics(StubEncoder())
     score.update(images, prompts)
-    theirs = CLIPScore(model_name_or_path=lambda: (adapter, adapter))
-    theirs.update(images, prompts)
-    assert score.result(score.state())["clip_score"] == pytest.approx(theirs.compute().item(), rel=1e-6)
+    reference = CLIPScore(model_name_or_path=lambda: (adapter, adapter))
+    reference.update(images, prompts)
+    assert score.result(score.state())["clip_score"] == pytest.approx(reference.compute().item(), rel=1e-6)
 
 
 # Reference images
 
 
-def test_reference_images_are_read_at_any_depth_whatever_their_size(tmp_path):
+def test_reference_images_of_any_size_are_read_from_all_subfolders(tmp_path):
     write_images(tmp_path / "b", images_of([(3, 0, 0)]))
     Image.new("RGB", (7, 4), (1, 0, 0)).save(tmp_path / "a.PNG")
     Image.new("RGB", (5, 4), (2, 0, 0)).save(tmp_path / "a2.png")
@@ -471,7 +467,7 @@ def test_an_image_over_25_million_pixels_is_refused_before_it_is_unpacked(tmp_pa
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [10_000, 14_000])  # where PIL warns, and where it raises
-def test_what_pil_calls_a_bomb_is_refused_by_name(tmp_path, side):
+def test_a_decompression_bomb_is_refused_by_name(tmp_path, side):
     Image.new("1", (side, side)).save(tmp_path / "bomb.png")
     with pytest.raises(ConfigError, match="bomb.png"):
         open_image(tmp_path / "bomb.png")
@@ -497,7 +493,7 @@ def test_an_image_of_16_bits_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"), [(b"no image", "cannot be read as an image"), (None, "has the pixel format I;16")]
 )
-def test_training_images_are_refused_alike(tmp_path, content, message):
+def test_unreadable_training_images_are_refused_too(tmp_path, content, message):
     file = tmp_path / "mine.png"
     Image.fromarray(np.full((2, 2), 60_000, dtype=np.uint16)).save(file)
     file.write_bytes(content or file.read_bytes())
@@ -516,18 +512,18 @@ def test_training_images_are_cut_to_a_square_between_minus_one_and_one(tmp_path)
 # Together, with a real encoder
 
 
-def test_scores_take_the_canvas_features_and_those_of_the_reference_once(tmp_path, monkeypatch):
+def test_fid_and_kid_share_one_pass_over_the_reference(tmp_path, monkeypatch):
     torch.manual_seed(0)
     canvas_classifier.save_classifier(canvas_classifier.CanvasClassifier(), tmp_path / "classifier.safetensors")
     monkeypatch.setattr(canvas_classifier, "SHIPPED_CLASSIFIER", tmp_path / "classifier.safetensors")
     images = random_images(12, 1, size=32)
     settings = EvaluateConfig(reference=str(write_images(tmp_path / "images", images)))
-    asked, original = [], CanvasEncoder.image_features
+    encoded, original = [], CanvasEncoder.image_features
     monkeypatch.setattr(
-        CanvasEncoder, "image_features", lambda self, batch: asked.append(len(batch)) or original(self, batch)
+        CanvasEncoder, "image_features", lambda self, batch: encoded.append(len(batch)) or original(self, batch)
     )
     metrics = build_metrics(settings, 12, 0)
-    assert [type(metric) for metric in metrics] == [fid.Score, kid.Score] and asked == [12]
+    assert [type(metric) for metric in metrics] == [fid.Score, kid.Score] and encoded == [12]
     fid_near, kid_near = (result_of(metric, images) for metric in metrics)
     fid_far, kid_far = (result_of(metric, images // 2) for metric in build_metrics(settings, 12, 0))
     # 12 images, 128 features: 0 within 1e-6 of the variance (see fid.Score)
@@ -539,7 +535,7 @@ def test_scores_take_the_canvas_features_and_those_of_the_reference_once(tmp_pat
     assert kid_near < kid_far
 
 
-def test_importing_the_scores_is_light():
+def test_importing_evaluator_and_metrics_loads_no_heavy_library():
     metrics = "from sculpt_dist.evaluation.metrics import base, clip_score, fid, kid"
     heavy = {"transformers", "torchmetrics", "diffusers"}
     code = f"import sculpt_dist.evaluation.evaluator, sys; {metrics}; print(*({heavy} & set(sys.modules)))"

@@ -1,0 +1,97 @@
+"""The evaluator: ranks share the images, and the scores do not depend on how."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from harness import PROJECT
+
+from sculpt_dist.backbones.sd15 import Backbone
+from sculpt_dist.config.load import load_config
+from sculpt_dist.evaluation import evaluator
+from sculpt_dist.evaluation.evaluator import evaluate
+from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
+
+
+class StubRank(SimpleNamespace):
+    """One rank of a group whose other ranks have already run: `others` holds what they sent."""
+
+    device = torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        pass
+
+    def to_all(self, value: Any) -> list[Any]:
+        self.sent = value
+        return [value, *self.others]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        return value
+
+
+@pytest.fixture
+def evaluation() -> Evaluation:
+    world = [
+        "evaluate.objects=[cat, fish, car]",
+        "evaluate.styles=[neon]",
+        "concepts=[{target: cat, superclass: animal}]",
+    ]
+    config = load_config(None, [*world, "evaluate.images=1", "evaluate.steps=4", "evaluate.batch=1"])
+    return resolve_evaluation(config.evaluate, config.concepts)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone(PROJECT / "sculpt_dist/assets/canvas/sd15", torch.float32, torch.device("cpu"))
+
+
+def test_two_ranks_share_the_images_and_give_the_scores_of_one(
+    evaluation: Evaluation, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    draw = evaluator.draw
+    monkeypatch.setattr(evaluator, "draw", lambda *given: drawn.extend(r.prompt for r in given[3]) or draw(*given))
+
+    def run(rank: int, size: int, others: list[Any]) -> tuple[dict[str, Any], Any]:
+        group = StubRank(rank=rank, size=size, others=others)
+        folder = tmp_path / f"{size}"
+        return evaluate(
+            evaluation, backbone, backbone.net, group, folder, evaluation.concepts, "test", None
+        ), group.sent
+
+    (tmp_path / "2" / "images").mkdir(parents=True)
+    nothing, second = run(1, 2, [])
+    assert nothing == {} and drawn == ["a photo of a fish in neon style", "a photo of a car in neon style"]
+    assert [number for number, *_ in second] == [1]  # the third batch was only drawn along with the first rank
+    scores, _ = run(0, 2, [second])
+    assert scores == run(0, 1, [])[0] and scores["plain"]["images"] == {"target": 1, "other": 2}
+    files = [{file.name: file.read_bytes() for file in (tmp_path / size).rglob("*.*")} for size in "12"]
+    assert files[0] == files[1] and len(files[0]) == 5
+    assert json.loads(files[0]["scores.json"]) == scores
+
+
+def test_two_metrics_never_report_the_same_name() -> None:
+    metric: Any = SimpleNamespace(state=dict, result=lambda state: {"fid": 1.0})
+    group: Any = StubRank(rank=0, size=1, others=[])
+    assert evaluator._metric_results([metric], group) == {"fid": 1.0}
+    with pytest.raises(AssertionError, match="two metrics report .'fid'."):
+        evaluator._metric_results([metric, metric], group)
+
+
+def test_retained_images_alone_count_for_metrics_where_there_are_some(evaluation: Evaluation) -> None:
+    judged = evaluation.requests[0]
+    retained, paraphrased = replace(judged, object=-1, style=-1), replace(judged, paraphrased=True)
+    assert [evaluation.counts_for_metrics(r) for r in (judged, paraphrased)] == [True, False]
+    with_file = replace(evaluation, settings=replace(evaluation.settings, retain_prompts="coco.txt"))
+    assert [with_file.counts_for_metrics(r) for r in (judged, retained)] == [False, True]
