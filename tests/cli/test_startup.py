@@ -1,0 +1,36 @@
+"""How long the package and the command line take to start. The minimum of 5 runs counts: the machine may be busy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from harness import PROJECT, rank_environment
+
+CONFIG = str(PROJECT / "configs" / "canvas" / "dm_cal.yaml")
+pytestmark = pytest.mark.two_ranks
+
+
+def fastest(*arguments: str, code: int = 0, runs: int = 5) -> float:
+    """The seconds that `python ARGUMENTS` took in the fastest of these runs, each of which exited with `code`."""
+    seconds = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, env=rank_environment(), timeout=60)
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == code, done.stderr.decode()
+    return min(seconds)
+
+
+def test_the_package_is_imported_within_300_ms():
+    assert fastest("-c", "import sculpt_dist") <= 0.3
+
+
+def test_help_is_printed_within_a_second():
+    assert fastest("-m", "sculpt_dist", "--help") < 1.0
+
+
+def test_a_wrong_key_is_reported_within_700_ms():
+    assert fastest("-m", "sculpt_dist", "unlearn", CONFIG, "trian.lr=1", code=2) <= 0.7
