@@ -1,7 +1,7 @@
-"""What a method is: a frozen config dataclass and a few functions that a reviewer can hold beside the paper.
+"""The contract of a method: a frozen dataclass of options, and a few functions that can be compared with the paper.
 
-A method is one file `methods/<name>.py` with two classes, `Config` and `Method`; a configuration names it by
-`method: {name: ...}`. It never edits the training loop: what it needs of the loop it declares through its members.
+A method is one file `methods/<name>.py` with two classes, `Config` and `Method`. A configuration selects it with
+`method: {name: ...}`. A method never edits the training loop; its members declare what it needs from the loop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Request = tuple[Tensor, Tensor, TextCond]  # noisy [B, C, H, W], time [B], cond
 
 
 class Predictor:
-    """A net as a method sees it: one prediction by a call, several together by `all`."""
+    """A net as a method sees it: a call makes one prediction, `all` makes several in one batch."""
 
     def __init__(self, backbone: Backbone, net: nn.Module, frozen: FrozenWeights | None = None) -> None:
         """`frozen` swaps the net to an earlier state; such a predictor gives no gradient."""
@@ -75,7 +75,7 @@ class Step:
     def frozen(self, source: str) -> Predictor:
         """The frozen net that an option names: teacher or original."""
         chosen = {"teacher": self.teacher, "original": self.original}[source]
-        assert chosen is not None, "a method that asks for the original net says needs_original"
+        assert chosen is not None, "a method that uses the original net must set needs_original"
         return chosen
 
     def corrupted(self, stream: Stream, time: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ LossFunction = Callable[[Step], Losses]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method may look at before a concept begins."""
+    """What a method may use before a concept begins."""
 
     concept: int  # its place in the sequence
     backbone: Backbone
@@ -125,15 +125,15 @@ class Setup:
 
 
 class Method(ABC):
-    """A method that trains: its losses, and what the loop must know of them.
+    """A method that trains: its losses, and what the loop must know about them.
 
     Only `trainable`, `saliency` and `losses` are required.
     """
 
     kind: ClassVar[str] = "trains"
-    needs_original = False  # whether it asks for the net before the first concept
-    calibration_images = 0  # images per object and style, drawn of every candidate for `judge`
-    reference_mask = False  # the mask and its clock as published code has them (see dm_cal.REFERENCE)
+    needs_original = False  # whether it uses the net from before the first concept
+    calibration_images = 0  # images per object and style that every candidate draws for `judge`
+    reference_mask = False  # mask and schedule behave as in the published code (see dm_cal.REFERENCE)
 
     @abstractmethod
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
@@ -168,18 +168,18 @@ class Method(ABC):
         return (self.losses,)
 
     def combine(self, gradients: Sequence[ShardedVector]) -> ShardedVector:
-        """One gradient from those of the loss groups, in their order. They are sharded; `dot` is global."""
+        """Combine the gradients of the loss groups, in their order, into one. They are sharded; `dot` is global."""
         return sum_gradients(gradients)
 
     def candidate_every(self, updates: int) -> int:
-        """Consider the weights as this concept's result after every so many updates; 0 means only the last."""
+        """Number of updates after which the weights become a candidate result; 0 means only the last weights count."""
         return 0
 
     def judge(self, recent: Mapping[str, float]) -> float:
-        """Score of a candidate, lower is better, from the mean of each loss term since the candidate before.
+        """Score of a candidate, lower is better, from the mean of each loss term since the previous candidate.
 
-        With `calibration_images` also from the UA, IRA and CRA of images that the candidate drew with seeds of their
-        own.
+        With `calibration_images`, `recent` also contains UA, IRA and CRA of images that the candidate drew with
+        separate seeds.
         """
         raise NotImplementedError(f"{type(self).__name__} names candidates but does not judge them")
 
@@ -195,7 +195,7 @@ class Editor(ABC):
 
 
 def load_method(options: Mapping[str, Any]) -> Method | Editor:
-    """The method that `method.name` names, with its own options checked like every other key. Raises ConfigError."""
+    """The method that `method.name` selects; its options are checked like all other keys. Raises ConfigError."""
     module = plugin("sculpt_dist.methods", options.get("name", "dm_cal"), "method.name")
     found: Method | Editor = module.Method(merge_section(module.Config, options, "method"))
     return found

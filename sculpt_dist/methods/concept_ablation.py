@@ -1,13 +1,13 @@
-"""Concept Ablation, model-based: the target's prompt learns to do what the superclass's does.
+"""Concept Ablation, model-based: the target's prompt learns the prediction of the superclass's prompt.
 
 Kumari et al., arXiv 2303.13516.
 
-With e the student, x_s noisy samples of the superclass, c_f and c_s the target's and the superclass's prompts, sg
+Let e be the student, x_s noisy samples of the superclass, c_f and c_s the prompts of target and superclass, and sg
 stop-gradient:
 
     L = MSE(e(x_s, c_f), sg e(x_s, c_s))
 
-Published for objects and styles: keys and values of the cross-attention alone train.
+For objects and styles, the paper trains only the keys and values of the cross-attention.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Method(Base):
     """Trains matrices of the cross-attention; draws no samples of the target."""
 
     def __init__(self, config: Config) -> None:
-        strange = set(config.parts) - {"q", "k", "v", "out"}
-        if strange or not config.parts:
-            raise ConfigError(f"method.parts holds {sorted(strange) or 'nothing'}: choose from q, k, v, out")
+        unknown = set(config.parts) - {"q", "k", "v", "out"}
+        if unknown or not config.parts:
+            raise ConfigError(f"method.parts contains {sorted(unknown) or 'nothing'}: choose from q, k, v, out")
         self.config = config
 
     def streams(self) -> Sequence[StreamSpec]:

@@ -1,12 +1,12 @@
 """Sculpting Memory: dynamic gradient mask and concept-aware loss (Li et al., arXiv 2504.09039, ICCV 2025).
 
-With e the student, eT the teacher (the net before this concept), f the target, s the superclass, a the anchors, sg
-stop-gradient:
+Let e be the student, eT the teacher (the net before this concept), f the target, s the superclass, a the anchors, and
+sg stop-gradient:
 
     L = MSE(e(x_f, c_f), sg label) + r MSE(e(x_s, c_s), goal_s) + d MSE(e(x_a, c_a), sg eT(x_a, c_a))
 
-The published label is e(x_f, c_s). Ours, not in the paper: label = eT(x_f, c_s) + w (eT(x_f, c_s) - eT(x_f, c_f)). The
-paper's own equation and weights of the distillation term could not be checked: that term is a reconstruction.
+The published label is e(x_f, c_s). The default here is not in the paper: label = eT(x_f, c_s) + w (eT(x_f, c_s) -
+eT(x_f, c_f)). The distillation term is a reconstruction: the paper's equation and weights for it could not be checked.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Config:
     """Reproduce the published code's behaviour, including its faults (see REFERENCE)."""
 
 
-# The group of parameters that each part is. `pooled`, ours: what takes in the pooled text of SDXL, by which a style may
-# be drawn.
+# Part -> group of parameters. `pooled` is not in the paper: it is the input of SDXL's pooled text, which may carry a
+# style.
 PARTS = {part: f"cross_attention.{part}" for part in ("q", "k", "v", "out")} | {"pooled": "pooled_text"}
 
-# The source of samples that each name of `anchors` stands for, in the order in which they share the stream.
+# Name in `anchors` -> source of samples, in the order in which the sources share the stream.
 ANCHORS = {"targets": EARLIER_TARGETS, "superclass": "superclass", "keep": "keep"}
 
 REFERENCE = """With `reference_compat: true`
@@ -70,10 +70,10 @@ class Method(Base):
             raise ConfigError(f"method.label_source={config.label_source}: choose teacher, student or original")
         unknown = set(config.anchors) - set(ANCHORS)
         if unknown:
-            raise ConfigError(f"method.anchors holds {sorted(unknown)}: choose from targets, superclass, keep")
-        strange = set(config.parts) - set(PARTS)
-        if strange or not config.parts:
-            raise ConfigError(f"method.parts holds {sorted(strange) or 'nothing'}: choose from {', '.join(PARTS)}")
+            raise ConfigError(f"method.anchors contains {sorted(unknown)}: choose from targets, superclass, keep")
+        unknown = set(config.parts) - set(PARTS)
+        if unknown or not config.parts:
+            raise ConfigError(f"method.parts contains {sorted(unknown) or 'nothing'}: choose from {', '.join(PARTS)}")
         self.config = config
         self.compat = config.reference_compat
         self.label_source = "student" if self.compat else config.label_source
@@ -105,12 +105,12 @@ class Method(Base):
         if anchor is not None and self.config.distill_weight:
             anchor_time = step.backbone.sample_time(step.rng.uniform("anchor time"))
             anchored = [(step.corrupted(anchor, anchor_time, "anchor")[0], anchor_time, anchor.cond)]
-        asked = [(noisy_target, time, step.batch.target_as_superclass), requests[0]][: 2 if self.label_guidance else 1]
-        if self.label_source == "teacher":  # one forward for all that the teacher is asked
-            answers = step.teacher.all(asked + anchored)
+        labels = [(noisy_target, time, step.batch.target_as_superclass), requests[0]][: 2 if self.label_guidance else 1]
+        if self.label_source == "teacher":  # one teacher forward for label and distillation
+            answers = step.teacher.all(labels + anchored)
         else:
             source = step.student if self.label_source == "student" else step.frozen("original")
-            answers = source.without_gradient(asked) + (step.teacher.all(anchored) if anchored else [])
+            answers = source.without_gradient(labels) + (step.teacher.all(anchored) if anchored else [])
         label = guided_label(answers[0], answers[1], self.label_guidance) if self.label_guidance else answers[0]
         predicted = step.student.all(requests + anchored)
         terms = {

@@ -1,13 +1,13 @@
-"""Erased Stable Diffusion: the target's prompt is led away from what it drew (Gandikota et al., arXiv 2303.07345).
+"""Erased Stable Diffusion: negative guidance for the target's prompt (Gandikota et al., arXiv 2303.07345).
 
-With e the student, e0 the model before this concept, x latents that the student draws of the target's prompt c, "" the
-empty prompt:
+Let e be the student, e0 the model before this concept, c the target's prompt, x latents that the student draws for c,
+and "" the empty prompt:
 
     L = MSE(e(x, c), e0(x, "") - eta (e0(x, c) - e0(x, "")))
 
-x stands before a random step of the sampler, the same one for the whole batch. Published for one concept, with the
-original model as e0; one after another, ours takes the model before each concept, so that what was forgotten stays so
-(`reference: original` for the former).
+x is the input of a random sampler step, which the whole batch shares. The paper erases one concept, with the original
+model as e0. For a sequence of concepts, e0 here is the model before each concept, so that earlier targets stay
+forgotten; `reference: original` restores the published choice.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Method(Base):
 
     def losses(self, step: Step) -> Losses:
         config, cond = self.config, step.batch.target.cond
-        step.trajectory.latents = None  # every step draws anew
+        step.trajectory.latents = None  # every step draws new latents
         index = int(step.rng.shared("index") * config.sampler_steps)
         latents, time, _ = step.student_latents(index, config.sampler_steps, config.guidance)
         empty, with_prompt = step.frozen(config.reference).without_gradient(

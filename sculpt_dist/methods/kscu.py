@@ -2,18 +2,18 @@
 
 arXiv 2507.06526.
 
-With e the student, e0 the model before this concept, x_i latents that the student draws of the prompt c up to step i,
-"" the empty prompt:
+Let e be the student, e0 the model before this concept, x_i latents that the student draws for the prompt c up to step
+i, and "" the empty prompt:
 
     erase  = e0(x_i, "") - (e0(x_i, c) - e0(x_i, ""))
     uncond = e0(x_i, "") - l(t) (e0(x_i, c) - e0(x_i, "")),   l = (1000 - t) 2e-5, or 0.02 (1 - sigma) for flow
     L = MSE(e(x_i, c~), erase) + 1e-4 MSE(e(x_i, ""), uncond)
 
-i runs through S, S + 1, ..., the last step, again and again, with one c from S to the end; after 8 traversals S grows
-by one, but stays below 0.9 of the steps. c~ is c, and in the last 5 % of the updates a disturbed prompt: its words
-shuffled, one that does not name the target dropped, a prefix or suffix added, and noise on the embedding. A batch is
-several latents at the same i. UNVERIFIED: two releases differ by a factor of 4 to 5 in l; the prefixes and suffixes are
-ours, and that each sample of a batch has a disturbance of its own.
+i cycles through S, S + 1, ..., the last step; one c lasts from S to the end. After 8 traversals S grows by one, but
+stays below 0.9 of the steps. c~ is c, except in the last 5 % of the updates, where it is a disturbed prompt: its words
+are shuffled, a word that does not name the target is dropped, or a prefix or suffix is added, and the embedding gets
+noise. All latents of a batch share i. UNVERIFIED: two releases differ by a factor of 4 to 5 in l. The prefixes and
+suffixes are our own, and so is a separate disturbance for each sample of a batch.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Restricted gradient: forgetting and retaining may not undo each other.
+"""Restricted gradient: the gradients of forgetting and retaining may not cancel each other.
 
 Ko et al., "Boosting Alignment for Post-Unlearning", NeurIPS 2024.
 
-Two losses with a reduced gradient each, g_f and g_r over all trainable weights. Where <g_f, g_r> < 0, each is projected
-on the other's orthogonal complement, with inner products over all ranks' shards; the update is
+The two losses have one reduced gradient each, g_f and g_r, over all trainable weights. If <g_f, g_r> < 0, each is
+projected onto the orthogonal complement of the other; inner products cover the shards of all ranks. The update is
 
     g_f' + r g_r',  r = 1.5
 
-UNVERIFIED: the source could not be read here. The rule is as reference implementations describe it; the losses
-(relabelling by the superclass's prompt, plain denoising of the superclass) are ours, and so is the sequence of
-concepts: a reconstruction.
+UNVERIFIED: a reconstruction, because the paper could not be read here. The rule follows descriptions by reference
+implementations. The losses (relabelling with the superclass's prompt, plain denoising of the superclass) and the
+sequence of concepts are our own.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
 """SalUn: random labels under a static, global saliency mask (Fan et al., arXiv 2310.12508).
 
-This is its form for text-to-image classes.
-
-With e the student, x_f samples of the target, c_f its prompt, c_o another prompt (here the superclass's), sg
-stop-gradient:
+This is the paper's variant for classes of a text-to-image model. Let e be the student, x_f samples of the target, c_f
+its prompt, c_o another prompt (here the superclass's), and sg stop-gradient:
 
     saliency: gradient of -MSE(noise, e(x_f, "") + w (e(x_f, c_f) - e(x_f, "")))
     L = MSE(e(x_f, c_f), sg e(x_f, c_o)) + beta MSE(e(x_r, c_r), goal_r)
 
 The mask is `mask: {scope: global, keep: 0.5, refresh: 0}`, collected before training and never changed. The retained
-samples x_r are those of the superclass here; published runs retain all other classes of the data set.
+samples x_r are those of the superclass; published runs retain all other classes of the data set.
 """
 
 from __future__ import annotations

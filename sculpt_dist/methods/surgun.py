@@ -1,18 +1,18 @@
-"""SurgUn: the target's prompt is taught distractors while it loses the target (arXiv 2603.00975). A reconstruction.
+"""SurgUn: the target's prompt learns distractors while it loses the target (arXiv 2603.00975). A reconstruction.
 
-Known from the abstract alone: ascent on the target and descent on diverse distractors under the same target prompt, a
-logarithmic contrast, adapters on chosen attention blocks, a choice of blocks and of checkpoints by the images that they
-draw. All equations and numbers here are ours (UNVERIFIED). With l(x, c) the denoising loss of one sample, x_T a sample
-of the target, x_D one of the distractors, both at the same time and under the target's prompt c, l_T = l(x_T, c) and
-l_D = l(x_D, c):
+Only the abstract is known: ascent on the target and descent on diverse distractors under the same target prompt, a
+logarithmic contrast, adapters on chosen attention blocks, and a choice of blocks and checkpoints by the images that
+they draw. All equations and numbers here are our own (UNVERIFIED). Let l(x, c) be the denoising loss of one sample, x_T
+a sample of the target and x_D one of the distractors, both at the same time and under the target's prompt c. With
+l_T = l(x_T, c) and l_D = l(x_D, c):
 
     log     L = mean l_D - b log(l_T / (l_T + l_D))
     ratio   L = mean b log(l_D / l_T)
     margin  L = mean l_D - b min(l_T, m)
 
-Each sample has its own contrast, so that the loss is the same on any number of ranks. The distractors are the
-`distractors` names of the candidates that lie farthest from one another and from the target in text space; the model
-before the first concept draws them.
+Each sample has its own contrast, so that the loss does not depend on the number of ranks. `distractors` is how many
+candidates become distractors: those farthest from one another and from the target in text space. The model before the
+first concept draws their samples.
 """
 
 from __future__ import annotations

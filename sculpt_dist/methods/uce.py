@@ -2,15 +2,15 @@
 
 Gandikota et al., arXiv 2308.14761, eq. 7.
 
-With c what the cross-attention receives at a token of the target's prompt, c* at the same token of the superclass's,
-c_p at tokens of prompts to preserve, and l a ridge towards the old weights W:
+Let c be the input of the cross-attention at a token of the target's prompt, c* its input at the matching token of the
+superclass's prompt, c_p its input at tokens of prompts to preserve, and l a ridge towards the old weights W:
 
     W' = (l W + e sum W c* c^T + p sum W c_p c_p^T) (l I + e sum c c^T + p sum c_p c_p^T)^-1
 
-All sums stand right of W, so that W' = W T with one matrix T for all layers of a width: one factorisation. Concepts are
-edited at once. Tokens are compared from the name's last one to the end of the prompt; a style-free prompt has no name,
-and begins at its last word. The superclass's prompts, kept concepts and the empty prompt are preserved; which prompts
-published runs preserve depends on the task.
+W factors out to the left, so W' = W T with one matrix T for all layers of one input width: one factorisation. Concepts
+are edited at once. Tokens are matched from the last token of the name to the end of the prompt; a style-free prompt has
+no name and is matched from its last word. The superclass's prompts, kept concepts and the empty prompt are preserved.
+Which prompts published runs preserve depends on the task.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def aligned_rows(backbone: Backbone, pair: tuple[str, str], names: tuple[str, st
 
 
 def _last_token(backbone: Backbone, prompt: str, name: str | None) -> int:
-    """Where the name's last token stands; in a prompt that does not hold it, the last token of all."""
+    """Position of the name's last token; in a prompt without the name, the position of the prompt's last token."""
     found = [match.end() for match in naming(name).finditer(prompt)] if name else []
     ids, closing = backbone.token_ids(prompt[: found[-1]] if found else prompt), backbone.token_ids("")
     ends = 0  # tokens that close every prompt

@@ -111,7 +111,7 @@ MISTAKES = {
         ['prepare.prompts.object=["a photo of {concept}' + " and more" * 80 + '"]'],
         "the text encoder takes 77",
     ),
-    "a part of the attention": (["method.parts=[q, w]"], r"method.parts holds \['w'\]"),
+    "a part of the attention": (["method.parts=[q, w]"], r"method.parts contains \['w'\]"),
     "a part that the net has not": (
         ["method.parts=[q, pooled]"],
         "trains the group 'pooled_text', which UNet2DConditionModel lacks",
