@@ -13,7 +13,9 @@ SIDE, GAP, MARGIN, TOP = 64, 4, 96, 40  # pixels
 
 
 def draw(run: Path) -> Image.Image:
-    """Two rows, the base model's images above the last stage's, with equal seeds: first the targets, then kept objects."""
+    """Two rows, the base model's images above the last stage's, with equal seeds: first the targets, then kept
+    objects.
+    """
     stages = {"before": run / "evaluation" / "before", "after": sorted((run / "evaluation").glob("after-*"))[-1]}
     font = ImageFont.load_default(15)
     columns = [(name, style) for names in (TARGETS, KEPT) for name in names for style in STYLES[:2]]
@@ -25,7 +27,9 @@ def draw(run: Path) -> Image.Image:
         pen.text((8, y + SIDE // 2 - 8), label, fill="#1d1f23", font=font)
         for column, (name, style) in enumerate(columns):
             x = MARGIN + column * (SIDE + GAP) + (2 * GAP if column >= len(columns) // 2 else 0)
-            image = Image.open(folder / "images" / f"{name}--{style}.png").resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            image = Image.open(folder / "images" / f"{name}--{style}.png").resize(
+                (SIDE, SIDE), Image.Resampling.NEAREST
+            )
             sheet.paste(image, (x, y))
             if row == 0 and column % 2 == 0:
                 word = f"forget: {name}" if name in TARGETS else f"keep: {name}"

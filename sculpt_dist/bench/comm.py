@@ -20,9 +20,9 @@ SECONDS = 2.0  # of each size and collective, at most
 def bench_comm(group: Group, megabytes: Sequence[float], repeats: int = 10) -> dict[str, Any]:
     """Seconds and GB/s of each collective and size, best of `repeats`; all ranks enter. The slowest rank's time counts.
 
-    GB/s are those of a rank's link, as for a ring: a sum of n bytes over k ranks moves 2 n (k - 1) / k through each, a gathering or
-    scattering n (k - 1) / k. `sum_gb_per_second` and the like are those of the largest size, `latency_us` a small sum's time over
-    log2 k: what `plan --rates` reads. Raises ConfigError on one rank.
+    GB/s are those of a rank's link, as for a ring: a sum of n bytes over k ranks moves 2 n (k - 1) / k through each, a
+    gathering or scattering n (k - 1) / k. `sum_gb_per_second` and the like are those of the largest size, `latency_us`
+    a small sum's time over log2 k: what `plan --rates` reads. Raises ConfigError on one rank.
     """
     if group.size < 2:
         raise ConfigError(

@@ -29,10 +29,11 @@ PLENTY = 1 << 20  # steps; the clock ends it
 def bench_data(config: RunConfig, group: Group, seconds: float) -> dict[str, Any]:
     """Samples per second and rank, of each role that is read from shards and of all roles as batches on the device.
 
-    The last concept's streams with `train.workers`, read for so many seconds after a first batch; all ranks enter, and the first one's
-    figures count. `run_seconds_per_step` is the median of the run's training steps where it has made some, and
-    `loader_over_step` what reading a step's samples takes of that when nothing is read ahead. Raises ShardError where the samples are
-    missing, ConfigError for a method that has none.
+    The last concept's streams with `train.workers`, read for so many seconds after a first batch; all ranks enter, and
+    the first one's figures count. `run_seconds_per_step` is the median of the run's training steps where it has made
+    some, and
+    `loader_over_step` what reading a step's samples takes of that when nothing is read ahead. Raises ShardError where
+    the samples are missing, ConfigError for a method that has none.
     """
     setup = resolve(config)
     if setup.plan is None or not drawn_sources(setup.trained[0]):

@@ -1,7 +1,8 @@
-"""What the mask costs at real sizes, on this machine: its refresh and its step on random data, beside how else they are done.
+"""What the mask costs at real sizes, on this machine: its refresh and its step on random data, beside how else they are
+done.
 
-Sizes are those of the cross-attention of the public models: Stable Diffusion 1.5 44.0 M weights in 64 matrices, SDXL 545.6 M in 280,
-SANA 1.6B 401.4 M in 80 (counted from their configurations).
+Sizes are those of the cross-attention of the public models: Stable Diffusion 1.5 44.0 M weights in 64 matrices, SDXL
+545.6 M in 280, SANA 1.6B 401.4 M in 80 (counted from their configurations).
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Stage:
 
 
 def bench_mask(preset: str, scope: str, group: Group, weights: int | None = None, repeats: int = 3) -> dict[str, Any]:
-    """Seconds of a turnover and of a masked step, and how they compare; all ranks enter. Comparisons are made on one rank alone.
+    """Seconds of a turnover and of a masked step, and how they compare; all ranks enter. Comparisons are made on one
+    rank alone.
 
     `weights` (all of them) takes only the first matrices. Times are the best of `repeats`, each on another saliency.
     """
@@ -121,7 +123,9 @@ def bench_mask(preset: str, scope: str, group: Group, weights: int | None = None
 
 
 def _per_matrix_topk(stage: Stage, opened: Tensor) -> None:
-    """The turnover as published code does it: index lists of open and closed weights of each matrix, and topk of each; `opened` changes."""
+    """The turnover as published code does it: index lists of open and closed weights of each matrix, and topk of
+    each; `opened` changes.
+    """
     for f in stage.shard.fragments:
         saliency, here = stage.shard.saliency[f.here].abs(), opened[f.here]
         count = max(1, int(TURNOVER * int(here.sum())))
@@ -153,8 +157,8 @@ def _differ_by_ties_alone(theirs: Tensor, ours: Tensor, saliency: Tensor, stage:
 def _bench_step(stage: Stage, repeats: int) -> dict[str, float]:
     """The masked step, saliency included, beside torch's fused AdamW on the same number of weights, turn by turn.
 
-    `masked_step` as a run does it by default; `open_moments_step` with moments of open weights alone, `clipped_step` with clipping, which
-    needs another pass, `plain_step` in plain torch.
+    `masked_step` as a run does it by default; `open_moments_step` with moments of open weights alone, `clipped_step`
+    with clipping, which needs another pass, `plain_step` in plain torch.
     """
     shard, n, group = stage.shard, stage.shard.flat.numel(), stage.group
     shard.master.grad = torch.full_like(shard.master, 1e-3)

@@ -29,7 +29,9 @@ def timed(group: Group, work: Callable[[], Any]) -> float:
 
 @contextmanager
 def growth() -> Iterator[list[int]]:
-    """Bytes by which this process's own memory grew at most meanwhile: of the GPU where there is one, else as Linux tells it."""
+    """Bytes by which this process's own memory grew at most meanwhile: of the GPU where there is one, else as Linux
+    tells it.
+    """
     grown = [0]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -1,8 +1,8 @@
 """What a training step costs on this machine.
 
 The loop as it is runs beside the bare passes that its losses need, and beside the work that published code does for the
-same update on the same net. The method is Sculpting Memory in its published form without distillation: the student's own
-label, then one forward with gradient over target and superclass. Latents are random; nothing is drawn.
+same update on the same net. The method is Sculpting Memory in its published form without distillation: the student's
+own label, then one forward with gradient over target and superclass. Latents are random; nothing is drawn.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ def _floor(work: Workload) -> Callable[[], None]:
 
 
 def _published(work: Workload) -> Callable[[], None]:
-    """Prompts and images encoded anew, three forwards, gradients of all weights, those of the trained ones masked, Adam.
+    """Prompts and images encoded anew, three forwards, gradients of all weights, those of the trained ones masked,
+    Adam.
 
     What the published code does (see `dm_cal.REFERENCE`), except for its distillation term and its copy of the net.
     """

@@ -19,7 +19,7 @@ def bench_mask(
     weights: int | None = typer.Option(None, help="Largest number of weights: takes the first matrices only."),
     as_json: bool = AS_JSON,
 ) -> None:
-    """Time a refresh and a masked step on random data, on one rank beside the ways of published code."""
+    """Time a refresh and a masked step on random data, on one rank next to the methods of published code."""
     from sculpt_dist.bench.mask import bench_mask as run
     from sculpt_dist.cli.console import print_figures
     from sculpt_dist.engine.group import Group
@@ -38,7 +38,7 @@ def bench_step(
     arch: str = typer.Option("sd15", help="Kind of model; without model.path the shipped one."),
     as_json: bool = AS_JSON,
 ) -> None:
-    """Time a step of the training loop by part, on one rank beside its bare passes and the work of published code."""
+    """Time a step of the training loop by part, on one rank next to its bare passes and published code."""
     from sculpt_dist.bench.step import bench_step as run
     from sculpt_dist.cli.console import print_figures
     from sculpt_dist.engine.group import Group
@@ -74,7 +74,7 @@ def bench_data(
     seconds: float = typer.Option(3.0, help="Seconds to read each role, and all together."),
     as_json: bool = AS_JSON,
 ) -> None:
-    """Time how fast the loader reads CONFIG's shards, without the net, beside the run's own steps."""
+    """Time how fast the loader reads CONFIG's shards, without the net, and compare with its steps."""
     loaded = load(config, overrides)
     from sculpt_dist.bench.data import bench_data as run
     from sculpt_dist.cli.console import print_figures

@@ -1,4 +1,4 @@
-"""What commands say at their end, as tables."""
+"""The results of commands, printed as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def print_run(folder: Path, report: dict[str, Any]) -> None:
-    """The scores of a finished run, and where its results lie."""
+    """Print the scores of a finished run and the paths of its results."""
     from sculpt_dist.report import seen_counts
 
     table = Table(title=f"forgotten: {', '.join(concept['target'] for concept in report['concepts'])}")
@@ -37,7 +37,7 @@ def print_run(folder: Path, report: dict[str, Any]) -> None:
 
 
 def print_check(found: dict[str, Any]) -> None:
-    """What `check.check_run` found."""
+    """Print the result of `planning.check_run`."""
     table = Table(show_header=False)
     rows = {
         "net": f"{found['net']}, {found['parameters']:,} parameters",
@@ -59,7 +59,7 @@ def print_check(found: dict[str, Any]) -> None:
 
 
 def print_plan(found: dict[str, Any]) -> None:
-    """What `plan.plan_run` found."""
+    """Print the result of `planning.plan_run`."""
     micro = f"micro-batch {found['micro_batch']} x {found['accumulate']}"
     trained = f"{found['trainable']:,} of {found['parameters']:,} parameters train"
     Console().print(f"{found['net']}: {trained}; stage {found['stage']}, {micro}")
@@ -91,14 +91,14 @@ def print_plan(found: dict[str, Any]) -> None:
         print(f"does not fit into {limit}, whatever is changed")
     else:
         change = found["change"]
-        told = " ".join(
+        changes = " ".join(
             [*change["overrides"], *([f"--ranks {change['ranks']}"] if change["ranks"] != found["ranks"] else [])]
         )
-        print(f"does not fit into {limit}; with {told} it does, at {change['peak'] / 1e9:.2f} GB")
+        print(f"does not fit into {limit}; with {changes} it does, at {change['peak'] / 1e9:.2f} GB")
 
 
 def print_figures(found: dict[str, Any], as_json: bool) -> None:
-    """Figures of a benchmark, as a table or as one line of JSON."""
+    """Print the figures of a benchmark as a table or as one line of JSON."""
     if as_json:
         print(json.dumps(found))
         return

@@ -1,4 +1,4 @@
-"""The command line: thin, and quick to start; everything heavy is imported inside the commands."""
+"""The command line. It starts quickly, because commands import heavy libraries only when they run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all commands share: their arguments, how a configuration is read, and what they do once on several ranks."""
+"""Shared by all commands: arguments, completion, reading a configuration, and the rank of this process."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def _check_method(options: dict[str, object]) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the first rank of its job, which speaks for all."""
+    """Whether this is the first rank of its job, the only one that prints."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def num_ranks() -> int:
-    """The ranks of this job, as its launcher says."""
+    """The number of ranks of this job, as set by its launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""The commands that run: all of a run, or one of its stages; and what is made of its result."""
+"""The commands of a run and of its stages, and those that use its result."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def apply(
 
 
 def report(folder: Path = typer.Argument(help="A run folder.")) -> None:
-    """Write the report of a run folder anew."""
+    """Rewrite the report of a run folder."""
     from sculpt_dist.core.errors import RunFolderError
     from sculpt_dist.report.report import write_report
 

@@ -2,7 +2,7 @@
 
 `schema` declares the keys of a run, `experiments` those of comparison and sweep files. `load` merges defaults, yaml
 files and overrides; `checks` refuses what cannot work; `interpolation` keeps values of the environment out of all
-files; `reference` reads the documentation of keys from the source. Everybody above may import it; it imports only
+files; `reference` reads the documentation of keys from the source. All packages above may import it; it imports only
 `core`.
 """
 

@@ -1,4 +1,4 @@
-"""What must hold of a configuration: ranges, choices, and combinations of keys."""
+"""Checks of a configuration: ranges, choices, and combinations of keys."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def _check_concepts(config: RunConfig) -> None:
         seen.add(normal(concept.target))
         for kept in concept.keep:
             if not normal(kept):
-                raise ConfigError(f"{key}.keep holds an empty name: remove it")
+                raise ConfigError(f"{key}.keep contains an empty name: remove it")
             if normal(kept) in (normal(other.target) for other in config.concepts):
-                raise ConfigError(f"{key}.keep holds {kept!r}, which is a target; remove it from one of them")
+                raise ConfigError(f"{key}.keep contains {kept!r}, which is also a target: remove one of the two")
 
 
 def _check_prompts(config: RunConfig) -> None:
@@ -116,30 +116,32 @@ def _check_prompts(config: RunConfig) -> None:
             raise ConfigError(f"{key} is empty: give at least one template with {{concept}}")
         for template in templates:
             if "{concept}" not in template:
-                raise ConfigError(f"{key}: the prompt {template!r} does not hold {{concept}}, where the name goes")
+                raise ConfigError(f"{key}: the template {template!r} lacks {{concept}}, the placeholder for the name")
     targets = {normal(concept.target) for concept in config.concepts}
     for name in config.prepare.prompts.files:
         if normal(name) not in targets:
-            there = ", ".join(concept.target for concept in config.concepts)
-            raise ConfigError(f"prepare.prompts.files names {name!r}, which is no target; there are: {there or 'none'}")
+            known = ", ".join(concept.target for concept in config.concepts)
+            raise ConfigError(
+                f"prepare.prompts.files names {name!r}, which is not a target; there are: {known or 'none'}"
+            )
 
 
 def _check_evaluation(config: RunConfig) -> None:
     for key, names in (("evaluate.objects", config.evaluate.objects), ("evaluate.styles", config.evaluate.styles)):
         if not all(normal(name) for name in names):
-            raise ConfigError(f"{key} holds an empty name: remove it")
-        twice = [name for i, name in enumerate(names) if normal(name) in map(normal, names[:i])]
-        if twice:
-            raise ConfigError(f"{key} holds {twice[0]!r} twice: remove one")
+            raise ConfigError(f"{key} contains an empty name: remove it")
+        repeated = [name for i, name in enumerate(names) if normal(name) in map(normal, names[:i])]
+        if repeated:
+            raise ConfigError(f"{key} contains {repeated[0]!r} twice: remove one")
     measured = config.evaluate.reference or config.evaluate.clip or config.evaluate.metrics
     if config.evaluate.retain_prompts and not measured:
         raise ConfigError(
-            f"evaluate.retain_prompts={config.evaluate.retain_prompts}: FID, KID and CLIPScore are taken of these "
+            f"evaluate.retain_prompts={config.evaluate.retain_prompts}: FID, KID and CLIPScore are computed from these "
             "images: give evaluate.reference or evaluate.clip"
         )
     for template in (config.evaluate.prompt, *config.evaluate.paraphrases):
         if "{object}" not in template:
-            raise ConfigError(f"evaluate prompt {template!r} does not hold {{object}}, where the name goes")
+            raise ConfigError(f"evaluate prompt {template!r} lacks {{object}}, the placeholder for the name")
 
 
 def check_numbers(section: Any, prefix: str) -> None:

@@ -69,7 +69,7 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
 
 
 def _with_included(file: Path, includers: Sequence[Path]) -> Iterator[tuple[Path, DictConfig]]:
-    """The files whose sections are merged, in order: `include: other.yaml` (beside the file) comes before the file."""
+    """The files whose sections are merged, in order: `include: other.yaml` (relative to the file) comes first."""
     if file.resolve() in includers:
         raise ConfigError(f"{file}: includes itself, by way of {', '.join(path.name for path in includers)}")
     content = read_yaml(file)
@@ -89,7 +89,7 @@ def read_yaml(file: Path) -> DictConfig:
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file}: is not readable as yaml: {error}") from error
     if not isinstance(content, DictConfig):
-        raise ConfigError(f"{file}: holds {type(content).__name__}, expected sections such as 'train:'")
+        raise ConfigError(f"{file}: contains {type(content).__name__}, expected sections such as 'train:'")
     return content
 
 
@@ -125,8 +125,8 @@ def _merge(base: DictConfig, update: DictConfig, where: str, prefix: str) -> Dic
         keys = list(_dotted(base, prefix))
         close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) if key not in keys else []
         hint = f" Did you mean {close[0]!r}?" if close and "Did you mean" not in message else ""
-        there = ", ".join(sorted(k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]))
-        listed = f" There are: {there}." if key not in keys and there else ""
+        known = ", ".join(sorted(k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]))
+        listed = f" There are: {known}." if key not in keys and known else ""
         raise ConfigError(f"{where}: {key}: {message}.{hint}{listed}") from error
 
 

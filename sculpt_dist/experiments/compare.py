@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -93,7 +93,8 @@ def run_comparison(
 
 def read_comparison(file: Path) -> Comparison:
     """Read a comparison file. Raises ConfigError, which names the file and the wrong key or name."""
-    comparison = merge_section(Comparison, OmegaConf.to_container(read_yaml(file)), str(file), prefix="")
+    content = cast(dict[str, Any], OmegaConf.to_container(read_yaml(file)))
+    comparison = merge_section(Comparison, content, str(file), prefix="")
     names = [row.name for row in comparison.rows]
     if len(set(names)) < len(names) or not comparison.tables:
         raise ConfigError(f"{file}: define at least one table, and give every row a name of its own")

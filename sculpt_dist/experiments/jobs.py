@@ -1,4 +1,4 @@
-"""Commands of this program as processes of their own, some at a time, each ended as it would be by itself."""
+"""Runs commands of this program as child processes, several at a time, and stops them cleanly on a signal."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sculpt_dist.core import errors
 from sculpt_dist.core.errors import ConfigError, StopRequested
 
 DONE, STOPPED = 0, 75
-LAUNCHERS = (
+LAUNCHER_VARIABLES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID "
     "SLURM_PROCID SLURM_NTASKS SLURM_NPROCS SLURM_LOCALID SLURM_NTASKS_PER_NODE"
 ).split()
-MARKS = ("STOP", "REQUEUE")  # in a run folder: please stop; stopped, and to be started again
+MARKS = ("STOP", "REQUEUE")  # files in a run folder: a request to stop; stopped before the end, start again
 TYPED = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.SculptError)}
-SHUTDOWN = "300"  # seconds that torchrun gives its ranks to save
+SHUTDOWN = "300"  # seconds that torchrun gives its ranks to save a checkpoint
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -40,10 +40,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """How a job ended that did not end well."""
+    """How a job failed."""
 
-    line: str  # that says why, or else the last one that it printed
-    error: str | None = None  # the name of the error, StopRequested for a saved stop, None for a crash
+    line: str  # the line with the error, or else the last printed line
+    error: str | None = None  # name of the error class; StopRequested after a saved stop, None after a crash
 
     def __str__(self) -> str:
         return self.line
@@ -52,16 +52,18 @@ class Failure:
 def run_jobs(
     jobs: Iterable[Job], parallel: int, ranks: int, on_end: Callable[[Job, Failure | None], None]
 ) -> dict[str, Failure]:
-    """Run all jobs, `parallel` at a time with `ranks` processes each; returns how each failed one ended, by its label.
+    """Run all jobs, `parallel` at a time with `ranks` processes each. Returns the failures by the job's label.
 
-    A job is taken from `jobs` only when it can start. `on_end` is called as each job ends, one at a time. A mark of an earlier stop in the
-    job's run folder is removed before. The cores are shared out evenly unless OMP_NUM_THREADS says otherwise.
-    On SIGINT, SIGTERM or SIGUSR1 the running jobs are asked to stop, which they do after saving, and StopRequested is raised; also when
-    a job was stopped by itself, after the others have ended.
+    A job is taken from `jobs` only when it can start. STOP and REQUEUE files of an earlier stop are removed from its
+    run folder first. `on_end` is called when a job ends, never for two jobs at once. The cores are divided evenly
+    unless OMP_NUM_THREADS is set.
+
+    On SIGINT, SIGTERM or SIGUSR1 the running jobs receive SIGTERM, save and stop, and StopRequested is raised. It is
+    also raised, after all other jobs have ended, if a job was stopped from outside.
     """
     if parallel < 1 or ranks < 1:
         raise ConfigError(f"jobs={parallel}, ranks={ranks}: each must be at least 1")
-    waiting, turn = iter(jobs), threading.Lock()
+    waiting, lock = iter(jobs), threading.Lock()
     running: set[subprocess.Popen[str]] = set()
     stopping: list[int] = []
     failed: dict[str, Failure] = {}
@@ -73,12 +75,12 @@ def run_jobs(
 
     def work() -> None:
         while True:
-            with turn:
+            with lock:
                 job = None if stopping else next(waiting, None)
             if job is None:
                 return
             failure = _run(job, parallel, ranks, running, stopping)
-            with turn:
+            with lock:
                 if failure is not None:
                     failed[job.label] = failure
                 on_end(job, failure)
@@ -92,15 +94,16 @@ def run_jobs(
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopping or any(failure.error == StopRequested.__name__ for failure in failed.values()):
-        raise StopRequested("stopped; what was running is saved, and the same command goes on from there")
+        raise StopRequested("stopped; what was running is saved, and the same command continues from there")
     return failed
 
 
 def _run(
     job: Job, parallel: int, ranks: int, running: set[subprocess.Popen[str]], stopping: list[int]
 ) -> Failure | None:
-    for mark in MARKS if job.folder is not None else ():
-        (job.folder / mark).unlink(missing_ok=True)
+    if job.folder is not None:
+        for mark in MARKS:
+            (job.folder / mark).unlink(missing_ok=True)
     process = subprocess.Popen(
         [*_guard(), *_launcher(ranks), *job.arguments],
         env=_environment(parallel * ranks),
@@ -108,7 +111,7 @@ def _run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which then asks them to stop
+        start_new_session=True,  # Ctrl-C then reaches this process only, which stops the jobs
     )
     running.add(process)
     if stopping:
@@ -117,15 +120,14 @@ def _run(
     running.discard(process)
     if process.returncode == DONE:
         return None
-    if process.returncode == STOPPED or (
-        job.folder is not None and (job.folder / "REQUEUE").exists()
-    ):  # torchrun loses the code
+    is_requeued = job.folder is not None and (job.folder / "REQUEUE").exists()  # torchrun does not pass on code 75
+    if process.returncode == STOPPED or is_requeued:
         return Failure("stopped and saved", StopRequested.__name__)
     return _failure(printed.splitlines(), process.returncode)
 
 
 def _failure(printed: list[str], code: int) -> Failure:
-    """The last line that names a typed error, which torchrun's own lines may follow; without one the last line."""
+    """The last line that starts with one of our errors (torchrun may print more lines after it), else the last line."""
     lines = [line for line in printed if line.strip()]
     typed = [line for line in lines if line.partition(": ")[0] in TYPED]
     if typed:
@@ -137,9 +139,9 @@ def _failure(printed: list[str], code: int) -> Failure:
 
 @functools.cache
 def _guard() -> tuple[str, ...]:
-    """On Linux, what has a job save and end when this process is killed: an orphan would go on alone, its folder locked.
+    """A command prefix that sends a job SIGTERM when this process dies, so that no orphan keeps its run folder locked.
 
-    Nothing where setpriv is missing, or older than util-linux 2.33, which brought the option.
+    Linux only. Empty if setpriv is missing or older than util-linux 2.33, which introduced the option.
     """
     guard = ("setpriv", "--pdeathsig", "TERM", "--")
     works = shutil.which(guard[0]) and subprocess.run([*guard, "true"], capture_output=True).returncode == 0
@@ -149,20 +151,12 @@ def _guard() -> tuple[str, ...]:
 def _launcher(ranks: int) -> list[str]:
     if ranks == 1:
         return [sys.executable, "-m", "sculpt_dist"]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        "-m",
-        "sculpt_dist",
-    ]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, "-m", *torchrun, "-m", "sculpt_dist"]
 
 
 def _environment(processes: int) -> dict[str, str]:
-    """This process's environment, without what a launcher said of it."""
+    """This process's environment without the variables of a launcher."""
     cores = len(os.sched_getaffinity(0))
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     return {"OMP_NUM_THREADS": str(max(1, cores // processes)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN} | kept

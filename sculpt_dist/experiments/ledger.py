@@ -1,10 +1,10 @@
-"""What a sweep's folder knows, shared by all processes that work in it: whose folder it is, the points of bayes, and how trials ended.
+"""The folder of a sweep, which all processes that work on the sweep share.
 
-SWEEP/plan.json             what decides the trials; another sweep is refused
-SWEEP/points.jsonl          bayes: the point of every trial that was asked for, and how it ended, written under points.lock
-SWEEP/trials/0003/          the run folder of trial 3; its report is the trial's result
+SWEEP/plan.json             the settings that determine the trials; a different sweep is refused
+SWEEP/points.jsonl          bayes: the point and the outcome of every trial so far, written under points.lock
+SWEEP/trials/0003/          the run folder of trial 3; its report is the result of the trial
 SWEEP/trials/0003.lock      held while a process runs the trial
-SWEEP/trials/0003.failed    why it cannot run; remove it to try again
+SWEEP/trials/0003.failed    why the trial failed; remove it to run the trial again
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sculpt_dist.experiments.trials import Sweep, Trial
 from sculpt_dist.maths.comparison import harmonic
 
 DONE, FAILED, OPEN = "done", "failed", "open"
-ATTEMPTS = 100  # at a point that no other trial has
+ATTEMPTS = 100  # to find a point that no other trial has
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial stands: done with scores, failed with a reason, or open (not run, or not to its end)."""
+    """The state of a trial: done with scores, failed with a reason, or open (not finished)."""
 
     trial: Trial
     state: str
@@ -37,21 +37,21 @@ class Outcome:
 
 
 def claim_sweep(sweep: Sweep) -> None:
-    """Raises RunFolderError when the folder holds another sweep."""
+    """Record the sweep in its folder. Raises RunFolderError if the folder holds another sweep."""
     (sweep.folder / "trials").mkdir(parents=True, exist_ok=True)
-    file, mine = sweep.folder / "plan.json", json.dumps(sweep.identity, indent=1, default=str) + "\n"
+    file, plan = sweep.folder / "plan.json", json.dumps(sweep.identity, indent=1, default=str) + "\n"
     with FileLock(sweep.folder / "plan.lock"):
         if not file.is_file():
-            write_atomically(file, mine.encode())
-        theirs = json.loads(file.read_text())
-    changed = [key for key, value in json.loads(mine).items() if theirs.get(key) != value]
+            write_atomically(file, plan.encode())
+        recorded = json.loads(file.read_text())
+    changed = {key: value for key, value in json.loads(plan).items() if recorded.get(key) != value}
     if changed:
-        told = "; ".join(f"{key}: {theirs.get(key)} there, {json.loads(mine)[key]} here" for key in changed)
-        raise RunFolderError(f"{sweep.folder} holds another sweep ({told}): choose another --folder, or remove it")
+        details = "; ".join(f"{key}: {recorded.get(key)} there, {value} here" for key, value in changed.items())
+        raise RunFolderError(f"{sweep.folder} holds another sweep ({details}): choose another --folder, or remove it")
 
 
 def claim_trial(sweep: Sweep, index: int) -> FileLock | None:
-    """The trial, for this process alone until the lock is released; None while another process has it."""
+    """Lock a trial for this process. Returns the lock to release, or None while another process holds it."""
     lock = FileLock(sweep.folder / "trials" / f"{index:04d}.lock", thread_local=False)
     try:
         return lock.acquire(timeout=0).lock
@@ -60,7 +60,7 @@ def claim_trial(sweep: Sweep, index: int) -> FileLock | None:
 
 
 def outcome(trial: Trial) -> Outcome:
-    """From the report in its folder, or the record of its failure."""
+    """Read a trial's outcome from its report or from its .failed file."""
     report = finished_report(trial.folder, trial.fingerprint)
     if report is not None:
         after = report["after"]
@@ -71,7 +71,7 @@ def outcome(trial: Trial) -> Outcome:
 
 
 def retention(scores: Mapping[str, float | None]) -> float | None:
-    """The harmonic mean of IRA and CRA, or the one that there is."""
+    """The harmonic mean of IRA and CRA, or the only one measured."""
     return harmonic(scores, ("IRA", "CRA"))
 
 
@@ -80,7 +80,7 @@ def write_failure(trial: Trial, line: str) -> None:
 
 
 def trial_of(sweep: Sweep, index: int) -> Trial:
-    """A trial with its point; bayes is asked for one when the trial has none yet."""
+    """A trial with its point. Under bayes, a trial without a point gets a new one."""
     if sweep.settings.method != "bayes":
         return sweep.trial(index, sweep.point(index))
     with FileLock(sweep.folder / "points.lock"):
@@ -99,7 +99,7 @@ def trial_of(sweep: Sweep, index: int) -> Trial:
 
 
 def record_outcome(sweep: Sweep, ended: Outcome) -> None:
-    """Let bayes know how a trial ended; told twice is told once."""
+    """Record for bayes how a trial ended; recording it twice has no further effect. Other methods need no record."""
     if sweep.settings.method != "bayes":
         return
     with FileLock(sweep.folder / "points.lock"):
@@ -109,7 +109,7 @@ def record_outcome(sweep: Sweep, ended: Outcome) -> None:
 
 
 def known_trials(sweep: Sweep) -> list[Trial]:
-    """All trials; of bayes those that have a point."""
+    """All trials; under bayes, those that have a point."""
     if sweep.settings.method == "bayes":
         return [
             sweep.trial(index, sweep.point_at(entry["shares"])) for index, entry in sorted(_read_entries(sweep).items())
@@ -130,21 +130,25 @@ def _write_entries(sweep: Sweep, entries: Mapping[int, Mapping[str, Any]]) -> No
 
 
 def _new_shares(sweep: Sweep, index: int, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
-    """A point that no trial has, given how the others ended; those that have not count as bad, which keeps this one away from them."""
+    """A new point, based on the outcomes so far.
+
+    Trials still running count as bad, which keeps the new point away from theirs (optuna's constant liar).
+    """
     taken = [sweep.point_at(entry["shares"]) for entry in entries.values()]
     for attempt in range(ATTEMPTS):
         shares = _suggest(sweep, list(entries.values()), derived_seed(sweep.seed, index, attempt) % 2**31)
         if sweep.point_at(shares) not in taken:
             return shares
     raise ConfigError(
-        f"trial {index}: bayes found no point that is not among the {len(taken)} tried ones: lower run_cap to {len(taken)}"
+        f"trial {index}: bayes found no point besides the {len(taken)} tried ones: lower run_cap to {len(taken)}"
     )
 
 
-def _suggest(sweep: Sweep, told: Sequence[Mapping[str, Any]], seed: int) -> dict[str, float]:
+def _suggest(sweep: Sweep, entries: Sequence[Mapping[str, Any]], seed: int) -> dict[str, float]:
     try:
         import optuna
         from optuna.distributions import CategoricalDistribution, FloatDistribution
+        from optuna.study import StudyDirection
     except ImportError as error:
         raise ConfigError(
             "method bayes needs optuna: pip install 'sculpt-dist[sweeps]', or use method random"
@@ -157,15 +161,15 @@ def _suggest(sweep: Sweep, told: Sequence[Mapping[str, Any]], seed: int) -> dict
         else FloatDistribution(0.0, 1.0)
         for parameter in searched
     }
-    study = optuna.create_study(
-        direction=sweep.settings.metric.goal, sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-    )
+    directions = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MAXIMIZE}
+    sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    study = optuna.create_study(direction=directions[sweep.settings.metric.goal], sampler=sampler)
     states = {
         DONE: optuna.trial.TrialState.COMPLETE,
         FAILED: optuna.trial.TrialState.FAIL,
         OPEN: optuna.trial.TrialState.RUNNING,
     }
-    for entry in told:
+    for entry in entries:
         state = states[FAILED if entry["state"] == DONE and entry["value"] is None else entry["state"]]
         params = {name: entry["shares"][name] for name in space}
         study.add_trial(
@@ -176,5 +180,5 @@ def _suggest(sweep: Sweep, told: Sequence[Mapping[str, Any]], seed: int) -> dict
 
 
 def _middles(values: Sequence[Any]) -> list[float]:
-    """The share in the middle of each of several equally likely values."""
+    """The middle of each value's interval when [0, 1] is divided evenly among the values."""
     return [(number + 0.5) / len(values) for number in range(len(values))]

@@ -1,13 +1,14 @@
-"""Which blocks to train: a short run of its own for every block, judged by the images that it draws (SurgUn, arXiv 2603.00975).
+"""Chooses the blocks to train: each block trains alone in a short run and is scored by its images.
 
-Known from the abstract alone: blocks are chosen by how generated images erase and retain. A reconstruction: the score
-UA + (IRA + CRA) / 2 of a small grid of images, by other seeds than a run's own evaluation has, and a quarter of the steps.
+Published in SurgUn (arXiv 2603.00975), of which we had only the abstract: blocks are chosen by how well generated
+images erase and retain. Our reconstruction scores UA + (IRA + CRA) / 2 on a small grid of images, after a quarter of
+the steps, with seeds that the evaluation of a run does not use.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed, write_atomically
 from sculpt_dist.experiments.compare import finished_report
-from sculpt_dist.experiments.jobs import Job, run_jobs
-from sculpt_dist.methods.base import load_method
+from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
+from sculpt_dist.methods.base import Method, load_method
 from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.model import open_backbone
 from sculpt_dist.run.preflight import META_GROUP
@@ -26,7 +27,7 @@ from sculpt_dist.run.preflight import META_GROUP
 
 @dataclass(frozen=True)
 class BlockRun:
-    """The short run in which one block alone trains."""
+    """A short run that trains one block alone."""
 
     block: int
     overrides: tuple[str, ...]
@@ -38,17 +39,14 @@ class BlockRun:
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """UA, IRA, CRA and their score; None while the run has not ended."""
+        """UA, IRA, CRA and the combined score; None until the run is finished."""
         report = finished_report(self.folder, config_fingerprint(self.config))
         if report is None:
             return None
-        found = {name: report["after"][name] for name in ("UA", "IRA", "CRA")}
-        retained = [found[name] for name in ("IRA", "CRA") if found[name] is not None]
-        return (
-            {"block": self.block}
-            | found
-            | {"score": found["UA"] + (sum(retained) / len(retained) if retained else 0.0)}
-        )
+        scores = {name: report["after"][name] for name in ("UA", "IRA", "CRA")}
+        retained = [scores[name] for name in ("IRA", "CRA") if scores[name] is not None]
+        score = scores["UA"] + (sum(retained) / len(retained) if retained else 0.0)
+        return {"block": self.block, **scores, "score": score}
 
 
 def run_localization(
@@ -59,11 +57,13 @@ def run_localization(
     parallel: int = 1,
     ranks: int = 1,
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Run what is missing of the blocks' runs; returns (RUN-localize, the scores of all blocks, the best first).
+    """Run the unfinished blocks and rank all of them. Returns (RUN-localize, scores of all blocks, best first).
 
-    A run has a quarter of the file's steps and one image per object and style, by templates alone, unless `overrides` say otherwise. With
-    `index` only that block's run is made, as one task of a job array, and nothing is ranked. Called without it, afterwards, it ranks and
-    writes localize.json. Raises ConfigError when the method cannot train single blocks, when evaluation is off, or when a run failed;
+    A run has a quarter of the configured steps and evaluates one image per object and style, with template prompts
+    only, unless `overrides` say otherwise. With `index` only that block runs, as one task of a job array, and nothing
+    is ranked; a later call without `index` ranks the blocks and writes localize.json.
+
+    Raises ConfigError if the method cannot train single blocks, if the evaluation is off, or if a run failed, and
     StopRequested after a signal.
     """
     if best < 1:
@@ -75,9 +75,7 @@ def run_localization(
             raise ConfigError(f"index={index}: no such block; there are: {', '.join(str(run.block) for run in runs)}")
     todo = [run for run in (runs if index is None else chosen) if run.scores is None]
     jobs = [Job(f"block {run.block}", ("unlearn", str(file), *run.overrides), run.folder) for run in todo]
-    failed = run_jobs(
-        jobs, parallel, ranks, lambda job, failure: print(f"{job.label}: {failure or 'done'}", flush=True)
-    )
+    failed = run_jobs(jobs, parallel, ranks, _print_end)
     if failed:
         raise ConfigError("; ".join(f"{label}: {failure}" for label, failure in failed.items()))
     folder = runs[0].folder.parent
@@ -85,36 +83,39 @@ def run_localization(
         return folder, []
     ranked = sorted((scores for run in runs if (scores := run.scores)), key=lambda scores: -scores["score"])
     choice = sorted(scores["block"] for scores in ranked[:best])
-    write_atomically(
-        folder / "localize.json", (json.dumps({"blocks": ranked, "best": choice}, indent=1) + "\n").encode()
-    )
+    content = json.dumps({"blocks": ranked, "best": choice}, indent=1) + "\n"
+    write_atomically(folder / "localize.json", content.encode())
     return folder, ranked
 
 
+def _print_end(job: Job, failure: Failure | None) -> None:
+    print(f"{job.label}: {failure or 'done'}", flush=True)
+
+
 def block_runs(file: Path, overrides: Sequence[str]) -> list[BlockRun]:
-    """A run for every block in which the method has something to train."""
+    """The run of every block in which the method trains something."""
     config = load_config(file, list(overrides))
     if not config.evaluate.enabled:
-        raise ConfigError("evaluate.enabled=false: blocks are judged by the images that they draw")
-    _with_block(config, file, overrides, 0)  # says when the method has no option `blocks`
+        raise ConfigError("evaluate.enabled=false: blocks are judged by the images of their runs; set it to true")
+    _with_block(config, file, overrides, 0)  # raises if the method has no option `blocks`
     groups = open_backbone(config.model, META_GROUP, Path(config.run.folder)).groups()
     numbers = range(sum(name.startswith("block.") for name in groups))
     runs = [_with_block(config, file, overrides, number) for number in numbers]
-    return [run for run in runs if _trains(run.config, groups)]
+    return [run for run in runs if _trains(run.config.method, groups)]
 
 
-def _trains(config: RunConfig, groups: Any) -> bool:
+def _trains(options: Mapping[str, Any], groups: Mapping[str, tuple[str, ...]]) -> bool:
+    method = load_method(options)
     try:
-        return bool(load_method(config.method).trainable(groups))
-    except ConfigError:
+        return isinstance(method, Method) and bool(method.trainable(groups))
+    except ConfigError:  # the block has nothing to train
         return False
 
 
 def _with_block(config: RunConfig, file: Path, overrides: Sequence[str], block: int) -> BlockRun:
     seed = derived_seed(config.evaluate.seed, "localize") % 2**31
-    plain = [
-        f"evaluate.{name}=null" for name in ("prompts", "retain_prompts", "reference", "clip", "metrics")
-    ]  # lists may say the reported seeds
+    # Prompt lists may contain the seeds of the reported evaluation.
+    plain = [f"evaluate.{name}=null" for name in ("prompts", "retain_prompts", "reference", "clip", "metrics")]
     short = (
         f"train.steps={max(1, config.train.steps // 4)}",
         "evaluate.images=1",
@@ -122,8 +123,8 @@ def _with_block(config: RunConfig, file: Path, overrides: Sequence[str], block: 
         f"evaluate.seed={seed}",
         *plain,
     )
-    mine = (f"method.blocks=[{block}]", f"run.folder={config.run.folder}-localize/block-{block:02d}")
-    given = (*short, *overrides, *mine)
-    made = load_config(file, list(given))
-    load_method(made.method)
-    return BlockRun(block, given, made)
+    own = (f"method.blocks=[{block}]", f"run.folder={config.run.folder}-localize/block-{block:02d}")
+    given = (*short, *overrides, *own)
+    block_config = load_config(file, list(given))
+    load_method(block_config.method)
+    return BlockRun(block, given, block_config)

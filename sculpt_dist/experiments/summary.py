@@ -55,7 +55,7 @@ def summary_rows(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[dict[str, An
     both = {
         ended.trial.index: (ended.scores["UA"], retention(ended.scores)) for ended in ordered if ended.state == DONE
     }
-    pairs = {index: pair for index, pair in both.items() if None not in pair}
+    pairs = {index: (ua, kept) for index, (ua, kept) in both.items() if ua is not None and kept is not None}
     front = dict(zip(pairs, undominated(list(pairs.values()))))
     return [
         {

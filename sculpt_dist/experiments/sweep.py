@@ -1,4 +1,7 @@
-"""A sweep without a server: the trials of a W&B sweep file, each a run folder of its own, by one process or by the tasks of a job array."""
+"""Runs a W&B sweep file without a server, in one process or in the tasks of a job array.
+
+Each trial is a run folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from sculpt_dist.experiments.ledger import (
 from sculpt_dist.experiments.summary import write_summary
 from sculpt_dist.experiments.trials import Sweep, Trial, read_sweep
 
-LASTING = (ConfigError.__name__, NonFiniteError.__name__)  # errors of a trial's own point, which would come again
+LASTING = (ConfigError.__name__, NonFiniteError.__name__)  # caused by the trial's own point: would recur
 
 
 def run_sweep(
@@ -36,11 +39,13 @@ def run_sweep(
     ranks: int = 1,
     run: bool = True,
 ) -> Path:
-    """Run the trials of a sweep that are not done, `parallel` at a time, and write its summary; returns the folder.
+    """Run the unfinished trials of a sweep, `parallel` at a time, write its summary, and return its folder.
 
-    With `index` only that trial runs, as one task of a job array, and no summary is written; without `run` none does. Several processes
-    may work in one folder: each takes trials that no other one has. Raises ConfigError, before anything runs, for what cannot work, and
-    at the end when a trial failed; RunFolderError when another process has the trial `index`; StopRequested after a signal.
+    With `index` only that trial runs, as one task of a job array, and no summary is written. With `run=False` no trial
+    runs. Several processes may work in one folder: each takes trials that no other process holds.
+
+    Raises ConfigError before anything runs if the sweep is invalid, and at the end if a trial failed. Raises
+    RunFolderError if another process holds the trial `index`, and StopRequested after a signal.
     """
     plan = _claimed(file, overrides, folder, seed, index)
     worker = SweepWorker(plan)
@@ -57,22 +62,22 @@ def run_sweep(
         outcomes = [outcome(trial) for trial in known_trials(plan)]
         write_summary(plan, outcomes)
         _check_metric(plan, outcomes)
-    told = [f"{label}: {failure}" for label, failure in failed.items()] + worker.failed_before
-    if told:
-        raise ConfigError(f"{len(told)} of {plan.count} trials failed: {'; '.join(told)}")
+    reasons = [f"{label}: {failure}" for label, failure in failed.items()] + worker.failed_before
+    if reasons:
+        raise ConfigError(f"{len(reasons)} of {plan.count} trials failed: {'; '.join(reasons)}")
     return plan.folder
 
 
 def trial_arguments(
     file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int
 ) -> tuple[str, ...]:
-    """The command line of one trial, for a launcher of one's own."""
+    """The command line of one trial, for the user's own launcher."""
     plan = _claimed(file, overrides, folder, seed, index)
     return _arguments(plan, trial_of(plan, index))
 
 
 def _claimed(file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int | None) -> Sweep:
-    """The sweep, checked, with its folder. Raises ConfigError and RunFolderError."""
+    """Read and check the sweep and claim its folder. Raises ConfigError and RunFolderError."""
     plan = read_sweep(file, overrides, folder, seed)
     plan.check()
     if index is not None and not 0 <= index < plan.count:
@@ -86,16 +91,16 @@ def _arguments(plan: Sweep, trial: Trial) -> tuple[str, ...]:
 
 
 class SweepWorker:
-    """One process's work on a sweep."""
+    """The work of one process on a sweep."""
 
     def __init__(self, plan: Sweep) -> None:
         self.plan = plan
-        self.elsewhere: list[int] = []  # trials that another process has
+        self.elsewhere: list[int] = []  # trials that another process holds
         self.failed_before: list[str] = []
-        self._held: dict[str, tuple[Trial, Any]] = {}  # by the job's label: the trial, and the lock on it
+        self._held: dict[str, tuple[Trial, Any]] = {}  # trial and its lock, by the job's label
 
     def jobs(self, indices: Sequence[int]) -> Iterator[Job]:
-        """The trials that nobody has run or is running, each claimed as it is taken."""
+        """Jobs for the open trials that no process holds; each is claimed when it is taken."""
         for index in indices:
             lock = claim_trial(self.plan, index)
             if lock is None:
@@ -109,14 +114,14 @@ class SweepWorker:
                     f"{label}: {ended.reason} (remove {trial.folder.with_suffix('.failed')} to run it again)"
                 )
             if ended.state in (DONE, FAILED):
-                record_outcome(self.plan, ended)  # a process that was killed may not have
+                record_outcome(self.plan, ended)  # a killed process may not have recorded it
                 lock.release()
                 continue
             self._held[label] = trial, lock
             yield Job(label, _arguments(self.plan, trial), trial.folder)
 
     def job_ended(self, job: Job, failure: Failure | None) -> None:
-        """Say how a trial ended, record an error of its point, and let the trial go."""
+        """Print how a trial ended, record an error caused by its point, and release the trial."""
         trial, lock = self._held.pop(job.label)
         if failure is not None and failure.error in LASTING:
             write_failure(trial, failure.line)
@@ -132,16 +137,16 @@ def _point_text(trial: Trial) -> str:
 
 
 def _check_metric(plan: Sweep, outcomes: Sequence[Outcome]) -> None:
-    """Raises ConfigError when trials are done and none has the metric."""
+    """Raises ConfigError if no finished trial has the metric."""
     done = [ended.scores for ended in outcomes if ended.state == DONE]
     name = plan.settings.metric.name
     if done and all(scores[name] is None for scores in done):
-        there = ", ".join(score for score, value in done[0].items() if value is not None)
-        raise ConfigError(f"metric.name={name}: no report of a trial has it; they have: {there}")
+        measured = ", ".join(score for score, value in done[0].items() if value is not None)
+        raise ConfigError(f"metric.name={name}: no trial's report has this score; choose one of: {measured}")
 
 
 def _check_index(worker: SweepWorker, index: int) -> None:
     if index in worker.elsewhere:
         note = worker.plan.folder / "trials" / f"{index:04d}" / ".holder"
         holder = note.read_text() if note.is_file() else "another process"
-        raise RunFolderError(f"trial {index} is being run by {holder}: wait for it, or run another one")
+        raise RunFolderError(f"trial {index} is being run by {holder}: wait for it, or run another trial")

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sculpt_dist.config.checks import normal
 from sculpt_dist.config.experiments import Comparison, Table
-from sculpt_dist.config.load import normal
 from sculpt_dist.config.schema import Concept, RunConfig
 from sculpt_dist.evaluation.requests import World, resolve_evaluation
 from sculpt_dist.evaluation.scoring import score_targets
@@ -185,8 +185,13 @@ def _counts(cell: FinishedCell) -> Counts:
 
 def _answers(cell: FinishedCell) -> Answers:
     columns = cell.result["answers"]
-    names = ("prompt", "object_asked", "style_asked", "object_seen", "style_seen")
-    return Answers(*(None if columns[name] is None else np.array(columns[name]) for name in names))
+    return Answers(
+        prompt=np.array(columns["prompt"]),
+        object_asked=np.array(columns["object_asked"]),
+        style_asked=np.array(columns["style_asked"]),
+        object_seen=np.array(columns["object_seen"]),
+        style_seen=None if columns["style_seen"] is None else np.array(columns["style_seen"]),
+    )
 
 
 def _ua_by_target(cells: Sequence[FinishedCell]) -> dict[str, float | None]:

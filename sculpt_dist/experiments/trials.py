@@ -1,4 +1,4 @@
-"""The trials of a sweep: what its file says, and which point each trial has, wherever and whenever it runs."""
+"""Reads a sweep file and gives every trial its point, the same wherever and whenever the trial runs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from sculpt_dist.experiments.tables import SCORES
 from sculpt_dist.maths.points import KINDS, Parameter, value_at
 from sculpt_dist.run.fingerprint import config_fingerprint
 
-ARGUMENTS = "${args_no_hyphens}"  # where W&B's agent puts the point, as key=value
-AGENTS = ("run.folder=", "track.")  # overrides of the command that only the agent needs
-OWN = ("run.folder", "track.group")  # of every trial
+ARGUMENTS = "${args_no_hyphens}"  # W&B's agent replaces it with the point, as key=value
+AGENT_OVERRIDES = ("run.folder=", "track.")  # in the command, for W&B's agent only
+RESERVED = ("run.folder", "track.group")  # keys that the sweep sets for every trial
 Point = Mapping[str, Any]
 
 
@@ -49,23 +49,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file, read and checked, with the folder of its trials."""
+    """A sweep file with the folder of its trials."""
 
     name: str
     settings: SweepFile
-    parameters: tuple[Parameter, ...]  # by name, the order of a grid
-    config: Path  # what the command names
-    overrides: tuple[str, ...]  # of every trial
+    parameters: tuple[Parameter, ...]  # sorted by name, which is the order of a grid
+    config: Path  # configuration file named in the command
+    overrides: tuple[str, ...]  # for every trial
     folder: Path
     seed: int
     count: int  # trials
-    _evaluations: set[str] = field(default_factory=set, compare=False, repr=False)  # that were checked
-    _trials: dict[int, Trial] = field(
-        default_factory=dict, compare=False, repr=False
-    )  # reading a configuration takes 0.1 s
+    _evaluations: set[str] = field(default_factory=set, compare=False, repr=False)  # already checked
+    _trials: dict[int, Trial] = field(default_factory=dict, compare=False, repr=False)  # loading one takes 0.1 s
 
     def point(self, index: int) -> Point:
-        """Of a grid or a random search, from (seed, index) alone. A grid's last parameter, in order of their names, changes fastest."""
+        """The point of a trial of a grid or a random search. It depends on (seed, index) only.
+
+        In a grid the last parameter by name changes fastest.
+        """
         if self.settings.method == "grid":
             sizes = [len(parameter.choices or ()) for parameter in self.parameters]
             at = np.unravel_index(index, sizes)
@@ -75,28 +76,33 @@ class Sweep:
         )
 
     def point_at(self, shares: Mapping[str, float]) -> Point:
+        """The point at these quantiles, in [0, 1], of the parameters' distributions."""
         return {parameter.name: value_at(parameter, shares[parameter.name]) for parameter in self.parameters}
 
     def trial(self, index: int, point: Point) -> Trial:
-        """Raises ConfigError when this point's configuration cannot work."""
+        """The trial at a point. Raises ConfigError if its configuration is invalid."""
         known = self._trials.get(index)
         if known is not None and known.point == point:
             return known
-        mine = (f"run.folder={self.folder / 'trials' / f'{index:04d}'}", f"track.group={self.name}")
-        overrides = (*self.overrides, *(f"{name}={value}" for name, value in point.items()), *mine)
+        own = (f"run.folder={self.folder / 'trials' / f'{index:04d}'}", f"track.group={self.name}")
+        overrides = (*self.overrides, *(f"{name}={value}" for name, value in point.items()), *own)
         try:
             config = checked_config(self.config, overrides, self._evaluations)
         except ConfigError as error:
             raise ConfigError(f"trial {index}: {error}") from error
         if not config.evaluate.enabled:
             raise ConfigError(
-                f"trial {index}: evaluate.enabled=false: its report would not have the metric {self.settings.metric.name}"
+                f"trial {index}: evaluate.enabled=false: set it to true, "
+                f"or its report has no metric {self.settings.metric.name}"
             )
         self._trials[index] = Trial(index, point, overrides, config)
         return self._trials[index]
 
     def check(self) -> None:
-        """Raises ConfigError when a trial cannot work: every one of a grid or a random search; of bayes the middle and the ends."""
+        """Raises ConfigError if the configuration of a trial is invalid.
+
+        Checks every trial of a grid or a random search; under bayes, the middle and both ends of the space.
+        """
         if self.settings.method != "bayes":
             for index in range(self.count):
                 self.trial(index, self.point(index))
@@ -106,7 +112,7 @@ class Sweep:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the point of a trial, and its result."""
+        """Everything that determines the points of the trials and their results."""
         parameters = {parameter.name: {"kind": parameter.kind, **parameter.options} for parameter in self.parameters}
         seed = {} if self.settings.method == "grid" else {"seed": self.seed}
         return {
@@ -118,7 +124,10 @@ class Sweep:
 
 
 def read_sweep(file: Path, overrides: Sequence[str] = (), folder: Path | None = None, seed: int = 0) -> Sweep:
-    """`overrides` go to every trial. Raises ConfigError that names the file, and the key or value that does not fit."""
+    """Read and check a sweep file. `overrides` apply to every trial.
+
+    Raises ConfigError, which names the file and the wrong key or value.
+    """
     content = _read(file)
     parameters = [
         _parameter(file, name, given)
@@ -138,36 +147,38 @@ def read_sweep(file: Path, overrides: Sequence[str] = (), folder: Path | None = 
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """As W&B reads it: plain yaml, in which 1e-4 is a text and 1.0e-4 a number."""
+    """Read plain YAML, as W&B does: there 1e-4 is a string and 1.0e-4 a number."""
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such sweep file")
     try:
         return dict(_mapping(file, "a sweep", yaml.safe_load(file.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: is not readable as yaml: {error}") from error
+        raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
 
 
-def _mapping(file: Path, what: str, found: Any) -> dict[str, Any]:
+def _mapping(file: Path, name: str, found: Any) -> dict[str, Any]:
     if not isinstance(found, dict) or not found or not all(isinstance(key, str) for key in found):
-        raise ConfigError(f"{file}: {what} is {found!r}; expected keys with their values")
+        raise ConfigError(f"{file}: {name} is {found!r}; expected keys with values")
     return found
 
 
 def _command(file: Path, command: Any) -> tuple[Path, list[str]]:
-    """The configuration file and the overrides that the command gives to every trial; raises ConfigError when it is no `unlearn`."""
+    """The configuration file and the overrides in the command. Raises ConfigError if it does not call `unlearn`."""
     words = [str(word) for word in command or ()]
     if "unlearn" not in words or ARGUMENTS not in words:
         raise ConfigError(
-            f"{file}: command is {command!r}; write it as [${{env}}, python, -m, sculpt_dist, unlearn, CONFIG, {ARGUMENTS}] "
-            "(as W&B's agent will run it; here its configuration and overrides are used)"
+            f"{file}: command is {command!r}; "
+            f"write it as [${{env}}, python, -m, sculpt_dist, unlearn, CONFIG, {ARGUMENTS}] "
+            "(W&B's agent runs this command; a local sweep uses its configuration and overrides)"
         )
     after = [word for word in words[words.index("unlearn") + 1 :] if not word.startswith("${")]
     files = [word for word in after if "=" not in word and not word.startswith("-")]
     if len(files) != 1:
         raise ConfigError(
-            f"{file}: command names {len(files)} configuration files after unlearn ({', '.join(files) or 'none'}); name one"
+            f"{file}: command names {len(files)} configuration files after unlearn "
+            f"({', '.join(files) or 'none'}); name exactly one"
         )
-    return Path(files[0]), [word for word in after if "=" in word and not word.startswith(AGENTS)]
+    return Path(files[0]), [word for word in after if "=" in word and not word.startswith(AGENT_OVERRIDES)]
 
 
 def _check(file: Path, settings: SweepFile, parameters: Sequence[Parameter]) -> None:
@@ -183,43 +194,44 @@ def _check(file: Path, settings: SweepFile, parameters: Sequence[Parameter]) -> 
     if settings.early_terminate is not None:
         raise ConfigError(f"{file}: early_terminate needs W&B's server: remove it, or use `wandb sweep`")
     if settings.run_cap is None and settings.method != "grid":
-        raise ConfigError(f"{file}: method {settings.method} has no end by itself: say how many trials, as run_cap: 20")
+        raise ConfigError(
+            f"{file}: method {settings.method} never ends by itself: set the number of trials, run_cap: 20"
+        )
     if settings.run_cap is not None and settings.run_cap < 1:
         raise ConfigError(f"{file}: run_cap={settings.run_cap}: must be at least 1")
     for parameter in parameters:
         if settings.method == "grid" and parameter.choices is None:
             raise ConfigError(
-                f"{file}: {parameter.name}: a grid has values, a value, int_uniform or q_uniform, not {parameter.kind}"
+                f"{file}: {parameter.name}: a grid takes values, a value, int_uniform or q_uniform, not "
+                f"{parameter.kind}"
             )
         if settings.method == "bayes" and parameter.kind == "categorical_w_probabilities":
-            raise ConfigError(
-                f"{file}: {parameter.name}: bayes chooses among values by itself: remove the probabilities"
-            )
+            raise ConfigError(f"{file}: {parameter.name}: bayes weighs the values itself: remove the probabilities")
 
 
 def _parameter(file: Path, name: str, given: Any) -> Parameter:
-    """Raises ConfigError for what W&B's schema does not allow, or what cannot be one override."""
+    """Raises ConfigError if W&B's schema forbids the parameter, or if it cannot be one override."""
     where = f"{file}: parameter {name}"
     given = dict(_mapping(file, f"parameter {name}", given))
     if "parameters" in given:
-        raise ConfigError(f"{where}: is nested; write its members with dots, as train.lr")
-    if name in OWN:
-        raise ConfigError(f"{where}: is set by the sweep itself for every trial: remove it")
+        raise ConfigError(f"{where}: is nested; write its keys with dots, for example train.lr")
+    if name in RESERVED:
+        raise ConfigError(f"{where}: is set by the sweep itself: remove it")
     kind = given.pop("distribution", None) or _kind(given)
     if kind not in KINDS:
-        raise ConfigError(f"{where}: distribution {kind!r} is not known here; there are: {', '.join(KINDS)}")
+        raise ConfigError(f"{where}: unknown distribution {kind!r}; choose one of: {', '.join(KINDS)}")
     required, optional = KINDS[kind]
     if required - set(given) or set(given) - required - set(optional):
         needs = ", ".join(sorted(required)) or "nothing"
-        may = f", and may have {', '.join(optional)}" if optional else ""
-        raise ConfigError(f"{where}: {kind} must have {needs}{may}; found: {', '.join(given) or 'nothing'}")
+        may = f", and accepts {', '.join(optional)}" if optional else ""
+        raise ConfigError(f"{where}: {kind} needs {needs}{may}; found: {', '.join(given) or 'nothing'}")
     options = {**optional, **given}
     _check_values(where, kind, options)
     return Parameter(name, kind, options)
 
 
 def _kind(given: Mapping[str, Any]) -> str:
-    """The distribution that W&B takes where none is named."""
+    """The distribution that W&B assumes if none is named."""
     if "values" in given:
         return "categorical_w_probabilities" if "probabilities" in given else "categorical"
     if "value" in given:
@@ -232,17 +244,20 @@ def _check_values(where: str, kind: str, options: Mapping[str, Any]) -> None:
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{where}: values is {values!r}; give a list of at least one")
     if any(value is None for value in values):
-        raise ConfigError(f"{where}: null cannot be given as key=value: leave it out of the values")
+        raise ConfigError(f"{where}: null cannot be passed as key=value: remove it from the values")
     if any(a == b and type(a) is type(b) for a, b in itertools.combinations(values, 2)):
-        raise ConfigError(f"{where}: values {values} holds one value twice: remove it")
+        raise ConfigError(f"{where}: values {values} contains one value twice: remove the duplicate")
     numbers = {key: options[key] for key in ("min", "max", "mu", "sigma", "q") if key in options}
-    chances = options.get("probabilities", [1.0])
+    probabilities = options.get("probabilities", [1.0])
     for key, number in [
         *numbers.items(),
-        *(("probabilities", chance) for chance in (chances if isinstance(chances, list) else [chances])),
+        *(
+            ("probabilities", chance)
+            for chance in (probabilities if isinstance(probabilities, list) else [probabilities])
+        ),
     ]:
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ConfigError(f"{where}: {key}={number!r} is no number (in yaml 1e-4 is a text, 1.0e-4 a number)")
+            raise ConfigError(f"{where}: {key}={number!r} is not a number (in YAML 1e-4 is a string, 1.0e-4 a number)")
     if kind == "int_uniform" and not all(_is_whole(number) for number in numbers.values()):
         raise ConfigError(f"{where}: int_uniform from {numbers['min']} to {numbers['max']}: both must be whole numbers")
     if "min" in numbers and numbers["min"] >= numbers["max"]:
@@ -250,14 +265,14 @@ def _check_values(where: str, kind: str, options: Mapping[str, Any]) -> None:
     if kind.endswith("_values") and numbers["min"] <= 0:
         raise ConfigError(f"{where}: min={numbers['min']}: {kind} needs numbers above 0")
     if numbers.get("q", 1) <= 0 or numbers.get("sigma", 0) < 0:
-        raise ConfigError(f"{where}: q must be above 0 and sigma not below: found {numbers}")
+        raise ConfigError(f"{where}: q must be above 0 and sigma at least 0; found {numbers}")
     if "probabilities" in options and (
-        len(chances) != len(values)
-        or any(chance < 0 for chance in chances)
-        or not math.isclose(sum(chances), 1.0, abs_tol=1e-8)
+        len(probabilities) != len(values)
+        or any(chance < 0 for chance in probabilities)
+        or not math.isclose(sum(probabilities), 1.0, abs_tol=1e-8)
     ):
         raise ConfigError(
-            f"{where}: probabilities {chances}: give one for each of the {len(values)} values, together 1"
+            f"{where}: probabilities {probabilities}: give one for each of the {len(values)} values, with sum 1"
         )
 
 

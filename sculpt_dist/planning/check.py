@@ -1,4 +1,4 @@
-"""A dry run: a configuration against the settings of a full-size model, on the meta device, without weights or GPU."""
+"""A dry run: try a configuration on a full-size model's settings, on the meta device, without weights or a GPU."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from sculpt_dist.run.setup import RunSetup, resolve
 
 
 def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
-    """What a run on `ranks` ranks would train, counted, after one step of shapes without values.
+    """Try one step with shapes alone, and count what a run on `ranks` ranks would train.
 
-    Of a model folder only settings and headers are read. Weights may be missing; where they exist, their names and
-    shapes are compared. A hub id or a single file is fetched or unpacked as for a run. The evaluation is not checked,
-    and a closed form's edit is not made. Raises ConfigError and ModelError for what would stop a run.
+    Only settings and headers of a model folder are read. Weights may be missing; if they exist, their names and shapes
+    are compared. A hub id is fetched and a single file is unpacked, as for a run. The evaluation is not checked, and a
+    closed form makes no edit. Raises ConfigError and ModelError for what would stop a run.
     """
     setup = resolve(config)
     micro_batch = setup.micro_batch(ranks)
@@ -103,7 +103,7 @@ def open_trainable(setup: RunSetup, backbone: Backbone) -> list[int]:
 
 
 class MetaTrajectory(Trajectory):
-    """A trajectory on the meta device, where one step shows what all of them would."""
+    """A trajectory on the meta device, where one step stands for all."""
 
     def advance_to(
         self, index: int, steps: int, denoiser: Denoiser, cond: TextCond, negative: TextCond, guidance: float
@@ -120,7 +120,7 @@ def loss_functions(method: Method, plan: Plan) -> dict[str, LossFunction]:
 def first_step(setup: RunSetup, backbone: Backbone, size: int) -> tuple[Method, Step]:
     """(the method, prepared for the last concept; a micro-batch of it), as shapes."""
     method, plan = setup.trained
-    frozen: Any = torch.no_grad  # without values, the missing gradient is all that sets a teacher apart
+    frozen: Any = torch.no_grad  # without values, a teacher differs only in having no gradient
     student, teacher = Predictor(backbone, backbone.net), Predictor(backbone, backbone.net, frozen)
     batch = _batch(method, backbone, setup.prompts, size)
     with as_model_error(f"{backbone.folder / backbone.net_name}, the method's preparation"):
@@ -149,7 +149,7 @@ def _batch(method: Method, backbone: Backbone, prompts: Sequence[ConceptPrompts]
 
     streams = {}
     for spec in method.streams():
-        # a method's own sources are chosen by values: the superclass's shapes stand for theirs
+        # values choose a method's own sources, so the superclass's shapes stand in for them
         texts = [text for source in spec.source_names for text in known.get(source, last.superclass)]
         if texts:
             streams[spec.role] = stream(spec, texts)

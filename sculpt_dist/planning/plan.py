@@ -1,6 +1,6 @@
 """What a run would need: memory of a rank, traffic and time of a step, and the cheapest change that makes it fit.
 
-No weights and no GPU are needed.
+Planning needs neither weights nor a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GIGA = 1e9
 
 
 class Planner:
-    """Plans of one configuration and of what it could become; each model and micro-batch is rehearsed once."""
+    """Plans one configuration and its variants; each model and micro-batch is rehearsed once."""
 
     def __init__(self, device: str) -> None:
         if device not in ("cpu", "cuda"):
@@ -41,19 +41,19 @@ class Planner:
         return Buckets(REDUCE_BUCKET, fetched_ahead(engine.gathered), int(engine.gathered), self.whole)
 
     def memory(self, variant: Variant, subject: Subject | None = None) -> dict[str, float]:
-        """Bytes of a rank by part at the fullest moment of a step; and `drawing`, which is another moment.
+        """Bytes of a rank by part at the fullest moment of a step; and `drawing`, a different moment.
 
         `subject`: the micro-batch to count; by default the variant's own.
         """
         config, subject = variant.config, subject or self.subject(variant)
         layout, kept = subject.layout(config.engine.stage, config.engine.precision, variant.ranks), subject.kept(config)
         parts = peak(layout, kept, self.buckets(config.engine), subject.steps, config.train.accumulate)
-        still = resting(layout, kept)
-        beside = sum(still.values()) if config.evaluate.enabled or config.engine.stage == 3 else still["weights"]
+        at_rest = resting(layout, kept)
+        base = sum(at_rest.values()) if config.evaluate.enabled or config.engine.stage == 3 else at_rest["weights"]
         draws = any(spec.latents for spec in subject.method.streams())
         batch = max(config.prepare.batch if draws else 0, config.evaluate.batch if config.evaluate.enabled else 0)
         drawing = self._drawing(config.engine.precision, subject, batch) if batch else None
-        return parts | {"drawing": 0.0 if drawing is None else beside + drawing}
+        return parts | {"drawing": 0.0 if drawing is None else base + drawing}
 
     def fullest(self, variant: Variant) -> int:
         """The most bytes that a rank holds at any moment."""
@@ -70,9 +70,9 @@ class Planner:
 def plan_run(
     config: RunConfig, ranks: int, memory: float, rates: Rates | None = None, device: str = "cuda"
 ) -> dict[str, Any]:
-    """What each of `ranks` ranks with `memory` bytes would hold, send and take; without `rates` there are no times.
+    """What each of `ranks` ranks with `memory` bytes would hold and send, and how long a step would take, if `rates` are given.
 
-    Tensors are counted: not what kernels use inside, nor the CUDA context, nor what an allocator loses between tensors.
+    Only tensors are counted: no workspace of kernels, no CUDA context, no fragmentation of the allocator.
     Raises ConfigError and ModelError, as `check.check_run`, and ConfigError where nothing trains.
     """
     if not memory > 0:
@@ -98,7 +98,7 @@ def plan_run(
         "refresh_payload": _refresh(variant, subject),
     }
     if subject.walks:
-        found["assumed"] = "of the latents that the method draws itself, one sampler step per update"
+        found["assumed"] = "one sampler step per update for the latents that the method draws itself"
     found |= _row(planner, variant, subject, memory, rates)
     found["change"] = None if found["fits"] else cheapest_change(planner, variant, memory)
     found["table"] = [_row(planner, Variant(config, k), subject, memory, rates) for k in RANKS]
@@ -143,10 +143,10 @@ def _refresh(variant: Variant, subject: Subject) -> int:
 
 
 def cheapest_change(planner: Planner, variant: Variant, memory: float) -> dict[str, Any] | None:
-    """What makes a run fit.
+    """The cheapest change with which a run fits into `memory` bytes per rank.
 
-    The first change that does so alone, from the cheapest to the most expensive; otherwise the first ones together,
-    less those that turn out not to be needed. None where nothing fits on 1,024 ranks.
+    That is the cheapest single change that is enough; otherwise the cheapest changes together, without those that prove
+    unnecessary. None if nothing fits on 1,024 ranks.
     """
     reference_mask = planner.subject(variant).method.reference_mask
 

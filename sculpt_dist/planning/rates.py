@@ -1,4 +1,4 @@
-"""How fast a machine computes and sends, as benches measured it or as the user says."""
+"""The rates at which a machine computes and sends, as benchmarks measured them or the user gave them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ RATE_KEYS = (
 def read_rates(
     files: Sequence[Path], flops: float | None, bandwidth: float | None, latency: float | None
 ) -> Rates | None:
-    """Rates as given (operations per second of a rank, GB/s, microseconds), else from the JSON of `bench comm`, `bench
-    step`, `bench mask`.
+    """The rates of a rank: `flops` (operations per second), `bandwidth` (GB/s) and `latency` (microseconds).
 
-    None where nobody says how fast a rank computes. Raises ConfigError for what is no such file, and for rates that are
+    A rate that is None comes from `files`, the JSON of `bench comm`, `bench step` and `bench mask`. Returns None if
+    neither gives the operations per second. Raises ConfigError for a file that is not such JSON, and for rates that are
     not positive.
     """
     known: dict[str, float] = {}
@@ -34,9 +34,9 @@ def read_rates(
             content = json.loads(file.read_text().strip().splitlines()[-1])
             known |= {key: float(content[key]) for key in RATE_KEYS if content.get(key) is not None}
         except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
-            told = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
             raise ConfigError(
-                f"--rates {file}: is no JSON of a bench ({told}); write what `bench comm --json` prints into it"
+                f"--rates {file}: is not the JSON of a bench ({reason}): write the output of `bench comm --json` into it"
             ) from error
     given = {"flops_per_second": flops, "latency_us": latency} | {f"{kind}_gb_per_second": bandwidth for kind in KINDS}
     known |= {key: value for key, value in given.items() if value is not None}

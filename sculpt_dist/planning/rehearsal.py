@@ -1,6 +1,4 @@
-"""A step without values: on the meta device a function runs as it would, and every tensor that it makes is counted
-while it lives.
-"""
+"""A step without values: a function runs on the meta device, and every tensor that it makes is counted while alive."""
 
 from __future__ import annotations
 
@@ -32,17 +30,16 @@ FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
 
 
 class Living(TorchDispatchMode):
-    """Bytes of the storages that operations make, for as long as something refers to them, and the operations'
-    arithmetic.
+    """Counts the bytes of storages that operations make, while anything refers to them, and the operations' FLOPs.
 
-    Storages of `there` do not count. Torch's own FlopCounterMode is not taken: it keeps alive what a backward makes
-    again.
+    Storages of the `existing` tensors do not count. Torch's FlopCounterMode is unsuitable: it keeps tensors alive that
+    a backward recomputes.
     """
 
-    def __init__(self, there: Sequence[Tensor]) -> None:
+    def __init__(self, existing: Sequence[Tensor]) -> None:
         super().__init__()
         self.bytes, self.flops, self._most = 0, 0, 0
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
@@ -56,7 +53,7 @@ class Living(TorchDispatchMode):
         return made
 
     def most(self) -> int:
-        """The most bytes that lived since this was last asked."""
+        """The peak of living bytes since the previous call."""
         most, self._most = self._most, self.bytes
         return most
 
@@ -74,10 +71,10 @@ class Living(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention as devices run it, which keeps the result and a row of sums; the meta device would keep all scores.
+    """Use fused attention, as devices do: it keeps the result and a row of sums, where the meta device keeps all scores.
 
-    The function is exchanged, because torch leaves out its own modes for functions while a backward makes activations
-    again.
+    This replaces the function itself, because torch disables its function modes while a backward recomputes
+    activations.
     """
     replacement: Any = _fused
     functional.scaled_dot_product_attention = replacement
@@ -101,9 +98,9 @@ def _fused(
 
 
 def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
-    """The losses of one micro-batch and their backward; gradients are taken away as they arrive.
+    """The losses of one micro-batch and their backward; gradients are dropped as they arrive.
 
-    `net` and what `function` works on lie on the meta device. What kernels take for themselves is not seen.
+    `net` and the inputs of `function` are on the meta device. Workspace of kernels is not counted.
     """
     moments: list[Moment] = []
     forwards: list[bool] = []
@@ -138,7 +135,7 @@ def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
 
 
 def living_bytes(function: Callable[[], object], net: nn.Module) -> int:
-    """The most bytes that lived while `function` ran without gradient; `net`, on the meta device, does not count."""
+    """The peak of living bytes while `function` runs without gradient; `net`, on the meta device, does not count."""
     with torch.no_grad(), fused_attention(), Living([*net.parameters(), *net.buffers()]) as living:
         function()
         return living.most()

@@ -1,4 +1,4 @@
-"""What a plan is made of: a run's model and method on the meta device, and one micro-batch of them rehearsed."""
+"""The basis of a plan: a run's model and method on the meta device, and a rehearsal of one micro-batch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ WIDTHS = {"fp32": 4, "bf16": 2}  # bytes of a number
 
 
 class Subject:
-    """A configuration's model and method, counted: sizes, operations, and bytes that live in a step."""
+    """Counts of a configuration's model and method: sizes, operations, and bytes that are alive in a step."""
 
     def __init__(self, config: RunConfig, ranks: int) -> None:
         """Raises ConfigError and ModelError, as `check.check_run`, and ConfigError where nothing trains."""
         setup = resolve(config)
         if setup.plan is None:
             raise ConfigError(
-                f"method.name={setup.method_name}: is a closed form, which trains nothing: there is no step to plan"
+                f"method.name={setup.method_name}: is a closed form without training steps: there is nothing to plan"
             )
         self.micro_batch = setup.micro_batch(ranks)
         self.backbone = backbone = open_on_meta(setup)
@@ -60,7 +60,7 @@ class Subject:
         return self.encoders + max(forward, living_bytes(lambda: backbone.decode(noisy[:batch]), backbone.vae))
 
     def layout(self, stage: int, precision: str, ranks: int) -> Layout:
-        """How the net's tensors lie on `ranks` ranks."""
+        """How the net's tensors are spread over `ranks` ranks."""
         sizes, large = self.sizes, [size for size in self.sizes if size > PERSISTENT]
         return Layout(
             parameters=sum(sizes),
@@ -75,7 +75,7 @@ class Subject:
         )
 
     def kept(self, config: RunConfig) -> Kept:
-        """What a rank keeps beside the net from step to step."""
+        """What a rank keeps from step to step in addition to the net."""
         packed = config.engine.moments == "open"
         return Kept(
             moments=8 * config.mask.keep if packed else 8.0,

@@ -11,7 +11,7 @@ from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 
 RANKS = tuple(2**i for i in range(11))  # 1 to 1,024
-FEW = 1e8  # elements that stage 3 may hold whole where memory is short
+FEW = 1e8  # elements that stage 3 may gather when memory is short
 
 Change = Mapping[str, Any]  # key of the configuration (or "ranks") -> value
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""How the time of a step splits into its parts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Runs from its making; `with clock("forward"):` counts the block to that part, but for its collectives, which are
-    `reduce`.
+    """Times one step, from construction on. `with clock("forward"):` adds a block to that part.
 
-    It is this host's time and synchronises nothing. On a GPU the host only launches, and waits where a number is read:
-    for the forward at the finite check of the loss (in `forward`), for the backward at the norm of the gradient (in
-    `step`). So there `backward` is the time of its launching, its computing shows up in `step`, and `reduce` is what
-    `Group.seconds_communicating` says. What no block holds (choosing candidates, for one) is in `seconds` alone.
+    The block's collectives are counted as `reduce` instead, as measured by `Group.seconds_communicating`. Time outside
+    all blocks, such as choosing candidates, appears only in `seconds`.
+
+    This is host time without synchronisation. On a GPU the host only launches kernels, and waits where it reads a
+    number: it waits for the forward in `forward`, at the finite check of the loss, and for the backward in `step`, at
+    the norm of the gradient. So on a GPU `backward` is launch time alone, and its computation appears in `step`.
     """
 
     def __init__(self, group: Group) -> None:
@@ -34,7 +35,7 @@ class Clock:
         self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - began - sent
 
     def seconds(self) -> float:
-        """Since it was made."""
+        """Seconds since construction."""
         return time.perf_counter() - self._began
 
     def shares(self) -> dict[str, float]:

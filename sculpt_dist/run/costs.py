@@ -1,4 +1,4 @@
-"""What a run costs: wall and CPU time and passes of the net by part, memory, bytes sent."""
+"""The costs of a run: wall time, CPU time and passes of the net by part; memory; bytes sent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sculpt_dist.engine.group import Group
 
 @dataclass
 class Costs:
-    """What a run has cost this rank so far, over all its sittings; kept in costs.json."""
+    """What the run has cost this rank so far, over all its sessions; kept in costs.json."""
 
     folder: Path
     group: Group
@@ -35,7 +35,7 @@ class Costs:
     )  # see Backbone.passes
     bytes_communicated: int = 0
     weights: dict[str, int] = field(default_factory=dict)
-    _part: str | None = None  # what is being counted now
+    _part: str | None = None  # the part that costs are added to now
     _wall: float = field(default_factory=time.monotonic)
     _cpu: float = field(default_factory=time.process_time)
     _sent: int = 0
@@ -43,7 +43,7 @@ class Costs:
 
     @contextmanager
     def counting(self, part: str) -> Iterator[None]:
-        """Count the wall and CPU time and the passes of the block to a part of the costs."""
+        """Add the wall time, CPU time and passes of the block to a part of the costs."""
         self._flush()
         self._part = part
         try:
@@ -53,31 +53,27 @@ class Costs:
             self._part = None
 
     def read(self) -> None:
-        """Go on from what earlier sittings on as many ranks left in costs.json."""
+        """Continue from the costs.json of earlier sessions, if they had the same number of ranks."""
         file = self.folder / "costs.json"
         before = self.group.from_first(json.loads(file.read_text()) if self.group.is_first and file.is_file() else None)
         if before is not None and before["ranks"] == self.group.size:
-            mine = before["of_rank"][self.group.rank]
-            self.seconds, self.cpu_seconds, self.bytes_communicated = (
-                mine["seconds"],
-                mine["cpu_seconds"],
-                mine["bytes_communicated"],
-            )
-            self.passes = mine["passes"]
+            costs = before["of_rank"][self.group.rank]
+            self.seconds, self.cpu_seconds = costs["seconds"], costs["cpu_seconds"]
+            self.bytes_communicated, self.passes = costs["bytes_communicated"], costs["passes"]
 
     def write(self) -> None:
         """Write costs.json; all ranks enter.
 
-        Wall seconds and bytes are the first rank's, CPU seconds and passes are summed, peak memory is given for each.
+        Wall seconds and bytes are those of the first rank, CPU seconds and passes are sums, peak memory is listed by rank.
         """
         self._flush()
-        mine: dict[str, Any] = {
+        costs: dict[str, Any] = {
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "passes": self.passes,
             "bytes_communicated": self.bytes_communicated,
         }
-        ranks = self.group.to_all(mine | {"peak_memory_bytes": peak_memory(self.group.device)})
+        ranks = self.group.to_all(costs | {"peak_memory_bytes": peak_memory(self.group.device)})
         if self.group.is_first:
             content = {name: ranks[0][name] for name in ("seconds", "bytes_communicated")} | {
                 "cpu_seconds": {part: sum(rank["cpu_seconds"][part] for rank in ranks) for part in self.cpu_seconds},

@@ -1,4 +1,4 @@
-"""What decides the result of a run, and the checksum over it to which checkpoints belong."""
+"""The keys that decide the result of a run, and the checksum over them that checkpoints record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sculpt_dist.data.prompt_files import read_prompts
 NEUTRAL = (  # keys that do not change the result
     "run track engine.timeout engine.grace train.checkpoint_every train.background_save train.workers"
 ).split()
-LATER: dict[str, Any] = {  # left out at these values: runs from before the key existed did the same
+LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour before the key existed
     "prepare.prompts.files": {},
     "evaluate.prompts": {},
     "evaluate.retain_prompts": None,

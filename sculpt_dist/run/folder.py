@@ -1,4 +1,4 @@
-"""The run folder: who holds it, what it may contain, and what its checkpoints must belong to."""
+"""The run folder: its lock, its contents, and whether its configuration and checkpoints match the run."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CONTENTS = (
     "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors "
     "delta.safetensors lora kohya.safetensors report wandb tensorboard log.txt STOP REQUEUE"
 ).split()
-KEPT_BY_FRESH = ("data", "STOP")  # recipes say which data can be reused; STOP may come while a run starts
+KEPT_BY_FRESH = ("data", "STOP")  # recipes decide which data is reused; STOP may arrive while a run starts
 
 
 def claim_folder(config: RunConfig, group: Group) -> Path:
-    """The run folder: empty or of this very configuration, and locked until this process ends.
+    """Lock the run folder, which must be empty or belong to this configuration, until this process ends.
 
-    Raises RunFolderError that names what differs, or who holds it.
+    Raises RunFolderError that names the difference, or the process that holds the lock.
     """
     folder = Path(config.run.folder)
     error = group.from_first(_claim(folder, config) if group.is_first else None)
@@ -47,7 +47,7 @@ def claim_folder(config: RunConfig, group: Group) -> Path:
 
 
 def _claim(folder: Path, config: RunConfig) -> str | None:
-    """Claim the folder on the first rank; returns why it cannot be had."""
+    """Claim the folder on the first rank; returns the reason if that fails."""
     refused = _unusable(folder)
     if refused:
         return refused
@@ -72,32 +72,32 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
             )
         if changes:
             print(f"continuing with another configuration: {'; '.join(changes)}", flush=True)
-            return None  # written once the checkpoint is found to fit it
+            return None  # config.yaml is rewritten once the checkpoint is known to fit
     write_atomically(file, to_yaml(config).encode())
     return None
 
 
 def _unusable(folder: Path) -> str | None:
-    """Why a folder cannot hold a run, if it cannot."""
+    """The reason why a folder cannot be a run folder, or None."""
     if not all(parent.is_dir() for parent in (folder, *folder.absolute().parents) if parent.exists()):
-        return f"run.folder={folder} is a file, or lies below one: choose another folder"
+        return f"run.folder={folder} is a file, or is inside one: choose another folder"
     if not os.access(_existing_parent(folder), os.W_OK):
         return f"run.folder={folder} cannot be written: choose another folder"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     foreign = [name for name in names if not (name in CONTENTS or name[0] == "." or name.endswith(".safetensors"))]
     if foreign:
         return (
-            f"run.folder={folder} contains what is not part of a run ({', '.join(sorted(foreign)[:3])}): "
+            f"run.folder={folder} contains files of something else ({', '.join(sorted(foreign)[:3])}): "
             "choose another folder"
         )
     return None
 
 
-_locks: dict[str, BaseFileLock] = {}  # kept open: a lock ends when its object does
+_locks: dict[str, BaseFileLock] = {}  # keeps the objects alive: a lock is released with its object
 
 
 def _lock(folder: Path) -> str | None:
-    """Hold the folder until this process ends; returns who holds it when another process does."""
+    """Lock the folder until this process ends; returns an error message if another process holds the lock."""
     from filelock import FileLock, Timeout
 
     note = folder / ".holder"
@@ -114,7 +114,7 @@ def _lock(folder: Path) -> str | None:
 
 
 def release_folder(folder: Path) -> None:
-    """Let other processes have the folder; a process that ends does so anyway."""
+    """Release the lock of the folder before the process ends, which would release it, too."""
     lock = _locks.pop(str(folder.absolute()), None)
     if lock is not None:
         lock.release()
@@ -159,7 +159,7 @@ def code_versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: Mapping[str, str]) -> None:
-    """Write manifest.json, and config.yaml once more: what this run is made from, and that it has not ended yet."""
+    """Write manifest.json, which lists what the run is made from and marks it unfinished; rewrite config.yaml."""
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
     content = {
         "base": base,
@@ -172,7 +172,7 @@ def write_manifest(folder: Path, config: RunConfig, base: str, shards: Mapping[s
 
 
 def mark_finished(folder: Path) -> None:
-    """Note in manifest.json that the run has ended; comparisons and sweeps count on it."""
+    """Record in manifest.json that the run has finished; comparisons and sweeps rely on it."""
     content = json.loads((folder / "manifest.json").read_bytes())
     write_atomically(folder / "manifest.json", json.dumps(content | {"finished": True}, indent=1).encode())
 
@@ -189,11 +189,11 @@ def check_checkpoint(
     refused = [name for name in changed if name == "base" or not override]
     if refused:
         name = refused[0]
-        cure = "start over with --fresh"
+        remedy = "start over with --fresh"
         if name != "base":
-            cure = "continue all the same with --override, or start over with --fresh"
+            remedy = "continue all the same with --override, or start over with --fresh"
         raise RunFolderError(
-            f"{path}: belongs to another {name} ({state[name][:12]}, now {fingerprints[name][:12]}); {cure}"
+            f"{path}: belongs to another {name} ({state[name][:12]}, now {fingerprints[name][:12]}); {remedy}"
         )
     finished = list(state["finished"])
     if list(targets[: len(finished)]) != finished:

@@ -1,4 +1,4 @@
-"""The one place that knows how each kind of method runs: `Method.kind` names an entry of KINDS."""
+"""How each kind of method runs and is exported: `Method.kind` is a key of KINDS."""
 
 from __future__ import annotations
 

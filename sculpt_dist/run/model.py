@@ -1,4 +1,4 @@
-"""The base model of a run: where its pipeline lies, how it is opened, and the checksum that names it."""
+"""The base model of a run: finding its pipeline, opening it, and the checksum that identifies it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _pipeline_folder(model: ModelConfig, kind: type[Backbone], group: Group, run
 
     def unpack() -> None:
         if not unpacked.is_dir():
-            check_single_kind(file)  # a fault of the file itself is reported before what it lacks
+            check_single_kind(file)  # report a damaged file before missing settings
             unpacked.parent.mkdir(parents=True, exist_ok=True)
             for debris in unpacked.parent.glob(f".{unpacked.name}.*.tmp"):
                 shutil.rmtree(debris)
@@ -58,7 +58,7 @@ def _pipeline_folder(model: ModelConfig, kind: type[Backbone], group: Group, run
 
 
 def base_fingerprint(folder: Path) -> str:
-    """A checksum over the weights and settings of every component: checkpoints, shards and embeddings belong to it.
+    """A checksum over the weights and settings of every component, recorded by checkpoints, shards and embeddings.
 
     Raises ModelError when a file differs from the checksum that its folder or the hub's cache records.
     """

@@ -1,6 +1,4 @@
-"""What a run checks first: whether the parts of its model fit together, as shapes, without weights and without a
-GPU.
-"""
+"""The first check of a run: whether the shapes of the model's parts fit together, without weights or a GPU."""
 
 from __future__ import annotations
 
@@ -72,7 +70,7 @@ def check_decoding(backbone: Backbone) -> list[int]:
 
 @contextmanager
 def as_model_error(where: str) -> Iterator[None]:
-    """Turn what the libraries raise for shapes that do not fit into a ModelError that says where."""
+    """Convert the libraries' errors about shapes that do not fit into a ModelError that names the place."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError) as error:  # diffusers' nets raise all of these

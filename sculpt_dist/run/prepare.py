@@ -1,6 +1,4 @@
-"""The training data: the base model draws its own samples of every concept, or the user's images are encoded; then
-shards.
-"""
+"""The training data: shards of samples that the base model draws, or of the user's own images, encoded."""
 
 from __future__ import annotations
 
@@ -49,7 +47,7 @@ class SourcePlan:
 
 
 def data_folder(run: Path, concept: Concept, source: str) -> Path:
-    """The shards of one source of one concept; names that letters and digits cannot tell apart get a checksum."""
+    """The shards of one source of one concept; a name with other characters gets a checksum."""
     name = normal(concept.target)
     plain = re.sub(r"[^a-z0-9]+", "-", name)
     unique = plain if plain.replace("-", " ") == name else f"{plain}-{text_sha256(name)[:8]}"
@@ -57,7 +55,7 @@ def data_folder(run: Path, concept: Concept, source: str) -> Path:
 
 
 def drawn_prompts(run: Path, concept: Concept, source: str) -> tuple[str, ...]:
-    """The prompts that the samples of a source were drawn with, in turn; none where there are no such samples."""
+    """The prompts with which a source's samples were drawn, in rotation; empty if there are no such samples."""
     folder = data_folder(run, concept, source)
     return tuple(read_index(folder)[0]["prompts"]) if (folder / "index.json").is_file() else ()
 
@@ -127,19 +125,19 @@ def _plans(
 
 
 def _own_images(folder: str | None, name: str | None) -> tuple[Path, ...]:
-    """The user's images of a concept; none where there is no folder of its name."""
+    """The user's images of a concept; empty if there is no folder of that name."""
     if folder is None or name is None:
         return ()
     if not Path(folder).is_dir():
         raise ConfigError(
-            f"prepare.images={folder}: there is no such folder; it should hold one subfolder of images per concept"
+            f"prepare.images={folder}: there is no such folder; it should contain one subfolder of images per concept"
         )
     own = Path(folder) / name
     if not own.is_dir():
         return ()
     images = tuple(sorted(path for path in own.iterdir() if path.suffix.lower() in IMAGE_TYPES))
     if not images:
-        raise ConfigError(f"{own}: holds no image ({', '.join(IMAGE_TYPES)}); add some or remove the folder")
+        raise ConfigError(f"{own}: contains no image ({', '.join(IMAGE_TYPES)}); add some or remove the folder")
     return images
 
 
@@ -167,9 +165,7 @@ class Drawing:
         for first in progress(range(0, len(todo), group.size), f"prepare {plan.label}", group.is_first):
             self.stop.check(f"the samples of {plan.label}")
             place = first + group.rank
-            start = todo[
-                min(place, len(todo) - 1)
-            ]  # a sharded net needs all ranks, so a rank without a batch draws along
+            start = todo[min(place, len(todo) - 1)]  # a sharded net needs all ranks, even those without a batch
             ids = range(start, min(start + self.prepare.batch, plan.count))
             samples = group.together(lambda: self.samples(plan, ids))  # noqa: B023 (called at once)
             if place < len(todo):
@@ -220,9 +216,7 @@ class Drawing:
         return backbone.sample(denoiser, noise, cond, negative, self.prepare.steps, self.prepare.guidance)
 
     def _encode(self, plan: SourcePlan, ids: Sequence[int]) -> tuple[Tensor, list[tuple[int, ...] | None]]:
-        """Latents [len(ids), C, H, W] of the user's images, cropped to a centred square and resized, and size
-        conditions.
-        """
+        """Latents [len(ids), C, H, W] of the user's images, as resized centre crops, and size conditions."""
         images = [read_image(plan.images[i], self.backbone.image_size) for i in ids]
         latents = self.backbone.encode(torch.stack([pixels for pixels, _ in images]))
         return latents, [self.backbone.size_ids_of(*size) for _, size in images]
@@ -254,11 +248,11 @@ def _whole_shards(folder: Path, recipe: Mapping[str, Any]) -> dict[int, ShardRec
 
 
 def _write_index(folder: Path, recipe: Mapping[str, Any], starts: Sequence[int]) -> None:
-    """Index the shards, remove strays. Raises ShardError when shards of other ranks did not arrive."""
+    """Index the shards and remove stray files. Raises ShardError when shards of other ranks are missing."""
     records = _whole_shards(folder, recipe)
     missing = [start for start in starts if start not in records]
     if missing:
-        raise ShardError(f"{folder}: shards at samples {missing} did not arrive; call prepare again")
+        raise ShardError(f"{folder}: shards at samples {missing} are missing; call prepare again")
     known = {record.name for record in records.values()}
     for stray in folder.glob("*.tar"):
         if stray.name not in known:
@@ -283,9 +277,7 @@ def _embed_once(
     run: Path,
     group: Group,
 ) -> None:
-    """Prompt embeddings: the first rank computes them once and keeps them beside the shards; all ranks read the same
-    bits.
-    """
+    """Embed all prompts on the first rank and store them next to the shards; all ranks read the same bits."""
     known = [text for concept in concepts for text in (*concept.target, *concept.superclass, *concept.keep)]
     further = [text for extra in extras for texts in extra.values() for text in texts]
     prompts = list(dict.fromkeys([*known, *further]))

@@ -19,7 +19,7 @@ from sculpt_dist.track.tracker import check_tracking
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: where everything is, and what the report says."""
+    """A finished run: its folder and the content of its report."""
 
     folder: Path
     report: dict[str, Any]
@@ -31,9 +31,9 @@ class Run:
 
 
 def run_sequence(config: RunConfig) -> Run:
-    """Unlearn every concept of the configuration; called again, it goes on where it stopped.
+    """Unlearn every concept of the configuration; a second call continues where the first stopped.
 
-    All ranks call it. Raises SculptError for what the user can mend, and StopRequested after a saved stop.
+    All ranks call it. Raises SculptError for mistakes that the user can correct, and StopRequested after saving on a stop request.
     """
     setup = resolve(config)
     check_tracking(config.track)
@@ -56,6 +56,6 @@ def run_sequence(config: RunConfig) -> Run:
             write_report(session.folder)
             write_card(session.folder)
         group.barrier()
-        session.tracker.finish()  # may take long to send the model; the other ranks are done
+        session.tracker.finish()  # uploading the model may take long; the other ranks are done
     release_folder(session.folder)
     return Run(session.folder, json.loads((session.folder / "report" / "report.json").read_text()))

@@ -1,4 +1,4 @@
-"""One process's part in a run, from its start to its end or to a stop: what every kind of method works with."""
+"""A session: one process's part in a run, from start to end or stop. Every kind of method works with it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Session:
         where = self.folder / "evaluation" / stage
         done = self.group.from_first((where / "scores.json").is_file())
         if self.setup.config.evaluate.enabled and not done:
-            # compiled for the training's batches, the net would compile again for these
+            # a compiled net would be compiled again for the shapes of these batches
             with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):
                 evaluate(self.setup.evaluation, self.backbone, net, self.group, where, concepts, stage, self.stop)
             self.costs.write()

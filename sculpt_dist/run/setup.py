@@ -57,7 +57,7 @@ class RunSetup:
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """The images to draw and score. Raises ConfigError where the configuration does not say enough for it."""
+        """The images to draw and score. Raises ConfigError where the configuration is incomplete."""
         return resolve_evaluation(self.config.evaluate, self.config.concepts)
 
     @cached_property
@@ -79,9 +79,7 @@ class RunSetup:
         return micro
 
     def check_checkpoint(self, path: Path, state: Mapping[str, Any], fingerprints: Mapping[str, str]) -> bool:
-        """Whether a checkpoint was made with another configuration or other data; raises RunFolderError unless
-        accepted.
-        """
+        """Whether another configuration or other data made a checkpoint. Raises RunFolderError unless accepted."""
         targets = [concept.target for concept in self.concepts]
         return check_checkpoint(path, state, fingerprints, self.config.run.override, targets)
 

@@ -49,7 +49,7 @@ def export_only(config: RunConfig, form: str = "folder", output: Path | None = N
     `form`: folder; single (one .safetensors file in the original layout, SD 1.x and SDXL); delta (the changed tensors
     alone, for `backbones.formats.delta.apply_delta`); lora, kohya (the best adapter of this `rank`, as diffusers and
     peft or as ComfyUI and A1111 read it, see `backbones.formats.adapter`). `output` names the file of all but a folder;
-    by default it lies in the run folder.
+    by default it is written into the run folder.
     """
     wanted = Form(form, output, rank)
     wanted.check()

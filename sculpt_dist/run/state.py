@@ -1,4 +1,4 @@
-"""What a checkpoint of a training run holds, and how a run takes it up again."""
+"""The state that a checkpoint of a training run contains, and how a run resumes from it."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ class TrainingState:
         self.session.costs.write()
 
     def resume(self, found: Found | None) -> tuple[int, dict[str, Any] | None]:
-        """Load the weights as they were before the concept to go on with.
+        """Load the weights from before the concept that the run resumes.
 
-        Returns the concept's number and its saved state; the state is None where the concept begins from its start.
+        Returns the concept's number and its saved state, which is None if the concept starts from its first step.
         """
         if found is None:
             return 0, None
@@ -92,19 +92,19 @@ class TrainingState:
         changed = session.setup.check_checkpoint(path, state, self.fingerprints)
         session.group.on_first(lambda: self._clear_later(path, state["concept"] if changed else None))
         within, mask = state["step"] > 0, masking(session.setup)
-        anew = within and state.get("mask", mask) != mask
+        restarts = within and state.get("mask", mask) != mask
         if session.group.is_first:
             log, finished = session.folder / LOG_FILE, ", ".join(state["finished"]) or "no concept"
             append_line(log, f"resumes from {path.name}, {finished} finished")
-            if anew:
-                append_line(log, "begins this concept anew, because the mask's settings have changed")
+            if restarts:
+                append_line(log, "restarts this concept, because the mask's settings have changed")
         extra = ["teacher"] if within else []
         filled = session.group.together(lambda: checkpoints.load(path, self.engine.shards, extra))
         if within:
             self.engine.set_masters(filled["teacher"])
         else:
             self.engine.publish()
-        return state["concept"], state | {"path": str(path)} if within and not anew else None
+        return state["concept"], state | {"path": str(path)} if within and not restarts else None
 
     def _clear_later(self, path: Path, concept: int | None) -> None:
         """Put damaged later checkpoints aside; with a `concept`, also remove the scores from it on."""
@@ -114,9 +114,7 @@ class TrainingState:
                 shutil.rmtree(scored)
 
     def restore(self, run: ConceptRun, state: dict[str, Any]) -> None:
-        """Weights, moments, saliency, mask and trajectories as they were at the saved step; the teacher exists
-        already.
-        """
+        """Restore weights, moments, saliency, mask and trajectories of the saved step; the teacher exists already."""
         path = Path(state["path"])
         filled = checkpoints.load(path, self.engine.shards, ["candidate"] if state["candidate"] else [])
         self.engine.publish()
@@ -133,14 +131,14 @@ class TrainingState:
         for micro, trajectory in enumerate(run.trajectories if prompts else []):
             places = [str(position) for position in run.streams.layout.positions(micro)]
             if micro >= len(indices) or not latents.keys() >= set(places):
-                continue  # another batch or accumulation, accepted with run.override: the trajectory begins anew
+                continue  # another batch or accumulation, accepted with run.override: start a new trajectory
             stacked = torch.stack([latents[place].view(backbone.latent_shape) for place in places])  # [B, C, H, W]
             trajectory.latents, trajectory.index = stacked.to(device), indices[micro]
             trajectory.prompts = tuple(bytes(prompts[place].tolist()).decode() for place in places)
 
 
 def masking(setup: RunSetup) -> dict[str, Any]:
-    """What a saved mask and its saliency depend on."""
+    """The settings on which a saved mask and its saliency depend."""
     mask, (_, plan) = setup.config.mask, setup.trained
     return {"keep": mask.keep, "scope": mask.scope, "saliency": mask.saliency, "collect": plan.collect}
 

@@ -49,7 +49,7 @@ class LossWindow:
 class ConceptRun:
     """What the loop works with for one concept.
 
-    A checkpoint keeps `step`, `recent`, `start`, `trajectories` and `candidate`; the rest is made anew.
+    A checkpoint keeps `step`, `recent`, `start`, `trajectories` and `candidate`; the rest is rebuilt.
     """
 
     number: int
@@ -58,9 +58,7 @@ class ConceptRun:
     plan: Plan
     streams: ConceptStreams
     prompts: ConceptPrompts
-    measure: Callable[
-        [], Mapping[str, float]
-    ]  # scores of images drawn with the present weights, for methods that judge
+    measure: Callable[[], Mapping[str, float]]  # scores of images of the present weights, for methods that judge
     teacher: FrozenWeights
     original: FrozenWeights | None
     recent: LossWindow
@@ -81,8 +79,8 @@ def run_concept(
 ) -> None:
     """Train one concept from `run.step` to its end.
 
-    Raises StopRequested, after saving, when any rank was asked to stop, and NonFiniteError on all ranks at the same
-    step.
+    Raises StopRequested, after saving, when any rank received a stop request, and NonFiniteError on all ranks at the
+    same step.
     """
     plan, method, saved_at = run.plan, run.method, time.monotonic()
     device, first = engine.group.device, engine.group.is_first
@@ -143,7 +141,7 @@ def _micro_step(
 
 
 def _update_mask(engine: Engine, plan: Plan, step: int) -> dict[str, Any]:
-    """Build the mask after the last collect step and turn it over when due; returns what the log says of it."""
+    """Build the mask after the last collect step and turn it over when due; returns the entries for the log."""
     mask = engine.mask
     if plan.masked and step + 1 == plan.collect:
         mask.build()
@@ -181,7 +179,7 @@ def _entry(
     mask_entry: Mapping[str, Any],
     clock: Clock,
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl; all ranks call this. `global_step` counts on over the concepts."""
+    """One line of metrics.jsonl; all ranks call this. `global_step` counts across concepts."""
     entry: dict[str, Any] = {
         "concept": run.number,
         "target": run.target,

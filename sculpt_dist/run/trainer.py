@@ -41,8 +41,8 @@ class Trainer:
         self.shards: dict[str, str] = {}
 
     def prepare(self) -> dict[str, str]:
-        """Draw the samples that are missing. On stage 3 the sharded net draws, so no rank ever holds the net whole."""
-        self.found = find_checkpoint(self.session)  # what does not fit is refused before anything is drawn or built
+        """Draw the samples that are missing. On stage 3 the sharded net draws, so no rank ever holds the whole net."""
+        self.found = find_checkpoint(self.session)  # reject a mismatch before drawing or building anything
         with self.session.costs.counting("prepare"):
             if self.setup.config.engine.stage == 3:
                 self.engine = build_engine(self.setup, self.backbone, self.group)
@@ -70,17 +70,17 @@ class Trainer:
             if resumed is not None:
                 state.restore(run, resumed)
             resumed = None
-            self.backbone.release()  # prompts are embedded and latents stored: training gets the encoders' memory
+            self.backbone.release()  # prompts are embedded and latents stored, so free the encoders' memory
             with saver:
                 with session.costs.counting("train"):
-                    save = lambda: state.save(run)  # noqa: B023, E731 (called in this round)
+                    save = lambda: state.save(run)  # noqa: B023, E731 (called in this iteration)
                     run_concept(run, engine, self.backbone, train, session.tracker.log, save, session.stop)
                 state.save_between(number + 1)
                 session.score(engine.net, stage_after(number), concepts[: number + 1])
         return engine.full_weights()
 
     def _count_weights(self, engine: Engine) -> dict[str, int]:
-        """Weights of the net, those that train, and those that open. Raises ConfigError where none would open."""
+        """Counts of all weights, trained weights and open weights. Raises ConfigError if none would be open."""
         total = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.net.parameters())
         trained = engine.num_trained
         opened = engine.mask.planned_open if self.plan.masked else trained
@@ -90,7 +90,7 @@ class Trainer:
         return {"total": total, "trained": trained, "open": opened}
 
     def _concept_run(self, engine: Engine, number: int, original: FrozenWeights | None) -> ConceptRun:
-        """A concept at its beginning."""
+        """The state of a concept before its first step."""
         concept, prompts = self.setup.concepts[number], self.setup.prompts[number]
         start = engine.masters()
         run = ConceptRun(
@@ -114,9 +114,7 @@ class Trainer:
         return run
 
     def _calibrate(self, engine: Engine, number: int) -> dict[str, float]:
-        """UA, IRA and CRA of the present weights on a few images with seeds of their own, which no reported score
-        uses.
-        """
+        """UA, IRA and CRA of the present weights on a few images, whose seeds no reported score uses."""
         settings, concepts = self.setup.config.evaluate, self.setup.concepts
         few = replace(
             settings,
@@ -132,7 +130,7 @@ class Trainer:
         )
         evaluation, where = resolve_evaluation(few, concepts), self.session.folder / "evaluation" / "calibrate"
         forgotten = concepts[: number + 1]
-        with torch.compiler.set_stance("force_eager"):  # without a stop, which waits for the end of the step
+        with torch.compiler.set_stance("force_eager"):  # no stop: a request waits for the end of the step
             scores = evaluate(evaluation, self.backbone, engine.net, self.group, where, forgotten, "calibrate", None)
         return {name: scores["plain"][name] for name in ("UA", "IRA", "CRA") if scores["plain"][name] is not None}
 

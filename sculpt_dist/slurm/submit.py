@@ -19,7 +19,9 @@ LAUNCHERS = ("srun", "torchrun")
 
 @dataclass(frozen=True)
 class Request:
-    """What to run and where: `nodes` x max(1, `gpus_per_node`) ranks; `options` are sbatch's own, `name=value` or `name`."""
+    """What to run and where: `nodes` x max(1, `gpus_per_node`) ranks; `options` are sbatch's own, `name=value` or
+    `name`.
+    """
 
     config: Path
     overrides: tuple[str, ...] = ()
@@ -36,7 +38,10 @@ class Request:
 
 
 def compose(request: Request) -> str:
-    """The script that would be sent. Raises ConfigError where the run could not start on so many ranks; no model is looked at."""
+    """The script that would be sent.
+
+    Raises ConfigError where the run could not start on so many ranks; no model is looked at.
+    """
     if request.nodes < 1 or request.gpus_per_node < 0:
         raise ConfigError(
             f"--nodes {request.nodes} --gpus-per-node {request.gpus_per_node}: at least 1 node, and 0 or more GPUs"
@@ -81,7 +86,9 @@ def _options(request: Request) -> dict[str, str | None]:
 
 
 def _filled(template: str, options: dict[str, str | None], body: list[str]) -> str:
-    """The template with these options in place of its own of the same name, the rest after them, and then the lines of `body`."""
+    """The template with these options in place of its own of the same name, the rest after them, and then the lines
+    of `body`.
+    """
     left = {name: f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()}
     lines = template.splitlines()
     named = {i: re.match(r"#SBATCH --([a-z0-9-]+)", line) for i, line in enumerate(lines)}

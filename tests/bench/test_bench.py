@@ -1,4 +1,6 @@
-"""Benchmarks run, and compare what they say that they compare; the figures themselves are taken by hand (docs/BENCHMARKS.md)."""
+"""Benchmarks run, and compare what they say that they compare; the figures themselves are taken by hand
+(docs/BENCHMARKS.md).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores over seeds and prompts by hand; which cells a comparison has, which are done, and a small real one."""
+"""Scores over seeds and prompts by hand; the cells of a comparison, and a small real comparison."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ TARGETS = [Target("object", CAT, (DOG,))]
 
 
 def counts(*seeds: Answers):
-    return stacked([per_prompt(told, score_counts(told, TARGETS))[1] for told in seeds])
+    return stacked([per_prompt(seed, score_counts(seed, TARGETS))[1] for seed in seeds])
 
 
-def test_a_score_over_seeds_is_over_all_their_images():
+def test_a_score_over_seeds_covers_all_their_images():
     means = score_means(counts(FIRST, SECOND))
     assert means["UA"] == 7 / 8 and means["SA"] == 6 / 8 and means["IRA"] == 6 / 8 and means["CRA"] == 7 / 8
     assert means["H"] == pytest.approx(3 / (8 / 7 + 8 / 6 + 8 / 7))
 
 
-def test_h_is_of_the_scores_that_are_measured():
-    told = dict(counts(FIRST, SECOND))
-    told["CRA"] = tuple(np.zeros_like(part) for part in told["CRA"])  # a classifier that knows no styles
+def test_h_covers_the_measured_scores():
+    measured = dict(counts(FIRST, SECOND))
+    measured["CRA"] = tuple(np.zeros_like(part) for part in measured["CRA"])  # a classifier that knows no styles
     assert (
-        score_means(told)["H"]
+        score_means(measured)["H"]
         == pytest.approx(2 / (8 / 7 + 8 / 6))
         == harmonic({"UA": 7 / 8, "IRA": 6 / 8, "CRA": None})
     )
@@ -77,23 +77,19 @@ def test_h_is_of_the_scores_that_are_measured():
 
 
 def test_counts_per_prompt_add_up_to_the_scores():
-    for told in (FIRST, SECOND):
-        means = score_means(counts(told))
+    for seed in (FIRST, SECOND):
+        means = score_means(counts(seed))
         assert {name: means[name] for name in ("UA", "IRA", "CRA", "SA", "CTA")} == pytest.approx(
-            unlearning_scores(told, TARGETS)
+            unlearning_scores(seed, TARGETS)
         )
 
 
 def test_a_round_counts_seeds_and_prompts_as_often_as_they_were_drawn():
-    seeds, prompts = (
-        np.array([[2, 0], [0, 2]]),
-        np.array([[0, 0, 4, 0], [0, 0, 1, 3]]),
-    )  # prompts in the order 1, 2, 3, 7
+    seeds = np.array([[2, 0], [0, 2]])
+    prompts = np.array([[0, 0, 4, 0], [0, 0, 1, 3]])  # prompts in the order 1, 2, 3, 7
     found = resampled_scores(counts(FIRST, SECOND), (seeds, prompts))
-    assert found["UA"].tolist() == [
-        1.0,
-        1.0,
-    ]  # round 0: prompt 3 of the first seed; round 1: prompts 3 and 7 of the second
+    # Round 0: prompt 3 of the first seed; round 1: prompts 3 and 7 of the second.
+    assert found["UA"].tolist() == [1.0, 1.0]
     assert np.isnan(found["IRA"]).all() and np.isnan(found["H"]).all()  # no prompt without a target was drawn
 
 
@@ -110,7 +106,7 @@ def test_harmonic_mean_and_percentiles():
     assert percentiles(np.array([np.nan])) is None
 
 
-def test_relapse_is_what_came_back_since_right_after():
+def test_relapse_is_accuracy_at_the_end_minus_accuracy_right_after():
     assert _relapse([[0.1, 1.0, 1.0], [0.2, 0.0, 1.0], [0.4, 0.1, 0.0]]) == pytest.approx(
         ((0.4 - 0.1) + (0.1 - 0.0)) / 2
     )
@@ -121,13 +117,18 @@ COMPARISON = """
 folder: {folder}
 record: cells.jsonl
 against: plain
-overrides: ["train.steps=2", "train.batch=2", "mask.collect=1", "mask.refresh=0", "prepare.samples=2", "prepare.steps=2", "prepare.batch=2",
-  "evaluate.images=1", "evaluate.steps=2", "evaluate.paraphrases=[]", "evaluate.bootstrap=10", "evaluate.reference=canvas"]
+overrides: ["train.steps=2", "train.batch=2", "mask.collect=1", "mask.refresh=0",
+  "prepare.samples=2", "prepare.steps=2", "prepare.batch=2",
+  "evaluate.images=1", "evaluate.steps=2", "evaluate.paraphrases=[]", "evaluate.bootstrap=10",
+  "evaluate.reference=canvas"]
 sequences:
   two: [{{target: cat, superclass: animal}}, {{target: neon, kind: style}}]
 rows:
   - {{name: plain, config: {canvas}/dm_cal.yaml}}
-  - {{name: faster, config: {canvas}/dm_cal.yaml, overrides: ["train.lr=1e-2"], per_backbone: {{sana: ["train.lr=1e-1"]}}}}
+  - name: faster
+    config: {canvas}/dm_cal.yaml
+    overrides: ["train.lr=1e-2"]
+    per_backbone: {{sana: ["train.lr=1e-1"]}}
   - {{name: closed, config: {canvas}/uce.yaml, note: at once}}
 tables:
   - {{title: All, sequence: two, backbones: [sd15, sana], seeds: [0, 1]}}
@@ -141,24 +142,22 @@ def written(folder: Path, change=lambda text: text) -> Path:
     return file
 
 
-def test_cells_are_every_combination_once(tmp_path):
+def test_every_combination_is_one_cell(tmp_path):
     file = written(tmp_path)
     cells = list(comparison_cells(read_comparison(file), file, ["train.clip=0.5"]))
-    assert (
-        len({cell.key for cell in cells}) == len(cells) == 3 * 2 * 2 + 2
-    )  # the second table shares all but its seed 2
+    # The second table shares all cells but those of seed 2.
+    assert len({cell.key for cell in cells}) == len(cells) == 3 * 2 * 2 + 2
     cell = next(cell for cell in cells if cell.key == "two/sana/faster/seed-1")
     config = checked_configs(cells)[cell.key]
-    assert config == load_config(cell.file, cell.overrides)  # as its own command line gives it
+    assert config == load_config(cell.file, cell.overrides)  # the same as from its command line
     assert (config.model.arch, config.train.seed, config.train.lr, config.train.clip) == ("sana", 1, 0.1, 0.5)
-    assert [concept.target for concept in config.concepts] == ["cat", "neon"] and config.run.folder.endswith(
-        "two/sana/faster/seed-1"
-    )
+    assert [concept.target for concept in config.concepts] == ["cat", "neon"]
+    assert config.run.folder.endswith("two/sana/faster/seed-1")
     assert cells[0].key == "two/sd15/plain/seed-0" and finished(cell, config, {}) is None
 
 
 @pytest.mark.parametrize("file", sorted((PROJECT / "configs" / "compare").glob("*.yaml")), ids=lambda file: file.name)
-def test_every_cell_of_a_shipped_comparison_can_run(file):
+def test_every_cell_of_a_shipped_comparison_is_valid(file):
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, []))
     assert len(checked_configs(cells)) == len(cells)
@@ -171,10 +170,12 @@ def test_every_cell_of_a_shipped_comparison_can_run(file):
         else (not used & tuning and max(seeds) < 100)
     )
     trials = [row.name.rpartition("-")[0] for row in comparison.rows]
-    assert file.name != "tuning.yaml" or len({trials.count(name) for name in trials}) == 1  # as many for every method
+    assert (
+        file.name != "tuning.yaml" or len({trials.count(name) for name in trials}) == 1
+    )  # equally many for every method
 
 
-def test_the_shipped_record_is_of_cells_as_they_are_defined_now():
+def test_the_shipped_record_matches_the_present_cells():
     file = PROJECT / "configs" / "compare" / "canvas.yaml"
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, []))
@@ -185,14 +186,17 @@ def test_the_shipped_record_is_of_cells_as_they_are_defined_now():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("sequence: two", "sequence: six"), "sequence 'six' is not defined; choose one of: two"),
+        (
+            lambda text: text.replace("sequence: two", "sequence: six"),
+            "sequence 'six' is not defined; choose one of: two",
+        ),
         (lambda text: text.replace("rows: [plain, faster]", "rows: [plan]"), "rows 'plan' is not defined"),
         (lambda text: text.replace("against: plain", "against: best"), "against 'best' is not defined"),
         (lambda text: text.replace("name: faster", "name: plain"), "every row a name of its own"),
         (lambda text: text.replace("record:", "recrod:"), "recrod.*Did you mean: 'record'"),
         (lambda text: text.replace('"train.steps=2"', '"train.stepz=2"'), "cell two/sd15/plain/seed-0: .*train.stepz"),
         (
-            lambda text: text.replace("dm_cal.yaml, ov", "dm_kal.yaml, ov"),
+            lambda text: text.replace("dm_cal.yaml\n    ov", "dm_kal.yaml\n    ov"),
             "cell two/sd15/faster/seed-0: .*no such configuration file",
         ),
         (lambda text: text.replace("target: cat", "target: unicorn"), "unicorn"),
@@ -211,13 +215,13 @@ def test_the_shipped_record_is_of_cells_as_they_are_defined_now():
         ),
     ],
 )
-def test_what_cannot_work_is_told_before_anything_runs(tmp_path, change, message):
+def test_an_invalid_comparison_is_refused_before_anything_runs(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         run_comparison(written(tmp_path, change))
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_report_on_the_way_is_not_that_of_a_finished_run(tmp_path):
+def test_the_report_of_an_unfinished_run_does_not_count(tmp_path):
     (tmp_path / "report").mkdir()
     for content, found in (
         ({"config": "a", "finished": False}, False),
@@ -228,7 +232,7 @@ def test_a_report_on_the_way_is_not_that_of_a_finished_run(tmp_path):
         assert (finished_report(tmp_path, "a") is not None) == found
 
 
-def test_a_setpriv_without_the_option_guards_nothing(tmp_path, monkeypatch):
+def test_an_old_setpriv_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "setpriv").write_text("#!/bin/sh\necho \"setpriv: unrecognized option '$1'\" >&2; exit 1\n")
     (tmp_path / "setpriv").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -238,17 +242,17 @@ def test_a_setpriv_without_the_option_guards_nothing(tmp_path, monkeypatch):
     _guard.cache_clear()
 
 
-def test_a_shard_outside_of_its_count_is_refused(tmp_path):
+def test_a_shard_out_of_range_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="shard 4/4"):
         run_comparison(written(tmp_path), shard=(4, 4))
     assert "write i/n" in sculpt("compare", str(written(tmp_path)), "--shard", "a/2", code=2)
 
 
-def test_a_failed_job_gives_its_last_line_and_the_others_run():
-    told: list[str] = []
+def test_a_failed_job_reports_its_last_line_and_the_others_run():
+    ended: list[str] = []
     jobs = [Job("bad", ("unlearn", "missing.yaml")), Job("good", ("--help",))]
-    failed = run_jobs(jobs, 2, 1, lambda job, failure: told.append(job.label))
-    assert sorted(told) == ["bad", "good"] and list(failed) == ["bad"]
+    failed = run_jobs(jobs, 2, 1, lambda job, failure: ended.append(job.label))
+    assert sorted(ended) == ["bad", "good"] and list(failed) == ["bad"]
     assert (
         re.fullmatch("ConfigError: missing.yaml: there is no such configuration file", failed["bad"].line)
         and failed["bad"].error == "ConfigError"
@@ -259,7 +263,7 @@ def test_a_failed_job_gives_its_last_line_and_the_others_run():
 
 @pytest.mark.two_ranks
 @pytest.mark.slow
-def test_a_comparison_runs_in_shards_goes_on_and_writes_its_tables(tmp_path):
+def test_a_comparison_runs_in_shards_continues_and_writes_its_tables(tmp_path):
     file = written(
         tmp_path,
         lambda text: (
@@ -308,7 +312,7 @@ def test_a_comparison_runs_in_shards_goes_on_and_writes_its_tables(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_comparison_saves_what_runs_and_goes_on(tmp_path):
+def test_a_stopped_comparison_saves_its_running_cells(tmp_path):
     file = written(tmp_path, lambda text: text.replace("train.steps=2", "train.steps=400"))
     command = [sys.executable, "-m", "sculpt_dist", "compare", str(file), "--shard", "0/100"]
     process = subprocess.Popen(
@@ -325,13 +329,13 @@ def test_a_stopped_comparison_saves_what_runs_and_goes_on(tmp_path):
     assert list((lines.parent / "checkpoints").glob("step-*")) and not (lines.parent / "report").exists()
 
 
-def test_a_row_is_compared_over_the_seeds_that_both_have(tmp_path):
+def test_two_rows_are_compared_over_their_common_seeds(tmp_path):
     file = written(tmp_path)
     configs = checked_configs(list(comparison_cells(read_comparison(file), file, [])))
     cells = {seed: configs[f"two/sd15/plain/seed-{seed}"] for seed in (0, 1, 2)}
 
     def row(right: dict[int, float]):
-        def told(share: float) -> dict:
+        def answered(share: float) -> dict:
             seen = [0 if i < share * 100 else 1 for i in range(100)]  # of 100 images of cats in the first style
             return {
                 "prompt": list(range(100)),
@@ -341,13 +345,11 @@ def test_a_row_is_compared_over_the_seeds_that_both_have(tmp_path):
                 "style_seen": [0] * 100,
             }
 
-        return {seed: finished_cell(cells[seed], {"answers": told(1 - share)}) for seed, share in right.items()}
+        return {seed: finished_cell(cells[seed], {"answers": answered(1 - share)}) for seed, share in right.items()}
 
     scores = _scores(row({0: 0.9, 1: 0.8}), row({0: 0.5, 2: 0.1}))
     assert scores["UA"].mean == pytest.approx(0.9 * 0.5 + 0.8 * 0.5, abs=0.01)
     assert scores["UA"].difference == pytest.approx(0.4, abs=0.01)  # of seed 0 alone
     assert scores["UA"].difference_interval[0] > 0 and "IRA" not in scores
-    assert _ua_by_target(list(row({0: 0.9, 1: 0.8}).values())) == {
-        "cat": pytest.approx(0.85),
-        "neon": None,
-    }  # no image in neon was asked for
+    # No image in neon was requested.
+    assert _ua_by_target(list(row({0: 0.9, 1: 0.8}).values())) == {"cat": pytest.approx(0.85), "neon": None}

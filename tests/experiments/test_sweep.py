@@ -1,4 +1,4 @@
-"""Sweeps: that the files are W&B's, which points the trials have, what each mistake is told, and small real ones."""
+"""Sweeps: W&B accepts the files, the points of the trials, the message for each mistake, and small real sweeps."""
 
 from __future__ import annotations
 
@@ -65,26 +65,29 @@ def written(folder: Path, *changes: tuple[str, str]) -> Path:
     return file
 
 
-def pretended(trial, **scores: float) -> None:
-    """A report as a finished run of this very trial leaves it."""
+def write_fake_report(trial, **scores: float) -> None:
+    """Write the report that a finished run of this trial would leave."""
     report = trial.folder / "report" / "report.json"
     report.parent.mkdir(parents=True)
     report.write_text(json.dumps({"config": config_fingerprint(trial.config), "finished": True, "after": scores}))
 
 
-# --- the files are W&B's
+# --- W&B accepts the files
 
 
-def expanded(file: Path, folder: Path, point: dict, monkeypatch) -> list[str]:
-    """The command line that W&B's own agent runs for a point that its server sent; the program that it finds writes its arguments."""
+def command_line(file: Path, folder: Path, point: dict, monkeypatch) -> list[str]:
+    """The command line that W&B's own agent runs for a point from its server.
+
+    The program on the PATH writes its arguments and environment to a file.
+    """
     from wandb.sdk.launch.sweeps.utils import load_sweep_config
     from wandb.wandb_agent import Agent
 
     content = load_sweep_config(str(file))
-    told = folder / "told.json"
+    call = folder / "call.json"
     program = folder / content["command"][0].replace("${interpreter}", "python")
     program.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\njson.dump([sys.argv, dict(os.environ)], open({str(told)!r}, 'w'))\n"
+        f"#!{sys.executable}\nimport json, os, sys\njson.dump([sys.argv, dict(os.environ)], open({str(call)!r}, 'w'))\n"
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     for name, value in {
@@ -100,34 +103,34 @@ def expanded(file: Path, folder: Path, point: dict, monkeypatch) -> list[str]:
     sent = {name: {"value": value} for name, value in point.items()}
     agent._command_run({"run_id": "r7", "program": content["program"], "args": sent})
     agent._run_processes["r7"]._popen.wait(timeout=30)
-    arguments, environment = json.loads(told.read_text())
+    arguments, environment = json.loads(call.read_text())
     assert environment["WANDB_RUN_ID"] == "r7" and environment["WANDB_SWEEP_ID"] == "s1"
     return [Path(arguments[0]).name, *arguments[1:]]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_wandbs_agent_runs_what_the_local_backend_runs(file, tmp_path, monkeypatch):
+def test_wandbs_agent_runs_the_same_configuration_as_the_local_backend(file, tmp_path, monkeypatch):
     plan = read_sweep(file)
     point = plan.point(1) if plan.settings.method != "bayes" else plan.point_at({p.name: 0.3 for p in plan.parameters})
-    words = expanded(file, tmp_path, dict(point), monkeypatch)
+    words = command_line(file, tmp_path, dict(point), monkeypatch)
     assert words[words.index("python") :][:4] == ["python", "-m", "sculpt_dist", "unlearn"]
     config, *given = words[words.index("unlearn") + 1 :]
     assert Path(config) == plan.config
-    assert [f"{name}={value}" for name, value in point.items()] == given[
-        -3 - len(point) : -3
-    ]  # plain key=value, as they stand
+    # The point arrives as plain key=value.
+    assert [f"{name}={value}" for name, value in point.items()] == given[-3 - len(point) : -3]
     assert given[-3:] == [
         "track.wandb=true",
         f"track.group={plan.name}",
         f"run.folder=runs/sweeps/{plan.name}/${{oc.env:WANDB_RUN_ID}}",
     ]
     monkeypatch.setenv("WANDB_RUN_ID", "r7")
-    theirs = load_config(PROJECT / config, given)
-    assert theirs.track.wandb and theirs.run.folder == f"runs/sweeps/{plan.name}/r7" and theirs.track.group == plan.name
-    ours = load_config(
+    by_agent = load_config(PROJECT / config, given)
+    assert by_agent.track.wandb and by_agent.track.group == plan.name
+    assert by_agent.run.folder == f"runs/sweeps/{plan.name}/r7"
+    local = load_config(
         PROJECT / plan.config, plan.overrides + tuple(f"{name}={value}" for name, value in point.items())
     )
-    assert config_fingerprint(ours) == config_fingerprint(theirs) and not ours.track.wandb
+    assert config_fingerprint(local) == config_fingerprint(by_agent) and not local.track.wandb
 
 
 @pytest.mark.skipif(
@@ -150,17 +153,17 @@ def test_wandbs_own_schema_accepts_the_file_and_its_grid_has_our_order(file):
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.stem.startswith("canvas")], ids=lambda file: file.stem)
-def test_every_trial_of_a_shipped_sweep_can_run(file, monkeypatch):
+def test_every_trial_of_a_shipped_sweep_is_valid(file, monkeypatch):
     monkeypatch.chdir(PROJECT)
     plan = read_sweep(file)
     plan.check()
     assert plan.settings.metric.name == "H" and plan.settings.metric.goal == "maximize" and plan.count >= 9
 
 
-# --- which points
+# --- points
 
 
-def test_a_grid_is_in_the_order_of_the_names_and_the_last_changes_fastest(tmp_path):
+def test_a_grid_orders_parameters_by_name_and_the_last_changes_fastest(tmp_path):
     plan = read_sweep(written(tmp_path))
     assert [tuple(plan.point(i).values()) for i in range(plan.count)] == [
         (0.3, 1e-3),
@@ -180,14 +183,17 @@ def test_a_grid_is_in_the_order_of_the_names_and_the_last_changes_fastest(tmp_pa
     assert read_sweep(written(tmp_path, ("method: grid", "method: grid\nrun_cap: 3"))).count == 3
 
 
-def test_a_random_trial_hangs_on_its_seed_and_number_alone(tmp_path):
+def test_a_random_trial_depends_only_on_its_seed_and_number(tmp_path):
     change = ("method: grid", "method: random\nrun_cap: 5"), BAYES[1]
     plan = read_sweep(written(tmp_path, *change))
     points = [plan.point(i) for i in range(5)]
     assert len({point["train.lr"] for point in points}) == 5 and all(
         1e-4 <= point["train.lr"] <= 1e-1 for point in points
     )
-    code = f"from pathlib import Path; from sculpt_dist.experiments.trials import read_sweep; print(read_sweep(Path({str(tmp_path / 'sweep.yaml')!r})).point(4))"
+    code = (
+        "from pathlib import Path; from sculpt_dist.experiments.trials import read_sweep; "
+        f"print(read_sweep(Path({str(tmp_path / 'sweep.yaml')!r})).point(4))"
+    )
     printed = subprocess.run(
         [sys.executable, "-c", code],
         env=rank_environment() | {"PYTHONHASHSEED": "7"},
@@ -195,7 +201,7 @@ def test_a_random_trial_hangs_on_its_seed_and_number_alone(tmp_path):
         text=True,
         check=True,
     )
-    assert printed.stdout.strip() == str(points[4])  # in another process, without the ones before it
+    assert printed.stdout.strip() == str(points[4])  # in another process, without the earlier trials
     more = read_sweep(
         written(
             tmp_path,
@@ -208,7 +214,7 @@ def test_a_random_trial_hangs_on_its_seed_and_number_alone(tmp_path):
     assert read_sweep(written(tmp_path, *change), seed=1).point(0) != points[0]
 
 
-def test_a_trial_is_the_configuration_that_its_own_command_line_gives(tmp_path):
+def test_a_trial_has_the_configuration_that_its_command_line_gives(tmp_path):
     file = written(tmp_path)
     plan = read_sweep(file, ["train.clip=0.5", "train.lr=7"], tmp_path / "out")
     trial = plan.trial(3, plan.point(3))
@@ -233,32 +239,32 @@ def test_a_trial_is_the_configuration_that_its_own_command_line_gives(tmp_path):
 # --- bayes
 
 
-def test_bayes_comes_nearer_to_the_best_point_than_chance(tmp_path):
+def test_bayes_gets_closer_to_the_best_point_than_chance(tmp_path):
     pytest.importorskip("optuna")
     file = written(tmp_path, *BAYES)
 
-    def off(point) -> float:  # from the best point
+    def distance(point) -> float:  # from the best point
         return abs(math.log10(point["train.lr"] / 1e-3)) + (point["mask.keep"] != 0.3)
 
-    far = []
+    distances = []
     for seed in range(5):
         plan, entries = read_sweep(file, seed=seed), {}
         for index in range(plan.count):
             shares = _new_shares(plan, index, entries)
-            entries[index] = {"shares": shares, "state": "done", "value": 1 / (1 + off(plan.point_at(shares)))}
-        far.append([off(plan.point_at(entry["shares"])) for entry in entries.values()])
+            entries[index] = {"shares": shares, "state": "done", "value": 1 / (1 + distance(plan.point_at(shares)))}
+        distances.append([distance(plan.point_at(entry["shares"])) for entry in entries.values()])
     start, end = (
-        sum(sum(tried[part]) for tried in far) for part in (slice(10), slice(-10, None))
+        sum(sum(tried[part]) for tried in distances) for part in (slice(10), slice(-10, None))
     )  # the first ten are drawn at random
     assert end < 2 / 3 * start
 
 
-def test_bayes_keeps_the_point_of_a_trial_and_how_it_ended(tmp_path):
+def test_bayes_records_the_point_and_the_outcome_of_a_trial(tmp_path):
     pytest.importorskip("optuna")
     plan = read_sweep(written(tmp_path, *BAYES), folder=tmp_path / "out")
     claim_sweep(plan)
     trials = [trial_of(plan, index) for index in (0, 7, 1)]
-    pretended(trials[1], UA=1.0, IRA=0.5, CRA=1.0)
+    write_fake_report(trials[1], UA=1.0, IRA=0.5, CRA=1.0)
     record_outcome(plan, outcome(trials[1]))
     entries = {
         entry["trial"]: (entry["state"], entry["value"])
@@ -271,7 +277,7 @@ def test_bayes_keeps_the_point_of_a_trial_and_how_it_ended(tmp_path):
 
 
 @pytest.mark.two_ranks
-def test_processes_that_ask_at_once_get_points_of_their_own(tmp_path):
+def test_concurrent_processes_get_different_points(tmp_path):
     pytest.importorskip("optuna")
     plan = read_sweep(written(tmp_path, *BAYES), folder=tmp_path / "out")
     claim_sweep(plan)
@@ -289,12 +295,12 @@ def test_processes_that_ask_at_once_get_points_of_their_own(tmp_path):
     )
 
 
-def test_bayes_says_when_every_point_was_tried(tmp_path):
+def test_bayes_raises_once_every_point_was_tried(tmp_path):
     pytest.importorskip("optuna")
     plan = read_sweep(written(tmp_path, BAYES[0]), folder=tmp_path / "out")
     claim_sweep(plan)
     points = [trial_of(plan, index).point for index in range(4)]
-    assert len({json.dumps(point) for point in points}) == 4  # of the four that there are, none twice
+    assert len({json.dumps(point) for point in points}) == 4  # all four points, none twice
     with pytest.raises(ConfigError, match="trial 4: bayes found no point.*lower run_cap to 4"):
         trial_of(plan, 4)
 
@@ -309,30 +315,30 @@ def test_bayes_says_when_every_point_was_tried(tmp_path):
         ("train.lr:", "method.label_guidnce:", "Key 'label_guidnce' not in .*'label_guidance'"),
         ("train.lr:", "run.folder:", "parameter run.folder: is set by the sweep itself"),
         ("values: [1.0e-3, 1.0e-2]", "values: []", r"parameter train.lr: values is \[\]; give a list of at least one"),
-        ("values: [1.0e-3, 1.0e-2]", "values: [1.0e-3, null]", "null cannot be given"),
-        ("values: [1.0e-3, 1.0e-2]", "values: [2, 2]", "holds one value twice"),
-        ("values: [1.0e-3, 1.0e-2]", "value: 1, q: 3", "constant must have value; found: value, q"),
+        ("values: [1.0e-3, 1.0e-2]", "values: [1.0e-3, null]", "null cannot be passed"),
+        ("values: [1.0e-3, 1.0e-2]", "values: [2, 2]", "contains one value twice"),
+        ("values: [1.0e-3, 1.0e-2]", "value: 1, q: 3", "constant needs value; found: value, q"),
         (
             "values: [1.0e-3, 1.0e-2]",
             "distribution: beta, a: 1",
-            "distribution 'beta' is not known here; there are: constant, ",
+            "unknown distribution 'beta'; choose one of: constant, ",
         ),
-        ("values: [1.0e-3, 1.0e-2]", "distribution: normal, sigma: 1", "a grid has values, .*not normal"),
+        ("values: [1.0e-3, 1.0e-2]", "distribution: normal, sigma: 1", "a grid takes values, .*not normal"),
         ("values: [1.0e-3, 1.0e-2]", "min: 0.5, max: 0.1", "min=0.5 is not below max=0.1"),
-        ("values: [1.0e-3, 1.0e-2]", "min: 1e-4, max: 0.1", "min='1e-4' is no number"),
+        ("values: [1.0e-3, 1.0e-2]", "min: 1e-4, max: 0.1", "min='1e-4' is not a number"),
         ("values: [1.0e-3, 1.0e-2]", "distribution: log_uniform_values, min: 0.0, max: 0.1", "needs numbers above 0"),
         ("values: [1.0e-3, 1.0e-2]", "distribution: int_uniform, min: 0.5, max: 2", "both must be whole numbers"),
         (
             "values: [1.0e-3, 1.0e-2]",
             "values: [1, 2], probabilities: [0.5, 0.6]",
-            "one for each of the 2 values, together 1",
+            "one for each of the 2 values, with sum 1",
         ),
-        ("values: [1.0e-3, 1.0e-2]", "parameters: {a: {value: 1}}", "is nested; write its members with dots"),
+        ("values: [1.0e-3, 1.0e-2]", "parameters: {a: {value: 1}}", "is nested; write its keys with dots"),
         ("{values: [0.3, 1.0]}", "{values: [0.3, 1.5]}", "trial 2: mask.keep=1.5: is a share"),
         ("name: H", "name: loss", "metric.name=loss; no report has it: choose one of UA, IRA, CRA, SA, H"),
         ("goal: maximize", "goal: max", "metric.goal=max: choose one of minimize, maximize"),
         ("method: grid", "method: gird", "method=gird: choose one of grid, random, bayes"),
-        ("method: grid", "method: random", "say how many trials, as run_cap: 20"),
+        ("method: grid", "method: random", "set the number of trials, run_cap: 20"),
         ("method: grid", "method: grid\nearly_terminate: {type: hyperband}", "early_terminate needs W&B's server"),
         ("method: grid", "method: grid\nruncap: 3", "Key 'runcap' not in"),
         ('"${args_no_hyphens}"', '"${args}"', r"write it as \[.*args_no_hyphens"),
@@ -342,17 +348,17 @@ def test_bayes_says_when_every_point_was_tried(tmp_path):
             "trial 0: train.batch=3 is not divisible by ranks 1 x train.accumulate 2",
         ),
         ("train.steps=4", "more.yaml", "names 2 configuration files"),
-        ("train.steps=4", "evaluate.enabled=false", "its report would not have the metric H"),
+        ("train.steps=4", "evaluate.enabled=false", "its report has no metric H"),
         ("dm_cal_sana.yaml", "dm_kal.yaml", "no such configuration file"),
     ],
 )
-def test_what_cannot_work_is_told_before_anything_runs(tmp_path, before, after, message):
+def test_an_invalid_sweep_is_refused_before_anything_runs(tmp_path, before, after, message):
     with pytest.raises(ConfigError, match=message):
         run_sweep(written(tmp_path, (before, after)), folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_bayes_refuses_probabilities_and_ends_that_cannot_work(tmp_path):
+def test_bayes_refuses_probabilities_and_invalid_ends(tmp_path):
     chances = ("{values: [0.3, 1.0]}", "{values: [0.3, 1.0], probabilities: [0.5, 0.5]}")
     with pytest.raises(ConfigError, match="remove the probabilities"):
         run_sweep(written(tmp_path, *BAYES, chances), folder=tmp_path / "out")
@@ -363,7 +369,7 @@ def test_bayes_refuses_probabilities_and_ends_that_cannot_work(tmp_path):
         )
 
 
-def test_an_index_outside_is_told_how_many_trials_there_are(tmp_path):
+def test_the_error_for_an_index_out_of_range_names_the_number_of_trials(tmp_path):
     for index in (4, -1):
         with pytest.raises(ConfigError, match=f"index={index}: the sweep has 4 trials, 0 to 3"):
             run_sweep(written(tmp_path), folder=tmp_path / "out", index=index)
@@ -382,15 +388,15 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path):
         run_sweep(written(tmp_path), ["train.clip=1"], folder=tmp_path / "out", run=False)
 
 
-def test_a_metric_that_no_report_has_is_told(tmp_path):
+def test_a_metric_that_no_report_has_is_an_error(tmp_path):
     file = written(tmp_path, ("name: H", "name: CRA"))
     plan = read_sweep(file, folder=tmp_path / "out")
-    pretended(plan.trial(0, plan.point(0)), UA=1.0, IRA=0.5, CRA=None)
-    with pytest.raises(ConfigError, match="metric.name=CRA: no report of a trial has it; they have: UA, IRA"):
+    write_fake_report(plan.trial(0, plan.point(0)), UA=1.0, IRA=0.5, CRA=None)
+    with pytest.raises(ConfigError, match="metric.name=CRA: no trial's report has this score; choose one of: UA, IRA"):
         run_sweep(file, folder=tmp_path / "out", run=False)
 
 
-def test_a_trial_that_another_process_has_is_refused_by_name(tmp_path):
+def test_the_error_for_a_trial_of_another_process_names_that_process(tmp_path):
     file = written(tmp_path)
     plan = read_sweep(file, folder=tmp_path / "out")
     claim_sweep(plan)
@@ -407,13 +413,13 @@ def test_a_trial_that_another_process_has_is_refused_by_name(tmp_path):
 # --- the summary
 
 
-def test_the_summary_has_the_best_first_and_the_front(tmp_path):
+def test_the_summary_sorts_by_the_metric_and_marks_the_front(tmp_path):
     plan = read_sweep(written(tmp_path), folder=tmp_path / "out")
     claim_sweep(plan)
     trials = known_trials(plan)
-    pretended(trials[0], UA=0.2, IRA=1.0, CRA=1.0, SA=0.1)
-    pretended(trials[1], UA=0.9, IRA=0.5, CRA=1.0, SA=None)
-    pretended(trials[3], UA=0.8, IRA=0.5, CRA=0.5)
+    write_fake_report(trials[0], UA=0.2, IRA=1.0, CRA=1.0, SA=0.1)
+    write_fake_report(trials[1], UA=0.9, IRA=0.5, CRA=1.0, SA=None)
+    write_fake_report(trials[3], UA=0.8, IRA=0.5, CRA=0.5)
     write_failure(trials[2], "NonFiniteError: the loss is nan | at step 3")
     rows = summary_rows(plan, [outcome(trial) for trial in trials])
     assert [(row["trial"], row["state"], row["front"]) for row in rows] == [
@@ -446,13 +452,13 @@ def test_the_metric_may_be_minimised(tmp_path):
     )
     trials = known_trials(plan)
     for trial, score in zip(trials, (0.3, 0.1, 0.2, None)):
-        pretended(trial, UA=0.5, IRA=None, CRA=0.5, SA=score)
+        write_fake_report(trial, UA=0.5, IRA=None, CRA=0.5, SA=score)
     rows = summary_rows(plan, [outcome(trial) for trial in trials])
     assert (
         [row["trial"] for row in rows] == [1, 2, 0, 3]
         and {row["kept"] for row in rows} == {0.5}
         and rows[0]["scores"]["H"] == pytest.approx(0.5)
-    )  # of what is measured
+    )  # of the measured scores
 
 
 # --- real runs
@@ -464,7 +470,7 @@ def scores_of(folder: Path) -> dict[str, float]:
 
 @pytest.mark.two_ranks
 @pytest.mark.slow
-def test_a_grid_runs_as_an_array_is_killed_goes_on_and_is_summarised(tmp_path):
+def test_a_grid_runs_as_an_array_resumes_after_a_kill_and_is_summarised(tmp_path):
     out = tmp_path / "out"
     file = written(tmp_path, ("train.steps=4", "train.steps=60"))
     arguments = ["sweep", str(file), "--folder", str(out)]
@@ -486,24 +492,22 @@ def test_a_grid_runs_as_an_array_is_killed_goes_on_and_is_summarised(tmp_path):
     process.wait()
     pid = int(re.search(r"process (\d+)", (first / ".holder").read_text())[1])
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/status").read_text().split("State:")[1][:4]:
-        assert time.monotonic() < deadline  # the trial saves and ends by itself: nothing is left behind
+        assert time.monotonic() < deadline  # the trial saves and ends by itself: no process is left
         time.sleep(0.1)
     assert not (first / "report").exists()
     printed = sculpt(*arguments, "--jobs", "2")
     assert "trial 2" not in printed and printed.count("): UA") == 3
     assert (out / "trials/0002/report/report.json").stat().st_mtime_ns == before
     steps = [json.loads(line)["step"] for line in (first / "metrics.jsonl").read_text().splitlines()]
-    assert (
-        len(set(steps)) == 61 and len(steps) < 90
-    )  # it went on, where it was: at most what lay behind the last save came again
+    assert len(set(steps)) == 61 and len(steps) < 90  # resumed: only the steps after the last checkpoint ran again
     rows = json.loads((out / "sweep.json").read_text())["rows"]
     assert [row["state"] for row in rows] == ["done"] * 4 and [row["scores"]["H"] for row in rows] == sorted(
         (row["scores"]["H"] for row in rows), reverse=True
     )
     for row in rows:
-        theirs = scores_of(out / "trials" / f"{row['trial']:04d}")
+        scores = scores_of(out / "trials" / f"{row['trial']:04d}")
         assert {name: row["scores"][name] for name in ("UA", "IRA", "CRA", "SA")} == {
-            name: theirs[name] for name in ("UA", "IRA", "CRA", "SA")
+            name: scores[name] for name in ("UA", "IRA", "CRA", "SA")
         }
         config = load_config(out / "trials" / f"{row['trial']:04d}" / "config.yaml")
         assert row["point"] == {"mask.keep": config.mask.keep, "train.lr": config.train.lr}
@@ -526,13 +530,12 @@ def test_a_trial_that_fails_is_recorded_and_the_others_run(tmp_path):
         "reason"
     ]
     printed = sculpt("sweep", str(file), "--folder", str(out), code=2)
-    assert (
-        "0000.failed to run it again" in printed and "): " not in printed.split("ConfigError")[0]
-    )  # told again, not run again
+    assert "0000.failed to run it again" in printed
+    assert "): " not in printed.split("ConfigError")[0]  # reported again, not run again
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_saves_what_runs(tmp_path):
+def test_a_stopped_sweep_saves_its_running_trials(tmp_path):
     out = tmp_path / "out"
     command = [
         sys.executable,

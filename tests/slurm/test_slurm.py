@@ -209,8 +209,10 @@ SCORED = [
 def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_goes_on(cluster, tmp_path):
     file, runs = tmp_path / "comparison.yaml", tmp_path / "runs"
     file.write_text(
-        f"folder: {runs}\nagainst: plain\nsequences: {{one: [{{target: bird, superclass: animal}}]}}\noverrides: {json.dumps(RUN[:-1] + SCORED)}\n"
-        f"rows: [{{name: plain, config: {CONFIG}}}]\ntables: [{{title: All, sequence: one, backbones: [sana], seeds: [0, 1]}}]\n"
+        f"folder: {runs}\nagainst: plain\nsequences: {{one: [{{target: bird, superclass: animal}}]}}\noverrides: "
+        f"{json.dumps(RUN[:-1] + SCORED)}\n"
+        f"rows: [{{name: plain, config: {CONFIG}}}]\ntables: "
+        f"[{{title: All, sequence: one, backbones: [sana], seeds: [0, 1]}}]\n"
     )
     job = cluster.submit("compare.sbatch", str(file), options=("--array=0-1", "--partition=low"))
     cells = [runs / "one" / "sana" / "plain" / f"seed-{seed}" for seed in range(2)]
