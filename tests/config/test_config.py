@@ -24,7 +24,7 @@ def test_every_config_loads_with_its_method(file):
     assert isinstance(method_of(load_config(file, path)), (Method, Editor))
 
 
-def test_a_full_size_configuration_asks_for_the_model():
+def test_a_full_size_configuration_requires_model_path():
     with pytest.raises(ConfigError, match="model.path is empty"):
         load_config(PROJECT / "configs" / "sdxl" / "dm_cal.yaml")
 
@@ -38,7 +38,7 @@ def test_the_resolved_config_loads_to_the_same(tmp_path):
     assert load_config(tmp_path / "again.yaml") == config
 
 
-def test_later_wins(tmp_path):
+def test_later_values_override_earlier_ones(tmp_path):
     (tmp_path / "c.yaml").write_text("train: {lr: 0.5, steps: 7}")
     config = load_config(tmp_path / "c.yaml", ["train.lr=0.25"])
     assert (config.train.lr, config.train.steps, config.train.batch) == (0.25, 7, 2)

@@ -51,7 +51,7 @@ def test_markdown_has_a_row_for_every_key():
     assert all(f"| `{key.name}` |" in text for key in reference())
 
 
-def test_it_needs_no_torch():
+def test_the_reference_does_not_import_torch():
     code = (
         "import sys; from sculpt_dist.config.reference import reference; reference(); sys.exit('torch' in sys.modules)"
     )

@@ -90,7 +90,7 @@ def test_a_missing_file_and_a_file_for_an_unknown_target_are_refused_before_the_
     with pytest.raises(ConfigError, match="nowhere.txt: this list of prompts does not exist"):
         concept_prompts(Concept("cat", "animal"), PrepareConfig(prompts=PromptsConfig(files={"cat": "nowhere.txt"})))
     cat = "concepts=[{target: cat, superclass: animal}]"
-    with pytest.raises(ConfigError, match="files names 'dog', which is no target; there are: cat"):
+    with pytest.raises(ConfigError, match="files names 'dog', which is not a target; there are: cat"):
         load_config(None, [cat, "prepare.prompts.files.dog=x.txt"])
     with pytest.raises(ConfigError, match="evaluate.reference or evaluate.clip"):
         load_config(None, [cat, "evaluate.retain_prompts=x.txt"])

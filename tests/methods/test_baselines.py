@@ -48,7 +48,7 @@ def test_concept_ablation_relabels_the_superclass_samples_without_gradient_of_th
 
 @pytest.mark.parametrize("reference", ["teacher", "original"])
 @pytest.mark.parametrize("eta", [1.0, 2.5])
-def test_esd_leads_the_students_own_latents_away_from_the_prompt(reference, eta):
+def test_esd_trains_negative_guidance_on_the_students_latents(reference, eta):
     step = linear_step(net(0.5), net(0.25))
     object.__setattr__(step, "original", step.teacher)
     method = esd.Method(esd.Config(eta=eta, sampler_steps=10, reference=reference))
@@ -60,7 +60,7 @@ def test_esd_leads_the_students_own_latents_away_from_the_prompt(reference, eta)
     assert method.needs_original == (reference == "original") and not drawn_sources(method)
 
 
-def test_esd_variants_train_what_they_are_named_for():
+def test_esd_variants_train_the_groups_of_their_names():
     groups = {
         "cross_attention": ("a", "a.bias"),
         "not_cross_attention": ("b",),
@@ -73,7 +73,7 @@ def test_esd_variants_train_what_they_are_named_for():
         esd.Method(esd.Config(variant="v"))
 
 
-def test_salun_scores_by_the_guided_prediction_and_relabels_under_the_students_own_label():
+def test_salun_scores_the_guided_prediction_and_relabels_with_the_students_label():
     step = linear_step(net(0.5), net(0.25))
     method = salun.Method(salun.Config(retain_weight=0.1, saliency_guidance=7.5))
     n_f, n_s = noise(step, "target"), noise(step, "superclass")
@@ -135,7 +135,7 @@ def test_a_styles_own_token_meets_the_last_one_of_the_style_free_prompt(arch):
     assert torch.equal(old[0], rows[0][popart]) and torch.equal(new[0], rows[1][photo]) and popart == photo + 2
 
 
-def test_the_closed_form_forgets_on_its_own_terms():
+def test_the_closed_form_maps_target_tokens_to_the_superclass():
     """After the edit the target's token is keyed and valued nearly as the superclass's, and preserved prompts as
     before.
     """
@@ -235,7 +235,7 @@ def test_disturbed_prompts_keep_the_target():
     )
 
 
-def test_a_trajectory_goes_on_by_one_step_or_starts_afresh():
+def test_a_trajectory_advances_by_one_step_or_restarts():
     calls: list[int] = []
 
     def denoiser(noisy: torch.Tensor, time: torch.Tensor, both: TextCond) -> torch.Tensor:
@@ -257,7 +257,7 @@ def test_a_trajectory_goes_on_by_one_step_or_starts_afresh():
     assert torch.equal(fourth, again.advance_to(4, *arguments)[0]) and not torch.equal(third, fourth)
 
 
-def test_a_walk_keeps_the_prompts_that_it_began_with(monkeypatch):
+def test_a_trajectory_keeps_its_first_prompts(monkeypatch):
     first, method = linear_step(net(0.5), net(0.25), update=0), kscu.Method(kscu.Config(sampler_steps=10, start=4))
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(kscu, "key_step", lambda update, start, steps: [4, 5, 4][update])

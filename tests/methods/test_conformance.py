@@ -86,7 +86,7 @@ def largest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("preset", ["dm_cal-imagenette", "dm_cal-imagenette-reference"])
-def test_after_collect_half_of_each_matrix_is_open_and_it_is_the_half_of_the_largest_signed_sums(preset):
+def test_collect_opens_the_half_of_each_matrix_with_the_largest_signed_sums(preset):
     plan = planned(preset)
     assert plan.collect == 50
     masked, total = Masked(plan, keep=0.5, scope="matrix"), np.zeros(int(WHERE[-1]), np.float32)
@@ -141,7 +141,7 @@ def test_every_turnover_swaps_as_many_and_the_same_weights_as_the_reference(scop
     assert masked.mask.num_open() == int(opened.sum()) == (490 if scope == "matrix" else 492)
 
 
-def test_the_optimizer_moves_open_weights_alone_in_our_form_and_closed_ones_too_in_the_published():
+def test_closed_weights_move_only_with_reference_compat():
     for published in (False, True):
         plan = planned("dm_cal-imagenette-reference" if published else "dm_cal-imagenette")
         masked = Masked(plan, keep=0.5, scope="matrix", resets_moments=not published)

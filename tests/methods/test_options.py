@@ -185,11 +185,11 @@ def refreshes(made: Plan) -> list[int]:
     ],
     ids=str,
 )
-def test_refresh_and_until_say_when_the_mask_turns_over(overrides, expected):
+def test_refresh_and_until_decide_when_the_mask_turns_over(overrides, expected):
     assert refreshes(plan(*overrides)) == expected
 
 
-def test_collect_is_left_out_where_no_gradient_is_asked_for():
+def test_no_collect_steps_run_without_a_mask_or_with_random_saliency():
     assert (
         plan("mask.keep=1").collect,
         plan("mask.saliency=random", "mask.collect=0").collect,
@@ -202,7 +202,7 @@ def test_a_share_above_0_is_at_least_one_step():
     assert (few.collect, few.refresh) == (1, 1)
 
 
-def test_moments_of_open_weights_alone_are_refused_with_the_published_form_before_anything_runs():
+def test_open_moments_are_refused_together_with_reference_compat():
     with pytest.raises(
         ConfigError, match="engine.moments=open: with method.reference_compat closed weights keep moving"
     ):
@@ -299,7 +299,7 @@ def test_no_label_passes_a_gradient(source):
     assert source != "original" or other.weight.grad is None
 
 
-def test_without_its_weight_the_distillation_asks_nobody():
+def test_distillation_of_weight_0_adds_no_forward():
     step = linear_step(net(0.5), net(0.25))
     terms = Method(Config(distill_weight=0.0, label_guidance=0.0)).losses(step).terms
     assert set(terms) == {"forget", "retain"} and step.student.net.calls == [4] and step.teacher.net.calls == [2]
@@ -341,7 +341,7 @@ def test_anchors_name_the_sources_of_the_stream(tmp_path, anchors, concept, expe
     assert all(found.count(source) == 6 / len(expected) for source in expected)
 
 
-def test_saliency_starts_anew_when_the_mask_is_built():
+def test_saliency_is_reset_when_the_mask_is_built():
     optimizer, shard, mask = collected([[5.0, 4.0, 3.0, 0.0]], keep=0.5)
     assert shard.opened.tolist() == [1, 1, 0, 0]
     later = [0.0, -4.0, 1.0, 3.5]

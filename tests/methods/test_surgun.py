@@ -81,7 +81,7 @@ def test_a_step_loses_the_target_and_learns_the_distractors(contrast):
     torch.testing.assert_close(weight.grad, by_hand[contrast].mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_both_streams_pass_the_student_as_one_batch_and_nobody_asks_the_teacher():
+def test_both_streams_are_one_student_batch_without_a_teacher():
     step = linear_step(net(0.5), net(0.25))
     Method(Config()).losses(step)
     assert step.student.net.calls == [4] and step.teacher.net.calls == []
@@ -109,7 +109,7 @@ def setup(*concepts: Concept, which: int = 0) -> Setup:
     return Setup(which, LinearBackbone(), 10, concept_prompts(concepts[which], PrepareConfig()), concepts)
 
 
-def test_distractors_are_no_concepts_of_the_run_and_enough():
+def test_distractors_exclude_concepts_of_the_run_and_too_few_are_refused():
     cat, dog = Concept("cat", "animal"), Concept("Dog", "pet")
     method = Method(Config(candidates=["dog", "ANIMAL", "cat", "tree", "sun", "tree"], distractors=2))
     assert sorted(method.extra_concepts(setup(cat, dog))["distractor"]) == ["sun", "tree"]

@@ -208,7 +208,7 @@ def planned(*overrides: str, ranks: int = 1, memory: float = 1e12, device: str =
     )
 
 
-def test_parts_are_what_their_counts_say():
+def test_parts_equal_counted_bytes():
     found = planned("engine.stage=2", "train.batch=12", "mask.keep=0.5", "train.background_save=true", ranks=2)
     total, trained = found["parameters"], found["trainable"]
     shard = trained // 2
@@ -232,7 +232,7 @@ def test_a_net_in_stage_3_is_spread_and_its_gathered_copy_is_counted():
 
 
 @pytest.mark.parametrize("name", ["dm_cal", "kscu", "esd", "concept_ablation", "salun", "rgd", "surgun"])
-def test_every_method_is_rehearsed_as_it_is(name):
+def test_every_method_can_be_rehearsed(name):
     found = planned(
         "model.arch=sana", "train.batch=2", config=PROJECT / "configs" / "canvas" / f"{name}.yaml", device="cpu"
     )
@@ -241,7 +241,7 @@ def test_every_method_is_rehearsed_as_it_is(name):
 
 
 @pytest.mark.parametrize("arch", ["sd15", "sdxl", "sana"])
-def test_the_rehearsal_counts_what_lives_when_it_is_real(arch):
+def test_the_rehearsal_counts_the_bytes_that_a_real_step_keeps_alive(arch):
     """The same method on the same net, once without values and once with them."""
     config = load_config(CANVAS, [f"model.arch={arch}", "train.batch=2", "method.distill_weight=0"])
     rehearsed = Subject(config, 1).training[0]
@@ -292,12 +292,12 @@ def test_a_change_that_makes_it_fit_does():
         assert again["fits"] and max(again["peak"], again["drawing"]) == found["change"]["peak"]
 
 
-def test_where_nothing_helps_it_says_so():
+def test_a_run_that_no_change_makes_fit_has_no_change():
     found = planned("train.batch=2", memory=1e3)
     assert found["fits"] is False and found["change"] is None
 
 
-def test_a_cheap_change_comes_before_a_dear_one():
+def test_a_cheap_change_is_preferred_to_an_expensive_one():
     subject = [
         "engine.stage=2",
         "model.path=" + str(PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"),
@@ -350,13 +350,13 @@ def test_rates_come_from_the_command_or_from_a_bench(tmp_path):
         1e12, dict.fromkeys(("sum", "gather", "scatter"), 4e9), 10 * 1e-6
     )
     assert read_rates([], None, None, None) is None
-    with pytest.raises(ConfigError, match="is no JSON of a bench"):
+    with pytest.raises(ConfigError, match="is not the JSON of a bench"):
         read_rates([PROJECT / "README.md"], None, None, None)
     with pytest.raises(ConfigError, match="flops_per_second=0: a rate must be more than 0"):
         read_rates([], 0.0, None, None)
 
 
-def test_the_command_says_what_would_fit(tmp_path):
+def test_the_command_prints_the_change_that_fits(tmp_path):
     rates = tmp_path / "rates.json"
     rates.write_text(
         'noise\n{"sum_gb_per_second": 1.0, "gather_gb_per_second": 1.0, "scatter_gb_per_second": 1.0, '

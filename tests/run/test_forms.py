@@ -41,7 +41,7 @@ def test_a_single_file_is_unlearned_and_only_cross_attention_matrices_changed(ru
 
 
 @pytest.mark.slow
-def test_the_result_goes_out_as_a_single_file_that_diffusers_reads(run, canvas_config):
+def test_the_result_exports_as_a_single_file_that_diffusers_reads(run, canvas_config):
     from diffusers import StableDiffusionXLPipeline
 
     folder, arguments = run
@@ -52,11 +52,11 @@ def test_the_result_goes_out_as_a_single_file_that_diffusers_reads(run, canvas_c
     loaded = StableDiffusionXLPipeline.from_single_file(
         folder / "forgot.safetensors", config=str(SDXL), local_files_only=True
     )
-    mine = weights(folder / "run")
-    assert all(torch.equal(mine[name], tensor.float()) for name, tensor in loaded.unet.state_dict().items())
+    exported = weights(folder / "run")
+    assert all(torch.equal(exported[name], tensor.float()) for name, tensor in loaded.unet.state_dict().items())
 
 
-def test_a_delta_is_small_and_goes_in_and_out_again(run, canvas_config):
+def test_a_delta_is_small_and_applies_and_reverts(run, canvas_config):
     folder, arguments = run
     sculpt("export", canvas_config, *arguments, "--as", "delta")
     delta = folder / "run" / "delta.safetensors"
@@ -73,7 +73,7 @@ def test_a_delta_is_small_and_goes_in_and_out_again(run, canvas_config):
     assert "choose one of folder, single, delta" in sculpt("export", canvas_config, *arguments, "--as", "zip", code=2)
 
 
-def test_what_a_closed_form_made_goes_out_in_every_form(tmp_path):
+def test_the_result_of_a_closed_form_exports_in_every_form(tmp_path):
     config, run = str(PROJECT / "configs" / "canvas" / "uce.yaml"), tmp_path / "run"
     arguments = [config, *TINY_RUN, "evaluate.enabled=false", f"run.folder={run}"]
     assert "has no model yet" in sculpt("export", *arguments, "--as", "lora", code=2)

@@ -81,7 +81,7 @@ def test_computing_activations_again_does_not_change_the_run(alone_of, canvas_co
 
 @pytest.mark.exhaustive  # minutes of compiling
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_compiled_net_trains_alike(alone_of, canvas_config, tmp_path, arch):
+def test_a_compiled_net_gives_the_same_losses(alone_of, canvas_config, tmp_path, arch):
     sculpt(
         "unlearn",
         canvas_config,
@@ -96,7 +96,7 @@ def test_a_compiled_net_trains_alike(alone_of, canvas_config, tmp_path, arch):
 
 @pytest.mark.two_ranks
 @pytest.mark.slow
-def test_on_stage_3_no_rank_loads_the_net_whole_not_even_to_draw(canvas_config, tmp_path):
+def test_on_stage_3_no_rank_ever_loads_the_whole_net(canvas_config, tmp_path):
     arguments = [*SMALL, "model.arch=sana", "engine.stage=3", f"run.folder={tmp_path / 'run'}"]
     launch(2, str(WORKERS / "never_whole.py"), canvas_config, *arguments)
     assert len(losses(tmp_path / "run")) == 16 and (tmp_path / "run" / "model").is_dir()
@@ -173,7 +173,7 @@ def golden_cells() -> list:
     methods = [
         name
         for name in plugins("sculpt_dist.methods")
-        if hasattr(plugin("sculpt_dist.methods", name, "method.name"), "Method")
+        if plugin("sculpt_dist.methods", name, "method.name").Method.kind == "trains"
     ]
     later = {"sdxl": pytest.mark.exhaustive}
     pairs = [(method, arch) for method in methods for arch in ARCHS]
@@ -188,12 +188,12 @@ def test_golden_losses_of_the_first_updates(alone_of, tmp_path, method, arch, re
     if method != "dm_cal":
         config = str(PROJECT / "configs" / "canvas" / f"{method}.yaml")
         sculpt("unlearn", config, *TINY_RUN, "evaluate.enabled=false", f"model.arch={arch}", f"run.folder={folder}")
-    told = losses(folder)[:7]
+    first = losses(folder)[:7]
     known = json.loads(GOLDEN.read_text())
     if request.config.getoption("--refresh-golden"):
-        known[f"{method} {arch}"] = told
+        known[f"{method} {arch}"] = first
         GOLDEN.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    assert told == pytest.approx(known[f"{method} {arch}"], rel=1e-4)
+    assert first == pytest.approx(known[f"{method} {arch}"], rel=1e-4)
 
 
 @pytest.mark.two_ranks
@@ -225,7 +225,7 @@ def test_the_ranks_do_not_change_the_run_of_a_method_that_draws_or_combines(tmp_
 
 
 @pytest.mark.two_ranks
-def test_nan_on_one_rank_stops_all_at_the_same_step_and_the_checkpoint_stays(canvas_config, tmp_path):
+def test_nan_on_one_rank_stops_all_ranks_at_the_same_step_and_keeps_the_checkpoint(canvas_config, tmp_path):
     arguments = [canvas_config, *QUICK, "train.checkpoint_every=0.001", f"run.folder={tmp_path / 'run'}"]
     printed = launch(2, str(WORKERS / "nan_on_one_rank.py"), *arguments, code=2)
     assert printed.count("NonFiniteError: the loss is not finite") == 2 and "rank 1: forget nan" in printed
@@ -246,11 +246,11 @@ def test_published_behaviour_does_not_train_on_distillation(canvas_config, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["adapter", pytest.param("groups", marks=pytest.mark.slow), "editor"])
-def test_the_seam_carries_adapters_loss_groups_and_editors(alone, canvas_config, tmp_path, kind):
+def test_the_method_interface_supports_adapters_loss_groups_and_editors(alone, canvas_config, tmp_path, kind):
     printed = launch(
         2, str(WORKERS / "other_methods.py"), kind, canvas_config, *QUICK, f"run.folder={tmp_path / 'run'}"
     )
-    told = json.loads(printed.strip().splitlines()[-1])
+    state = json.loads(printed.strip().splitlines()[-1])
     base = load_file(PROJECT / "sculpt_dist/assets/canvas/sd15/unet/diffusion_pytorch_model.safetensors")
     result = weights(tmp_path / "run")
     assert result.keys() == base.keys()  # an adapter is merged: a plain folder in every case
@@ -261,7 +261,7 @@ def test_the_seam_carries_adapters_loss_groups_and_editors(alone, canvas_config,
         assert torch.linalg.matrix_rank(result[name] - base[name].float(), atol=1e-5) <= 2
     elif kind == "groups":  # two groups joined by a plain sum are one loss
         assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-3)
-        assert told["combined"] == 12
+        assert state["combined"] == 12
     else:
         assert changed == {"mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"}
 

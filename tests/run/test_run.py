@@ -37,7 +37,7 @@ def finished(tmp_path_factory, canvas_config):
 
 
 @pytest.mark.two_ranks
-def test_a_run_leaves_everything_that_others_rely_on(finished):
+def test_a_run_writes_all_files_that_other_commands_read(finished):
     folder, printed = finished
     assert "after boat" in printed and str(folder / "report" / "report.html") in printed
     for name in (
@@ -85,7 +85,7 @@ def test_the_export_loads_in_plain_diffusers_and_only_cross_attention_matrices_c
 
 
 @pytest.mark.two_ranks
-def test_metrics_tell_every_step(finished):
+def test_metrics_have_one_line_per_step(finished):
     folder, _ = finished
     told = lines(folder)
     assert [(entry["concept"], entry["step"]) for entry in told] == [(c, s) for c in range(2) for s in range(8)]
@@ -102,7 +102,7 @@ def test_metrics_tell_every_step(finished):
 
 
 @pytest.mark.two_ranks
-def test_called_again_it_is_done_and_changes_nothing(finished, canvas_config):
+def test_a_second_call_of_a_finished_run_changes_nothing(finished, canvas_config):
     folder, _ = finished
     before, trained = weights(folder), len(lines(folder))
     sculpt("unlearn", canvas_config, *SMALL, f"run.folder={folder}", ranks=2)
@@ -120,7 +120,7 @@ def test_samples_do_not_depend_on_the_number_of_ranks(finished, canvas_config, t
 
 
 @pytest.mark.two_ranks
-def test_prepare_redraws_what_is_not_whole_and_reuses_the_rest(finished, canvas_config, tmp_path):
+def test_prepare_redraws_damaged_shards_and_reuses_the_rest(finished, canvas_config, tmp_path):
     folder, _ = finished
     copy = tmp_path / "copy"
     shutil.copytree(folder / "data", copy / "data")
@@ -158,7 +158,7 @@ def wait_until_still(folder: Path) -> int:
         ),
     ],
 )
-def test_killed_in_the_middle_and_called_again_it_ends_with_the_same_weights(canvas_config, tmp_path, arch, stage):
+def test_a_killed_run_resumes_to_the_same_weights(canvas_config, tmp_path, arch, stage):
     arguments = ["unlearn", canvas_config, *SMALL, *LONGER, f"model.arch={arch}", f"engine.stage={stage}"]
     process = start([*arguments, f"run.folder={tmp_path / 'killed'}"])
     wait_for_step(tmp_path / "killed", process, 1, 9)
@@ -176,7 +176,7 @@ def test_killed_in_the_middle_and_called_again_it_ends_with_the_same_weights(can
 
 
 @pytest.mark.slow
-def test_a_trajectory_is_remembered_by_the_checkpoint(tmp_path):
+def test_a_checkpoint_restores_trajectories(tmp_path):
     """KSCU walks its latents on from update to update: stopped within a walk, the run goes on with them."""
     config, folder = str(PROJECT / "configs" / "canvas" / "kscu.yaml"), tmp_path / "run"
     one_walk = [
@@ -210,7 +210,7 @@ def test_a_trajectory_is_remembered_by_the_checkpoint(tmp_path):
     assert same(weights(folder), weights(tmp_path / "straight"))
 
 
-def test_interrupted_it_saves_says_so_and_goes_on(canvas_config, tmp_path):
+def test_an_interrupted_run_saves_reports_it_and_resumes(canvas_config, tmp_path):
     arguments = [
         "-m",
         "sculpt_dist",
@@ -243,7 +243,7 @@ def test_interrupted_it_saves_says_so_and_goes_on(canvas_config, tmp_path):
     assert same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
 
 
-def test_interrupted_while_drawing_it_stops_at_once_and_goes_on(canvas_config, tmp_path):
+def test_a_run_interrupted_while_drawing_stops_at_once_and_resumes(canvas_config, tmp_path):
     arguments = [
         "-m",
         "sculpt_dist",
@@ -326,7 +326,7 @@ def broken(tmp_path: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [
         ("a missing weight", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight: stored none"),
         ("a cut weight file", "unet"),
@@ -336,7 +336,7 @@ def broken(tmp_path: Path, kind: str) -> str:
         ("no folder", "no such folder"),
     ],
 )
-def test_a_bad_model_is_refused_before_anything_is_drawn(canvas_config, tmp_path, kind, said):
+def test_a_bad_model_is_refused_before_anything_is_drawn(canvas_config, tmp_path, kind, message):
     printed = sculpt(
         "unlearn",
         canvas_config,
@@ -345,7 +345,7 @@ def test_a_bad_model_is_refused_before_anything_is_drawn(canvas_config, tmp_path
         f"run.folder={tmp_path / 'run'}",
         code=2,
     )
-    assert "ModelError" in printed and said in printed and "Traceback" not in printed
+    assert "ModelError" in printed and message in printed and "Traceback" not in printed
     assert not (tmp_path / "run" / "data").exists()
 
 
@@ -363,13 +363,13 @@ def test_another_runs_folder_is_refused_with_the_difference(finished, canvas_con
     assert (folder / "config.yaml").read_text() == before
 
 
-def test_a_folder_of_something_else_is_refused(canvas_config, tmp_path):
+def test_a_folder_with_other_files_is_refused(canvas_config, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     printed = sculpt("unlearn", canvas_config, *SMALL, f"run.folder={tmp_path}", "run.fresh=true", code=2)
     assert "thesis.txt" in printed and (tmp_path / "thesis.txt").exists()
 
 
-def test_a_foreign_config_is_not_taken_for_a_run(canvas_config, tmp_path):
+def test_a_foreign_config_yaml_is_refused(canvas_config, tmp_path):
     (tmp_path / "config.yaml").write_text("name: my thesis")
     printed = sculpt("unlearn", canvas_config, *SMALL, f"run.folder={tmp_path}", "run.fresh=true", code=2)
     assert "not the configuration of a run" in printed and (tmp_path / "config.yaml").read_text() == "name: my thesis"

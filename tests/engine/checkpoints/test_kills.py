@@ -156,7 +156,9 @@ def test_a_changed_configuration_is_refused_before_the_model_is_built_unless_ove
 def test_a_changed_mask_restarts_the_concept(canvas_config, tmp_path):
     call = stopped_in_the_middle(canvas_config, tmp_path / "run", tmp_path / "out.txt")
     sculpt(*call, "mask.keep=0.25", "mask.collect=4", "--override")
-    assert "begins this concept anew, as the mask is another" in (tmp_path / "run" / "log.txt").read_text()
+    assert (
+        "restarts this concept, because the mask's settings have changed" in (tmp_path / "run" / "log.txt").read_text()
+    )
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     lines = {(entry["concept"], entry["step"]): entry for entry in entries}  # the later of two wins
     assert [lines[1, step]["phase"] for step in range(44)] == ["collect"] * 4 + ["train"] * 40 and (1, 44) not in lines
