@@ -46,8 +46,8 @@ parameters:
   mask.keep: {values: [0.3, 1.0]}
 command: ["${env}", "${interpreter}", -m, sculpt_dist, unlearn, CANVAS/dm_cal_sana.yaml, train.steps=4, train.batch=2,
   mask.collect=1, mask.refresh=0, "concepts=[{target: bird, superclass: animal}]", prepare.samples=2, prepare.steps=2,
-  evaluate.steps=2, evaluate.images=1, "evaluate.paraphrases=[]", evaluate.bootstrap=10, train.checkpoint_every=0.1, "${args_no_hyphens}", track.wandb=true,
-  "run.folder=runs/${oc.env:WANDB_RUN_ID}"]
+  evaluate.steps=2, evaluate.images=1, "evaluate.paraphrases=[]", evaluate.bootstrap=10, train.checkpoint_every=0.1,
+  "${args_no_hyphens}", track.wandb=true, "run.folder=runs/${oc.env:WANDB_RUN_ID}"]
 """
 BAYES = (
     ("method: grid", "method: bayes\nrun_cap: 30"),
