@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Lint, format, layers, spelling and types of the whole repository; prints a line for each tool, and its output where it fails.
-#   bash launch/check.sh --fix   lets ruff mend what it can first
+# Check lint, format, layers, spelling and types of the whole repository. Prints one line per tool, and a tool's output
+# only when it fails.
+#   bash launch/check.sh --fix   lets ruff fix what it can first
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 if [ "${1:-}" = --fix ]; then
     ruff check --quiet --fix . || true
@@ -8,7 +9,7 @@ if [ "${1:-}" = --fix ]; then
 fi
 
 failed=0
-check() {  # $1: its name; the rest: the command
+check() {  # $1: name; the rest: the command
     local name=$1 began=$SECONDS output
     shift
     if output=$("$@" 2>&1); then
