@@ -80,7 +80,8 @@ def bench_data(
     from sculpt_dist.cli.console import print_figures
     from sculpt_dist.run.setup import resolve
 
-    group = resolve(loaded).join_ranks()
-    found = run(loaded, group, seconds)
+    setup = resolve(loaded)
+    group = setup.join_ranks()
+    found = run(setup, group, seconds)
     if group.is_first:
         print_figures(found, as_json)

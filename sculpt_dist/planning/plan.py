@@ -70,7 +70,7 @@ class Planner:
 def plan_run(
     config: RunConfig, ranks: int, memory: float, rates: Rates | None = None, device: str = "cuda"
 ) -> dict[str, Any]:
-    """What each of `ranks` ranks with `memory` bytes would hold and send, and how long a step would take, if `rates` are given.
+    """What each of `ranks` ranks with `memory` bytes would hold and send; with `rates` also the time of a step.
 
     Only tensors are counted: no workspace of kernels, no CUDA context, no fragmentation of the allocator.
     Raises ConfigError and ModelError, as `check.check_run`, and ConfigError where nothing trains.

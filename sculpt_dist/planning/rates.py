@@ -36,7 +36,7 @@ def read_rates(
         except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(
-                f"--rates {file}: is not the JSON of a bench ({reason}): write the output of `bench comm --json` into it"
+                f"--rates {file}: is not the JSON of a bench ({reason}): save the output of `bench comm --json` in it"
             ) from error
     given = {"flops_per_second": flops, "latency_us": latency} | {f"{kind}_gb_per_second": bandwidth for kind in KINDS}
     known |= {key: value for key, value in given.items() if value is not None}

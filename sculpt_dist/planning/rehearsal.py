@@ -71,7 +71,7 @@ class Living(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Use fused attention, as devices do: it keeps the result and a row of sums, where the meta device keeps all scores.
+    """Use fused attention, as devices do: it keeps the result and a row of sums. The meta device keeps all scores.
 
     This replaces the function itself, because torch disables its function modes while a backward recomputes
     activations.

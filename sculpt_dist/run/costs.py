@@ -64,7 +64,7 @@ class Costs:
     def write(self) -> None:
         """Write costs.json; all ranks enter.
 
-        Wall seconds and bytes are those of the first rank, CPU seconds and passes are sums, peak memory is listed by rank.
+        Wall seconds and bytes are the first rank's, CPU seconds and passes are sums, peak memory is listed by rank.
         """
         self._flush()
         costs: dict[str, Any] = {

@@ -47,7 +47,7 @@ class SourcePlan:
 
 
 def data_folder(run: Path, concept: Concept, source: str) -> Path:
-    """The shards of one source of one concept; a name with other characters gets a checksum."""
+    """The shards of one source of one concept; a name with special characters gets a checksum."""
     name = normal(concept.target)
     plain = re.sub(r"[^a-z0-9]+", "-", name)
     unique = plain if plain.replace("-", " ") == name else f"{plain}-{text_sha256(name)[:8]}"

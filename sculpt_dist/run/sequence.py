@@ -33,7 +33,7 @@ class Run:
 def run_sequence(config: RunConfig) -> Run:
     """Unlearn every concept of the configuration; a second call continues where the first stopped.
 
-    All ranks call it. Raises SculptError for mistakes that the user can correct, and StopRequested after saving on a stop request.
+    All ranks call it. Raises SculptError for mistakes that the user can correct, and StopRequested after a saved stop.
     """
     setup = resolve(config)
     check_tracking(config.track)

@@ -87,18 +87,18 @@ def test_the_export_loads_in_plain_diffusers_and_only_cross_attention_matrices_c
 @pytest.mark.two_ranks
 def test_metrics_have_one_line_per_step(finished):
     folder, _ = finished
-    told = lines(folder)
-    assert [(entry["concept"], entry["step"]) for entry in told] == [(c, s) for c in range(2) for s in range(8)]
-    assert [entry["phase"] for entry in told[:8]] == ["collect"] * 2 + ["train"] * 6
-    assert [entry["swapped"] > 0 if "swapped" in entry else False for entry in told[:8]] == [False] * 3 + [
+    entries = lines(folder)
+    assert [(entry["concept"], entry["step"]) for entry in entries] == [(c, s) for c in range(2) for s in range(8)]
+    assert [entry["phase"] for entry in entries[:8]] == ["collect"] * 2 + ["train"] * 6
+    assert [entry["swapped"] > 0 if "swapped" in entry else False for entry in entries[:8]] == [False] * 3 + [
         True,
         False,
         True,
         False,
         False,
     ]
-    assert all(entry["open"] == 46080 for entry in told if entry["phase"] == "train")
-    assert set(told[-1]["terms"]) == {"forget", "retain", "distill"}
+    assert all(entry["open"] == 46080 for entry in entries if entry["phase"] == "train")
+    assert set(entries[-1]["terms"]) == {"forget", "retain", "distill"}
 
 
 @pytest.mark.two_ranks
@@ -168,8 +168,8 @@ def test_a_killed_run_resumes_to_the_same_weights(canvas_config, tmp_path, arch,
     assert 41 <= stopped < 64 and not (tmp_path / "killed" / "model").exists()
     shutil.copytree(tmp_path / "killed" / "data", tmp_path / "straight" / "data")
     sculpt(*arguments, f"run.folder={tmp_path / 'killed'}", ranks=2)
-    told = [(entry["concept"], entry["step"]) for entry in lines(tmp_path / "killed")]
-    assert len(set(told)) == 64 and told.count((0, 5)) == 1  # nothing of the finished concept was trained again
+    entries = [(entry["concept"], entry["step"]) for entry in lines(tmp_path / "killed")]
+    assert len(set(entries)) == 64 and entries.count((0, 5)) == 1  # nothing of the finished concept was trained again
     (tmp_path / "straight" / "config.yaml").write_text((tmp_path / "killed" / "config.yaml").read_text())
     sculpt(*arguments, f"run.folder={tmp_path / 'straight'}", ranks=2)
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "straight"))
@@ -236,8 +236,8 @@ def test_an_interrupted_run_saves_reports_it_and_resumes(canvas_config, tmp_path
     assert "stopped at 'bird', step" in printed and "Traceback" not in printed
     stopped = len(lines(tmp_path / "run"))
     sculpt(*arguments[2:], ranks=1)
-    told = [(entry["concept"], entry["step"]) for entry in lines(tmp_path / "run")]
-    assert len(told) == len(set(told)) == 64 and 6 <= stopped < 64
+    entries = [(entry["concept"], entry["step"]) for entry in lines(tmp_path / "run")]
+    assert len(entries) == len(set(entries)) == 64 and 6 <= stopped < 64
     shutil.copytree(tmp_path / "run" / "data", tmp_path / "straight" / "data")
     sculpt(*arguments[2:-1], f"run.folder={tmp_path / 'straight'}")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
