@@ -1,4 +1,4 @@
-"""How fast the ranks of a job exchange data: sums, gatherings and scatterings of several sizes."""
+"""Measures how fast the ranks of a job exchange data: all-reduce, all-gather and reduce-scatter of several sizes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from sculpt_dist.bench.measure import timed
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.engine.group import Group
 
-SMALL = 1024  # numbers of the message that latency is taken from
-SECONDS = 2.0  # of each size and collective, at most
+SMALL = 1024  # numbers in the message that measures latency
+SECONDS = 2.0  # at most, for each collective and size
 
 
 def bench_comm(group: Group, megabytes: Sequence[float], repeats: int = 10) -> dict[str, Any]:
-    """Seconds and GB/s of each collective and size, best of `repeats`; all ranks enter. The slowest rank's time counts.
+    """Seconds and GB/s of each collective and size: the slowest rank's time, best of `repeats`. All ranks must call it.
 
-    GB/s are those of a rank's link, as for a ring: a sum of n bytes over k ranks moves 2 n (k - 1) / k through each, a
-    gathering or scattering n (k - 1) / k. `sum_gb_per_second` and the like are those of the largest size, `latency_us`
-    a small sum's time over log2 k: what `plan --rates` reads. Raises ConfigError on one rank.
+    GB/s is the bandwidth of one rank's link, as for a ring: a sum of n bytes over k ranks moves 2 n (k - 1) / k bytes
+    through each link, a gather or a scatter n (k - 1) / k. `plan --rates` reads `sum_gb_per_second`,
+    `gather_gb_per_second` and `scatter_gb_per_second`, which are those of the largest size, and `latency_us`, the time
+    of a small sum divided by log2 k. Raises ConfigError on one rank.
     """
     if group.size < 2:
         raise ConfigError(
-            "bench comm: there is one rank alone; start several, for example bash launch/local.sh 2 bench comm"
+            "bench comm: this job has one rank; start several, for example with bash launch/local.sh 2 bench comm"
         )
     if not megabytes or min(megabytes) <= 0:
-        raise ConfigError(f"--megabytes {list(megabytes)}: give sizes of more than 0")
+        raise ConfigError(f"--megabytes {list(megabytes)}: every size must be above 0")
     small = torch.zeros(SMALL, device=group.device)
     latency = _best(group, lambda: group.sum(small), 20 * repeats) / math.log2(group.size)
     sizes = sorted(int(size * 1e6) for size in megabytes)
@@ -46,12 +47,12 @@ def bench_comm(group: Group, megabytes: Sequence[float], repeats: int = 10) -> d
 
 def _collectives(group: Group, size: int, repeats: int) -> list[dict[str, Any]]:
     part = -(-size // (4 * group.size))
-    whole, mine = torch.zeros(part * group.size, device=group.device), torch.zeros(part, device=group.device)
-    turns = (group.size - 1) / group.size * whole.numel() * 4
+    whole, own_part = torch.zeros(part * group.size, device=group.device), torch.zeros(part, device=group.device)
+    one_pass = (group.size - 1) / group.size * whole.numel() * 4  # bytes through each link of a ring
     kinds: dict[str, tuple[Callable[[], Tensor], float]] = {
-        "sum": (lambda: group.sum(whole), 2 * turns),
-        "gather": (lambda: group.gather(mine, whole), turns),
-        "scatter": (lambda: group.scatter_sum(whole, mine), turns),
+        "sum": (lambda: group.sum(whole), 2 * one_pass),
+        "gather": (lambda: group.gather(own_part, whole), one_pass),
+        "scatter": (lambda: group.scatter_sum(whole, own_part), one_pass),
     }
     rows = []
     for name, (work, moved) in kinds.items():
@@ -63,7 +64,7 @@ def _collectives(group: Group, size: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def _best(group: Group, work: Callable[[], Any], repeats: int) -> float:
-    first = _slowest(group, timed(group, work))  # connections are made with it
+    first = _slowest(group, timed(group, work))  # also opens the connections
     return min(_slowest(group, timed(group, work)) for _ in range(max(2, min(repeats, int(SECONDS / first)))))
 
 

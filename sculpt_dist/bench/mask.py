@@ -1,8 +1,7 @@
-"""What the mask costs at real sizes, on this machine: its refresh and its step on random data, beside how else they are
-done.
+"""Measures what the mask costs at real sizes: its refresh and the masked step on random data, against alternatives.
 
-Sizes are those of the cross-attention of the public models: Stable Diffusion 1.5 44.0 M weights in 64 matrices, SDXL
-545.6 M in 280, SANA 1.6B 401.4 M in 80 (counted from their configurations).
+The sizes are those of the cross-attention in the public models, counted from their configurations: 44.0 M weights in
+64 matrices for Stable Diffusion 1.5, 545.6 M in 280 for SDXL, and 401.4 M in 80 for SANA 1.6B.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from sculpt_dist.engine.sharding import Fragment, Moments, Shard
 
 
 def _unet(blocks: dict[int, int], text: int) -> list[int]:
-    """Sizes of to_q, to_k, to_v and to_out of so many blocks of each width."""
+    """Sizes of to_q, to_k, to_v and to_out in every block. `blocks`: number of blocks by width; `text`: text width."""
     return [
         size
         for width, count in blocks.items()
@@ -44,7 +43,7 @@ KEEP = 0.5
 
 @dataclass
 class Stage:
-    """This rank's even share of the weights, with everything that the mask keeps of them."""
+    """This rank's even share of the weights, with its mask and saliency."""
 
     group: Group
     sizes: dict[str, int]
@@ -67,17 +66,17 @@ class Stage:
         self.mask.open_all()
 
     def collect(self, seed: int) -> None:
-        """Another random saliency."""
+        """Replace the saliency by random numbers."""
         self.shard.saliency.normal_(
             generator=torch.Generator(self.group.device).manual_seed(seed * self.group.size + self.group.rank)
         )
 
 
 def bench_mask(preset: str, scope: str, group: Group, weights: int | None = None, repeats: int = 3) -> dict[str, Any]:
-    """Seconds of a turnover and of a masked step, and how they compare; all ranks enter. Comparisons are made on one
-    rank alone.
+    """Seconds of a turnover and of a masked step, and on one rank their speed against the alternatives.
 
-    `weights` (all of them) takes only the first matrices. Times are the best of `repeats`, each on another saliency.
+    All ranks must call it. `weights` limits the total number of weights: only the first matrices are used. Times are
+    the best of `repeats`, each with a new saliency. Raises ConfigError for an unknown preset or scope.
     """
     if preset not in PRESETS or scope not in ("matrix", "global"):
         raise ConfigError(f"--preset {preset} --scope {scope}: choose one of {', '.join(PRESETS)}; matrix or global")
@@ -86,8 +85,8 @@ def bench_mask(preset: str, scope: str, group: Group, weights: int | None = None
         if weights is None or sum(sizes.values()) + size <= weights:
             sizes[f"matrix {i}"] = size
     if not sizes:
-        raise ConfigError(f"--weights {weights}: the smallest matrix of {preset} has {PRESETS[preset][0]}")
-    stage, total, alone = Stage(group, sizes, scope), sum(sizes.values()), group.size == 1
+        raise ConfigError(f"--weights {weights}: the smallest matrix of {preset} has {min(PRESETS[preset])} weights")
+    stage, total, compares = Stage(group, sizes, scope), sum(sizes.values()), group.size == 1
     stage.collect(0)
     found: dict[str, Any] = {
         "preset": preset,
@@ -98,33 +97,34 @@ def bench_mask(preset: str, scope: str, group: Group, weights: int | None = None
     }
     found |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(group.device)}
     found["build_seconds"] = timed(group, stage.mask.build)
-    ours, theirs, equal = [], [], True
+    seconds, other_seconds, equal = [], [], True
     other = _per_matrix_topk if scope == "matrix" else _argsort
     for repeat in range(1, repeats + 1):
         stage.collect(repeat)
-        if alone:
+        if compares:
             before, saliency = stage.shard.opened > 0, stage.shard.saliency.clone()
-            theirs.append(timed(group, lambda: other(stage, before)))  # noqa: B023 (called within this turn)
+            other_seconds.append(timed(group, lambda: other(stage, before)))  # noqa: B023 (called within this iteration)
         sent = group.bytes_communicated()
         with growth() as grown:
-            ours.append(timed(group, lambda: stage.mask.turn_over(TURNOVER, repeat)))  # noqa: B023 (called within this turn)
-        if alone:
-            equal = equal and _differ_by_ties_alone(before, stage.shard.opened > 0, saliency, stage)
+            seconds.append(timed(group, lambda: stage.mask.turn_over(TURNOVER, repeat)))  # noqa: B023 (the same)
+        if compares:
+            equal = equal and _differ_only_in_ties(before, stage.shard.opened > 0, saliency, stage)
             del saliency
-    found |= {"turnover_seconds": min(ours), "turnover_ns_per_weight": min(ours) / total * 1e9 * group.size}
+    found |= {"turnover_seconds": min(seconds), "turnover_ns_per_weight": min(seconds) / total * 1e9 * group.size}
     found |= {
         "extra_bytes_per_weight": grown[0] / (total / group.size),
         "bytes_communicated": group.bytes_communicated() - sent,
     }
-    if alone:
+    if compares:
         name = "speedup_vs_per_matrix_topk" if scope == "matrix" else "speedup_vs_argsort"
-        found |= {name: min(theirs) / min(ours), "masks_equal": equal}
+        found |= {name: min(other_seconds) / min(seconds), "masks_equal": equal}
     return found | _bench_step(stage, repeats)
 
 
 def _per_matrix_topk(stage: Stage, opened: Tensor) -> None:
-    """The turnover as published code does it: index lists of open and closed weights of each matrix, and topk of
-    each; `opened` changes.
+    """The turnover as in published code: topk over index lists of each matrix's open and closed weights.
+
+    `opened` changes in place.
     """
     for f in stage.shard.fragments:
         saliency, here = stage.shard.saliency[f.here].abs(), opened[f.here]
@@ -135,7 +135,7 @@ def _per_matrix_topk(stage: Stage, opened: Tensor) -> None:
 
 
 def _argsort(stage: Stage, opened: Tensor) -> None:
-    """The turnover by one sort of all weights; `opened` changes."""
+    """The turnover by one sort of all weights. `opened` changes in place."""
     order = torch.argsort(stage.shard.saliency.abs())
     was = opened[order]
     count = max(1, int(TURNOVER * int(opened.sum())))
@@ -144,27 +144,27 @@ def _argsort(stage: Stage, opened: Tensor) -> None:
     opened[outside[-count:]] = True
 
 
-def _differ_by_ties_alone(theirs: Tensor, ours: Tensor, saliency: Tensor, stage: Stage) -> bool:
-    """Whether both opened as many of each size: where they differ, the sizes of the weights are the same."""
+def _differ_only_in_ties(first: Tensor, second: Tensor, saliency: Tensor, stage: Stage) -> bool:
+    """Whether the weights that only one mask opens have the same saliencies as those that only the other opens."""
     for f in stage.shard.fragments if stage.scope == "matrix" else [slice(None)]:
         here = f.here if isinstance(f, Fragment) else f
-        only = [saliency[here][a[here] & ~b[here]].abs().sort().values for a, b in ((theirs, ours), (ours, theirs))]
+        only = [saliency[here][a[here] & ~b[here]].abs().sort().values for a, b in ((first, second), (second, first))]
         if not torch.equal(*only):
             return False
     return True
 
 
 def _bench_step(stage: Stage, repeats: int) -> dict[str, float]:
-    """The masked step, saliency included, beside torch's fused AdamW on the same number of weights, turn by turn.
+    """The masked step with its saliency, and torch's fused AdamW on the same number of weights, timed alternately.
 
-    `masked_step` as a run does it by default; `open_moments_step` with moments of open weights alone, `clipped_step`
-    with clipping, which needs another pass, `plain_step` in plain torch.
+    `masked_step` is the default of a run. `clipped_step` clips the gradient, which takes another pass, `plain_step`
+    uses plain torch, and `open_moments_step` keeps moments of the open weights only.
     """
     shard, n, group = stage.shard, stage.shard.flat.numel(), stage.group
     shard.master.grad = torch.full_like(shard.master, 1e-3)
     kernel = choose_kernel("auto", group.device)
     adamw = torch.optim.AdamW([shard.master], lr=1e-5, weight_decay=0.0, fused=True)
-    adamw.step()  # takes its memory
+    adamw.step()  # allocates its memory
     found: dict[str, Any] = {"kernel": type(kernel).__name__.lower()}
     for name, computes, clip in (
         ("masked", kernel, 0.0),
@@ -178,7 +178,7 @@ def _bench_step(stage: Stage, repeats: int) -> dict[str, float]:
         optimizer.attach([shard], stage.mask, group)
         optimizer.param_groups[0]["lr"], optimizer.phase = 1e-5, "train"
         pairs = [(timed(group, optimizer.step), timed(group, adamw.step)) for _ in range(repeats + 1)]
-        masked, fused = (min(times) for times in zip(*pairs[1:]))  # the first takes memory
+        masked, fused = (min(times) for times in zip(*pairs[1:]))  # the first pair allocates memory
         found |= {f"{name}_step_ns_per_weight": masked / n * 1e9, f"{name}_step_over_adamw": masked / fused}
     stage.collect(repeats + 1)
     seconds = timed(group, lambda: stage.mask.turn_over(TURNOVER, repeats + 1))

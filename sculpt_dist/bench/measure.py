@@ -1,4 +1,4 @@
-"""Time and memory, measured."""
+"""Measures time and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sculpt_dist.engine.zero import return_free_memory
 
 
 def timed(group: Group, work: Callable[[], Any]) -> float:
-    """Seconds of this rank; all ranks enter."""
+    """Seconds that `work` takes on this rank, started on all ranks at once. All ranks must call it."""
     group.barrier()
     if group.device.type == "cuda":
         torch.cuda.synchronize()
@@ -29,8 +29,9 @@ def timed(group: Group, work: Callable[[], Any]) -> float:
 
 @contextmanager
 def growth() -> Iterator[list[int]]:
-    """Bytes by which this process's own memory grew at most meanwhile: of the GPU where there is one, else as Linux
-    tells it.
+    """The peak growth of memory inside the context, in bytes, as the only item of the list.
+
+    Measures GPU memory if there is a GPU, else this process's anonymous memory (Linux only).
     """
     grown = [0]
     if torch.cuda.is_available():
@@ -39,7 +40,7 @@ def growth() -> Iterator[list[int]]:
         yield grown
         grown[0] = torch.cuda.max_memory_allocated() - before
         return
-    return_free_memory()  # or what is needed would hide in what is free already
+    return_free_memory()  # or new allocations could reuse it unseen
     before, done = own_memory(), Event()
 
     def watch() -> None:
@@ -56,7 +57,7 @@ def growth() -> Iterator[list[int]]:
 
 
 def own_memory() -> int:
-    """Bytes of this process that no file backs, as Linux tells it; 0 elsewhere."""
+    """Anonymous memory of this process in bytes, from /proc; 0 without /proc."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)

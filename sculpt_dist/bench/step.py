@@ -1,8 +1,8 @@
-"""What a training step costs on this machine.
+"""Measures what a training step costs on this machine.
 
-The loop as it is runs beside the bare passes that its losses need, and beside the work that published code does for the
-same update on the same net. The method is Sculpting Memory in its published form without distillation: the student's
-own label, then one forward with gradient over target and superclass. Latents are random; nothing is drawn.
+Compares the real training loop with the bare passes that its losses need (the floor), and with the work of published
+code for the same update on the same net. The method is Sculpting Memory as published, without distillation: the
+student's own label, then one forward with gradient over target and superclass. Latents are random; nothing is sampled.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STEPS = 20
 
 
 class RandomReader:
-    """Samples of a role, with latents of unit normal numbers."""
+    """Samples of a role with random normal latents."""
 
     def __init__(self, prompts: Sequence[str], shape: tuple[int, int, int], size_ids: tuple[int, ...] | None) -> None:
         rng = torch.Generator().manual_seed(0)
@@ -58,20 +58,20 @@ class RandomReader:
 
 
 def bench_step(arch: str, overrides: Sequence[str], group: Group, rounds: int = 3) -> dict[str, Any]:
-    """Seconds of a step, its parts, and on one rank below stage 3 its floor and the published work; all ranks enter.
+    """Seconds of a step and of its parts; on one rank below stage 3 also of the floor and of the published work.
 
-    Medians over `rounds` rounds of `STEPS` steps each, in which the three take turns. Raises ConfigError for what a run
-    would refuse.
+    All ranks must call it. Every figure is a median over `rounds` rounds of `STEPS` steps; each round times all three.
+    Raises ConfigError for settings that a run refuses.
     """
     given = [*SETTINGS, "train.batch=8", *overrides, f"model.arch={arch}", f"train.steps={STEPS}"]
     setup = resolve(replace(load_config(None, given), concepts=[CONCEPT]))
     config = setup.config
-    alone = group.size == 1 and config.engine.stage < 3
+    compares = group.size == 1 and config.engine.stage < 3
     entries: list[dict[str, Any]] = []
     floors: list[float] = []
     published: list[float] = []
     with tempfile.TemporaryDirectory() as folder, StopRequest(group, Path(folder)) as stop:
-        work = Workload.of(setup, open_backbone(config.model, group, Path(folder))) if alone else None
+        work = Workload.of(setup, open_backbone(config.model, group, Path(folder))) if compares else None
         train = _loop(setup, open_backbone(config.model, group, Path(folder)), group, entries.append, stop)
         for _ in range(rounds):
             train()
@@ -104,7 +104,7 @@ def bench_step(arch: str, overrides: Sequence[str], group: Group, rounds: int = 
 def _loop(
     setup: RunSetup, backbone: Backbone, group: Group, log: Callable[[Any], None], stop: StopRequest
 ) -> Callable[[], None]:
-    """Runs the whole loop of one concept, from its first step each time."""
+    """The training loop of one concept; each call starts at the first step."""
     (method, plan), train, (prompts,) = setup.trained, setup.config.train, setup.prompts
     backbone.embed([*prompts.target, *prompts.superclass])
     engine = build_engine(setup, backbone, group)
@@ -134,7 +134,7 @@ def _timed_passes(group: Group, step: Callable[[], None]) -> list[float]:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the bare passes compute on: a batch of random latents and the parameters that train."""
+    """Input of the bare passes: a batch of random latents and the names of the trained parameters."""
 
     backbone: Backbone
     batch: int
@@ -156,13 +156,13 @@ class Workload:
 
     @property
     def texts(self) -> list[list[str]]:
-        """The batch's prompts of the target, and of the superclass."""
+        """The prompts of a batch: those of the target, and those of the superclass."""
         streams = (self.prompts.target, self.prompts.superclass)
         return [[names[i % len(names)] for i in range(self.batch)] for names in streams]
 
 
 def _floor(work: Workload) -> Callable[[], None]:
-    """The label without gradient; one forward over both streams; gradients of what trains."""
+    """The label without gradient, one forward over both streams, and gradients of the trained parameters only."""
     backbone, net, noisy, time = work.backbone, work.backbone.net, work.noisy, work.time
     conds = [backbone.embed(texts) for texts in work.texts]
     both = torch.cat([noisy, noisy]), torch.cat([time, time]), TextCond.cat(conds)
@@ -181,10 +181,10 @@ def _floor(work: Workload) -> Callable[[], None]:
 
 
 def _published(work: Workload) -> Callable[[], None]:
-    """Prompts and images encoded anew, three forwards, gradients of all weights, those of the trained ones masked,
-    Adam.
+    """The step of the published code (see `dm_cal.REFERENCE`), without its distillation term and its copy of the net.
 
-    What the published code does (see `dm_cal.REFERENCE`), except for its distillation term and its copy of the net.
+    It encodes prompts and images in every step, runs three forwards, computes gradients of all weights, masks those of
+    the trained weights, and updates with Adam.
     """
     backbone, net, noisy, time = work.backbone, work.backbone.net, work.noisy, work.time
     weights = [parameter for name, parameter in net.named_parameters() if name in work.trained]

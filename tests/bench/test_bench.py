@@ -71,7 +71,7 @@ def test_collectives_gather_and_scatter_what_they_say():
 
 
 def test_collectives_need_two_ranks():
-    assert "there is one rank alone" in sculpt("bench", "comm", code=2)
+    assert "this job has one rank" in sculpt("bench", "comm", code=2)
 
 
 @pytest.mark.two_ranks
