@@ -1,4 +1,4 @@
-"""A run as a Slurm job: the shipped `slurm/unlearn.sbatch` with its lines filled in, printed or sent."""
+"""Submits a run as a Slurm job: fills in the shipped `slurm/unlearn.sbatch`, then prints it or passes it to sbatch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ LAUNCHERS = ("srun", "torchrun")
 
 @dataclass(frozen=True)
 class Request:
-    """What to run and where: `nodes` x max(1, `gpus_per_node`) ranks; `options` are sbatch's own, `name=value` or
-    `name`.
+    """What to run and where: `nodes` x max(1, `gpus_per_node`) ranks.
+
+    `options` are further options of sbatch, `name=value` or `name`.
     """
 
     config: Path
@@ -38,13 +39,10 @@ class Request:
 
 
 def compose(request: Request) -> str:
-    """The script that would be sent.
-
-    Raises ConfigError where the run could not start on so many ranks; no model is looked at.
-    """
+    """The script to submit. Raises ConfigError if the run cannot start on that many ranks; no model is opened."""
     if request.nodes < 1 or request.gpus_per_node < 0:
         raise ConfigError(
-            f"--nodes {request.nodes} --gpus-per-node {request.gpus_per_node}: at least 1 node, and 0 or more GPUs"
+            f"--nodes {request.nodes} --gpus-per-node {request.gpus_per_node}: at least 1 node and 0 or more GPUs"
         )
     if request.launch not in LAUNCHERS:
         raise ConfigError(f"--launch {request.launch}: choose one of {', '.join(LAUNCHERS)}")
@@ -55,20 +53,20 @@ def compose(request: Request) -> str:
 
 
 def send(script: str) -> str:
-    """Hand a script to sbatch, from the present folder; returns the job's id. Raises SubmitError."""
+    """Submit a script with sbatch from the current folder and return the job's id. Raises SubmitError."""
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise SubmitError(
-            "sbatch is not on the PATH: submit from a login node of the cluster, or look at the script with --print"
+            "sbatch is not on the PATH: submit from a login node of the cluster, or print the script with --print"
         )
     done = subprocess.run([sbatch, "--parsable"], input=script, capture_output=True, text=True)
     if done.returncode:
-        raise SubmitError(f"sbatch did not take the job: {' '.join(done.stderr.split())}")
-    return done.stdout.strip().partition(";")[0]  # the cluster's name may follow
+        raise SubmitError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().partition(";")[0]  # the name of the cluster may follow
 
 
 def _options(request: Request) -> dict[str, str | None]:
-    """sbatch's options by name; None = an option without a value."""
+    """The options of sbatch by name; None for an option without a value."""
     options: dict[str, str | None] = {"nodes": str(request.nodes), "ntasks-per-node": str(request.ranks_per_node)}
     if request.gpus_per_node:
         options["gpus-per-node"] = str(request.gpus_per_node)
@@ -86,12 +84,10 @@ def _options(request: Request) -> dict[str, str | None]:
 
 
 def _filled(template: str, options: dict[str, str | None], body: list[str]) -> str:
-    """The template with these options in place of its own of the same name, the rest after them, and then the lines
-    of `body`.
-    """
-    left = {name: f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()}
+    """The template with its options set to these, new options after them, and then the lines of `body`."""
+    new = {name: f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()}
     lines = template.splitlines()
     named = {i: re.match(r"#SBATCH --([a-z0-9-]+)", line) for i, line in enumerate(lines)}
     last = max(i for i, match in named.items() if match)
-    head = [left.pop(match[1], line) if (match := named[i]) else line for i, line in enumerate(lines[: last + 1])]
-    return "\n".join([*head, *left.values(), "", *body, *lines[last + 1 :]]) + "\n"
+    head = [new.pop(match[1], line) if (match := named[i]) else line for i, line in enumerate(lines[: last + 1])]
+    return "\n".join([*head, *new.values(), "", *body, *lines[last + 1 :]]) + "\n"

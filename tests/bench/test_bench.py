@@ -1,6 +1,4 @@
-"""Benchmarks run, and compare what they say that they compare; the figures themselves are taken by hand
-(docs/BENCHMARKS.md).
-"""
+"""The benchmarks run and report consistent figures. The published figures are measured by hand (docs/BENCHMARKS.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ def test_sizes_are_those_of_the_public_models():
     }
 
 
-def test_a_turnover_agrees_with_the_published_way_and_takes_little_memory():
+def test_a_turnover_matches_published_code_and_takes_little_memory():
     found = json.loads(sculpt("bench", "mask", "--json").splitlines()[-1])
     assert found["masks_equal"] is True and found["weights"] > 40_000_000
     assert (
@@ -31,13 +29,13 @@ def test_a_turnover_agrees_with_the_published_way_and_takes_little_memory():
     )
 
 
-def test_a_global_turnover_agrees_with_a_sort():
+def test_a_global_turnover_matches_a_sort():
     found = json.loads(sculpt("bench", "mask", "--weights", "3000000", "--scope", "global", "--json").splitlines()[-1])
     assert found["masks_equal"] is True and found["speedup_vs_argsort"] > 1
 
 
 @pytest.mark.two_ranks
-def test_on_two_ranks_it_counts_what_is_sent():
+def test_on_two_ranks_the_bytes_sent_are_counted():
     found = json.loads(sculpt("bench", "mask", "--weights", "3000000", "--json", ranks=2).splitlines()[-1])
     sums_of_counts = found["matrices"] * (2 * 2048 + 2 * (128 + 128 + 64) * 2) * 4
     assert found["ranks"] == 2 and sums_of_counts / 2 < found["bytes_communicated"] < 2 * sums_of_counts
@@ -65,12 +63,12 @@ def test_collectives_are_timed_by_kind_and_size():
 
 
 @pytest.mark.two_ranks
-def test_collectives_gather_and_scatter_what_they_say():
+def test_collectives_match_values_by_hand():
     printed = launch(2, str(PROJECT / "tests" / "workers" / "collectives.py"))
     assert printed.count("as by hand") == 2
 
 
-def test_collectives_need_two_ranks():
+def test_bench_comm_needs_two_ranks():
     assert "this job has one rank" in sculpt("bench", "comm", code=2)
 
 

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two virtual nodes: launched, stopped, preempted, requeued, killed; in arrays and chains."""
+"""Jobs on a real Slurm of two virtual nodes: launched, stopped, preempted, requeued, killed, as arrays and chains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RUN = [
     "evaluate.enabled=false",
     "concepts=[{target: bird, superclass: animal}]",
 ]
-LAST = 121  # after two steps that collect and 119 that train: a signal must reach the run before its end
+LAST = 121  # 2 collect steps and 119 that train; a signal must reach the run before its last step
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--partition=low")
 
 
@@ -46,21 +46,21 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The final weights of a run on two ranks without Slurm, which nothing disturbed."""
+    """The final weights of an undisturbed run on two ranks without Slurm."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     sculpt("unlearn", CONFIG, *RUN, f"run.folder={folder}", ranks=2)
     return weights(folder)
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the metrics, as often as each was told."""
+    """The steps in metrics.jsonl; a repeated step occurs more than once."""
     path = folder / "metrics.jsonl"
     text = path.read_text() if path.is_file() else ""
     return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    """The run trained every step once, and ended with these weights bit for bit."""
+    """Assert that the run trained every step once and ended with exactly these weights."""
     found = weights(folder)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert steps(folder) == list(range(LAST + 1))
@@ -70,14 +70,14 @@ def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 def wait_for_step(cluster: Cluster, job: Job, folder: Path, step: int) -> None:
     cluster.wait(
         job,
-        lambda told: told["JobState"] == "RUNNING" and any(told >= step for told in steps(folder)),
+        lambda state: state["JobState"] == "RUNNING" and any(reached >= step for reached in steps(folder)),
         f"step {step}",
         180,
     )
 
 
 def processes(folder: Path) -> dict[int, int]:
-    """The ranks that work in a run folder, by number."""
+    """Process ids of the ranks that work in a run folder, by rank."""
     found: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -85,7 +85,7 @@ def processes(folder: Path) -> dict[int, int]:
             if f"run.folder={folder}".encode() in words and b"sculpt_dist" in words and b"srun" not in words:
                 number = re.search(rb"(?:^|\0)SLURM_PROCID=(\d+)", (path / "environ").read_bytes())
                 found[int(number[1])] = int(path.name)
-        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
     return found
 
@@ -93,9 +93,9 @@ def processes(folder: Path) -> dict[int, int]:
 def test_two_nodes_train_what_two_local_ranks_do(cluster, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     command = ["sculpt-dist", "submit", CONFIG, *RUN, f"run.folder={folder}", "--nodes", "2", "--partition", "low"]
-    printed = cluster.tell(*command, "--option", f"output={cluster.folder}/job-%j.txt")
-    told = cluster.wait_completed(printed.removeprefix("job: "))
-    assert told["Restarts"] == "0" and told["NumNodes"] == "2"
+    printed = cluster.run(*command, "--option", f"output={cluster.folder}/job-%j.txt")
+    state = cluster.wait_completed(printed.removeprefix("job: "))
+    assert state["Restarts"] == "0" and state["NumNodes"] == "2"
     assert_same(folder, uninterrupted)
 
 
@@ -103,15 +103,15 @@ def test_a_job_at_its_time_limit_and_preempted_later_is_requeued_twice_and_loses
     cluster, uninterrupted, tmp_path
 ):
     folder = tmp_path / "run"
-    options = (*TWO_NODES, "--time=1", "--signal=B:USR1@50")  # up to 60 s earlier, so at once when Slurm looks
-    cluster.wait_for_look_at_limits(ahead=9)
+    options = (*TWO_NODES, "--time=1", "--signal=B:USR1@50")  # Slurm may send it 60 s earlier: at its first check
+    cluster.wait_for_check_of_limits(ahead=9)
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, "run.fresh=true", f"run.folder={folder}", options=options)
-    cluster.wait(job, lambda told: told["Restarts"] == "1", "its first requeue", 120)
-    cluster.tell("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    cluster.wait(job, lambda state: state["Restarts"] == "1", "its first requeue", 120)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     first = len(steps(folder))
     wait_for_step(cluster, job, folder, first + 5)
     preempt(cluster)
-    cluster.wait(job, lambda told: told["Restarts"] == "2", "its second requeue", 120)
+    cluster.wait(job, lambda state: state["Restarts"] == "2", "its second requeue", 120)
     assert first < len(steps(folder)) < LAST
     cluster.wait_completed(job)
     assert (
@@ -125,7 +125,7 @@ def test_a_preempted_job_under_torchrun_is_requeued_and_loses_no_step(cluster, u
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES, LAUNCH="torchrun")
     wait_for_step(cluster, job, folder, 5)
     urgent = preempt(cluster)
-    cluster.wait(job, lambda told: told["Restarts"] == "1", "its requeue", 120)
+    cluster.wait(job, lambda state: state["Restarts"] == "1", "its requeue", 120)
     assert 5 < len(steps(folder)) < LAST
     cluster.wait_completed(urgent)
     cluster.wait_completed(job)
@@ -133,9 +133,9 @@ def test_a_preempted_job_under_torchrun_is_requeued_and_loses_no_step(cluster, u
 
 
 def preempt(cluster: Cluster) -> int:
-    """A job of a higher priority that takes both nodes for a moment."""
+    """Submit a short job of higher priority that takes both nodes."""
     return int(
-        cluster.tell(
+        cluster.run(
             "sbatch",
             "--parsable",
             "--partition=high",
@@ -152,18 +152,18 @@ def test_no_more_requeues_than_allowed_and_none_when_cancelled(cluster, tmp_path
     folder = tmp_path / "run"
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES, MAX_REQUEUE="0")
     wait_for_step(cluster, job, folder, 5)
-    cluster.tell("scancel", "--batch", "--signal=USR1", str(job))
-    told = cluster.wait_ended(job)
-    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "75:0", "0")
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    state = cluster.wait_ended(job)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "75:0", "0")
     assert "MAX_REQUEUE=0 is reached" in cluster.log(job) and (folder / "REQUEUE").exists()
     saved = len(steps(folder))
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES)
     wait_for_step(cluster, job, folder, saved + 3)
-    cluster.tell("scancel", str(job))
-    told = cluster.wait_ended(job)
-    cluster.wait(job, lambda told: not processes(folder) and "requeued" in cluster.log(job), "the end of its ranks", 60)
+    cluster.run("scancel", str(job))
+    state = cluster.wait_ended(job)
+    cluster.wait(job, lambda _: not processes(folder) and "requeued" in cluster.log(job), "the end of its ranks", 60)
     assert (
-        told["JobState"] == "CANCELLED"
+        state["JobState"] == "CANCELLED"
         and cluster.job(job)["Restarts"] == "0"
         and "cancelled, not requeued" in cluster.log(job)
     )
@@ -178,13 +178,13 @@ def test_a_killed_rank_ends_the_job_within_5_s_and_leaves_no_process(cluster, tm
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     began = time.monotonic()
-    told = cluster.wait_ended(job, 30)
+    state = cluster.wait_ended(job, 30)
     assert time.monotonic() - began < 5
-    assert told["JobState"] == "FAILED" and told["Restarts"] == "0" and not processes(folder)
+    assert state["JobState"] == "FAILED" and state["Restarts"] == "0" and not processes(folder)
     assert "rank 1 died" in (folder / "log.txt").read_text().splitlines()[-1]
 
 
-def test_the_users_error_is_told_and_not_requeued(cluster, tmp_path):
+def test_a_user_error_is_reported_and_not_requeued(cluster, tmp_path):
     bad = cluster.submit(
         "unlearn.sbatch", CONFIG, *RUN, "train.stepz=3", f"run.folder={tmp_path / 'bad'}", options=TWO_NODES
     )
@@ -192,8 +192,8 @@ def test_the_users_error_is_told_and_not_requeued(cluster, tmp_path):
         "unlearn.sbatch", CONFIG, *RUN, "train.batch=5", f"run.folder={tmp_path / 'odd'}", options=TWO_NODES
     )
     for job, message in ((bad, "Did you mean: 'steps'"), (odd, "train.batch=5 is not divisible by ranks 2")):
-        told = cluster.wait_ended(job)
-        assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "2:0", "0"), cluster.log(job)
+        state = cluster.wait_ended(job)
+        assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), cluster.log(job)
         assert message in cluster.log(job)
 
 
@@ -206,7 +206,7 @@ SCORED = [
 ]
 
 
-def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_goes_on(cluster, tmp_path):
+def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_resumes(cluster, tmp_path):
     file, runs = tmp_path / "comparison.yaml", tmp_path / "runs"
     file.write_text(
         f"folder: {runs}\nagainst: plain\nsequences: {{one: [{{target: bird, superclass: animal}}]}}\noverrides: "
@@ -217,8 +217,8 @@ def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_goes_on(clus
     job = cluster.submit("compare.sbatch", str(file), options=("--array=0-1", "--partition=low"))
     cells = [runs / "one" / "sana" / "plain" / f"seed-{seed}" for seed in range(2)]
     wait_for_step(cluster, f"{job}_0", cells[0], 5)
-    cluster.tell("scancel", "--batch", "--signal=USR1", f"{job}_0")
-    cluster.wait(f"{job}_0", lambda told: told["Restarts"] == "1", "its requeue", 120)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    cluster.wait(f"{job}_0", lambda state: state["Restarts"] == "1", "its requeue", 120)
     for index, cell in enumerate(cells):
         assert cluster.wait_completed(f"{job}_{index}")["Restarts"] == str(1 - index)
         assert steps(cell) == list(range(LAST + 1)) and (cell / "report" / "report.json").is_file()
@@ -259,7 +259,7 @@ def test_an_array_runs_the_points_of_a_sweep(cluster, tmp_path):
 def test_a_chain_prepares_unlearns_and_evaluates(cluster, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     log = f"--output={cluster.folder}/job-%j.txt --partition=low"
-    printed = cluster.tell(
+    printed = cluster.run(
         "bash",
         "slurm/chain.sh",
         CONFIG,

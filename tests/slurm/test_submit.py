@@ -1,4 +1,4 @@
-"""The script that submit sends, and what is told before anything is sent. Real jobs are in test_slurm.py."""
+"""The script that `submit` sends, and the errors raised before it is sent. Real jobs are in test_slurm.py."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def options(script: str) -> list[str]:
     return re.findall(r"^#SBATCH --(\S+)$", script, re.MULTILINE)
 
 
-def test_the_script_is_the_shipped_one_with_its_lines_filled_in():
+def test_the_script_is_the_shipped_one_with_its_options_set():
     shipped = (SCRIPTS / "unlearn.sbatch").read_text()
     script = compose(
         Request(CONFIG, ("train.batch=16",), 2, 4, "1:00:00", "gpu", ("account=vision", "exclusive"), "torchrun")
     )
-    told = options(script)
-    assert len(told) == len({option.partition("=")[0] for option in told})  # each once
+    found = options(script)
+    assert len(found) == len({option.partition("=")[0] for option in found})  # each once
     assert {
         "nodes=2",
         "ntasks-per-node=4",
@@ -33,17 +33,17 @@ def test_the_script_is_the_shipped_one_with_its_lines_filled_in():
         "partition=gpu",
         "account=vision",
         "exclusive",
-    } < set(told)
-    assert {option.partition("=")[0] for option in options(shipped)} < {option.partition("=")[0] for option in told}
-    assert "requeue" in told and "LAUNCH=torchrun" in script and script.endswith(shipped.splitlines()[-1] + "\n")
+    } < set(found)
+    assert {option.partition("=")[0] for option in options(shipped)} < {option.partition("=")[0] for option in found}
+    assert "requeue" in found and "LAUNCH=torchrun" in script and script.endswith(shipped.splitlines()[-1] + "\n")
 
 
-def test_without_gpus_each_node_has_one_rank_and_slurm_is_not_asked_for_gpus():
-    told = options(compose(Request(CONFIG, (), 2)))
-    assert "ntasks-per-node=1" in told and not any("gpus" in option for option in told)
+def test_without_gpus_each_node_has_one_rank_and_no_gpu_option():
+    found = options(compose(Request(CONFIG, (), 2)))
+    assert "ntasks-per-node=1" in found and not any("gpus" in option for option in found)
 
 
-def test_overrides_come_through_the_shell_as_they_are(tmp_path):
+def test_overrides_pass_through_the_shell_unchanged(tmp_path):
     override = 'concepts=[{target: "it\'s $HOME `x`", superclass: animal}]'
     script = compose(Request(CONFIG, (override,)))
     (line,) = (line for line in script.splitlines() if line.startswith("set -- "))
@@ -62,12 +62,12 @@ def test_overrides_come_through_the_shell_as_they_are(tmp_path):
         (Request(CONFIG, options=("time=1\n#SBATCH --uid=0",)), "write a long option of sbatch"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(request_, message):
+def test_a_run_that_cannot_start_is_refused_before_it_is_queued(request_, message):
     with pytest.raises(ConfigError, match=message):
         compose(request_)
 
 
-def test_without_slurm_the_error_says_what_to_do(monkeypatch, tmp_path):
+def test_without_slurm_the_error_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SubmitError, match="sbatch is not on the PATH: .* --print"):
         send("#!/bin/bash\n")
@@ -89,6 +89,6 @@ def test_every_script_parses(script):
     assert (PROJECT / "slurm").resolve() == SCRIPTS.resolve()  # one folder, two names
 
 
-def test_the_site_file_works_as_it_is():
+def test_the_site_file_works_unchanged():
     script = f"set -euo pipefail; SRUN_OPTIONS=() RUNNER=(); source {SCRIPTS / 'env.sh'}; python -c 'import sys'"
     subprocess.run(["bash", "-c", script], check=True, env=rank_environment(), cwd=PROJECT)

@@ -1,9 +1,7 @@
-"""A Slurm of the tests' own: a controller and two virtual nodes on this machine, on private ports, in a folder of their
-own.
+"""A Slurm for the tests: a controller and two virtual nodes on this machine, with ports and a folder of their own.
 
-Nodes are daemons of one host (`slurmd -N NAME`), named by the loopback addresses that they would have. There is no
-munge, no cgroup and no accounting; so `scontrol` tells what became of a job. A Slurm that is on the machine already is
-never spoken to.
+The nodes are daemons on one host (`slurmd -N NAME`), named by their loopback addresses. Without munge, cgroups and
+accounting, `scontrol` reports the state of a job. An existing Slurm on the machine is never contacted.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from harness import PROJECT, free_port, rank_environment
 
 NODES = 2
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "setpriv")
-LOOK = 30.0  # seconds
+CHECK_INTERVAL = 30.0  # seconds
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 CONF = """
 ClusterName=sculpttest
@@ -69,7 +67,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, or None."""
+    """Why no cluster can start here; None if one can."""
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
         return f"no {', '.join(absent)}: on Debian, apt-get install --no-install-recommends slurm-wlm"
@@ -80,7 +78,7 @@ Job = int | str  # an id, or ARRAY_INDEX
 
 
 class Cluster:
-    """The running cluster; `folder` holds its state, its logs and the jobs' logs."""
+    """The running cluster. `folder` holds its state, its logs and the logs of the jobs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -112,41 +110,39 @@ class Cluster:
         for name in self.names:
             self._daemon("slurmd", "-D", "-N", name)
         self._until(
-            lambda: self.tell("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split() == self.names,
+            lambda: self.run("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split() == self.names,
             60,
             "the nodes are idle",
         )
 
     def stop(self) -> None:
-        """Ends every job, and then the daemons."""
-        self.tell("scancel", "--partition=low,high")
-        self._until(lambda: not self.tell("squeue", "-h"), 60, "the queue is empty")
+        """End every job, then the daemons."""
+        self.run("scancel", "--partition=low,high")
+        self._until(lambda: not self.run("squeue", "-h"), 60, "the queue is empty")
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in self.daemons:
             daemon.wait(30)
 
-    def tell(self, *command: str, **environment: str) -> str:
-        """What a command prints, in the project's folder."""
+    def run(self, *command: str, **environment: str) -> str:
+        """Run a command in the project folder and return what it prints."""
         done = subprocess.run(
             command, env=self.env | environment, cwd=PROJECT, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
-    def wait_for_look_at_limits(self, ahead: float) -> None:
-        """Until it is `ahead` seconds before Slurm looks for jobs at their time limit, which it does every 30 s and
-        says in its log.
-        """
-        looked = re.findall(r"\[(\S+)\] debug2: Testing job time limits", (self.folder / "slurmctld.log").read_text())
-        since = (datetime.now() - datetime.fromisoformat(looked[-1])).total_seconds() if looked else 0.0
-        time.sleep((LOOK - ahead - since) % LOOK)
+    def wait_for_check_of_limits(self, ahead: float) -> None:
+        """Sleep until `ahead` seconds before Slurm checks time limits, every 30 s according to its log."""
+        checks = re.findall(r"\[(\S+)\] debug2: Testing job time limits", (self.folder / "slurmctld.log").read_text())
+        since = (datetime.now() - datetime.fromisoformat(checks[-1])).total_seconds() if checks else 0.0
+        time.sleep((CHECK_INTERVAL - ahead - since) % CHECK_INTERVAL)
 
     def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> int:
-        """sbatch of a shipped script; its log is `log(job)`."""
+        """Submit a shipped script with sbatch; `log(job)` returns its log."""
         log = f"--output={self.folder}/job-%j.txt"
         return int(
-            self.tell("sbatch", "--parsable", log, *options, str(PROJECT / "slurm" / script), *arguments, **environment)
+            self.run("sbatch", "--parsable", log, *options, str(PROJECT / "slurm" / script), *arguments, **environment)
         )
 
     def log(self, job: Job) -> str:
@@ -154,36 +150,36 @@ class Cluster:
         return path.read_text() if path.is_file() else ""
 
     def job(self, job: Job) -> dict[str, str]:
-        """What scontrol says of a job: JobState, Restarts, ExitCode, ..."""
-        return dict(re.findall(r"(\w+)=(\S*)", self.tell("scontrol", "show", "job", "-o", str(job))))
+        """The fields of `scontrol show job`: JobState, Restarts, ExitCode, ..."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "-o", str(job))))
 
     def wait(self, job: Job, until: Callable[[dict[str, str]], bool], what: str, timeout: float) -> dict[str, str]:
-        """Until the job is as wanted; fails when it ends before, and does not become so."""
-        told: dict[str, str] = {}
+        """Wait until the job is in the wanted state; fails if it ends in another state."""
+        state: dict[str, str] = {}
 
         def reached() -> bool:
-            nonlocal told
-            told = self.job(job)
-            assert until(told) or told["JobState"] not in ENDED, (
-                f"job {job} {told['JobState']} before {what}:\n{self.log(job)[-6000:]}"
+            nonlocal state
+            state = self.job(job)
+            assert until(state) or state["JobState"] not in ENDED, (
+                f"job {job} {state['JobState']} before {what}:\n{self.log(job)[-6000:]}"
             )
-            return until(told)
+            return until(state)
 
         self._until(reached, timeout, f"job {job}: {what}", lambda: self.log(job)[-6000:])
-        return told
+        return state
 
     def wait_ended(self, job: Job, timeout: float = 180) -> dict[str, str]:
-        return self.wait(job, lambda told: told["JobState"] in ENDED, "its end", timeout)
+        return self.wait(job, lambda state: state["JobState"] in ENDED, "its end", timeout)
 
     def wait_completed(self, job: Job, timeout: float = 180) -> dict[str, str]:
-        told = self.wait_ended(job, timeout)
-        assert told["JobState"] == "COMPLETED", f"{told}\n{self.log(job)[-6000:]}"
-        return told
+        state = self.wait_ended(job, timeout)
+        assert state["JobState"] == "COMPLETED", f"{state}\n{self.log(job)[-6000:]}"
+        return state
 
     def _daemon(self, *command: str) -> None:
         with (self.folder / f"{command[0]}-{command[-1]}.log").open(
             "wb"
-        ) as log:  # ends with the tests, however they end
+        ) as log:  # the daemon ends whenever the tests end
             self.daemons.append(
                 subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], env=self.env, stdout=log, stderr=log)
             )
