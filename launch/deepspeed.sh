@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# deepspeed.sh HOSTFILE ARGUMENTS...: run `sculpt-dist ARGUMENTS` on the hosts of HOSTFILE by DeepSpeed's launcher, for clusters without
-# Slurm. A line of the file is `node1 slots=8`; several hosts need pdsh and ssh without a password, and the same folders on all of them.
-# To stop it: touch STOP in the run folder (the launcher ends the ranks at Ctrl-C, which also save). Given again, it goes on.
+# deepspeed.sh HOSTFILE ARGUMENTS...: run `sculpt-dist ARGUMENTS` on the hosts of HOSTFILE with DeepSpeed's launcher,
+# for clusters without Slurm. A line of the file reads `node1 slots=8`. Several hosts need pdsh, ssh without a password,
+# and the same folders on every host.
+# To stop the run, touch STOP in the run folder, or press Ctrl-C: the launcher then ends the ranks, which save first.
+# The same command resumes.
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
-hostfile=${1:?"usage: deepspeed.sh HOSTFILE ARGUMENTS..., for example: deepspeed.sh hosts.txt unlearn configs/canvas/dm_cal.yaml"}
+usage="usage: deepspeed.sh HOSTFILE ARGUMENTS..., for example deepspeed.sh hosts.txt unlearn configs/canvas/dm_cal.yaml"
+hostfile=${1:?$usage}
 shift
-[ -f "$hostfile" ] || { echo "there is no hostfile $hostfile: write lines such as 'node1 slots=8'" >&2; exit 2; }
+[ -f "$hostfile" ] || { echo "no such hostfile: $hostfile; create it with lines such as 'node1 slots=8'" >&2; exit 2; }
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 alone=()
 [ "$(grep -c 'slots=' "$hostfile")" != 1 ] || alone=(--no_ssh_check --master_addr 127.0.0.1)  # one host needs no ssh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# local.sh RANKS ARGUMENTS...: run `sculpt-dist ARGUMENTS` on RANKS processes of this machine, its cores shared out evenly.
+# local.sh RANKS ARGUMENTS...: run `sculpt-dist ARGUMENTS` in RANKS processes on this machine, with its cores divided
+# evenly among them.
 #   bash launch/local.sh 2 unlearn configs/canvas/dm_cal.yaml engine.stage=3
-# Ends with the exit code of the first rank that fails, and ends the others then; Ctrl-C reaches all of them.
+# If a rank fails, the script ends the others and exits with the code of the first failure. Ctrl-C reaches all ranks.
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 ranks=${1:?"usage: local.sh RANKS ARGUMENTS..., for example: local.sh 2 unlearn configs/canvas/dm_cal.yaml"}
 shift
@@ -22,7 +23,8 @@ left=$ranks
 while ((left > 0)); do
     ended=0
     wait -n "${pids[@]}" 2>/dev/null || ended=$?
-    if ((ended > 128)) && jobs -rp | grep -q .; then continue; fi  # wait itself was interrupted by a signal; the ranks are still saving
+    # A signal interrupts wait itself; the ranks are still saving.
+    if ((ended > 128)) && jobs -rp | grep -q .; then continue; fi
     left=$((left - 1))
     if ((ended != 0 && code == 0)); then
         code=$ended

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on the embedded default: cat, house and car unlearned one after another from a tiny Stable Diffusion 1.5.
+# The default run on the embedded canvas: a tiny Stable Diffusion 1.5 unlearns cat, house and car one after another.
 #   --arch sdxl | sana   the same on a tiny SDXL or SANA
 # Further arguments are overrides, for example train.seed=1.
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
@@ -8,7 +8,11 @@ if [ "${1:-}" = --arch ]; then
     arch=${2:?"usage: quickstart.sh [--arch sd15|sdxl|sana] [key=value ...]"}
     shift 2
     [ "$arch" = sd15 ] || config=configs/canvas/dm_cal_$arch.yaml
-    [ -f "$config" ] || { echo "there is no $config: --arch knows sd15$(ls configs/canvas | sed -n 's/^dm_cal_\(.*\).yaml$/, \1/p' | tr -d '\n')" >&2; exit 2; }
+    if [ ! -f "$config" ]; then
+        others=$(ls configs/canvas | sed -n 's/^dm_cal_\(.*\).yaml$/, \1/p' | tr -d '\n')
+        echo "--arch $arch: no such file $config; choose one of sd15$others" >&2
+        exit 2
+    fi
 fi
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((cores > 1 ? 2 : 1))

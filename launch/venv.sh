@@ -1,16 +1,18 @@
-# Sourced by the other scripts: goes to the project's folder, makes .venv, and installs what is missing. Run again, it installs nothing.
-#   SCULPT_TORCH_INDEX  index to take torch from; without a GPU, PyTorch's CPU index (see pytorch.org, "get started")
-#   SCULPT_PYTHON       the Python to make .venv with (default python3; 3.10 or newer)
+# Sourced by the other scripts: changes to the project folder, creates .venv and installs the missing packages. A second
+# call installs nothing.
+#   SCULPT_TORCH_INDEX  package index for torch; without a GPU, use PyTorch's CPU index (see pytorch.org, "get started")
+#   SCULPT_PYTHON       the Python that creates .venv (default python3; 3.10 or newer)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 make_venv() {
     local python=${SCULPT_PYTHON:-python3}
-    command -v "$python" >/dev/null || { echo "there is no $python: on Debian, apt-get install python3 python3-venv" >&2; exit 2; }
+    command -v "$python" >/dev/null ||
+        { echo "$python is not installed: on Debian, apt-get install python3 python3-venv" >&2; exit 2; }
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        { echo "$("$python" --version) is too old: 3.10 or newer is needed; set SCULPT_PYTHON to one" >&2; exit 2; }
+        { echo "$("$python" --version) is too old: set SCULPT_PYTHON to Python 3.10 or newer" >&2; exit 2; }
     "$python" -c 'import ensurepip' 2>/dev/null ||
-        { echo "$python cannot make virtual environments: on Debian, apt-get install python3-venv" >&2; exit 2; }
+        { echo "$python cannot create virtual environments: on Debian, apt-get install python3-venv" >&2; exit 2; }
     "$python" -m venv .venv
 }
 
@@ -22,7 +24,8 @@ install_packages() {  # $1: the extras to install
     if [ -n "${SCULPT_TORCH_INDEX:-}" ]; then
         .venv/bin/pip install --disable-pip-version-check -q -c constraints.txt --index-url "$SCULPT_TORCH_INDEX" torch
     elif ! command -v nvidia-smi >/dev/null && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-        echo "no GPU found: if pip now downloads CUDA packages (some GB), stop it and set SCULPT_TORCH_INDEX to PyTorch's CPU index" >&2
+        echo "no GPU found: if pip now downloads CUDA packages (several GB), stop it and set SCULPT_TORCH_INDEX" \
+            "to PyTorch's CPU index" >&2
     fi
     .venv/bin/pip install --disable-pip-version-check -q -c constraints.txt -e ".[$1]"
     touch "$stamp"

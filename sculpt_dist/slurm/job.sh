@@ -1,15 +1,16 @@
-# Sourced by the batch scripts: start the ranks, pass on what Slurm announces, and requeue a job that stopped before its end.
-#   run_ranks COMMAND CONFIG [key=value ...]   sculpt-dist COMMAND on all tasks of this job, one task per GPU (or per node on CPU)
+# Sourced by the batch scripts: starts the ranks, passes Slurm's signals on, and requeues a job that stopped early.
+#   run_ranks COMMAND CONFIG [key=value ...]   sculpt-dist COMMAND on all tasks of the job: one per GPU, or per CPU node
 #   run_alone COMMAND [...]                    sculpt-dist COMMAND as one task, for commands that start ranks themselves
-# From the environment:
-#   LAUNCH       srun (default): one task is one rank; torchrun: one launcher per node, which starts that node's ranks
+# Environment:
+#   LAUNCH       srun (default): one task is one rank; torchrun: one launcher per node starts the ranks of that node
 #   MAX_REQUEUE  how often this job may be requeued (default 50)
-#   SCULPT_ENV   the site file; default: slurm/env.sh where you submitted, or else the one beside this file
+#   SCULPT_ENV   the site file; default: slurm/env.sh in the folder that you submitted from, or else the one next to
+#                this file
 #
-# How a stop works. `--signal=B:USR1@300` in the batch script has Slurm send USR1 to this shell 300 s (and up to 60 s more) before the
-# time limit; it touches RUN/STOP. Preemption sends SIGTERM to the ranks themselves. Either way all ranks stop after the same step,
-# save, and leave RUN/REQUEUE, and this shell then requeues the job, which goes on from there. Without that mark the job ends with
-# the exit code of its ranks: 0 done, 2 your input, anything else a crash.
+# How a job stops. With `--signal=B:USR1@300` in the batch script, Slurm sends USR1 to this shell 300 s (and up to 60 s
+# more) before the time limit, and the shell touches RUN/STOP. Preemption sends SIGTERM to the ranks directly. In both
+# cases all ranks stop after the same step, save, and leave RUN/REQUEUE. This shell then requeues the
+# job, which resumes. Without RUN/REQUEUE the job exits with the code of its ranks: 0 done, 2 invalid input, anything else a crash.
 set -uo pipefail
 scripts=$(dirname "${BASH_SOURCE[0]}")
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -28,12 +29,16 @@ site=slurm/env.sh
 source "${SCULPT_ENV:-$site}"
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))  # below the ports that Linux hands out, another for each job
-export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/sculpt-dist-$SLURM_JOB_ID-$restarts  # a killed build's lock would hang the next start
+# Below the ephemeral ports of Linux, and different for each job.
+export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+# A killed build leaves a lock behind, on which the next start would hang.
+export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/sculpt-dist-$SLURM_JOB_ID-$restarts
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi  # srun no longer takes it from the job
+# Recent versions of srun do not inherit this from the job.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
-STEP=(srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}")  # a rank that dies must end the others, who would wait for it
+# If a rank dies, end the others, which would wait for it.
+STEP=(srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}")
 ONE=("${STEP[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1)
 SCULPT=("${RUNNER[@]}" python -m sculpt_dist)
 
@@ -41,12 +46,13 @@ run_ranks() {
     local folder
     set -- "${@/#--fresh/run.fresh=true}"
     set -- "${@/#--override/run.override=true}"
-    folder=$("${ONE[@]}" "${SCULPT[@]}" folder "${@:2}") || end $?  # says what is wrong with the configuration before anything starts
+    folder=$("${ONE[@]}" "${SCULPT[@]}" folder "${@:2}") || end $?  # reports errors in the configuration first
     mkdir -p "$folder"
-    if grep -qsE "job .*\b$SLURM_JOB_ID(\.|\$)" "$folder/log.txt"; then set -- "$@" run.fresh=false; fi  # requeued after it began: it goes on
+    # A job requeued after its run began must resume, even with run.fresh.
+    if grep -qsE "job .*\b$SLURM_JOB_ID(\.|\$)" "$folder/log.txt"; then set -- "$@" run.fresh=false; fi
     rm -f "$folder/STOP" "$folder/REQUEUE"
     stop_file=$folder/STOP
-    if [ -n "$stopping" ]; then touch "$stop_file"; fi  # asked while the configuration was read
+    if [ -n "$stopping" ]; then touch "$stop_file"; fi  # the signal came while the configuration was read
     case "${LAUNCH:-srun}" in
         srun) "${STEP[@]}" "${SCULPT[@]}" "$@" & ;;
         torchrun) start_torchrun "$@" & ;;
@@ -67,33 +73,33 @@ start_torchrun() {
 run_alone() {
     "${ONE[@]}" "${SCULPT[@]}" "$@" &
     wait_for $!
-    if [ "$code" = 75 ]; then requeue; fi  # one task's own exit code, which srun passes on
+    if [ "$code" = 75 ]; then requeue; fi  # srun passes on the exit code of a single task
     end "$code"
 }
 
 wait_for() {
     launched=$1 code=0
-    while :; do  # a signal ends `wait`, not what it waits for
+    while :; do  # a signal interrupts `wait`, not the process
         code=0
         wait "$launched" || code=$?
         kill -0 "$launched" 2>/dev/null || break
     done
 }
 
-end() {  # $1: an exit code. A preempted job whose ranks were not yet able to note it has no mark, but is to be requeued all the same.
+end() {  # $1: an exit code. A job preempted before its ranks could write RUN/REQUEUE is requeued all the same.
     if [ "$1" != 0 ] && job_has 'PreemptTime=[0-9]'; then requeue; fi
     exit "$1"
 }
 
 requeue() {
     if [ "$restarts" -ge "${MAX_REQUEUE:-50}" ]; then
-        echo "job $SLURM_JOB_ID: stopped and saved, and not requeued: MAX_REQUEUE=${MAX_REQUEUE:-50} is reached" >&2
-    elif ! job_has 'JobState=RUNNING' && ! job_has 'PreemptTime=[0-9]'; then  # a requeue would bring a cancelled job back to life
-        echo "job $SLURM_JOB_ID: cancelled, not requeued; submitted again, it goes on from here" >&2
+        echo "job $SLURM_JOB_ID: stopped and saved, but not requeued: MAX_REQUEUE=${MAX_REQUEUE:-50} is reached" >&2
+    elif ! job_has 'JobState=RUNNING' && ! job_has 'PreemptTime=[0-9]'; then  # a requeue would revive a cancelled job
+        echo "job $SLURM_JOB_ID: cancelled, not requeued; submit it again to resume" >&2
     else
         echo "job $SLURM_JOB_ID: stopped; requeued ($((restarts + 1)))" >&2
         trap '' USR1 TERM
-        scontrol requeue "$SLURM_JOB_ID" && sleep 300  # Slurm ends this shell within moments
+        scontrol requeue "$SLURM_JOB_ID" && sleep 300  # Slurm ends this shell within seconds
     fi
     exit 75
 }
