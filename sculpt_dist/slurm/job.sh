@@ -9,8 +9,8 @@
 #
 # How a job stops. With `--signal=B:USR1@300` in the batch script, Slurm sends USR1 to this shell 300 s (and up to 60 s
 # more) before the time limit, and the shell touches RUN/STOP. Preemption sends SIGTERM to the ranks directly. In both
-# cases all ranks stop after the same step, save, and leave RUN/REQUEUE. This shell then requeues the
-# job, which resumes. Without RUN/REQUEUE the job exits with the code of its ranks: 0 done, 2 invalid input, anything else a crash.
+# cases all ranks stop after the same step, save, and leave RUN/REQUEUE. This shell then requeues the job, which
+# resumes. Without RUN/REQUEUE the job exits with the code of its ranks: 0 done, 2 invalid input, anything else a crash.
 set -uo pipefail
 scripts=$(dirname "${BASH_SOURCE[0]}")
 restarts=${SLURM_RESTART_COUNT:-0}
