@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a test that forks must find no threads of it
+
 import pytest
 from gpus import has_gpu, in_gpu_process, run_in_gpu_process
 from harness import PROJECT
