@@ -33,7 +33,7 @@ from sculpt_dist.planning.plan import step_flops
 from sculpt_dist.run.build import build_engine
 from sculpt_dist.run.model import open_backbone
 from sculpt_dist.run.setup import RunSetup, resolve
-from sculpt_dist.run.train import ConceptRun, LossWindow, run_concept
+from sculpt_dist.run.training_loop import ConceptRun, LossWindow, run_concept
 
 CONCEPT = Concept(target="cat", superclass="animal")
 PUBLISHED = ["method.label_source=student", "method.label_guidance=0", "method.anchors=[]", "method.retain_weight=0.25"]

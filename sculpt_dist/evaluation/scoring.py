@@ -11,7 +11,7 @@ import numpy as np
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept
 from sculpt_dist.evaluation.requests import Evaluation, ImageRequest, World
-from sculpt_dist.maths.scores import Answers, Target, accuracy_by, bootstrap_intervals, unlearning_scores
+from sculpt_dist.maths.accuracy import Answers, Target, accuracy_by, bootstrap_intervals, unlearning_scores
 
 BatchVerdict = tuple[int, list[int], list[int] | None]  # number of the batch, objects seen, styles seen
 

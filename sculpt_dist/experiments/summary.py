@@ -11,7 +11,7 @@ from sculpt_dist.core.files import write_atomically
 from sculpt_dist.experiments.ledger import DONE, Outcome, retention
 from sculpt_dist.experiments.tables import SCORES
 from sculpt_dist.experiments.trials import Sweep
-from sculpt_dist.maths.points import undominated
+from sculpt_dist.maths.sweep_points import undominated
 from sculpt_dist.report.figures import draw_front, draw_parameters, draw_pngs
 from sculpt_dist.report.render import render
 

@@ -14,8 +14,8 @@ from sculpt_dist.config.experiments import Comparison, Table
 from sculpt_dist.config.schema import Concept, RunConfig
 from sculpt_dist.evaluation.requests import World, resolve_evaluation
 from sculpt_dist.evaluation.scoring import score_targets
+from sculpt_dist.maths.accuracy import Answers, Counts, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.maths.comparison import HARMONIC, percentiles, resampled_scores, resampling, score_means, stacked
-from sculpt_dist.maths.scores import Answers, Counts, per_prompt, score_counts, unlearning_scores
 
 SCORES = ("UA", "IRA", "CRA", "SA", "H")
 ROUNDS = 4000  # of the bootstrap

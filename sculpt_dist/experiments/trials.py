@@ -20,7 +20,7 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed
 from sculpt_dist.experiments.compare import checked_config
 from sculpt_dist.experiments.tables import SCORES
-from sculpt_dist.maths.points import KINDS, Parameter, value_at
+from sculpt_dist.maths.sweep_points import KINDS, Parameter, value_at
 from sculpt_dist.run.fingerprint import config_fingerprint
 
 ARGUMENTS = "${args_no_hyphens}"  # W&B's agent replaces it with the point, as key=value

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sculpt_dist.maths.scores import Counts
+from sculpt_dist.maths.accuracy import Counts
 
 HARMONIC = ("UA", "IRA", "CRA")  # H is the harmonic mean of these
 

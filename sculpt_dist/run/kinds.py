@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sculpt_dist.engine.group import Group
 from sculpt_dist.run.editor import EditorRun
-from sculpt_dist.run.forms import Form, export_edited, export_trained
+from sculpt_dist.run.export_forms import Form, export_edited, export_trained
 from sculpt_dist.run.session import Session
 from sculpt_dist.run.setup import RunSetup
 from sculpt_dist.run.trainer import Trainer

@@ -8,8 +8,8 @@ from typing import Any
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_evaluation, check_prompts, evaluate
+from sculpt_dist.run.export_forms import Form
 from sculpt_dist.run.folder import release_folder
-from sculpt_dist.run.forms import Form
 from sculpt_dist.run.kinds import KINDS
 from sculpt_dist.run.model import base_fingerprint, open_backbone
 from sculpt_dist.run.session import open_session

@@ -19,7 +19,7 @@ from sculpt_dist.engine.zero import Engine
 from sculpt_dist.run.folder import code_versions
 from sculpt_dist.run.session import Session
 from sculpt_dist.run.setup import RunSetup
-from sculpt_dist.run.train import ConceptRun, LossWindow
+from sculpt_dist.run.training_loop import ConceptRun, LossWindow
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its state
 

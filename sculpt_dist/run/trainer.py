@@ -26,7 +26,7 @@ from sculpt_dist.run.prepare import FIRST, data_folder, drawn_prompts, drawn_sou
 from sculpt_dist.run.session import Session
 from sculpt_dist.run.setup import RunSetup
 from sculpt_dist.run.state import TrainingState, find_checkpoint
-from sculpt_dist.run.train import ConceptRun, LossWindow, run_concept
+from sculpt_dist.run.training_loop import ConceptRun, LossWindow, run_concept
 from sculpt_dist.track.tracker import stage_after
 
 

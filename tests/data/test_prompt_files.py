@@ -21,7 +21,7 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.evaluation.requests import Evaluation, as_batches, resolve_evaluation
-from sculpt_dist.maths.scores import Answers, Target, unlearning_scores
+from sculpt_dist.maths.accuracy import Answers, Target, unlearning_scores
 from sculpt_dist.run.fingerprint import config_fingerprint
 
 CANVAS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"

@@ -28,6 +28,7 @@ from sculpt_dist.experiments.compare import (
 )
 from sculpt_dist.experiments.jobs import Job, _guard, run_jobs
 from sculpt_dist.experiments.tables import _relapse, _scores, _ua_by_target, finished_cell
+from sculpt_dist.maths.accuracy import Answers, Target, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.maths.comparison import (
     harmonic,
     harmonic_mean,
@@ -37,7 +38,6 @@ from sculpt_dist.maths.comparison import (
     score_means,
     stacked,
 )
-from sculpt_dist.maths.scores import Answers, Target, per_prompt, score_counts, unlearning_scores
 
 CAT, DOG, HOUSE = 0, 1, 2
 CANVAS = PROJECT / "configs" / "canvas"

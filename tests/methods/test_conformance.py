@@ -24,7 +24,7 @@ from sculpt_dist.engine.optimizer import MaskedAdamW
 from sculpt_dist.engine.sharding import Fragment, Shard
 from sculpt_dist.methods import kscu, uce
 from sculpt_dist.run.plan import Plan
-from sculpt_dist.run.train import _update_mask
+from sculpt_dist.run.training_loop import _update_mask
 
 PRESETS = PROJECT / "configs" / "presets"
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"

@@ -29,8 +29,8 @@ from sculpt_dist.methods.dm_cal import Config, Method
 from sculpt_dist.run.build import build_engine
 from sculpt_dist.run.plan import Plan
 from sculpt_dist.run.prepare import data_folder
-from sculpt_dist.run.train import LossWindow, _consider_candidate
 from sculpt_dist.run.trainer import concept_streams
+from sculpt_dist.run.training_loop import LossWindow, _consider_candidate
 
 CANVAS = PROJECT / "configs" / "canvas"
 ABLATIONS = {  # file -> what it changes

@@ -26,7 +26,7 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.methods.base import Setup
 from sculpt_dist.run.build import build_engine
-from sculpt_dist.run.train import ConceptRun, LossWindow, run_concept
+from sculpt_dist.run.training_loop import ConceptRun, LossWindow, run_concept
 
 
 class Peak:

@@ -23,7 +23,7 @@ from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.run.build import build_engine
 from sculpt_dist.run.export import export_model
-from sculpt_dist.run.train import ConceptRun, LossWindow, run_concept
+from sculpt_dist.run.training_loop import ConceptRun, LossWindow, run_concept
 
 
 def memory(kind: str) -> int:

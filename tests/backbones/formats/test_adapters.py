@@ -20,7 +20,7 @@ from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.maths.low_rank import low_rank_factors
-from sculpt_dist.run.forms import Form, _write_adapter
+from sculpt_dist.run.export_forms import Form, _write_adapter
 from sculpt_dist.run.stages import export_only
 
 CANVAS = PROJECT / "sculpt_dist" / "assets" / "canvas"

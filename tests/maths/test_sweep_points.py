@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sculpt_dist.maths.points import KINDS, Parameter, undominated, value_at
+from sculpt_dist.maths.sweep_points import KINDS, Parameter, undominated, value_at
 
 
 def parameter(kind: str, **options) -> Parameter:

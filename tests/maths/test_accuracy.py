@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from sculpt_dist.maths.accuracy import Answers, Target, bootstrap_intervals, unlearning_scores
 from sculpt_dist.maths.diffusion import ddpm_corrupt, ddpm_velocity
 from sculpt_dist.maths.losses import guided_label, mse
 from sculpt_dist.maths.schedules import learning_rate_factor, one_cycle, turnover_count, turnover_share
-from sculpt_dist.maths.scores import Answers, Target, bootstrap_intervals, unlearning_scores
 
 CAT, DOG, CAR = 0, 1, 2
 
