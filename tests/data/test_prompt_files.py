@@ -256,7 +256,7 @@ def test_a_nudity_preset_runs_with_a_list_and_a_detector(tmp_path, preset):
         assert index["recipe"]["prompts"] == PROMPTS
     write(tmp_path, "list.txt", "another")
     printed = run(tmp_path, "unlearn", str(PROJECT / "configs" / "presets" / f"{preset}.yaml"), *small, code=2)
-    assert "list.txt: its prompts were others" in printed
+    assert "list.txt: its prompts have changed" in printed
 
 
 @pytest.mark.two_ranks

@@ -144,7 +144,7 @@ def test_a_changed_configuration_is_refused_before_the_model_is_built_unless_ove
     printed = sculpt(*call, swapped, "--override", code=2)
     assert "has finished bird, and the configuration begins with boat, bird" in printed
     printed = sculpt(*call, "train.lr=2e-3", "--override")
-    assert "going on with another configuration: train.lr: 0.001 there, 0.002 here" in printed
+    assert "continuing with another configuration: train.lr: 0.001 there, 0.002 here" in printed
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rate = {(entry["concept"], entry["step"]): entry.get("lr") for entry in entries}
     assert rate[1, 40] == pytest.approx(2 * rate[0, 40]) and rate[1, 5] == rate[0, 5] > 0  # unchanged before the stop
