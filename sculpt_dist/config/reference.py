@@ -120,7 +120,9 @@ def _default(value: ast.expr | None) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{_cell(text)}`" if text else "required"
+    if "|" in text:  # Python-Markdown would show the backslash that escapes it in a table
+        return f"<code>{text.replace('|', '&#124;')}</code>"
+    return f"`{text}`" if text else "required"
 
 
 def _cell(text: str) -> str:
