@@ -40,7 +40,7 @@ JOBS = typer.Option(1, help="Runs at a time on this machine.")
 RANKS = typer.Option(1, help="Processes of each run.")
 
 
-def load(config: Path, overrides: list[str] | None, loading: str = "torch and diffusers") -> RunConfig:
+def load(config: Path, overrides: list[str] | None) -> RunConfig:
     """Read a configuration and check all names in it, then announce what takes seconds to load.
 
     Raises ConfigError and ModelError for a wrong key, name or path before torch is imported.
@@ -53,7 +53,7 @@ def load(config: Path, overrides: list[str] | None, loading: str = "torch and di
     _check_method(loaded.method)
     check_path(loaded.model.path)
     if is_first():
-        print(f"loading {loading} ...", file=sys.stderr, flush=True)
+        print("loading torch and diffusers ...", file=sys.stderr, flush=True)
     return loaded
 
 
