@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
-from cluster import Cluster, Job, missing
+from cluster import ENDED, Cluster, Job, missing
 from harness import PROJECT, sculpt, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.two_ranks]
@@ -21,13 +23,13 @@ RUN = [
     "prepare.steps=2",
     "prepare.batch=3",
     "train.batch=4",
-    "train.steps=120",
+    "train.steps=60",
     "mask.collect=2",
     "mask.refresh=10",
     "evaluate.enabled=false",
     "concepts=[{target: bird, superclass: animal}]",
 ]
-LAST = 121  # 2 collect steps and 119 that train; a signal must reach the run before its last step
+LAST = 61  # 2 collect steps and 59 that train
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--partition=low")
 
 
@@ -67,24 +69,39 @@ def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     assert not (folder / "REQUEUE").exists()
 
 
-def wait_for_step(cluster: Cluster, job: Job, folder: Path, step: int) -> None:
-    cluster.wait(
-        job,
-        lambda state: state["JobState"] == "RUNNING" and any(reached >= step for reached in steps(folder)),
-        f"step {step}",
-        180,
-    )
+@contextmanager
+def held_at(cluster: Cluster, job: Job, folder: Path, step: int) -> Iterator[dict[int, int]]:
+    """Freeze the ranks after this step, so that what is sent to them meanwhile reaches them there on any machine.
+
+    Yields their process ids by rank.
+    """
+    deadline = time.monotonic() + 180
+    while not any(reached >= step for reached in steps(folder)):
+        if cluster.job(job)["JobState"] in ENDED or time.monotonic() > deadline:
+            raise AssertionError(f"job {job} never reached step {step}:\n{cluster.log(job)[-6000:]}")
+        time.sleep(0.02)
+    ranks = processes(folder)
+    assert ranks, f"no process works in {folder}"
+    for pid in ranks.values():
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield ranks
+    finally:
+        for pid in ranks.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def processes(folder: Path) -> dict[int, int]:
-    """Process ids of the ranks that work in a run folder, by rank."""
+    """Process ids of the ranks that work in a run folder, by rank; launchers are not among them."""
     found: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             words = (path / "cmdline").read_bytes().split(b"\0")
-            if f"run.folder={folder}".encode() in words and b"sculpt_dist" in words and b"srun" not in words:
+            launches = b"srun" in words or b"torch.distributed.run" in words
+            if f"run.folder={folder}".encode() in words and b"sculpt_dist" in words and not launches:
                 number = re.search(rb"(?:^|\0)SLURM_PROCID=(\d+)", (path / "environ").read_bytes())
-                found[int(number[1])] = int(path.name)
+                found[int(number[1]) if number else 0] = int(path.name)  # a comparison's cell has no number
         except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
     return found
@@ -103,28 +120,28 @@ def test_a_job_at_its_time_limit_and_preempted_later_is_requeued_twice_and_loses
     cluster, uninterrupted, tmp_path
 ):
     folder = tmp_path / "run"
-    options = (*TWO_NODES, "--time=1", "--signal=B:USR1@50")  # Slurm may send it 60 s earlier: at its first check
-    cluster.wait_for_check_of_limits(ahead=9)
+    options = (*TWO_NODES, "--time=20", "--signal=B:USR1@110")
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, "run.fresh=true", f"run.folder={folder}", options=options)
+    with held_at(cluster, job, folder, 5):
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # the next check finds it near its end
+        cluster.wait(job, lambda _: "USR1 after" in cluster.log(job), "the signal", 60)
     cluster.wait(job, lambda state: state["Restarts"] == "1", "its first requeue", 120)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     first = len(steps(folder))
-    wait_for_step(cluster, job, folder, first + 5)
-    preempt(cluster)
+    with held_at(cluster, job, folder, first + 5):
+        preempt(cluster, job)
     cluster.wait(job, lambda state: state["Restarts"] == "2", "its second requeue", 120)
-    assert first < len(steps(folder)) < LAST
+    assert 5 < first < len(steps(folder)) < LAST
     cluster.wait_completed(job)
-    assert (
-        "USR1 after" in cluster.log(job) and "requeued (1)" in cluster.log(job) and "requeued (2)" in cluster.log(job)
-    )
+    assert "requeued (1)" in cluster.log(job) and "requeued (2)" in cluster.log(job)
     assert_same(folder, uninterrupted)
 
 
 def test_a_preempted_job_under_torchrun_is_requeued_and_loses_no_step(cluster, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES, LAUNCH="torchrun")
-    wait_for_step(cluster, job, folder, 5)
-    urgent = preempt(cluster)
+    with held_at(cluster, job, folder, 5):
+        urgent = preempt(cluster, job)
     cluster.wait(job, lambda state: state["Restarts"] == "1", "its requeue", 120)
     assert 5 < len(steps(folder)) < LAST
     cluster.wait_completed(urgent)
@@ -132,34 +149,27 @@ def test_a_preempted_job_under_torchrun_is_requeued_and_loses_no_step(cluster, u
     assert_same(folder, uninterrupted)
 
 
-def preempt(cluster: Cluster) -> int:
-    """Submit a short job of higher priority that takes both nodes."""
-    return int(
-        cluster.run(
-            "sbatch",
-            "--parsable",
-            "--partition=high",
-            "--nodes=2",
-            "--exclusive",
-            "--output=/dev/null",
-            "--wrap",
-            "true",
-        )
-    )
+def preempt(cluster: Cluster, job: Job) -> int:
+    """Submit a short job of higher priority that takes both nodes; returns once Slurm has told `job` to make room."""
+    options = ("--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    urgent = int(cluster.run("sbatch", *options, "--wrap", "true"))
+    cluster.wait(job, lambda state: state.get("PreemptTime", "None") != "None", "its preemption", 60)
+    return urgent
 
 
 def test_no_more_requeues_than_allowed_and_none_when_cancelled(cluster, tmp_path):
     folder = tmp_path / "run"
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES, MAX_REQUEUE="0")
-    wait_for_step(cluster, job, folder, 5)
-    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    with held_at(cluster, job, folder, 5):
+        cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+        cluster.wait(job, lambda _: "USR1 after" in cluster.log(job), "the signal", 60)
     state = cluster.wait_ended(job)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "75:0", "0")
     assert "MAX_REQUEUE=0 is reached" in cluster.log(job) and (folder / "REQUEUE").exists()
     saved = len(steps(folder))
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES)
-    wait_for_step(cluster, job, folder, saved + 3)
-    cluster.run("scancel", str(job))
+    with held_at(cluster, job, folder, saved + 3):
+        cluster.run("scancel", str(job))
     state = cluster.wait_ended(job)
     cluster.wait(job, lambda _: not processes(folder) and "requeued" in cluster.log(job), "the end of its ranks", 60)
     assert (
@@ -173,10 +183,8 @@ def test_no_more_requeues_than_allowed_and_none_when_cancelled(cluster, tmp_path
 def test_a_killed_rank_ends_the_job_within_5_s_and_leaves_no_process(cluster, tmp_path):
     folder = tmp_path / "run"
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES)
-    wait_for_step(cluster, job, folder, 5)
-    ranks = processes(folder)
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
+    with held_at(cluster, job, folder, 5) as ranks:
+        os.kill(ranks[1], signal.SIGKILL)
     began = time.monotonic()
     state = cluster.wait_ended(job, 30)
     assert time.monotonic() - began < 5
@@ -216,8 +224,9 @@ def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_resumes(clus
     )
     job = cluster.submit("compare.sbatch", str(file), options=("--array=0-1", "--partition=low"))
     cells = [runs / "one" / "sana" / "plain" / f"seed-{seed}" for seed in range(2)]
-    wait_for_step(cluster, f"{job}_0", cells[0], 5)
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    with held_at(cluster, f"{job}_0", cells[0], 5):
+        cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
+        cluster.wait(f"{job}_0", lambda _: "USR1 after" in cluster.log(f"{job}_0"), "the signal", 60)
     cluster.wait(f"{job}_0", lambda state: state["Restarts"] == "1", "its requeue", 120)
     for index, cell in enumerate(cells):
         assert cluster.wait_completed(f"{job}_{index}")["Restarts"] == str(1 - index)

@@ -14,14 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 from harness import PROJECT, free_port, rank_environment
 
 NODES = 2
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "setpriv")
-CHECK_INTERVAL = 30.0  # seconds
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 CONF = """
 ClusterName=sculpttest
@@ -56,7 +54,6 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldDebug=debug2
 SlurmctldLogFile={folder}/slurmctld.log
 LogTimeFormat=iso8601_ms
 SlurmdDebug=info
@@ -131,12 +128,6 @@ class Cluster:
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
-
-    def wait_for_check_of_limits(self, ahead: float) -> None:
-        """Sleep until `ahead` seconds before Slurm checks time limits, every 30 s according to its log."""
-        checks = re.findall(r"\[(\S+)\] debug2: Testing job time limits", (self.folder / "slurmctld.log").read_text())
-        since = (datetime.now() - datetime.fromisoformat(checks[-1])).total_seconds() if checks else 0.0
-        time.sleep((CHECK_INTERVAL - ahead - since) % CHECK_INTERVAL)
 
     def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> int:
         """Submit a shipped script with sbatch; `log(job)` returns its log."""
