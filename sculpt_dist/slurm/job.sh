@@ -99,7 +99,8 @@ requeue() {
     else
         echo "job $SLURM_JOB_ID: stopped; requeued ($((restarts + 1)))" >&2
         trap '' USR1 TERM
-        scontrol requeue "$SLURM_JOB_ID" && sleep 300  # Slurm ends this shell within seconds
+        # Slurm now sends TERM, which must end the sleep: else the nodes stay taken for Slurm's KillWait, often 30 s.
+        scontrol requeue "$SLURM_JOB_ID" && { trap : USR1 TERM; sleep 300; }
     fi
     exit 75
 }

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from harness import PROJECT, TINY_RUN, rank_command, rank_environment
+from harness import PROJECT, TINY_RUN, launch
 
 from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.config.load import load_config
@@ -217,11 +214,7 @@ class Bright(Classifier):
 
 def run(tmp_path: Path, *arguments: str, ranks: int = 1, code: int = 0) -> str:
     (tmp_path / "my_detector.py").write_text(DETECTOR)
-    environment = rank_environment() | {"PYTHONPATH": os.pathsep.join((str(PROJECT), str(tmp_path)))}
-    command = [sys.executable, "-m", "sculpt_dist"] if ranks == 1 else rank_command(ranks, "-m", "sculpt_dist")
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
+    return launch(ranks, "-m", "sculpt_dist", *arguments, code=code, modules=tmp_path)
 
 
 SHORT = [*TINY_RUN[:-1], "evaluate.batch=2", f"model.path={CANVAS}", "evaluate.classifier=own:my_detector:Bright"]

@@ -7,13 +7,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import PROJECT, rank_environment, sculpt
+from harness import PROJECT, python, rank_environment, sculpt
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError
@@ -314,7 +313,7 @@ def test_a_comparison_runs_in_shards_continues_and_writes_its_tables(tmp_path):
 @pytest.mark.slow
 def test_a_stopped_comparison_saves_its_running_cells(tmp_path):
     file = written(tmp_path, lambda text: text.replace("train.steps=2", "train.steps=400"))
-    command = [sys.executable, "-m", "sculpt_dist", "compare", str(file), "--shard", "0/100"]
+    command = [python(), "-m", "sculpt_dist", "compare", str(file), "--shard", "0/100"]
     process = subprocess.Popen(
         command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

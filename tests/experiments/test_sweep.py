@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import PROJECT, rank_environment, sculpt
+from harness import PROJECT, python, rank_environment, sculpt
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError, RunFolderError
@@ -481,7 +481,7 @@ def test_a_grid_runs_as_an_array_resumes_after_a_kill_and_is_summarised(tmp_path
     )
     before = (out / "trials/0002/report/report.json").stat().st_mtime_ns
     process = subprocess.Popen(
-        [sys.executable, "-m", "sculpt_dist", *arguments], env=rank_environment(), stdout=subprocess.DEVNULL
+        [python(), "-m", "sculpt_dist", *arguments], env=rank_environment(), stdout=subprocess.DEVNULL
     )
     first = out / "trials" / "0000"
     deadline = time.monotonic() + 120
@@ -538,7 +538,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_run(tmp_path):
 def test_a_stopped_sweep_saves_its_running_trials(tmp_path):
     out = tmp_path / "out"
     command = [
-        sys.executable,
+        python(),
         "-m",
         "sculpt_dist",
         "sweep",
@@ -566,7 +566,7 @@ def test_two_processes_on_a_bayes_sweep_take_trials_of_their_own(tmp_path):
     pytest.importorskip("optuna")
     out = tmp_path / "out"
     file = written(tmp_path, *BAYES, ("run_cap: 30", "run_cap: 3"))
-    command = [sys.executable, "-m", "sculpt_dist", "sweep", str(file), "--folder", str(out)]
+    command = [python(), "-m", "sculpt_dist", "sweep", str(file), "--folder", str(out)]
     both = [
         subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)

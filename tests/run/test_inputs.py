@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
-from harness import PROJECT, SMALL, rank_environment, sculpt
+from harness import PROJECT, SMALL, python, rank_environment, sculpt
 from PIL import Image
 
 from sculpt_dist.data.shards import ShardReader
@@ -90,7 +89,7 @@ def test_a_users_own_detector_judges_through_the_command(canvas_config, tmp_path
         "evaluate.images=6",
     ]
     command = [
-        sys.executable,
+        python(),
         "-m",
         "sculpt_dist",
         "evaluate",

@@ -9,13 +9,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from harness import PROJECT, SMALL, TINY_RUN, rank_environment, sculpt, weights
+from harness import PROJECT, SMALL, TINY_RUN, Ranks, python, rank_environment, sculpt, weights
 from runs import LONGER, lines, start, wait_for_step
 from safetensors.torch import load_file
 
@@ -196,7 +195,7 @@ def test_a_checkpoint_restores_trajectories(tmp_path):
         "train.checkpoint_every=0",
         "evaluate.enabled=false",
     ]
-    first = [sys.executable, *arguments, f"run.folder={folder}"]
+    first = [python(), *arguments, f"run.folder={folder}"]
     process = subprocess.Popen(
         first, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -223,7 +222,7 @@ def test_an_interrupted_run_saves_reports_it_and_resumes(canvas_config, tmp_path
         f"run.folder={tmp_path / 'run'}",
     ]
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        [python(), *arguments],
         env=rank_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -254,7 +253,7 @@ def test_a_run_interrupted_while_drawing_stops_at_once_and_resumes(canvas_config
         f"run.folder={tmp_path / 'run'}",
     ]
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        [python(), *arguments],
         env=rank_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -273,16 +272,11 @@ def test_a_run_interrupted_while_drawing_stops_at_once_and_resumes(canvas_config
 
 def test_a_folder_in_use_is_refused_and_its_holder_named(canvas_config, tmp_path):
     folder = f"run.folder={tmp_path / 'run'}"
-    first = subprocess.Popen(
-        [sys.executable, "-m", "sculpt_dist", "unlearn", canvas_config, *SMALL, *LONGER, "model.arch=sana", folder],
-        env=rank_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    call = ["unlearn", canvas_config, *SMALL, *LONGER, "model.arch=sana", folder]
+    first = Ranks(1, "-m", "sculpt_dist", *call, output=tmp_path / "first.txt")
     wait_for_step(tmp_path / "run", first, 0, 1)
-    printed = sculpt("unlearn", canvas_config, *SMALL, *LONGER, "model.arch=sana", folder, code=2)
-    assert f"in use by process {first.pid}" in printed
-    assert first.wait(timeout=200) == 0
+    assert f"in use by process {first.pids[0]}" in sculpt(*call, code=2)
+    assert first.wait(200) == [0]
 
 
 def test_from_python_in_six_lines(tmp_path):

@@ -125,7 +125,8 @@ def test_a_job_at_its_time_limit_and_preempted_later_is_requeued_twice_and_loses
     with held_at(cluster, job, folder, 5):
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # the next check finds it near its end
         cluster.wait(job, lambda _: "USR1 after" in cluster.log(job), "the signal", 60)
-    cluster.wait(job, lambda state: state["Restarts"] == "1", "its first requeue", 120)
+    cluster.wait(job, lambda _: "requeued (1)" in cluster.log(job), "its first requeue", 120)
+    cluster.wait(job, lambda state: state["Restarts"] == "1", "the end of its shell, long before KillWait", 5)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     first = len(steps(folder))
     with held_at(cluster, job, folder, first + 5):

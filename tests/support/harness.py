@@ -6,26 +6,25 @@ import atexit
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 import warnings
 from pathlib import Path
 
 import torch
+from forked import SET_BY_LIBRARIES, Forked, is_forkable
 from gpus import hide_gpus
 from safetensors.torch import load_file
 
 hide_gpus()  # the tests start more ranks than a machine has GPUs
 BEFORE = set(os.environ)
-SET_BY_LIBRARIES = (  # in the tests' own process, when they are imported there
-    "PYTEST_CURRENT_TEST LOCAL_RANK DS_ACCELERATOR DEEPSPEED_LOG_LEVEL TORCH_EXTENSIONS_DIR "
-    "PYTORCH_NVML_BASED_CUDA_CHECK "
-    "DIFFUSERS_VERBOSITY TRANSFORMERS_VERBOSITY TORCHINDUCTOR_CACHE_DIR WANDB_ERROR_REPORTING"
-).split()
+STOPPED = 75  # exit code of a run that stopped and saved
+PATIENCE = 2.0  # seconds between a rank's failure and the end of the others
 PROJECT = Path(__file__).parents[2]
 TINY_RUN = [  # of any method
     "prepare.samples=6",
@@ -73,66 +72,101 @@ def rank_environment() -> dict[str, str]:
 AT_START = rank_environment()  # before any test changes it
 
 
-class Forking:
-    """Ranks that start at once (see workers/forking.py): a launcher and imports for each would take most of the
-    time.
+@functools.cache
+def forking() -> Path:
+    """The folder of a running server that forks processes; `python` in it stands in for Python.
+
+    Ends with this process. See workers/forking.py.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="forking-"))
+    (folder / "environment.json").write_text(json.dumps(AT_START))
+    stand_in = folder / "python"
+    stand_in.write_text(
+        f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(PROJECT / 'tests' / 'support')!r})\n"
+        f"import forked\nforked.stand_in({str(folder)!r}, {sys.executable!r}, sys.argv[1:])\n"
+    )
+    stand_in.chmod(0o755)
+    server = subprocess.Popen(
+        [sys.executable, str(PROJECT / "tests" / "workers" / "forking.py"), str(folder / "socket")],
+        env=AT_START,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if "ready\n" not in iter(server.stdout.readline, ""):  # after what libraries print
+        raise RuntimeError("tests/workers/forking.py ended while importing")
+
+    def end() -> None:
+        server.stdin.close()
+        server.wait(10)
+        shutil.rmtree(folder)
+
+    atexit.register(end)
+    return folder
+
+
+def python() -> str:
+    """A Python that has imported everything; other commands than the project's it passes to the real one."""
+    return str(forking() / "python")
+
+
+class Ranks:
+    """`python ARGUMENTS` on so many forked ranks, which write to the file `output`.
+
+    `modules`: a folder with further Python modules.
     """
 
-    def __init__(self) -> None:
-        self.environment = AT_START
-        self.process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "tests" / "workers" / "forking.py")],
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        atexit.register(self.process.kill)
-        if "ready\n" not in iter(self.process.stdout.readline, ""):  # after what libraries print
-            raise RuntimeError("tests/workers/forking.py ended while importing")
+    def __init__(self, ranks: int, *arguments: str, output: Path, modules: Path | None = None) -> None:
+        environment = rank_environment()
+        if modules is not None:
+            environment["PYTHONPATH"] += os.pathsep + str(modules)
+        if ranks > 1:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+            environment |= {"LOCAL_WORLD_SIZE": str(ranks)}
+        self.processes: list[Forked] = []
+        with open(output, "ab") as out, open(os.devnull) as nothing:
+            streams = (nothing.fileno(), out.fileno(), out.fileno())
+            for rank in range(ranks):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+                self.processes.append(Forked(str(forking()), arguments, environment | own, streams))
 
-    def begin(self, *arguments: str, ranks: int, output: Path) -> list[int]:
-        """Start the ranks; returns their process ids."""
-        request = {
-            "arguments": arguments,
-            "environment": self.environment,
-            "ranks": ranks,
-            "port": free_port(),
-            "output": str(output),
-        }
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes]
 
-    def end(self, pids: list[int], timeout: float) -> list[int]:
-        """Wait for the ranks; returns their exit codes. Kills them after so many seconds."""
-        timer = threading.Timer(
-            timeout, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids if Path(f"/proc/{pid}").exists()]
-        )
-        timer.start()
-        try:
-            return json.loads(self.process.stdout.readline())
-        finally:
-            timer.cancel()
+    def poll(self) -> int | None:
+        """The exit code of the first rank that has ended; None while all of them work."""
+        return next((code for code in (process.poll() for process in self.processes) if code is not None), None)
 
-
-@functools.cache
-def forking() -> Forking:
-    return Forking()
+    def wait(self, timeout: float) -> list[int]:
+        """The exit codes. When one rank fails, the others are ended, as a launcher does; all after so many seconds."""
+        kill_at = time.monotonic() + timeout
+        end_at: float | None = None
+        while None in (codes := [process.poll() for process in self.processes]):
+            now = time.monotonic()
+            if end_at is None and any(code not in (None, 0, STOPPED) for code in codes):
+                end_at = now + PATIENCE
+                kill_at = min(kill_at, now + 4 * PATIENCE)
+            if now > kill_at or (end_at is not None and now > end_at):
+                for process in self.processes:
+                    process.send_signal(signal.SIGKILL if now > kill_at else signal.SIGTERM)
+                time.sleep(0.5)
+            time.sleep(0.01)
+        return codes
 
 
-def launch(ranks: int, *arguments: str, timeout: float = 300, code: int = 0) -> str:
+def launch(ranks: int, *arguments: str, timeout: float = 300, code: int = 0, modules: Path | None = None) -> str:
     """Run `python ARGUMENTS` on so many ranks; returns what they printed, and checks the exit code of the first that
     failed.
 
-    `arguments`: a script, or `-m sculpt_dist ...`.
+    `arguments`: a script, or `-m sculpt_dist ...`. `modules`: a folder with further Python modules.
     """
-    changed = sorted(dict(forking().environment.items() ^ rank_environment().items()))
-    if changed:  # libraries read their settings when they are imported
-        warnings.warn(f"ranks are started anew, slowly: the environment differs in {changed}", stacklevel=2)
+    if not is_forkable(rank_environment(), AT_START):
+        assert modules is None
+        warnings.warn("ranks are started anew, slowly: their environment differs", stacklevel=2)
         return launch_anew(ranks, *arguments, timeout=timeout, code=code)
     with tempfile.NamedTemporaryFile("r", suffix=".txt") as output:
-        codes = forking().end(forking().begin(*arguments, ranks=ranks, output=Path(output.name)), timeout)
+        codes = Ranks(ranks, *arguments, output=Path(output.name), modules=modules).wait(timeout)
         printed = output.read()
     assert code in codes and (code or not any(codes)), f"exit codes {codes}\n{printed[-6000:]}"
     return printed

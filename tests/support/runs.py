@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from harness import rank_command, rank_environment
+from harness import Ranks, rank_command, rank_environment
 
 LONGER = ["train.steps=30", "evaluate.enabled=false", "train.checkpoint_every=0.2"]
 
@@ -28,7 +28,7 @@ def start(arguments: list[str], ranks: int = 2) -> subprocess.Popen:
     )
 
 
-def wait_for_step(folder: Path, process: subprocess.Popen, concept: int, step: int) -> None:
+def wait_for_step(folder: Path, process: subprocess.Popen | Ranks, concept: int, step: int) -> None:
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         if (folder / "metrics.jsonl").is_file():

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from harness import PROJECT, SMALL, launch, rank_environment, sculpt
+from harness import PROJECT, SMALL, Ranks, launch, rank_environment, sculpt
 from runs import LONGER, lines, wait_for_step
 
 from sculpt_dist.config.load import load_config, plain_values, to_yaml
@@ -275,15 +275,10 @@ def test_a_killed_run_resumes_under_the_same_wandb_id_and_records_each_step_once
         "track.tensorboard=true",
         f"run.folder={folder}",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sculpt_dist", *arguments],
-        env=rank_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for_step(folder, process, 1, 4)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    started = Ranks(1, "-m", "sculpt_dist", *arguments, output=tmp_path / "out.txt")
+    wait_for_step(folder, started, 1, 4)
+    os.kill(started.pids[0], signal.SIGKILL)
+    assert started.wait(60) == [-signal.SIGKILL]
     with (folder / "metrics.jsonl").open("a") as file:  # a step after the last checkpoint, and a partial line
         file.write(
             json.dumps(lines(folder)[-1] | {"step": 31, "global_step": 63, "loss": 99.0}) + '\n{"concept": 1, "st'
@@ -324,28 +319,13 @@ def children(pid: int, name: str) -> list[int]:
 def test_the_training_survives_the_death_of_wandbs_service(canvas_config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "run"
-    arguments = [
-        "-m",
-        "sculpt_dist",
-        "unlearn",
-        canvas_config,
-        *SMALL,
-        *LONGER,
-        "track.wandb=true",
-        f"run.folder={folder}",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        env=rank_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_for_step(folder, process, 0, 4)
-    (core,) = children(process.pid, "wandb-core")
+    arguments = ["unlearn", canvas_config, *SMALL, *LONGER, "track.wandb=true", f"run.folder={folder}"]
+    started = Ranks(1, "-m", "sculpt_dist", *arguments, output=tmp_path / "out.txt")
+    wait_for_step(folder, started, 0, 4)
+    (core,) = children(started.pids[0], "wandb-core")
     os.kill(core, signal.SIGKILL)
-    printed, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, printed
+    codes, printed = started.wait(200), (tmp_path / "out.txt").read_text()
+    assert codes == [0], printed
     assert (
         printed.count("W&B failed and is off for the rest of this session") == 1
         and len(lines(folder)) == 64

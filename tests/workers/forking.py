@@ -1,20 +1,23 @@
-"""Runs scripts and the command line in forked children of a process that has already imported everything.
+"""Starts processes at once by forking one that has already imported everything; imports would take most of their time.
 
-A line on stdin is a request: {"arguments" (`SCRIPT ...` or `-m sculpt_dist ...`), "environment", "ranks", "port",
-"output"}. The answer on stdout is two lines: the process ids of the ranks, and their exit codes once all have ended (a
-killed rank has minus the signal number). When one rank fails it ends the others, as a launcher does.
+It listens on the Unix socket argv[1]. A request is one JSON line, {"arguments" (`SCRIPT ...` or `-m sculpt_dist ...`),
+"environment", "folder", "python"}, sent with the three standard streams. The answers are two lines: the process id, and
+the exit code (minus the signal number of a killed process). A client that goes away takes its process with it.
+`support/forked.py` is the client.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import runpy
+import select
 import signal
+import socket
 import sys
 import threading
-import time
 import traceback
 
 import sculpt_dist.backbones.sana
@@ -34,28 +37,25 @@ import accelerate  # noqa: E402, F401
 from diffusers import AutoencoderDC, AutoencoderKL, SanaTransformer2DModel, UNet2DConditionModel  # noqa: E402, F401
 from transformers import CLIPTextModel, CLIPTokenizer, Gemma2Model  # noqa: E402, F401
 
-PATIENCE = 2.0  # seconds between a failure and the end of the other ranks
+
+def receive(client: socket.socket) -> tuple[dict, list[int]]:
+    """A request and the standard streams of its process."""
+    text, streams, _, _ = socket.recv_fds(client, 1 << 16, 3)
+    while not text.endswith(b"\n"):
+        text += client.recv(1 << 16)
+    return json.loads(text), streams
 
 
-def become_rank(request: dict, rank: int) -> None:
-    """Turn this child process into the rank; does not return."""
+def become(request: dict, streams: list[int]) -> None:
+    """Turn this child process into the requested one; does not return."""
     os.environ.clear()
     os.environ.update(request["environment"])
-    if request["ranks"] > 1:
-        ranks, port = str(request["ranks"]), str(request["port"])
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=ranks,
-            LOCAL_WORLD_SIZE=ranks,
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-    output = os.open(request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.chdir(request["folder"])
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.executable = request["python"]  # what it starts in turn is forked too
+    sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     script, *arguments = request["arguments"]
     try:
         if script == "-m":
@@ -75,31 +75,59 @@ def become_rank(request: dict, rank: int) -> None:
     os._exit(code)
 
 
-def run(request: dict) -> list[int]:
-    children: dict[int, int] = {}
-    for rank in range(request["ranks"]):
-        child = os.fork()
-        if child == 0:
-            become_rank(request, rank)
-        children[child] = rank
-    print(json.dumps(list(children)), flush=True)
-    codes, failed_at, left = [0] * request["ranks"], None, dict(children)
-    while left:
-        pid, status = os.waitpid(-1, os.WNOHANG if failed_at else 0)
-        if pid:
-            codes[left.pop(pid)] = os.waitstatus_to_exitcode(status)
-            if status and failed_at is None and codes[children[pid]] != cli.STOPPED:
-                failed_at = time.monotonic()
-        elif failed_at and time.monotonic() - failed_at > PATIENCE:
-            for other in left:
-                os.kill(other, signal.SIGTERM if time.monotonic() - failed_at < 4 * PATIENCE else signal.SIGKILL)
-            time.sleep(0.5)
-        else:
-            time.sleep(0.02)
-    return codes
+def answer(client: socket.socket, number: int) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        client.sendall(f"{number}\n".encode())
+
+
+def begin(client: socket.socket, inherited: list[socket.socket]) -> int:
+    """Fork the process that the client asks for. `inherited`: what it must close."""
+    request, streams = receive(client)
+    pid = os.fork()
+    if pid == 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for other in inherited:
+            other.close()
+        become(request, streams)
+    for stream in streams:
+        os.close(stream)
+    return pid
+
+
+def serve(listener: socket.socket) -> None:
+    """Answer requests until the tests end, which closes stdin."""
+    clients: dict[int, socket.socket] = {}  # by the id of their process
+    child_ended, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin, child_ended, *clients.values()], [], [])
+        if sys.stdin in ready:
+            return
+        if child_ended in ready:
+            os.read(child_ended, 1 << 16)
+        for pid, client in list(clients.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                answer(client, os.waitstatus_to_exitcode(status))
+            elif client in ready:  # it has gone away
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            else:
+                continue
+            clients.pop(pid).close()
+        if listener in ready:
+            client, _ = listener.accept()
+            pid = begin(client, [listener, client, *clients.values()])
+            clients[pid] = client
+            answer(client, pid)
 
 
 assert threading.active_count() == 1, "a process with threads cannot be forked safely"
-print("ready", flush=True)
-for line in sys.stdin:
-    print(json.dumps(run(json.loads(line))), flush=True)
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(sys.argv[1])
+    listening.listen(64)
+    print("ready", flush=True)
+    serve(listening)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 
 import torch
 
@@ -33,13 +33,18 @@ class Heartbeat:
         except torch.distributed.DistError:
             self.broken = True
 
-    def silent(self) -> list[int]:
-        """Ranks without a heartbeat for `PATIENCE` seconds; takes that long. Only rank 0 when the store is gone."""
+    def silent(self, given_up: threading.Event | None = None) -> list[int]:
+        """Ranks without a heartbeat for `PATIENCE` seconds; takes that long. Only rank 0 when the store is gone.
+
+        Once `given_up` is set, the answer is not wanted any more: returns an empty list at once.
+        """
         if self.store is None:
             return []
+        given_up = given_up or threading.Event()
         before = self._read()
         for _ in range(5):  # keep beating: the other ranks may be checking on this one
-            time.sleep(PATIENCE / 5)
+            if given_up.wait(PATIENCE / 5):
+                return []
             self.beat()
         now = self._read()
         if before is None or now is None:

@@ -116,7 +116,7 @@ class StopRequest:
     def _exit_if_hopeless(self) -> None:
         """End this process when a rank is silent or the grace period is over."""
         waited = time.monotonic() - self._since
-        silent = self.heartbeat.silent()
+        silent = self.heartbeat.silent(self._closing)
         if self._closing.is_set() or self.agreed_on or self.failing or not (silent or waited > self.grace):
             return
         why = describe_silent(silent) if silent else f"no step has ended for {waited:.0f} s"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import SMALL, forking, sculpt, weights
+from harness import SMALL, Ranks, sculpt, weights
 
 RUN = [*SMALL, "model.arch=sana", "evaluate.enabled=false", "train.steps=10", "prepare.samples=4", "prepare.steps=2"]
 CELLS = [(ranks, stage) for ranks in (1, 2) for stage in range(4)]
@@ -61,7 +61,8 @@ def test_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config
         folder = tmp_path / str(number)
         shutil.copytree(drawn, folder / "data")
         call = [*arguments(canvas_config, folder, stage), f"train.checkpoint_every={rng.choice([0, 0.01, 0.5])}"]
-        pids = forking().begin("-m", "sculpt_dist", *call, ranks=ranks, output=tmp_path / f"{number}.txt")
+        started = Ranks(ranks, "-m", "sculpt_dist", *call, output=tmp_path / f"{number}.txt")
+        pids = started.pids
         if number % 4 == 0:  # any moment of the run, including its start, drawing and export
             time.sleep(rng.uniform(0.1, 0.95) * seconds)
         else:  # a moment of training
@@ -72,7 +73,7 @@ def test_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config
                 (folder / "STOP").touch()
             elif Path(f"/proc/{pid}").exists():
                 os.kill(pid, getattr(signal, f"SIG{way.split()[0]}"))
-        codes = forking().end(pids, 120)
+        codes = started.wait(120)
         printed = (tmp_path / f"{number}.txt").read_text()
         stopped = sorted((folder / "checkpoints").glob("step-*"))
         reached.append((way, codes, stopped[-1].name if stopped else "no checkpoint"))
@@ -104,11 +105,11 @@ def test_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config
 def stopped_in_the_middle(canvas_config: str, folder: Path, output: Path, *more: str, ranks: int = 1) -> list[str]:
     """Stop a run by a signal in its second concept; returns the command that resumes it."""
     call = ["unlearn", canvas_config, *RUN, "train.steps=40", "train.checkpoint_every=0", f"run.folder={folder}", *more]
-    pids = forking().begin("-m", "sculpt_dist", *call, ranks=ranks, output=output)
-    wait_for_step(folder, pids, 1, 10)
-    for pid in pids:
+    started = Ranks(ranks, "-m", "sculpt_dist", *call, output=output)
+    wait_for_step(folder, started.pids, 1, 10)
+    for pid in started.pids:
         os.kill(pid, signal.SIGTERM)
-    assert set(forking().end(pids, 120)) == {75}, output.read_text()
+    assert set(started.wait(120)) == {75}, output.read_text()
     return call
 
 

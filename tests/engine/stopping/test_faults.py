@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import PROJECT, free_port, rank_environment
+from harness import PROJECT, free_port, python, rank_environment
+
+from sculpt_dist.engine.stopping.heartbeat import PATIENCE
 
 pytestmark = pytest.mark.two_ranks
 WORKER = str(PROJECT / "tests" / "workers" / "rank_faults.py")
@@ -29,7 +34,7 @@ def start_ranks(
     )
     return [
         subprocess.Popen(
-            [sys.executable, *arguments],
+            [python(), *arguments],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -53,48 +58,78 @@ def last_line(folder: Path) -> str:
     return (folder / "log.txt").read_text().splitlines()[-1]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a rank's fault: seconds until the other rank ended, what it printed, both exit codes, the log."""
+
+    folder: Path
+    seconds: float
+    printed: str
+    code: int
+    faulty_code: int
+
+    @property
+    def cause(self) -> str:
+        return last_line(self.folder)
+
+
+FAULTS = {  # fault, seconds of engine.timeout, the faulty rank
+    "raises": ("raises", 60, 1),
+    "killed": ("killed", 60, 1),
+    "exits": ("exits", 60, 1),
+    "rank 0 killed": ("killed", 60, 0),
+    "hangs": ("hangs", 4, 1),
+    "stopped": ("stopped", 4, 1),
+}
+
+
+def observe(folder: Path, fault: str, timeout: int, rank: int) -> Outcome:
+    folder.mkdir()
+    processes = start_ranks(WORKER, fault, str(folder), str(timeout), str(rank))
+    faulty, other = processes[rank], processes[1 - rank]
+    try:
+        began = wait_for(folder / f"step-{rank}", processes)
+        printed, _ = other.communicate(timeout=60)
+        seconds = time.monotonic() - began
+    finally:
+        if timeout < 60:
+            faulty.kill()  # it would hang on
+    return Outcome(folder, seconds, printed, other.returncode, faulty.wait(60))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, Outcome]:
+    """Of all faults, which happen at the same time: the ranks only wait."""
+    folder = tmp_path_factory.mktemp("faults")
+    python()  # started before its first use by several threads
+    with ThreadPoolExecutor(len(FAULTS)) as pool:
+        running = {name: pool.submit(observe, folder / name, *fault) for name, fault in FAULTS.items()}
+        return {name: future.result() for name, future in running.items()}
+
+
 @pytest.mark.parametrize(
-    ("fault", "cause"),
+    ("fault", "code", "cause"),
     [
-        ("raises", "failed: rank 1 on .*: KeyError: 'the true cause'"),
-        ("killed", "failed: rank 1 died or was stopped .*; seen by rank 0: "),
-        ("exits", "failed: rank 1 died or was stopped .*; seen by rank 0: "),
+        ("raises", 1, "failed: rank 1 on .*: KeyError: 'the true cause'"),
+        ("killed", -signal.SIGKILL, "failed: rank 1 died or was stopped .*; seen by rank 0: "),
+        ("exits", 0, "failed: rank 1 died or was stopped .*; seen by rank 0: "),
+        ("rank 0 killed", -signal.SIGKILL, "failed: rank 0 died or was stopped"),  # it hosts the store
     ],
 )
-def test_a_dead_rank_ends_the_other_within_five_seconds_and_the_log_ends_with_the_cause(tmp_path, fault, cause):
-    import re
-
-    first, second = start_ranks(WORKER, fault, str(tmp_path))
-    died = wait_for(tmp_path / "step-1", [first, second])
-    printed, _ = first.communicate(timeout=60)
-    assert time.monotonic() - died < 5
-    assert first.returncode == 1 and second.wait(60) == {"raises": 1, "killed": -signal.SIGKILL, "exits": 0}[fault], (
-        printed
-    )
-    assert re.search(cause, last_line(tmp_path)), (tmp_path / "log.txt").read_text()
-    assert not (tmp_path / "REQUEUE").exists()
-
-
-def test_the_death_of_rank_0_which_hosts_the_store_is_named_too(tmp_path):
-    first, second = start_ranks(WORKER, "killed", str(tmp_path), "60", "0")
-    died = wait_for(tmp_path / "step-0", [first, second])
-    printed, _ = second.communicate(timeout=60)
-    assert time.monotonic() - died < 5 and second.returncode == 1, printed
-    assert "failed: rank 0 died or was stopped" in last_line(tmp_path), (tmp_path / "log.txt").read_text()
+def test_a_dead_rank_ends_the_other_within_five_seconds_and_the_log_ends_with_the_cause(outcomes, fault, code, cause):
+    found = outcomes[fault]
+    assert found.seconds < 5 and (found.code, found.faulty_code) == (1, code), found.printed
+    assert re.search(cause, found.cause), found
+    assert not (found.folder / "REQUEUE").exists()
 
 
 @pytest.mark.parametrize(
     ("fault", "cause"), [("hangs", "rank 1 hangs or is slow"), ("stopped", "rank 1 died or was stopped")]
 )
-def test_a_hung_rank_is_named_at_the_timeout(tmp_path, fault, cause):
-    first, second = start_ranks(WORKER, fault, str(tmp_path), "4")
-    try:
-        hung = wait_for(tmp_path / "step-1", [first, second])
-        first.communicate(timeout=60)
-        assert 3 < time.monotonic() - hung < 4 + 5 and first.returncode == 1
-        assert cause in last_line(tmp_path), (tmp_path / "log.txt").read_text()
-    finally:
-        second.kill()
+def test_a_hung_rank_is_named_at_the_timeout(outcomes, fault, cause):
+    found = outcomes[fault]
+    assert 3 < found.seconds < 4 + 5 and found.code == 1
+    assert cause in found.cause, found
 
 
 def test_a_signal_is_noticed_in_a_collective_while_the_other_rank_is_gone(tmp_path):
@@ -126,9 +161,11 @@ def test_a_signal_during_a_collective_stops_the_run_once_the_other_rank_arrives(
 def test_a_stop_file_stops_the_run_and_is_kept(tmp_path):
     (tmp_path / "STOP").touch()
     processes = start_ranks(WORKER, "none", str(tmp_path))
+    began = wait_for(tmp_path / "step-0", processes)
     for process in processes:
         printed, _ = process.communicate(timeout=60)
         assert process.returncode == 75, printed
+    assert time.monotonic() - began < PATIENCE  # an orderly stop waits for no silent rank
     assert "stopped at" in last_line(tmp_path) and (tmp_path / "STOP").exists() and (tmp_path / "REQUEUE").exists()
 
 
