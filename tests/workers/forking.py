@@ -28,8 +28,9 @@ import sculpt_dist.run.stages  # noqa: F401
 from sculpt_dist.cli import main as cli
 
 HEAVY = """
-    deepspeed diffusers.pipelines.stable_diffusion diffusers.models.unets.unet_2d_condition diffusers.models
-    transformers.models.clip diffusers.schedulers torchmetrics matplotlib.pyplot rich.table rich.progress webdataset
+    deepspeed deepspeed.runtime.zero.muon.muon_optimizer diffusers.pipelines.stable_diffusion diffusers.models
+    diffusers.models.unets.unet_2d_condition diffusers.schedulers transformers.models.clip torchmetrics
+    matplotlib.pyplot rich.table rich.progress webdataset
 """
 for heavy in HEAVY.split():
     importlib.import_module(heavy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,27 +14,53 @@ from safetensors.torch import load_file
 
 from sculpt_dist.core.plugins import plugins
 
-CELLS = [(0, "fp32", 1), (1, "fp32", 1), (2, "fp32", 1), (3, "fp32", 1), (2, "bf16", 1), (3, "bf16", 1), (2, "fp32", 2)]
-PLACES = [(arch, cell, ranks) for arch in plugins("sculpt_dist.backbones") for cell in CELLS for ranks in (1, 2)]
-QUICK = [("sd15", (stage, "fp32", 1), 2) for stage in (1, 2, 3)] + [
+ARCHS = plugins("sculpt_dist.backbones")
+SETTINGS = [(0, "fp32", 1), (1, "fp32", 1), (2, "fp32", 1), (3, "fp32", 1), (2, "bf16", 1), (3, "bf16", 1)]
+SETTINGS += [(stage, "fp32", 2) for stage in range(4)]  # stage, precision, accumulated micro-batches
+REFERENCE = (0, "fp32", 1)  # on one rank; the others are compared with it
+DEFAULT = [
+    ("sd15", (1, "fp32", 1), 2),
+    ("sd15", (2, "fp32", 1), 2),
+    ("sd15", (3, "fp32", 1), 2),
     ("sd15", (2, "fp32", 2), 2),
     ("sd15", (2, "bf16", 1), 2),
+    ("sd15", (3, "bf16", 1), 1),
+    ("sdxl", (2, "fp32", 1), 2),
+    ("sana", (3, "fp32", 1), 2),
 ]
-QUICK += [("sd15", (3, "bf16", 1), 1), ("sdxl", (2, "fp32", 1), 2), ("sana", (3, "fp32", 1), 2)]
+SLOW = [  # with those above, every pair of choices; and one on four ranks
+    ("sd15", (0, "fp32", 2), 2),
+    ("sdxl", (1, "fp32", 2), 1),
+    ("sdxl", (3, "bf16", 1), 2),
+    ("sana", (1, "fp32", 1), 2),
+    ("sana", (2, "bf16", 1), 1),
+    ("sana", (3, "fp32", 2), 2),
+    ("sd15", (3, "fp32", 1), 4),
+]
+PLACES = [(arch, cell, ranks) for arch in ARCHS for cell in SETTINGS for ranks in (1, 2, 4)]
 
 
 def places(precision: str | None = None) -> list:
-    """(kind, cell, ranks): those in QUICK run in the default suite, the others with the slow tests or by hand."""
+    """(kind, cell, ranks): those in DEFAULT run in the default suite, those in SLOW in CI, the others by hand."""
     chosen = [place for place in PLACES if precision in (None, place[1][1])]
     return [pytest.param(*place, marks=_marks(*place), id=str(place)) for place in chosen]
 
 
 def _marks(arch: str, cell: tuple, ranks: int) -> list:
-    if (arch, cell, ranks) in QUICK:
-        return []
-    # sd15 covers these: sdxl has the same kind of net, and accumulation does not depend on the net.
-    covered = (arch == "sdxl" and ranks == 1) or (arch != "sd15" and cell[2] > 1)
-    return [pytest.mark.exhaustive if covered else pytest.mark.slow]
+    place = (arch, cell, ranks)
+    return [] if place in DEFAULT else [pytest.mark.slow if place in SLOW else pytest.mark.exhaustive]
+
+
+def test_every_pair_of_choices_runs_in_ci():
+    def pairs(places: list) -> set:
+        choices = [
+            (("arch", arch), *zip(("stage", "precision", "micro"), cell), ("ranks", ranks))
+            for arch, cell, ranks in places
+            if ranks < 4
+        ]
+        return {pair for choice in choices for pair in combinations(choice, 2)}
+
+    assert pairs(PLACES) == pairs([*DEFAULT, *SLOW, *((arch, REFERENCE, 1) for arch in ARCHS)])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +87,7 @@ def flips(a: dict, b: dict, kind: str) -> float:
 @pytest.mark.two_ranks
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places())
 def test_the_same_saliency_gives_the_same_mask_everywhere(outcome, arch, cell, ranks):
-    reference, _ = outcome(arch, 1, 0, "fp32", 1)
+    reference, _ = outcome(arch, 1, *REFERENCE)
     tensors, _ = outcome(arch, ranks, *cell)
     keys = [key for key in reference if key.startswith(("built", "turned"))]
     assert len(keys) == 4 * len([key for key in reference if key.startswith("flat|")]) > 0
@@ -80,7 +107,7 @@ def test_the_mask_opens_exactly_its_share(outcome):
 @pytest.mark.two_ranks
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places("fp32"))
 def test_all_stages_and_rank_counts_train_alike_in_fp32(outcome, arch, cell, ranks):
-    reference, reference_notes = outcome(arch, 1, 0, "fp32", 1)
+    reference, reference_notes = outcome(arch, 1, *REFERENCE)
     tensors, notes = outcome(arch, ranks, *cell)
     assert notes["losses"] == pytest.approx(reference_notes["losses"], rel=1e-4)
     assert notes["norms"] == pytest.approx(reference_notes["norms"], rel=1e-3)
@@ -97,7 +124,7 @@ def test_all_stages_and_rank_counts_train_alike_in_fp32(outcome, arch, cell, ran
 @pytest.mark.two_ranks
 @pytest.mark.parametrize(("arch", "cell", "ranks"), places("bf16"))
 def test_bf16_trains_on_stages_2_and_3(outcome, arch, cell, ranks):
-    _, reference_notes = outcome(arch, 1, 0, "fp32", 1)
+    _, reference_notes = outcome(arch, 1, *REFERENCE)
     _, notes = outcome(arch, ranks, *cell)
     assert notes["losses"] == pytest.approx(reference_notes["losses"], rel=0.05)
     assert notes["losses"] != reference_notes["losses"]
