@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import re
 from pathlib import Path
 
 
@@ -15,6 +16,11 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def by_number(path: Path) -> tuple[tuple[int, ...], str]:
+    """Sorts files by the numbers in their names: step-999-000010 comes before step-1000-000002."""
+    return tuple(int(digits) for digits in re.findall(r"\d+", path.name)), path.name
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tarfile
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,6 +129,30 @@ def damage(folder: Path, record: ShardRecord, deep: bool = True) -> str | None:
     return None
 
 
+class OpenFiles:
+    """Keeps the files that were read last open: a long sequence has more shards than a process may have files."""
+
+    def __init__(self, capacity: int = 64) -> None:
+        self.capacity = capacity
+        self._open: OrderedDict[Path, int] = OrderedDict()  # the file read last is the last
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        if path not in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY)
+        self._open.move_to_end(path)
+        while len(self._open) > self.capacity:
+            os.close(self._open.popitem(last=False)[1])
+        return os.pread(self._open[path], size, offset)
+
+    def forget(self, folder: Path) -> None:
+        """Close the files of a folder: they may have been replaced."""
+        for path in [path for path in self._open if path.parent == folder]:
+            os.close(self._open.pop(path))
+
+
+_files = OpenFiles()
+
+
 class ShardReader:
     """Samples of one stream by position, read at the offsets of the index. Can be passed to loader workers."""
 
@@ -142,7 +167,7 @@ class ShardReader:
         self.where = [(i, j) for i, record in enumerate(self.records) for j in range(record.count)]
         if not self.where:
             raise ShardError(f"{folder}: contains no samples; run prepare again")
-        self._files: dict[int, int] = {}
+        _files.forget(folder)
 
     def __len__(self) -> int:
         return len(self.where)
@@ -168,9 +193,4 @@ class ShardReader:
         )
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.folder / self.records[shard].name, os.O_RDONLY)
-        return os.pread(self._files[shard], size, offset)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}
+        return _files.read(self.folder / self.records[shard].name, offset, size)

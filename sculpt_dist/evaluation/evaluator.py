@@ -92,7 +92,7 @@ def evaluate(
         judged = [request for batch in batches for request in batch if request.judged]
         answers = collect_answers(judged, all_verdicts)
         scores = compute_scores(evaluation, judged, answers, forgotten)
-        scores["plain"]["extra"] = extra
+        scores["plain"] |= {"extra": extra, "made_by": evaluation.fingerprint}
         plain = select_answers(answers, np.array([not request.paraphrased for request in judged]))
         write_atomically(folder / "answers.json", json.dumps(answers_as_lists(plain, world)).encode())
         write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())

@@ -5,17 +5,20 @@ Images come from templates (every object in every style) and from the user's own
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import derived_seed
+from sculpt_dist.core.files import derived_seed, text_sha256
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
 from sculpt_dist.data.prompts import fill
+
+SCORING_KEYS = ("steps", "classifier", "reference", "clip", "metrics", "bootstrap")  # beside what the images come from
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,16 @@ class Evaluation:
         settings, world = self.settings, self.world
         first_id = len(_templates(settings)) * len(_template_pairs(settings, world))
         return (*_template_requests(settings, world), *_listed_requests(settings, world, first_id))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum over all of the configuration that decides the scores of a model."""
+        images = [
+            (r.prompt, r.prompt_id, r.paraphrased, r.object, r.style, r.seed, r.guidance, r.listed)
+            for r in self.requests
+        ]
+        settings = {name: getattr(self.settings, name) for name in SCORING_KEYS}
+        return text_sha256(json.dumps([images, asdict(self.world), settings], sort_keys=True))
 
     def counts_for_metrics(self, request: ImageRequest) -> bool:
         """Whether the image counts for FID, KID and the other metrics.

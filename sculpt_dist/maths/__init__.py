@@ -2,8 +2,8 @@
 
 Noise and its targets in `diffusion`, loss terms in `losses`, mask statistics in `saliency`, schedules of rates and
 turnover in `schedules`; scores in `accuracy` and their intervals over seeds in `comparison`; a run's memory and
-traffic in `planning`; searches in `sweep_points`; linear algebra in `closed_form`, `low_rank`, `distances`. Everybody
-may import this; of the project it imports only `core.exports`.
+traffic in `planning`; searches in `sweep_points`; linear algebra in `closed_form`, `low_rank`, `distances`; bfloat16 in
+`rounding`. Everybody may import this; of the project it imports only `core.exports`.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sculpt_dist.maths.distances import farthest_points
     from sculpt_dist.maths.losses import guided_label, mse, negative_guidance
     from sculpt_dist.maths.low_rank import low_rank_factors
+    from sculpt_dist.maths.rounding import round_to_bf16
     from sculpt_dist.maths.saliency import accumulate, sort_keys
     from sculpt_dist.maths.schedules import learning_rate_factor, turnover_count, turnover_share
     from sculpt_dist.maths.sweep_points import Parameter, undominated, value_at
@@ -31,6 +32,7 @@ __getattr__, __dir__ = lazy_exports(
         "distances": ["farthest_points"],
         "losses": ["guided_label", "mse", "negative_guidance"],
         "low_rank": ["low_rank_factors"],
+        "rounding": ["round_to_bf16"],
         "sweep_points": ["Parameter", "undominated", "value_at"],
         "saliency": ["accumulate", "sort_keys"],
         "schedules": ["learning_rate_factor", "turnover_count", "turnover_share"],

@@ -23,10 +23,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses, TextCond
 from sculpt_dist.data.streams import StreamSpec
 from sculpt_dist.maths.losses import mse, negative_guidance
+from sculpt_dist.maths.rounding import round_to_bf16
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Setup, Step, matrices
 
@@ -110,7 +113,10 @@ class Method(Base):
             chosen.append(forms[int(uniform * len(forms))])
         cond = step.backbone.embed(chosen)
         noise = step.rng.normal("disturbance", cond.tokens.shape[1:])
-        return replace(cond, tokens=cond.tokens + self.config.disturbance * noise)
+        tokens = cond.tokens.float() + self.config.disturbance * noise
+        if next(step.student.net.parameters()).dtype == torch.bfloat16:  # plain rounding would drop the noise
+            tokens = round_to_bf16(tokens, torch.special.ndtr(step.rng.normal("rounding", cond.tokens.shape[1:])))
+        return replace(cond, tokens=tokens)
 
 
 def disturbed_prompts(target: str, superclass: str) -> list[str]:

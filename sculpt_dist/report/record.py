@@ -25,6 +25,8 @@ class RunRecord:
     """Lines of metrics.jsonl that a kill cut off."""
     stages: dict[str, dict[str, Any]]
     """Content of scores.json by stage: "before", then "after-00" and on for every concept; empty where missing."""
+    outdated: list[str]
+    """Stages whose scores are left out of `stages`: they were made by other settings than those of the last stage."""
     costs: dict[str, Any]
     manifest: dict[str, Any]
 
@@ -55,12 +57,17 @@ def read_run(folder: Path) -> RunRecord:
     config = _read_config(folder / "config.yaml")
     names = ["before", *(f"after-{k:02d}" for k in range(len(config["concepts"])))]
     lines, num_unreadable = read_metrics(folder / "metrics.jsonl")
+    stages = {name: _read_json(folder / "evaluation" / name / "scores.json") for name in names}
+    made_by = {name: scores["plain"].get("made_by") for name, scores in stages.items() if scores.get("plain")}
+    last = next(reversed(made_by.values()), None)
+    outdated = [name for name, made in made_by.items() if made != last]
     return RunRecord(
         folder=folder,
         config=config,
         lines=lines,
         num_unreadable=num_unreadable,
-        stages={name: _read_json(folder / "evaluation" / name / "scores.json") for name in names},
+        stages={name: {} if name in outdated else scores for name, scores in stages.items()},
+        outdated=outdated,
         costs=_read_json(folder / "costs.json"),
         manifest=_read_json(folder / "manifest.json"),
     )

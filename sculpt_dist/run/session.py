@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,15 +41,27 @@ class Session:
     tracker: Tracker
 
     def score(self, net: nn.Module, stage: str, concepts: Sequence[Concept]) -> None:
-        """Score the present weights, unless their scores are on disk already or evaluation is off."""
+        """Score the present weights, unless evaluation is off or their scores are on disk, made by these settings."""
         where = self.folder / "evaluation" / stage
-        done = self.group.from_first((where / "scores.json").is_file())
-        if self.setup.config.evaluate.enabled and not done:
+        lacking = self.group.on_first(lambda: self._lacks_scores(where))
+        if lacking:
             # a compiled net would be compiled again for the shapes of these batches
             with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):
                 evaluate(self.setup.evaluation, self.backbone, net, self.group, where, concepts, stage, self.stop)
             self.costs.write()
         self.tracker.stage(stage)
+
+    def _lacks_scores(self, stage: Path) -> bool:
+        """Whether a stage is to be scored. Scores that were made by other settings are removed."""
+        if not self.setup.config.evaluate.enabled:
+            return False
+        file, wanted = stage / "scores.json", self.setup.evaluation.fingerprint
+        if not file.is_file():
+            return True
+        made_by = json.loads(file.read_text())["plain"].get("made_by", wanted)  # earlier versions did not write it
+        if made_by != wanted:
+            shutil.rmtree(stage)
+        return bool(made_by != wanted)
 
 
 @contextmanager

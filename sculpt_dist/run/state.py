@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt_dist.core.files import append_line
+from sculpt_dist.core.files import append_line, by_number
 from sculpt_dist.engine import checkpoints
 from sculpt_dist.engine.checkpoints.save import Saver
 from sculpt_dist.engine.stopping.request import LOG_FILE
@@ -20,6 +20,7 @@ from sculpt_dist.run.folder import code_versions
 from sculpt_dist.run.session import Session
 from sculpt_dist.run.setup import RunSetup
 from sculpt_dist.run.training_loop import ConceptRun, LossWindow
+from sculpt_dist.track.tracker import stage_after
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its state
 
@@ -110,7 +111,7 @@ class TrainingState:
         """Put damaged later checkpoints aside; with a `concept`, also remove the scores from it on."""
         checkpoints.set_aside_later(path)
         for scored in (self.session.folder / "evaluation").glob("after-*") if concept is not None else ():
-            if scored.name >= f"after-{concept:02d}":
+            if by_number(scored) >= by_number(Path(stage_after(concept or 0))):
                 shutil.rmtree(scored)
 
     def restore(self, run: ConceptRun, state: dict[str, Any]) -> None:

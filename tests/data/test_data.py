@@ -6,6 +6,8 @@ import io
 import json
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import tarfile
 import time
@@ -50,6 +52,30 @@ def test_written_samples_are_read_back_by_position(tmp_path):
     assert reader[5].prompt == "prompt 2" and reader[5].key == 5
     recipe, records = read_index(tmp_path / "s")
     assert recipe == {"count": 10} and [r.count for r in records] == [4, 4, 2]
+
+
+def test_sixty_concepts_of_many_shards_are_streamed_with_few_open_files(tmp_path):
+    """A hundred shards more than a process may have open files, each of them read in every concept that distils it."""
+    folders = [make_stream(tmp_path / str(number), 6, size=1) for number in range(60)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        for number in (1, 30, 59):
+            earlier = [ShardReader(folder) for folder in folders[:number]]
+            readers = {"target": [ShardReader(folders[number])], "anchor": earlier}
+            streams = ConceptStreams(readers, Layout(4, 1, 0, 1), 0, number)
+            drawn = {sample.key for item in range(number * 6 // 4 + 1) for sample in streams[item]["anchor"]}
+            assert drawn == set(range(6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_shard_that_was_drawn_again_is_read_anew(tmp_path):
+    folder = make_stream(tmp_path / "s", 4)
+    assert float(ShardReader(folder)[0].latent[0, 0, 0]) == 0
+    shutil.rmtree(folder)
+    make_stream(folder, 4, offset=7)
+    assert float(ShardReader(folder)[0].latent[0, 0, 0]) == 7
 
 
 def test_webdataset_reads_our_shards(tmp_path):

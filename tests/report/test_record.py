@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from handmade_run import write_run
+from handmade_run import Page, edit_json, read_report, write_run
 
 from sculpt_dist.core.errors import RunFolderError
-from sculpt_dist.report.record import read_metrics
+from sculpt_dist.report.record import read_metrics, read_run
 from sculpt_dist.report.report import write_report
 
 
@@ -45,3 +45,16 @@ def test_errors_name_a_folder_that_is_not_a_run_and_a_damaged_file(tmp_path: Pat
     (edit / "evaluation" / "before" / "images" / "cat--neon.png").write_bytes(b"\x89PNG")
     with pytest.raises(RunFolderError, match="cat--neon.png is damaged"):
         write_report(edit)
+
+
+def test_scores_that_other_settings_made_are_left_out_and_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    for stage, made_by in (("before", "a"), ("after-00", "a"), ("after-01", "b")):
+        file = folder / "evaluation" / stage / "scores.json"
+        edit_json(file, plain=json.loads(file.read_text())["plain"] | {"made_by": made_by})
+    run = read_run(folder)
+    assert run.outdated == ["before", "after-00"] and run.stages["before"] == run.stages["after-00"] == {}
+    page = Page(write_report(folder))
+    assert "The scores of before, after-00 were made with other settings of evaluate" in page.words
+    report = read_report(folder)
+    assert report["before"]["UA"] is None and report["after"]["UA"] is not None

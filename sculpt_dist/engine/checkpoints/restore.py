@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.core.errors import RunFolderError
-from sculpt_dist.core.files import file_sha256
+from sculpt_dist.core.files import by_number, file_sha256
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.sharding.shards import Shard
 
@@ -30,7 +30,7 @@ def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
 
     def choose() -> tuple[str, Any, list[str]] | None:
         damaged: list[str] = []
-        for path in sorted(folder.glob("step-*"), reverse=True):
+        for path in sorted(folder.glob("step-*"), key=by_number, reverse=True):
             state, reason = verify(path)
             if reason is None:
                 return str(path), state, damaged
@@ -53,7 +53,7 @@ def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
 def set_aside_later(path: Path) -> None:
     """Rename the checkpoints newer than `path`: they did not verify, so the saver must not count them as kept."""
     for damaged in path.parent.glob("step-*"):
-        if damaged.name > path.name:
+        if by_number(damaged) > by_number(path):
             os.rename(damaged, damaged.with_name(f"damaged-{damaged.name}-{os.getpid()}"))
 
 

@@ -53,6 +53,18 @@ def loaded(folder: Path, group: Group) -> int:
     return state["step"]
 
 
+def test_the_newest_checkpoint_is_kept_and_found_beyond_a_thousand_concepts(group, tmp_path):
+    with Saver(tmp_path, group, background=False) as saver:
+        for concept in range(990, 1200):
+            saver.save((concept, 10_000_000 if concept == 999 else 0), [shard_of(concept)], {}, {"step": concept})
+            assert loaded(tmp_path, group) == concept
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-1198-000000", "step-1199-000000"}
+    (tmp_path / "step-999-000000").mkdir()  # sorts after them as text
+    assert loaded(tmp_path, group) == 1199
+    checkpoint.set_aside_later(tmp_path / "step-1198-000000")
+    assert (tmp_path / "step-999-000000").is_dir() and not (tmp_path / "step-1199-000000").exists()
+
+
 def killed_at(folder: Path, group: Group, event: int) -> bool:
     """Save step 3 in a child process that dies at this file event; returns whether it died."""
     child = os.fork()
