@@ -25,6 +25,15 @@ POSITIVE = (
     "engine.timeout engine.grace engine.gathered evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap"
 ).split()
 SHARES = "train.warmup mask.keep mask.turnover mask.until".split()
+MOST = {  # (limit, its unit) of the keys that it applies to
+    (1000, "steps, as many as a sampler has"): "prepare.steps evaluate.steps",
+    (1e6, "workers"): "train.workers",
+    (1e7, "seconds, 115 days"): "engine.timeout engine.grace train.checkpoint_every",
+    (1e9, ""): (
+        "prepare.samples prepare.batch train.steps train.batch train.accumulate mask.collect mask.refresh "
+        "evaluate.images evaluate.paraphrase_images evaluate.batch evaluate.bootstrap"
+    ),
+}
 
 
 def check(config: RunConfig) -> None:
@@ -36,6 +45,10 @@ def check(config: RunConfig) -> None:
     for key in POSITIVE:
         if _value(config, key) <= 0:
             raise ConfigError(f"{key}={_value(config, key)}: must be greater than 0")
+    for (most, unit), keys in MOST.items():
+        for key in keys.split():
+            if _value(config, key) > most:
+                raise ConfigError(f"{key}={_value(config, key):g}: must be at most {f'{most:,.0f} {unit}'.strip()}")
     for key in SHARES:
         if _value(config, key) > 1:
             raise ConfigError(f"{key}={_value(config, key)}: is a share, at most 1")
@@ -151,6 +164,8 @@ def check_numbers(section: Any, prefix: str) -> None:
         if is_dataclass(value):
             check_numbers(value, key + ".")
         for number in value if isinstance(value, (list, tuple)) else [value]:
+            if key == "train.betas" and not isinstance(number, (int, float)):
+                raise ConfigError(f"{key}={str(value)[:200]}: must be two numbers, as in [0.9, 0.999]")
             if (
                 isinstance(number, (int, float))
                 and not isinstance(number, bool)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,10 +19,12 @@ from yaml import YAMLError
 
 from sculpt_dist.config.checks import check, check_numbers
 from sculpt_dist.config.interpolation import environment_texts, with_texts, without_values
+from sculpt_dist.config.scalars import is_collection, is_mapping, read_scalar, read_text, type_at
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 
 Section = TypeVar("Section")
+MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, IndexError)
 
 
 def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -> RunConfig:
@@ -29,11 +33,13 @@ def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -
     `overrides`: `key=value` strings or a nested mapping. Raises ConfigError that names the file or override, the key,
     what was found and what there is.
     """
-    updates = [(str(source), content) for source, content in _with_included(file, ())] if file is not None else []
+    updates: list[tuple[str, Update]] = []
+    if file is not None:
+        updates += [(str(source), content) for source, content in _with_included(file, ())]
     if isinstance(overrides, DictConfig):
         updates.append(("arguments", overrides))
     else:
-        updates += [(f"override {override!r}", _parse_override(override)) for override in overrides]
+        updates += [(f"override {_shortened(override)!r}", parse_override(override)) for override in overrides]
     merged = _merged(_defaults(RunConfig), updates)
     try:
         texts = environment_texts(OmegaConf.to_container(merged))
@@ -72,7 +78,7 @@ def _with_included(file: Path, includers: Sequence[Path]) -> Iterator[tuple[Path
     """The files whose sections are merged, in order: `include: other.yaml` (relative to the file) comes first."""
     if file.resolve() in includers:
         raise ConfigError(f"{file}: includes itself, by way of {', '.join(path.name for path in includers)}")
-    content = read_yaml(file)
+    content = read_yaml(file, RunConfig)
     included = cast(dict[str, Any], OmegaConf.to_container(content)).get("include")
     content.pop("include", None)
     if included is not None:
@@ -80,46 +86,125 @@ def _with_included(file: Path, includers: Sequence[Path]) -> Iterator[tuple[Path
     yield file, content
 
 
-def read_yaml(file: Path) -> DictConfig:
-    """A configuration file's sections. Raises ConfigError that names the file."""
+def read_yaml(file: Path, kind: type) -> DictConfig:
+    """A configuration file's sections, which are those of the dataclass `kind`. Raises ConfigError that names it."""
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such configuration file")
     try:
-        content = OmegaConf.load(file)
+        content = OmegaConf.create(read_text(file.read_text(encoding="utf-8"), kind) or {})
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file}: is not readable as yaml: {error}") from error
+        raise ConfigError(f"{file}: is not readable as yaml: {' '.join(str(error).split())}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{file}: contains {type(content).__name__}, expected sections such as 'train:'")
     return content
 
 
-def _parse_override(override: str) -> DictConfig:
-    if not re.match(r"[A-Za-z_][\w.\[\]]*=", override):
-        raise ConfigError(f"override {override!r}: write key=value, for example train.lr=1e-5")
+@dataclass(frozen=True)
+class Indexed:
+    """An override of one member of a list, such as concepts[0].target=dog."""
+
+    keys: tuple[str | int, ...]
+    value: Any
+
+
+Update = DictConfig | Indexed
+KEY_PART = re.compile(r"""\.?(?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|\[(?P<index>\d+)\]|(?P<plain>[^.=\[\]"']+))""")
+
+
+def parse_override(override: str) -> Update:
+    """`key=value` by the type of the key. Raises ConfigError that shows the working form."""
+    where = f"override {_shortened(override)!r}"
+    keys, text = _split_override(override, where)
+    kind = type_at(RunConfig, keys)
     try:
-        return OmegaConf.from_dotlist([override])
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"override {override!r}: {_first_line(error)}") from error
+        value = read_scalar(text, kind)
+    except (YAMLError, RecursionError) as error:
+        remedy = f"; quote what holds special characters: {_form(keys, kind)}" if is_collection(kind) else ""
+        raise ConfigError(f"{where}: {_first_line(error)}{remedy}") from error
+    is_reference = isinstance(value, str) and value.startswith("${")
+    if is_collection(kind) and not is_reference and not isinstance(value, (list, dict, type(None))):
+        raise ConfigError(f"{where}: write {_form(keys, kind)}")
+    if any(isinstance(key, int) for key in keys):
+        return Indexed(keys, value)
+    for key in reversed(keys):
+        value = {key: value}
+    try:
+        return cast(DictConfig, OmegaConf.create(value))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {_first_line(error)}") from error
 
 
-def _merged(base: DictConfig, updates: Sequence[tuple[str, DictConfig]], prefix: str = "") -> DictConfig:
+def _split_override(override: str, where: str) -> tuple[tuple[str | int, ...], str]:
+    """The parts of the key, and the text of the value. A name from the user, such as a concept's, may have spaces."""
+    keys: list[str | int] = []
+    place = 0
+    while place < len(override) and override[place] != "=":
+        part = KEY_PART.match(override, place)
+        if part is None or (place == 0) == part[0].startswith((".", "[")):
+            break
+        name = next(name for name in (part["double"], part["single"], part["index"], part["plain"]) if name is not None)
+        is_name = part["plain"] is None or is_mapping(type_at(RunConfig, keys))
+        if not is_name and not re.fullmatch(r"[A-Za-z_]\w*", name):
+            break
+        keys.append(int(name) if part["index"] is not None else name)
+        place = part.end()
+    if not keys or override[place : place + 1] != "=":
+        raise ConfigError(f"{where}: write key=value, for example train.lr=1e-5")
+    return tuple(keys), override[place + 1 :]
+
+
+def _form(keys: Sequence[str | int], kind: Any) -> str:
+    """An example of an override of a list or a mapping."""
+    key = ".".join(map(str, keys))
+    if key == "concepts":
+        return f"'{key}=[{{target: cat, superclass: animal}}]'"
+    return f"'{key}={{name: value}}'" if is_mapping(kind) else f"""'{key}=["first", "second"]'"""
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _merged(base: DictConfig, updates: Sequence[tuple[str, Update]], prefix: str = "") -> DictConfig:
     """`base` with each (source, content) merged over it. Raises ConfigError that names the first that does not fit."""
     try:
         return _merge_all(base, [update for _, update in updates])  # at once: every merge copies the base
-    except (OmegaConfBaseException, ValueError, TypeError):
+    except MERGE_ERRORS:
         for where, update in updates:
             base = _merge(base, update, where, prefix)
         return base
 
 
-def _merge_all(base: DictConfig, updates: Sequence[DictConfig]) -> DictConfig:
-    return cast(DictConfig, OmegaConf.merge(base, *updates))
+def _merge_all(base: DictConfig, updates: Sequence[Update]) -> DictConfig:
+    for is_plain, group in groupby(updates, lambda update: isinstance(update, DictConfig)):
+        if is_plain:
+            base = cast(DictConfig, OmegaConf.merge(base, *group))
+        else:
+            base = copy.deepcopy(base)
+            for update in cast(Iterator[Indexed], group):
+                _set_member(base, update)
+    return base
 
 
-def _merge(base: DictConfig, update: DictConfig, where: str, prefix: str) -> DictConfig:
+def _set_member(base: DictConfig, update: Indexed) -> None:
+    """Set a member of a list in place. Raises IndexError where the list is shorter."""
+    key, at = "", base
+    for part in update.keys:
+        if isinstance(part, int):
+            length = len(at) if OmegaConf.is_list(at) else 0
+            if part >= length:
+                raise IndexError(f"{key} has {length} members, numbered from 0")
+        key += f"[{part}]" if isinstance(part, int) else f"{'.' if key else ''}{part}"
+        at = OmegaConf.select(base, key)
+        if OmegaConf.is_config(at):
+            OmegaConf.set_readonly(at, False)  # as members of frozen dataclasses are
+    OmegaConf.update(base, key, update.value)
+
+
+def _merge(base: DictConfig, update: Update, where: str, prefix: str) -> DictConfig:
     try:
         return _merge_all(base, [update])
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+    except MERGE_ERRORS as error:
         key = prefix + str(getattr(error, "full_key", "") or "")
         message = _first_line(error)
         keys = list(_dotted(base, prefix))
@@ -131,7 +216,8 @@ def _merge(base: DictConfig, update: DictConfig, where: str, prefix: str) -> Dic
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return _shortened(lines[0].rstrip("."), 500) if lines else type(error).__name__
 
 
 def _dotted(node: DictConfig, prefix: str) -> Iterable[str]:

@@ -93,7 +93,7 @@ def run_comparison(
 
 def read_comparison(file: Path) -> Comparison:
     """Read a comparison file. Raises ConfigError, which names the file and the wrong key or name."""
-    content = cast(dict[str, Any], OmegaConf.to_container(read_yaml(file)))
+    content = cast(dict[str, Any], OmegaConf.to_container(read_yaml(file, Comparison)))
     comparison = merge_section(Comparison, content, str(file), prefix="")
     names = [row.name for row in comparison.rows]
     if len(set(names)) < len(names) or not comparison.tables:
