@@ -56,6 +56,9 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"train.betas={list(config.train.betas)}: each must be below 1, as in [0.9, 0.999]")
     if config.model.path is not None and not config.model.path.strip():
         raise ConfigError("model.path is empty: give the folder, hub id or single .safetensors file of the checkpoint")
+    for key in ("model.path", "run.folder"):
+        if "\0" in (_value(config, key) or ""):
+            raise ConfigError(f"{key}={_value(config, key)[:200]!r}: a path contains no zero byte")
     if not config.run.folder.strip():
         raise ConfigError("run.folder is empty: name the folder of this run")
     if config.engine.precision == "bf16" and config.engine.stage < 2:

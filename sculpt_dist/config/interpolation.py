@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -26,8 +27,8 @@ KEY = re.compile(r"\$\{\.*[A-Za-z_][\w.\[\]]*\}")
 MARK = "\x00"  # stands for the `${` of a variable while keys are resolved
 
 
-class FromEnvironment(str):
-    """A value from an environment variable; `written` is the text in the configuration that it came from."""
+class Place(str):
+    """A path from an environment variable or with `~` expanded; `written` is its text in the configuration."""
 
     written: str
 
@@ -60,18 +61,33 @@ def with_texts(config: RunConfig, texts: Mapping[str, str]) -> RunConfig:
     """Make the values at these keys remember the text that they came from."""
     for key, text in texts.items():
         section, name = key.split(".")
-        value = FromEnvironment(getattr(getattr(config, section), name))
+        value = Place(getattr(getattr(config, section), name))
         value.written = text
         config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
     return config
 
 
-def without_values(config: RunConfig) -> RunConfig:
-    """The configuration as it may be written: with the original text instead of each value from the environment."""
+def with_homes(config: RunConfig) -> RunConfig:
+    """Expand `~` in all PLACES. Raises ConfigError for an unknown user."""
     for key in PLACES:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        if isinstance(value, FromEnvironment):
+        if value is not None and value.startswith("~"):
+            try:
+                place = Place(Path(value).expanduser())
+            except RuntimeError as error:
+                raise ConfigError(f"{key}={value}: there is no such user; write the whole path") from error
+            place.written = getattr(value, "written", str(value))
+            config = replace(config, **{section: replace(getattr(config, section), **{name: place})})
+    return config
+
+
+def without_values(config: RunConfig) -> RunConfig:
+    """The configuration as it may be written: every place with its text in the configuration."""
+    for key in PLACES:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if isinstance(value, Place):
             config = replace(config, **{section: replace(getattr(config, section), **{name: value.written})})
     return config
 

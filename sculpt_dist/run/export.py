@@ -16,6 +16,7 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.engine.group import Group
+from sculpt_dist.run.owned import make_room, record_model
 
 
 def export_model(
@@ -31,8 +32,9 @@ def export_model(
             pass
         group.barrier()
         return folder
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    for debris in folder.parent.glob(f".{folder.name}.*.tmp"):
+    place = folder.resolve()  # a link leads to another disk, as a rule
+    aside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    for debris in place.parent.glob(f".{place.name}.*.tmp"):
         shutil.rmtree(debris)
     written: set[str] = set()
 
@@ -48,8 +50,11 @@ def export_model(
 
     write_pipeline(backbone.folder, aside, backbone.net_name, getattr(torch, dtype), chain(changed(), unchanged()))
     if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(aside, folder)
+        make_room(folder)
+    if place.is_dir():  # emptied, behind a link
+        place.rmdir()
+    os.rename(aside, place)
+    record_model(folder)
     group.barrier()
     return folder
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -18,9 +17,10 @@ from yaml import YAMLError
 
 from sculpt_dist.config.load import plain_values, to_yaml
 from sculpt_dist.config.schema import RunConfig
-from sculpt_dist.core.errors import RunFolderError
+from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.run.fingerprint import config_fingerprint, deciding_keys, list_checksums
+from sculpt_dist.run.owned import make_room
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -31,6 +31,8 @@ CONTENTS = (
     "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors "
     "delta.safetensors lora kohya.safetensors report wandb tensorboard log.txt STOP REQUEUE"
 ).split()
+BEFORE_A_RUN = ("data", "log.txt", "STOP", "REQUEUE")  # may lie in a folder in which no run has begun
+JOB_LOGS = (".out", ".err", ".log")
 KEPT_BY_FRESH = ("data", "STOP")  # recipes decide which data is reused; STOP may arrive while a run starts
 
 
@@ -40,29 +42,38 @@ def claim_folder(config: RunConfig, group: Group) -> Path:
     Raises RunFolderError that names the difference, or the process that holds the lock.
     """
     folder = Path(config.run.folder)
-    error = group.from_first(_claim(folder, config) if group.is_first else None)
-    if error:
-        raise RunFolderError(error)
+
+    def claim() -> None:
+        try:
+            error = _claim(folder, config)
+        except (OSError, RuntimeError) as raised:  # a full disk, a name that is too long, links in a circle
+            error = f"run.folder={str(folder)[:200]} cannot be used ({str(raised)[:200]}): choose another folder"
+        if error:
+            raise RunFolderError(error)
+
+    group.on_first(claim)
     return folder
 
 
 def _claim(folder: Path, config: RunConfig) -> str | None:
     """Claim the folder on the first rank; returns the reason if that fails."""
-    refused = _unusable(folder)
-    if refused:
-        return refused
     file = folder / "config.yaml"
     before = _read_config(file)
+    refused = _unusable(folder, before is not None)
+    if refused:
+        return refused
     if before is None and file.is_file():
         return f"{file} is not the configuration of a run: choose another run.folder"
     folder.mkdir(parents=True, exist_ok=True)
     held = _lock(folder)
     if held:
         return held
+    strangers = [path.name for path in folder.iterdir() if before is not None and _is_strange(path.name)]
+    if strangers:
+        print(f"run.folder={folder} also holds {', '.join(sorted(strangers)[:5])}: not of this run, left alone")
     if config.run.fresh:
         for name in set(CONTENTS) - set(KEPT_BY_FRESH):
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            make_room(folder / name)
     elif before is not None and any((folder / name).exists() for name in ("checkpoints", "evaluation")):
         changes = _differences(before, plain_values(config)) + _changed_lists(folder, config)
         if changes and not config.run.override:
@@ -77,15 +88,41 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
     return None
 
 
-def _unusable(folder: Path) -> str | None:
-    """The reason why a folder cannot be a run folder, or None."""
+def check_inputs(config: RunConfig) -> None:
+    """Raises ConfigError for an input inside the run folder, where the run would write over it."""
+    evaluate, prompts = config.evaluate, config.prepare.prompts.files
+    inputs = {
+        "model.path": config.model.path,
+        "model.config": config.model.config,
+        "prepare.images": config.prepare.images,
+        "evaluate.reference": evaluate.reference,
+        "evaluate.clip": evaluate.clip,
+        "evaluate.retain_prompts": evaluate.retain_prompts,
+    }
+    inputs |= {f"prepare.prompts.files.{name}": file for name, file in prompts.items()}
+    inputs |= {f"evaluate.prompts.{name}": file for name, file in (evaluate.prompts or {}).items()}
+    run = os.path.realpath(config.run.folder)
+    for key, value in inputs.items():
+        place = os.path.realpath(value) if value else ""
+        if place == run or (place.startswith(os.path.join(run, "")) and os.path.exists(place)):
+            raise ConfigError(
+                f"{key}={value}: lies in run.folder={config.run.folder}, where this run writes; choose another folder"
+            )
+
+
+def _unusable(folder: Path, is_ours: bool) -> str | None:
+    """The reason why a folder cannot be a run folder, or None. In one that is a run's already, other files may lie."""
     if not all(parent.is_dir() for parent in (folder, *folder.absolute().parents) if parent.exists()):
         return f"run.folder={folder} is a file, or is inside one: choose another folder"
     if not os.access(_existing_parent(folder), os.W_OK):
         return f"run.folder={folder} cannot be written: choose another folder"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    foreign = [name for name in names if not (name in CONTENTS or name[0] == "." or name.endswith(".safetensors"))]
-    if foreign:
+    if is_ours:
+        for name in CONTENTS:
+            (folder / name).resolve()  # raises RuntimeError for links in a circle
+        return None
+    foreign = [name for name in names if not (name in BEFORE_A_RUN or name[0] == "." or name.endswith(JOB_LOGS))]
+    if foreign and "config.yaml" not in foreign:  # that has a message of its own
         return (
             f"run.folder={folder} contains files of something else ({', '.join(sorted(foreign)[:3])}): "
             "choose another folder"
@@ -94,6 +131,10 @@ def _unusable(folder: Path) -> str | None:
 
 
 _locks: dict[str, BaseFileLock] = {}  # keeps the objects alive: a lock is released with its object
+
+
+def _is_strange(name: str) -> bool:
+    return not (name in CONTENTS or name.startswith((".", "model.kept-")) or name.endswith((".safetensors", *JOB_LOGS)))
 
 
 def _lock(folder: Path) -> str | None:

@@ -15,7 +15,7 @@ from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
 from sculpt_dist.methods.base import Editor, Method, load_method
 from sculpt_dist.run.fingerprint import config_fingerprint
-from sculpt_dist.run.folder import check_checkpoint
+from sculpt_dist.run.folder import check_checkpoint, check_inputs
 from sculpt_dist.run.plan import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def resolve(config: RunConfig) -> RunSetup:
         raise ConfigError(
             "concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'"
         )
+    check_inputs(config)
     prompts = tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)
     method = load_method(config.method)
     plan = make_plan(config.train, config.mask, config.engine, method) if isinstance(method, Method) else None

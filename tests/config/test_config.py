@@ -130,3 +130,15 @@ def test_unreadable_yaml_names_the_file(tmp_path, content):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="nowhere.yaml"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_home_folder_is_expanded_in_every_place_and_written_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = "run.folder model.path model.config prepare.images evaluate.reference evaluate.clip".split()
+    config = load_config(None, [f"{key}=~/x" for key in keys])
+    for key in keys:
+        section, name = key.split(".")
+        assert getattr(getattr(config, section), name) == f"{tmp_path}/x"
+    assert str(tmp_path) not in to_yaml(config) and to_yaml(config).count("~/x") == len(keys)
+    with pytest.raises(ConfigError, match="run.folder=~nosuchuser/r: there is no such user"):
+        load_config(None, ["run.folder=~nosuchuser/r"])

@@ -45,7 +45,6 @@ def test_an_override_of_text_is_what_stands_behind_the_equals_sign() -> None:
     assert load_config(None, ['run.folder="a \\u00e9"']).run.folder == "a é"
     assert load_config(None, ["run.folder='null'"]).run.folder == "null"
     assert load_config(None, ["model.path=null"]).model.path is None
-    assert load_config(None, ["model.path=~/x"]).model.path == "~/x"
 
 
 def test_what_is_not_text_is_read_by_the_core_schema() -> None:

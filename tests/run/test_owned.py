@@ -1,0 +1,109 @@
+"""A run removes and replaces only what it wrote itself."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from harness import PROJECT, SMALL, sculpt
+
+from sculpt_dist.config.load import load_config
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.run.owned import make_room
+from sculpt_dist.run.setup import resolve
+
+ASSETS = PROJECT / "sculpt_dist/assets/canvas/sd15"
+ONE_STEP = [*SMALL, "evaluate.enabled=false", "train.steps=1", "mask.collect=1", "prepare.samples=2", "train.batch=2"]
+ONE_STEP += ["concepts=[{target: bird, superclass: animal}]"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, canvas_config) -> Path:
+    folder = tmp_path_factory.mktemp("owned") / "run"
+    sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={folder}")
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "key", "model.path prepare.images evaluate.reference evaluate.clip evaluate.retain_prompts".split()
+)
+def test_an_input_inside_the_run_folder_is_refused_before_anything_is_written(tmp_path, key):
+    (tmp_path / "project" / "base").mkdir(parents=True)
+    for run, value in ((tmp_path / "project", tmp_path / "project" / "base"), (tmp_path, tmp_path / "link")):
+        if value.name == "link":
+            value.symlink_to(tmp_path / "project")
+        given = [*ONE_STEP, "evaluate.reference=canvas", f"{key}={value}", f"run.folder={run}"]
+        with pytest.raises(ConfigError, match=f"{key}=.*lies in run.folder="):
+            resolve(load_config(PROJECT / "configs" / "canvas" / "dm_cal.yaml", given))
+
+
+def test_a_folder_that_holds_a_model_but_no_run_is_refused(canvas_config, tmp_path):
+    for name in ("model", "mine.safetensors", "checkpoints"):
+        folder = tmp_path / name / "project"
+        folder.mkdir(parents=True)
+        (folder / name).mkdir()
+        (folder / name / "precious").write_text("1")
+        for fresh in ("false", "true"):
+            printed = sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={folder}", f"run.fresh={fresh}", code=2)
+            assert "contains files of something else" in printed and (folder / name / "precious").exists()
+
+
+def test_a_model_that_the_run_did_not_write_is_kept(canvas_config, run):
+    shutil.rmtree(run / "model")
+    shutil.copytree(ASSETS, run / "model")
+    (run / "model" / "precious").write_text("1")
+    printed = sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={run}")
+    assert "is kept as" in printed and (run / "model.kept-1" / "precious").exists()
+    assert not (run / "model" / "precious").exists()
+    (run / "model" / "notes.txt").write_text("a file of the user's")
+    sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={run}", "--fresh")
+    assert (run / "model.kept-2" / "notes.txt").exists() and (run / "model.kept-1" / "precious").exists()
+
+
+def test_an_export_replaces_the_models_that_the_run_wrote(run):
+    make_room(run / "model")
+    assert not (run / "model").exists() and not list(run.glob("model.kept-*"))
+
+
+def test_files_of_others_in_a_run_folder_are_tolerated_and_named(canvas_config, run):
+    (run / "notes.txt").write_text("1")
+    (run / "slurm-4711.out").write_text("1")
+    printed = sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={run}")
+    assert printed.count("also holds notes.txt: not of this run, left alone") == 1
+    sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={run}", "--fresh")
+    assert (run / "notes.txt").exists() and (run / "slurm-4711.out").exists()
+
+
+def test_folders_of_a_run_may_be_links_to_another_disk(canvas_config, tmp_path):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    run.mkdir()
+    for name in ("model", "checkpoints", "data"):
+        (disk / name).mkdir(parents=True)
+    (run / "data").symlink_to(disk / "data")
+    sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={run}")
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(disk / name)
+        (run / name).rename(disk / name)
+        (run / name).symlink_to(disk / name)
+    for more in ([], ["--fresh"]):
+        sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={run}", *more)
+        assert all((run / name).is_symlink() for name in ("model", "checkpoints", "data"))
+        assert (disk / "model" / "model_index.json").is_file() and list((disk / "checkpoints").glob("step-*"))
+    assert not list(disk.glob("*.kept-*"))
+
+
+@pytest.mark.parametrize("place", ["circle", "/proc/x", "x" * 5000, "a\0b"])
+def test_a_place_that_cannot_be_a_run_folder_is_refused_in_a_line(tmp_path, canvas_config, place):
+    if place == "circle":
+        (tmp_path / "circle").symlink_to(tmp_path / "circle")
+        place = str(tmp_path / "circle")
+    printed = sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={place}", code=2)
+    errors = [line for line in printed.splitlines() if not line.startswith("loading")]
+    assert len(errors) == 1 and len(errors[0]) < 1000 and errors[0].startswith(("RunFolderError", "ConfigError"))
