@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 
 
@@ -31,6 +32,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def free_space(folder: Path) -> str:
+    """How much room the disk of a folder has, for messages."""
+    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free"
 
 
 def append_line(path: Path, text: str) -> None:

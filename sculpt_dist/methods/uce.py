@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.errors import ConfigError, NonFiniteError
 from sculpt_dist.data.prompts import ConceptPrompts, naming
 from sculpt_dist.maths.closed_form import edit_transform
 from sculpt_dist.methods.base import Editor, matrices
@@ -68,14 +68,15 @@ class Method(Editor):
             received(backbone, "", negative=True),
         ]
         config = self.config
-        transform = edit_transform(
-            torch.cat([old for old, _ in rows]).double(),
-            torch.cat([new for _, new in rows]).double(),
-            torch.cat(preserved).double(),
-            config.ridge,
-            config.erase_scale,
-            config.preserve_scale,
-        )
+        old, new = (torch.cat(side).double() for side in zip(*rows))
+        try:
+            transform = edit_transform(
+                old, new, torch.cat(preserved).double(), config.ridge, config.erase_scale, config.preserve_scale
+            )
+        except torch.linalg.LinAlgError as error:
+            raise NonFiniteError(
+                f"method.ridge={config.ridge:g}: the system of equations has no single solution ({error}); raise it"
+            ) from error
         groups = backbone.groups()
         names = [*matrices(groups, "cross_attention.k"), *matrices(groups, "cross_attention.v")]
         weights = {name: backbone.net.get_parameter(name) for name in names}

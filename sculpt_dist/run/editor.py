@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sculpt_dist.core.errors import NonFiniteError
 from sculpt_dist.methods.base import Editor
 from sculpt_dist.run.session import Session
 from sculpt_dist.track.tracker import stage_after
@@ -32,6 +33,8 @@ class EditorRun:
         with session.costs.counting("train"), torch.no_grad():
             changed = setup.method.edit(session.backbone, setup.prompts)
             for name, tensor in changed.items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise NonFiniteError(f"method.name={setup.method_name}: the edit of {name} is not finite")
                 net.get_parameter(name).copy_(tensor)
         count = sum(tensor.numel() for tensor in changed.values())
         total = sum(parameter.numel() for parameter in net.parameters())

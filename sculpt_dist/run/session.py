@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.backbones.io.folders import unloaded_files
 from sculpt_dist.config.load import plain_values
 from sculpt_dist.config.schema import Concept
 from sculpt_dist.engine.group import Group
@@ -64,6 +65,13 @@ class Session:
         return bool(made_by != wanted)
 
 
+def _name_unloaded(folder: Path) -> None:
+    strays = [file for part in sorted(folder.iterdir()) if part.is_dir() for file in unloaded_files(part)]
+    if strays:
+        named = ", ".join(str(file.relative_to(folder)) for file in strays[:5])
+        print(f"{folder}: {named}: no weights by their names, so neither loaded nor exported", flush=True)
+
+
 @contextmanager
 def open_session(setup: RunSetup, group: Group, scores: bool = True) -> Iterator[Session]:
     """Claim the run folder, listen for requests to stop, open the tracker and the base model, and check that they fit.
@@ -79,6 +87,8 @@ def open_session(setup: RunSetup, group: Group, scores: bool = True) -> Iterator
         backbone = open_backbone(config.model, group, folder)
         base = group.on_first(lambda: base_fingerprint(backbone.folder))
         group.on_first(lambda: check_model(config.model, backbone.folder))
+        if group.is_first:
+            _name_unloaded(backbone.folder)
         costs = Costs(folder, group, backbone)
         costs.read()
         if scores and setup.scores:

@@ -74,6 +74,7 @@ class TrainingState:
         state: dict[str, Any],
         trajectories: Mapping[str, Tensor],
     ) -> None:
+        self.engine.check_weights()
         concept, step = place
         finished = [done.target for done in self.session.setup.concepts[:concept]]
         about = {"concept": concept, "step": step, "finished": finished, "code": code_versions()}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
 import pytest
-from harness import PROJECT, SMALL, sculpt
+import torch
+from harness import PROJECT, SMALL, TINY_RUN, sculpt
 
+from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.config.load import load_config
-from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.errors import ConfigError, NonFiniteError, RunFolderError
+from sculpt_dist.engine.group import Group
+from sculpt_dist.run.export import export_model
 from sculpt_dist.run.owned import make_room
 from sculpt_dist.run.setup import resolve
 
@@ -107,3 +112,41 @@ def test_a_place_that_cannot_be_a_run_folder_is_refused_in_a_line(tmp_path, canv
     printed = sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={place}", code=2)
     errors = [line for line in printed.splitlines() if not line.startswith("loading")]
     assert len(errors) == 1 and len(errors[0]) < 1000 and errors[0].startswith(("RunFolderError", "ConfigError"))
+
+
+def test_weights_that_are_not_finite_after_the_last_update_are_neither_kept_nor_exported(canvas_config, tmp_path):
+    for method in ("dm_cal", "esd", "surgun", "concept_ablation"):
+        config, folder = str(PROJECT / "configs" / "canvas" / f"{method}.yaml"), tmp_path / method
+        given = [*TINY_RUN, *ONE_STEP[-2:], "train.steps=1", "mask.collect=1", "evaluate.enabled=false"]
+        given += ["train.lr=1e300", f"run.folder={folder}"]
+        printed = sculpt("unlearn", config, *given, code=2)
+        assert "NonFiniteError: a weight is not finite after update 0" in printed, method
+        assert not (folder / "model").exists() and not list(folder.glob("checkpoints/step-0*-000000"))
+
+
+def test_an_export_that_overflows_its_type_is_refused(tmp_path):
+    backbone = Backbone(ASSETS, torch.float32, torch.device("cpu"))
+    name = next(name for name, _ in backbone.net.named_parameters() if name.endswith("to_k.weight"))
+    tensor = torch.full_like(backbone.net.get_parameter(name).detach(), 1e30)
+    (tmp_path / "model").mkdir()
+    for dtype in ("bfloat16", "float16"):
+        if dtype == "float16":
+            with pytest.raises(NonFiniteError, match=f"{name}: a weight is not finite in torch.float16"):
+                export_model(dtype, backbone, [(name, tensor)], tmp_path / "model", Group(60))
+        else:
+            export_model(dtype, backbone, [(name, tensor)], tmp_path / "model", Group(60))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".model-written"}  # the earlier export stays
+    assert (tmp_path / "model" / "model_index.json").is_file()
+
+
+def test_a_full_disk_leaves_the_earlier_model_and_no_debris(tmp_path, monkeypatch):
+    backbone = Backbone(ASSETS, torch.float32, torch.device("cpu"))
+    export_model("float32", backbone, [], tmp_path / "model", Group(60))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sculpt_dist.backbones.io.writing.write_checksums", full)
+    with pytest.raises(RunFolderError, match=r"model: cannot be written: .*No space left on device.* GB free"):
+        export_model("float32", backbone, [], tmp_path / "model", Group(60))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".model-written"}

@@ -21,6 +21,7 @@ from sculpt_dist.core.errors import ModelError
 
 DENOISERS = ("unet", "transformer")  # diffusers' names for a pipeline's denoiser
 CHECKSUMS = "CHECKSUMS"  # a file in the pipeline folders that we write
+WEIGHT_NAME = re.compile(r"(\.\w+(-\d+-of-\d+)?|-\d+-of-\d+(\.\w+)?)?\.safetensors")  # after the stem
 STOCHASTIC = ("Ancestral", "SDE", "sde", "LCM", "TCD", "DDPM", "SASolver")
 
 # Settings
@@ -172,8 +173,30 @@ def load_scheduler(folder: Path, forced: Mapping[str, Any]) -> Any:
 
 
 def has_weights(part: Path) -> bool:
-    """Whether a component's folder holds safetensors of any variant."""
-    return any(part.glob("*.safetensors"))
+    """Whether a component's folder holds safetensors, of any variant, that diffusers or transformers loads by name."""
+    return bool(weight_indices(part) or _single_files(part))
+
+
+def unloaded_files(part: Path) -> list[Path]:
+    """Safetensors beside a component's weights that nothing loads, such as a backup, an adapter or an EMA copy."""
+    return sorted({*part.glob("*.safetensors")} - {*_named_weights(part)})
+
+
+def _named_weights(part: Path) -> list[Path]:
+    """The safetensors whose names are those of a component's weights, of any variant, whole or in shards."""
+    stem = _stem(part)
+    return sorted(file for file in part.glob(f"{stem}*.safetensors") if WEIGHT_NAME.fullmatch(file.name[len(stem) :]))
+
+
+def _single_files(part: Path) -> list[Path]:
+    return [file for file in _named_weights(part) if "-of-" not in file.name]
+
+
+def _stem(part: Path) -> str:
+    """How diffusers' components name their weights, or those of transformers."""
+    config = part / "config.json"
+    is_diffusers = not config.is_file() or "_class_name" in read_json(config)
+    return "diffusion_pytorch_model" if is_diffusers else "model"
 
 
 def weight_files(part: Path) -> list[Path]:
@@ -191,21 +214,25 @@ def weight_files(part: Path) -> list[Path]:
                 f"{index}: lists {len(missing)} shards that are missing ({', '.join(missing[:3])}): fetch them again"
             )
         return named
-    files = sorted(part.glob("*.safetensors"))
-    return [file for file in files if (f".{variant}" in file.name if variant else file.name.count(".") == 1)]
+    return [file for file in _single_files(part) if file.name == f"{_stem(part)}{_dotted(variant)}.safetensors"]
 
 
 def weight_indices(part: Path) -> list[Path]:
     """The index of the weights that are loaded, when they are in several files; at most one."""
-    variant = variant_of(part)
-    return sorted(part.glob(f"*.safetensors.index{'.' + variant if variant else ''}.json"))[:1]
+    return [
+        file for file in [part / f"{_stem(part)}.safetensors.index{_dotted(variant_of(part))}.json"] if file.is_file()
+    ]
 
 
 def variant_of(part: Path) -> str | None:
     """The variant ("fp16") whose weights are loaded; None where there are plain ones."""
-    names = sorted(file.name for file in part.glob("*.safetensors"))
+    names = [file.name for file in _named_weights(part)]
     plain = not names or any(name.count(".") == 1 for name in names)
     return None if plain else names[0].split(".")[-2].split("-")[0]
+
+
+def _dotted(variant: str | None) -> str:
+    return f".{variant}" if variant else ""
 
 
 def stored_entries(part: Path) -> list[Entry]:

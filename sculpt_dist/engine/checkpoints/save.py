@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sculpt_dist.core.errors import NonFiniteError, RunFolderError, StopRequested
-from sculpt_dist.core.files import by_number, file_sha256, sync, write_atomically
+from sculpt_dist.core.files import by_number, file_sha256, free_space, sync, write_atomically
 from sculpt_dist.engine.checkpoints.restore import LATEST, MANIFEST, SCHEMA
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.sharding.shards import Shard
@@ -156,8 +156,7 @@ def _write_part(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _failure(folder: Path, error: Exception) -> str:
-    free = shutil.disk_usage(folder).free / 1e9
-    return f"{folder}: a checkpoint could not be written: {error} ({free:.1f} GB free)"
+    return f"{folder}: a checkpoint could not be written: {error} ({free_space(folder)})"
 
 
 def _raise_if_failed(failed: str | None) -> None:

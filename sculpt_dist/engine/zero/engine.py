@@ -124,6 +124,15 @@ class Engine:
             )
         return dict(zip(terms, means))
 
+    def check_weights(self) -> None:
+        """Raises NonFiniteError, on all ranks, when a trained weight is not finite.
+
+        No loss tells after the last update of a concept.
+        """
+        finite = all(bool(torch.isfinite(shard.flat).all()) for shard in self.shards)
+        if self.group.max(torch.tensor([float(not finite)], device=self.group.device)).item():
+            raise NonFiniteError(f"a weight is not finite after update {self.optimizer.updates - 1}; {ADVICE}")
+
     def begin_concept(self, number: int) -> None:
         """Reset moments and saliency, and open every weight until a mask is built."""
         self.optimizer.updates = 0

@@ -20,7 +20,7 @@ import torch
 from harness import PROJECT, SMALL, rank_environment, sculpt
 from safetensors.torch import load_file, save_file
 
-from sculpt_dist.backbones.io.folders import stored_weights, weight_files
+from sculpt_dist.backbones.io.folders import stored_weights, unloaded_files, weight_files
 from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.backbones.sana import Backbone as Sana
 from sculpt_dist.backbones.sd15 import Backbone
@@ -76,6 +76,44 @@ def test_a_large_export_is_sharded(sharded, monkeypatch):
     assert all((out / "unet" / name).stat().st_size < 2_100_000 for name in files)
     base = opened(sharded).net.state_dict()
     assert all(torch.equal(tensor, base[name]) for name, tensor in opened(out).net.state_dict().items())
+
+
+STRAYS = [
+    "backup.safetensors",
+    "diffusion_pytorch_model_ema.safetensors",
+    "diffusion_pytorch_model (1).safetensors",
+    "diffusion_pytorch_model.old.bak.safetensors",
+    "model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "0.safetensors",
+]
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_only_the_weights_that_diffusers_loads_by_name_are_read_and_exported(model, request, in_shards):
+    if in_shards:
+        request.getfixturevalue("sharded")
+    loaded, before = weight_files(model / "unet"), opened(model).net.state_dict()
+    wrong = {name: 2 * tensor for name, tensor in load_file(ASSETS / "sd15" / "unet" / PLAIN).items()}
+    for name in STRAYS:
+        save_file(wrong, model / "unet" / name, {"format": "pt"})
+    assert weight_files(model / "unet") == loaded and {f.name for f in unloaded_files(model / "unet")} == set(STRAYS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in opened(model).net.state_dict().items())
+    out = model.parent / "out"
+    write_pipeline(model, out, "unet", torch.float32, stored_weights(model, "unet"))
+    assert not unloaded_files(out / "unet")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in opened(out).net.state_dict().items())
+    for file in loaded:
+        file.unlink()
+    with pytest.raises(ModelError, match="unet"):
+        opened(model)
+
+
+def test_a_run_names_what_it_does_not_load_once(canvas_config, tmp_path, model):
+    shutil.copy(model / "unet" / PLAIN, model / "unet" / "backup.safetensors")
+    given = [*SMALL, "evaluate.enabled=false", f"model.path={model}", f"run.folder={tmp_path / 'run'}"]
+    printed = sculpt("prepare", canvas_config, *given)
+    assert printed.count("unet/backup.safetensors: no weights by their names, so neither loaded nor exported") == 1
 
 
 def test_an_index_that_lists_a_missing_shard_is_refused(sharded):
