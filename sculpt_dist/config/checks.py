@@ -11,6 +11,7 @@ from sculpt_dist.core.errors import ConfigError
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
+    "prepare.images_missing": ("refuse", "draw"),
     "train.schedule": ("one_cycle", "cosine", "linear", "constant"),
     "mask.scope": ("matrix", "global"),
     "mask.saliency": ("abs_sum", "sum_abs", "sum_sq", "random"),

@@ -83,6 +83,8 @@ class PrepareConfig:
     """Samples drawn together; also the number of samples in a shard."""
     images: str | None = None
     """Folder with a subfolder of your own images per concept name, to use instead of drawn samples."""
+    images_missing: str = "refuse"
+    """What to do where `images` has none of a target: refuse, or draw them with the model."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """Prompt templates."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sculpt_dist.core.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from sculpt_dist.data.images import IMAGE_TYPES, open_image
+    from sculpt_dist.data.images import IMAGE_TYPES, image_files, open_image, own_images
     from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
     from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts, fill, naming
     from sculpt_dist.data.shards import Sample, ShardReader, ShardRecord, read_index, write_index, write_shard
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "images": ["IMAGE_TYPES", "open_image"],
+        "images": ["IMAGE_TYPES", "image_files", "open_image", "own_images"],
         "prompt_files": ["ListedPrompt", "read_prompts"],
         "prompts": ["ConceptPrompts", "concept_prompts", "fill", "naming"],
         "shards": ["Sample", "ShardReader", "ShardRecord", "read_index", "write_index", "write_shard"],

@@ -6,11 +6,51 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from sculpt_dist.config.checks import normal
 from sculpt_dist.core.errors import ConfigError
 
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_TYPES = ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff".split()
+FORMATS = "PNG JPEG WEBP GIF BMP TIFF".split()  # by content: Pillow would hand others to outside programs
 MAX_PIXELS = 25_000_000  # PIL only warns, from 89 million on; a file of 12 kB can hold 100 million pixels
 IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel or less
+
+
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and below it, by name, and the other files; hidden files count as neither."""
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    images = [path for path in found if path.suffix.lower() in IMAGE_TYPES]
+    return images, [path for path in found if path.suffix.lower() not in IMAGE_TYPES]
+
+
+def own_images(folder: str | None, name: str | None) -> tuple[list[Path], list[Path]]:
+    """The user's images of a concept, in the subfolder of that name, and the files there that are not read.
+
+    Case, spaces and underscores in the subfolder's name do not matter. Both are empty where there is none. Raises
+    ConfigError where `folder` does not exist, where two subfolders fit, and for one without images.
+    """
+    if folder is None or name is None:
+        return [], []
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            f"prepare.images={folder}: there is no such folder; it should contain one subfolder of images per concept"
+        )
+    fitting = [path for path in sorted(Path(folder).iterdir()) if path.is_dir() and _plain(path.name) == _plain(name)]
+    if len(fitting) > 1:
+        raise ConfigError(f"prepare.images={folder}: {fitting[0].name} and {fitting[1].name} are one name: merge them")
+    if not fitting:
+        return [], []
+    images, others = image_files(fitting[0])
+    if not images:
+        raise ConfigError(f"{fitting[0]}: contains no image ({', '.join(IMAGE_TYPES)}); add some or remove the folder")
+    return images, others
+
+
+def _plain(name: str) -> str:
+    return normal(name.replace("_", " "))
 
 
 def open_image(path: Path) -> Image.Image:
@@ -20,7 +60,7 @@ def open_image(path: Path) -> Image.Image:
     than 8 bits per channel.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ConfigError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -55,14 +56,14 @@ def read_prompts(file: str | Path) -> tuple[ListedPrompt, ...]:
 def _read_text(path: Path) -> str:
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")
+        text = re.sub("\r\n?|[\x85\u2028\u2029]", "\n", content.decode("utf-8-sig"))  # every way to end a line
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(
             f"{path}, line {number}: is not UTF-8 (byte {content[error.start]:#04x}): save the file as UTF-8"
         ) from error
     for number, line in enumerate(text.split("\n"), start=1):
-        control = next((c for c in line if unicodedata.category(c) == "Cc" and c not in "\t\r"), None)
+        control = next((c for c in line if unicodedata.category(c) == "Cc" and c != "\t"), None)
         if control is not None:
             raise ConfigError(f"{path}, line {number}: contains the control character U+{ord(control):04X}: remove it")
     return text
@@ -73,10 +74,12 @@ def _lines(text: str) -> list[str]:
 
 
 def _from_csv(path: Path, text: str) -> tuple[ListedPrompt, ...]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    header = text.partition("\n")[0]
+    delimiter = next((mark for mark in ",;\t" if "prompt" in _columns(header.split(mark))), ",")
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     found, num_read = [], 0  # num_read: number of lines up to the end of the last whole row
     try:
-        columns = [column.strip() for column in rows.fieldnames or ()]
+        columns = _columns(rows.fieldnames or ())
         if "prompt" not in columns:
             raise ConfigError(f"{path}, line 1: has no column prompt; its columns are: {', '.join(columns) or 'none'}")
         rows.fieldnames, num_read = columns, 1
@@ -106,12 +109,16 @@ def _from_csv(path: Path, text: str) -> tuple[ListedPrompt, ...]:
     return tuple(found)
 
 
+def _columns(names: Sequence[str]) -> list[str]:
+    return [name.strip().strip('"').casefold() for name in names]
+
+
 def _number(where: str, column: str, text: str | None, kind: Callable[[str], Number], end: float) -> Number | None:
     """The number of a field, None if the field is empty. Raises ConfigError unless it is from 0 to below `end`."""
     if text is None or not text.strip():
         return None
     try:
-        value = kind(text)
+        value = kind(re.sub(r"(?<=\d)\.0*\s*$", "", text) if kind is int else text)  # spreadsheets write 1234.0
     except ValueError:
         value = kind("-1")
     if not 0 <= value < end:

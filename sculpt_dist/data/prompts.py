@@ -13,6 +13,10 @@ from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompt_files import read_prompts
 
+UNSPACED = (  # scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Japanese, Chinese
+    "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+
 
 @dataclass(frozen=True)
 class ConceptPrompts:
@@ -88,8 +92,15 @@ def concept_prompts(concept: Concept, prepare: PrepareConfig) -> ConceptPrompts:
 
 
 def naming(name: str) -> re.Pattern[str]:
-    """A pattern that finds a concept's name in a prompt, as a whole word in upper or lower case."""
-    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+    """A pattern that finds a concept's name in a prompt, as a whole word in upper or lower case.
+
+    In scripts without spaces, such as Chinese, Japanese and Thai, any neighbour may stand beside it.
+    """
+    before, after = rf"(?<![^\W{UNSPACED}])", rf"(?![^\W{UNSPACED}])"
+    first, last = (
+        "" if re.match(f"[{UNSPACED}]", edge) else bound for edge, bound in zip((name[:1], name[-1:]), (before, after))
+    )
+    return re.compile(f"{first}{re.escape(name)}{last}", re.IGNORECASE)
 
 
 def with_whole_prompts(prompts: ConceptPrompts, concept: Concept, file: str, most: int) -> ConceptPrompts:
@@ -106,6 +117,14 @@ def with_whole_prompts(prompts: ConceptPrompts, concept: Concept, file: str, mos
         )
     targets = tuple(line.prompt for line in listed[:most])
     name = naming(prompts.names[0])
+
+    unnamed = [prompt for prompt in targets if not name.search(prompt)]
+    if unnamed and concept.superclass is not None:
+        warnings.warn(
+            f"{file}: {len(unnamed)} of {len(targets)} prompts do not name {concept.target!r}, such as {unnamed[0]!r}; "
+            "their counterparts are those of the superclass's templates",
+            stacklevel=2,
+        )
 
     def counterpart(index: int, prompt: str) -> str:
         if concept.superclass is None or not name.search(prompt):

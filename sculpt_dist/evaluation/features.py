@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.data.images import IMAGE_TYPES, open_image
+from sculpt_dist.data.images import IMAGE_TYPES, image_files, open_image
 
 Features = Callable[[Tensor], Tensor]  # uint8 images [B, 3, h, w] -> [B, D]
 
@@ -44,7 +44,7 @@ def reference_features(folder: Path, features: Features) -> Tensor:
         raise ConfigError(
             f"evaluate.reference={folder}: no such folder: name a folder of images ({', '.join(IMAGE_TYPES)})"
         )
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_TYPES and file.is_file())
+    files, _ = image_files(folder)
     if len(files) < 2:
         raise ConfigError(
             f"evaluate.reference={folder}: holds {len(files)} images ({', '.join(IMAGE_TYPES)}), "

@@ -15,6 +15,7 @@ NEUTRAL = (  # keys that do not change the result
 ).split()
 LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour before the key existed
     "prepare.prompts.files": {},
+    "prepare.images_missing": "refuse",
     "evaluate.prompts": {},
     "evaluate.retain_prompts": None,
     "evaluate.metrics": {},

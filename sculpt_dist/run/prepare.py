@@ -16,10 +16,10 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, PrepareConfig
-from sculpt_dist.core.errors import ConfigError, ShardError
+from sculpt_dist.core.errors import ShardError
 from sculpt_dist.core.files import derived_seed, file_sha256, text_sha256, write_atomically
 from sculpt_dist.core.progress import progress
-from sculpt_dist.data.images import IMAGE_TYPES, open_image
+from sculpt_dist.data.images import open_image, own_images
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import Sample, ShardRecord, damage, read_index, write_index, write_shard
 from sculpt_dist.data.streams import EARLIER_TARGETS
@@ -92,6 +92,8 @@ def prepare_samples(
         names = group.on_first(lambda: dict(method.extra_concepts(concept_setup)))  # noqa: B023 (called at once)
         extras.append({source: concept_setup.prompts.of(members) for source, members in names.items()})
     _embed_once(backbone, setup.prompts, extras, base, setup.folder, group)
+    if group.is_first:
+        _name_images(setup.config.prepare, setup.concepts)
     checksums = {}
     for concept, prompts, extra in zip(setup.concepts, setup.prompts, extras):
         for plan in _plans(setup, drawn_sources(method), concept, prompts, extra):
@@ -110,7 +112,8 @@ def _plans(
     texts = {"target": prompts.target, "superclass": prompts.superclass, "keep": prompts.keep, **extra}
     prepare, plans = setup.config.prepare, []
     for source in [name for name in (*FIRST, *extra) if name in sources and texts[name]]:
-        images = _own_images(prepare.images, {"target": concept.target, "superclass": concept.superclass}.get(source))
+        own = {"target": concept.target, "superclass": concept.superclass}.get(source)
+        images = tuple(own_images(prepare.images, own)[0])
         plans.append(
             SourcePlan(
                 folder=data_folder(setup.folder, concept, source),
@@ -124,21 +127,15 @@ def _plans(
     return plans
 
 
-def _own_images(folder: str | None, name: str | None) -> tuple[Path, ...]:
-    """The user's images of a concept; empty if there is no folder of that name."""
-    if folder is None or name is None:
-        return ()
-    if not Path(folder).is_dir():
-        raise ConfigError(
-            f"prepare.images={folder}: there is no such folder; it should contain one subfolder of images per concept"
-        )
-    own = Path(folder) / name
-    if not own.is_dir():
-        return ()
-    images = tuple(sorted(path for path in own.iterdir() if path.suffix.lower() in IMAGE_TYPES))
-    if not images:
-        raise ConfigError(f"{own}: contains no image ({', '.join(IMAGE_TYPES)}); add some or remove the folder")
-    return images
+def _name_images(prepare: PrepareConfig, concepts: Sequence[Concept]) -> None:
+    """Say which of the user's files are used, and for which names the model draws."""
+    if prepare.images is None:
+        return
+    for name in dict.fromkeys(name for concept in concepts for name in (concept.target, concept.superclass) if name):
+        images, others = own_images(prepare.images, name)
+        unread = f"; not read: {', '.join(path.name for path in others[:5])}" if others else ""
+        used = f"{len(images)} of {len(images) + len(others)} files used{unread}"
+        print(f"{prepare.images}, {name}: {used if images else 'no folder, so the model draws'}", flush=True)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.config.checks import check_batch
-from sculpt_dist.config.schema import Concept, RunConfig
+from sculpt_dist.config.schema import Concept, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.data.images import own_images
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
 from sculpt_dist.methods.base import Editor, Method, load_method
@@ -91,6 +92,17 @@ class RunSetup:
         return Group(self.config.engine.timeout, identity)
 
 
+def check_images(prepare: PrepareConfig, concepts: Sequence[Concept]) -> None:
+    """Raises ConfigError where the user gives images, but none of a target."""
+    for concept in concepts if prepare.images is not None else ():
+        images, _ = own_images(prepare.images, concept.target)
+        if not images and prepare.images_missing == "refuse":
+            raise ConfigError(
+                f"prepare.images={prepare.images}: has no folder {concept.target!r}; add it, or let the model draw "
+                "what is missing with prepare.images_missing=draw"
+            )
+
+
 def resolve(config: RunConfig) -> RunSetup:
     """Raises ConfigError for a configuration that cannot run; no model is opened."""
     if not config.concepts:
@@ -98,6 +110,7 @@ def resolve(config: RunConfig) -> RunSetup:
             "concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'"
         )
     check_inputs(config)
+    check_images(config.prepare, config.concepts)
     prompts = tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)
     method = load_method(config.method)
     plan = make_plan(config.train, config.mask, config.engine, method) if isinstance(method, Method) else None

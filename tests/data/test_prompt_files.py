@@ -16,7 +16,7 @@ from sculpt_dist.config.load import load_config
 from sculpt_dist.config.schema import Concept, PrepareConfig, PromptsConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
-from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
+from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts, naming
 from sculpt_dist.evaluation.requests import Evaluation, as_batches, resolve_evaluation
 from sculpt_dist.maths.accuracy import Answers, Target, unlearning_scores
 from sculpt_dist.run.fingerprint import config_fingerprint
@@ -47,6 +47,17 @@ def test_a_csv_is_read_with_the_seeds_and_guidances_of_published_lists(tmp_path)
     found = read_prompts(write(tmp_path, "list.csv", "\n".join(rows)))
     assert found == (ListedPrompt('a "red" cat, on a mat', 12, 7.5), ListedPrompt("???"), ListedPrompt("x", 2**63 - 1))
     assert read_prompts(write(tmp_path, "two.csv", "sd_seed,seed,prompt\n1,2,x"))[0].seed == 2
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\x85", "\u2028"])
+def test_every_way_to_end_a_line_is_understood(tmp_path, end):
+    prompts = ("a red cat", "a dog", "a bird")
+    for start in ("", "\ufeff"):
+        assert [line.prompt for line in read_prompts(write(tmp_path, "a.txt", start + end.join(prompts)))] == [*prompts]
+        rows = end.join(["Prompt;SEED", *(f"{prompt};{i}.0" for i, prompt in enumerate(prompts))])
+        for delimiter in ";,\t":
+            found = read_prompts(write(tmp_path, "a.csv", start + rows.replace(";", delimiter)))
+            assert found == tuple(ListedPrompt(prompt, i) for i, prompt in enumerate(prompts))
 
 
 BAD = {
@@ -111,6 +122,28 @@ def test_a_list_gives_the_targets_prompts_and_templates_give_the_other_roles(tmp
     style = concept_prompts(Concept("oil", kind="style"), replace(prepare, prompts=PromptsConfig(files={"oil": file})))
     assert style.target == prompts.target and style.superclass == ("a photo",) * 3
     assert concept_prompts(Concept("dog", "animal"), prepare).target == ("a dog", "one dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "replaced"),
+    [
+        ("猫", "一只猫在草地上", "一只animal在草地上"),
+        ("cat", "一只cat在草地上", "一只animal在草地上"),
+        ("แมว", "รูปแมวดำ", "รูปanimalดำ"),
+        ("cat", "a Cat, a catalogue and a bobcat", "a animal, a catalogue and a bobcat"),
+        ("кот", "чёрный кот и которые", "чёрный animal и которые"),
+    ],
+)
+def test_a_name_is_found_in_prompts_of_every_script(name, prompt, replaced):
+    assert naming(name).sub("animal", prompt) == replaced
+
+
+def test_prompts_that_do_not_name_the_target_are_told(tmp_path):
+    file = write(tmp_path, "list.txt", "a cat\na dog\nanother one")
+    prepare = PrepareConfig(prompts=PromptsConfig(files={"cat": file}))
+    with pytest.warns(UserWarning, match="2 of 3 prompts do not name 'cat', such as 'a dog'"):
+        prompts = concept_prompts(Concept("cat", "animal"), prepare)
+    assert prompts.superclass == ("a animal", "a photo of animal", "a photo of animal")
 
 
 def test_prompts_beyond_the_number_of_samples_are_dropped_with_a_warning(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from harness import PROJECT, SMALL, python, rank_environment, sculpt
 from PIL import Image
 
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.data.images import image_files, open_image, own_images
 from sculpt_dist.data.shards import ShardReader
 
 
@@ -28,15 +31,22 @@ def test_a_style_and_an_object_are_forgotten_in_one_sequence(canvas_config, tmp_
 
 
 def test_own_images_are_encoded_instead_of_drawing(canvas_config, tmp_path):
-    for name, number in (("bird", 5), ("animal", 2)):
+    for name, number in (("Bird", 5), ("ANIMAL", 2)):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(number):
             Image.new("RGB", (50, 40), (40 * i, 255 - 40 * i, 90)).save(tmp_path / "images" / name / f"{i}.png")
+    (tmp_path / "images" / "Bird" / "._0.png").write_bytes(b"what macOS leaves")
+    (tmp_path / "images" / "Bird" / "a.heic").write_bytes(b"not read")
+    (tmp_path / "images" / "Bird" / "folder.png").mkdir()
     only = [
         "concepts=[{target: bird, superclass: animal},{target: boat, superclass: vehicle}]",
         f"prepare.images={tmp_path / 'images'}",
     ]
-    sculpt("prepare", canvas_config, *SMALL, *only, f"run.folder={tmp_path / 'run'}")
+    printed = sculpt("prepare", canvas_config, *SMALL, *only, f"run.folder={tmp_path / 'run'}", code=2)
+    assert "has no folder 'boat'; add it, or let the model draw" in printed and not (tmp_path / "run").exists()
+    only.append("prepare.images_missing=draw")
+    printed = sculpt("prepare", canvas_config, *SMALL, *only, f"run.folder={tmp_path / 'run'}")
+    assert "bird: 5 of 6 files used; not read: a.heic" in printed and "boat: no folder, so the model draws" in printed
     data = tmp_path / "run" / "data"
     assert [
         len(ShardReader(data / f"object-{name}" / role))
@@ -52,6 +62,27 @@ def test_own_images_are_encoded_instead_of_drawing(canvas_config, tmp_path):
     )
 
 
+def test_images_of_all_common_types_are_found_under_a_concepts_name(tmp_path):
+    folder = tmp_path / "Van_Gogh"
+    folder.mkdir()
+    types = "png jpg jpeg jfif webp gif bmp tif tiff".split()
+    for i, kind in enumerate(types):
+        saved = {"jfif": "JPEG", "jpg": "JPEG", "tif": "TIFF"}.get(kind, kind.upper())
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(folder / f"{i}.{kind}", format=saved)
+    images, others = own_images(str(tmp_path), "van  gogh")
+    assert [path.name for path in images] == [f"{i}.{kind}" for i, kind in enumerate(types)] and not others
+    assert all(open_image(path).size == (8, 8) for path in images)
+    assert own_images(str(tmp_path), "gogh") == ([], [])
+    (tmp_path / "van gogh").mkdir()
+    with pytest.raises(ConfigError, match="are one name"):
+        own_images(str(tmp_path), "van gogh")
+    os.mkfifo(tmp_path / "van gogh" / "b.png")  # would wait for ever
+    (tmp_path / "van gogh" / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    (found,), _ = image_files(tmp_path / "van gogh")
+    with pytest.raises(ConfigError, match=r"eps\.png: cannot be read as an image"):  # it would start Ghostscript
+        open_image(found)
+
+
 def test_a_bad_image_is_named(canvas_config, tmp_path):
     (tmp_path / "images" / "bird").mkdir(parents=True)
     (tmp_path / "images" / "bird" / "broken.png").write_bytes(b"no image")
@@ -60,6 +91,7 @@ def test_a_bad_image_is_named(canvas_config, tmp_path):
         canvas_config,
         *SMALL,
         f"prepare.images={tmp_path / 'images'}",
+        "prepare.images_missing=draw",
         f"run.folder={tmp_path / 'run'}",
         code=2,
     )
