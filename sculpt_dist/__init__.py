@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,18 @@ def unlearn(
         values["concepts"] = [dict(concept) for concept in concepts]
     for key, value in values.items():
         try:
-            OmegaConf.update(given, key, value, force_add=True)
+            OmegaConf.update(given, key, _plain(value), force_add=True)
         except (OmegaConfBaseException, ValueError) as error:
             raise ConfigError(f"argument {key}={value!r}: {str(error).splitlines()[0]}") from error
     return run_sequence(load_config(Path(config) if config else None, given))
+
+
+def _plain(value: Any) -> Any:
+    """The value without numpy's numbers and arrays, and without Paths."""
+    if isinstance(value, Mapping):
+        return {key: _plain(member) for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(member) for member in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value) if isinstance(value, os.PathLike) else value

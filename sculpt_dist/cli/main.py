@@ -16,7 +16,7 @@ from sculpt_dist.cli.bench import bench_app
 from sculpt_dist.cli.options import is_first, num_ranks
 from sculpt_dist.core.errors import LaunchError, NonFiniteError, SculptError, StopRequested
 
-DONE, CRASHED, USER_ERROR, STOPPED = 0, 1, 2, 75
+DONE, CRASHED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 app = typer.Typer(
     help="Make a text-to-image diffusion model forget concepts.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -40,7 +40,7 @@ canvas_app.command("build")(run.canvas_build)
 
 
 def main() -> NoReturn:
-    """The entry point. Exit codes: 0 done, 75 stopped for requeue, 2 the user's error, 1 crash."""
+    """The entry point. Exit codes: 0 done, 75 stopped for requeue, 2 the user's error, 130 interrupted, 1 crash."""
     sys.excepthook = _crash
     try:
         run_command()
@@ -54,6 +54,9 @@ def main() -> NoReturn:
         if is_first():
             print(stop, file=sys.stderr, flush=True)
         _end(STOPPED)
+    except KeyboardInterrupt:  # before the run listens, or for the second time
+        print("interrupted", file=sys.stderr, flush=True)
+        _end(INTERRUPTED)
     except SystemExit as ended:  # typer's own way to end
         _end(int(ended.code or DONE))
     _end(DONE)

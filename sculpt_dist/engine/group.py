@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sculpt_dist.core.errors import ConfigError, LaunchError, SculptError
+from sculpt_dist.core.errors import ConfigError, LaunchError, SculptError, StopRequested
+from sculpt_dist.core.signals import early
 
 Value = TypeVar("Value")
 
@@ -182,9 +184,7 @@ def _rendezvous(limit: datetime.timedelta, identity: str) -> tuple[Any, int, int
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     here = f"job {job_name() or 'without a name'}, {identity}"
     try:
-        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=limit))
-        key = "sculpt-dist/job"
-        there = (store.compare_set(key, "", here) if rank == 0 else store.get(key)).decode()
+        store, rank, size, there = _interruptible(lambda: _meet(limit, here))
     except (torch.distributed.DistError, ValueError) as error:
         raise LaunchError(
             f"the ranks did not meet at {address} (MASTER_ADDR:MASTER_PORT): {str(error).splitlines()[0]}"
@@ -197,12 +197,43 @@ def _rendezvous(limit: datetime.timedelta, identity: str) -> tuple[Any, int, int
     return store, rank, size
 
 
+def _meet(limit: datetime.timedelta, here: str) -> tuple[Any, int, int, str]:
+    """(store, rank, ranks, what the first rank says of its job)."""
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=limit))
+    key = "sculpt-dist/job"
+    return store, rank, size, (store.compare_set(key, "", here) if rank == 0 else store.get(key)).decode()
+
+
+def _interruptible(work: Callable[[], Value]) -> Value:
+    """Do `work`, which may wait long in C++, in a thread; raises StopRequested at a signal."""
+    found: list[Value] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="rendezvous", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+        if early:
+            raise StopRequested("stopped while it waited for the other ranks of its job")
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
 def _describe_rank_to_torch() -> bool:
     """Whether a launcher started this process. Under srun, also set the variables that torch.distributed reads."""
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    # Set by srun for its step; the tasks of the whole job also stand in a batch script, where one process runs alone.
+    tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in env and "SLURM_PROCID" in env and int(tasks) > 1:
         env["RANK"] = env["SLURM_PROCID"]
-        env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+        env["WORLD_SIZE"] = tasks
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         if "MASTER_ADDR" not in env:
             raise ConfigError(
@@ -214,6 +245,10 @@ def _describe_rank_to_torch() -> bool:
 
 
 def _choose_device() -> torch.device:
+    """This rank's device. LOCAL_RANK becomes its number, which DeepSpeed reads.
+
+    A node's ranks may all see its GPUs, or each only its own (`srun --gpus-per-task=1`), which is then number 0.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus, ranks_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -223,6 +258,7 @@ def _choose_device() -> torch.device:
             "CUDA_VISIBLE_DEVICES= to use the CPU"
         )
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
+    os.environ["LOCAL_RANK"] = str(device.index)
     torch.cuda.set_device(device)
     return device
 

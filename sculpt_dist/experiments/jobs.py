@@ -17,6 +17,7 @@ from typing import Any
 
 from sculpt_dist.core import errors
 from sculpt_dist.core.errors import ConfigError, StopRequested
+from sculpt_dist.core.signals import STOPPING, is_ignored
 
 DONE, STOPPED = 0, 75
 LAUNCHER_VARIABLES = (
@@ -26,7 +27,6 @@ LAUNCHER_VARIABLES = (
 MARKS = ("STOP", "REQUEUE")  # files in a run folder: a request to stop; stopped before the end, start again
 TYPED = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.SculptError)}
 SHUTDOWN = "300"  # seconds that torchrun gives its ranks to save a checkpoint
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def run_jobs(
                     failed[job.label] = failure
                 on_end(job, failure)
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {number: signal.signal(number, stop) for number in STOPPING if not is_ignored(number)}
     try:
         with ThreadPoolExecutor(parallel) as pool:
             for future in [pool.submit(work) for _ in range(parallel)]:

@@ -10,14 +10,17 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from harness import PROJECT, SMALL, TINY_RUN, Ranks, python, rank_environment, sculpt, weights
 from runs import LONGER, lines, start, wait_for_step
 from safetensors.torch import load_file
 
+from sculpt_dist.core.errors import StopRequested
 from sculpt_dist.core.plugins import plugins
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
@@ -242,7 +245,8 @@ def test_an_interrupted_run_saves_reports_it_and_resumes(canvas_config, tmp_path
     assert same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
 
 
-def test_a_run_interrupted_while_drawing_stops_at_once_and_resumes(canvas_config, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_run_interrupted_while_drawing_stops_at_once_and_resumes(canvas_config, tmp_path, number):
     arguments = [
         "-m",
         "sculpt_dist",
@@ -261,7 +265,7 @@ def test_a_run_interrupted_while_drawing_stops_at_once_and_resumes(canvas_config
     )
     while not list((tmp_path / "run").rglob("*.tar")) and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     assert (
         process.returncode == 75
@@ -279,19 +283,28 @@ def test_a_folder_in_use_is_refused_and_its_holder_named(canvas_config, tmp_path
     assert first.wait(200) == [0]
 
 
-def test_from_python_in_six_lines(tmp_path):
+def test_from_python_in_six_lines_also_in_a_thread_and_with_numbers_of_numpy(tmp_path):
     import sculpt_dist
 
-    run = sculpt_dist.unlearn(
-        None,
-        method="dm_cal",
-        concepts=[{"target": "cat", "superclass": "animal"}],
-        prepare={"samples": 4, "steps": 2, "guidance": 3.0},
-        train={"steps": 3, "batch": 2, "lr": 1e-3},
-        mask={"collect": 1, "refresh": 1},
-        evaluate={"enabled": False},
-        run={"folder": str(tmp_path / "run")},
-    )
+    def unlearn() -> sculpt_dist.Run:
+        return sculpt_dist.unlearn(
+            None,
+            method="dm_cal",
+            concepts=[{"target": "cat", "superclass": "animal"}],
+            prepare={"samples": np.int64(4), "steps": 2, "guidance": np.float32(3.0)},
+            train={"steps": 3, "batch": 2, "lr": np.float64(1e-3), "betas": np.array([0.9, 0.999])},
+            mask={"collect": 1, "refresh": 1},
+            evaluate={"enabled": False},
+            run={"folder": tmp_path / "run"},
+        )
+
+    run = unlearn()
+    (run.folder / "STOP").touch()
+    with ThreadPoolExecutor(1) as pool:  # as servers and notebooks do
+        with pytest.raises(StopRequested):
+            pool.submit(unlearn).result()
+        (run.folder / "STOP").unlink()
+        run = pool.submit(unlearn).result()
     assert (run.model / "model_index.json").is_file() and run.report["concepts"][0]["target"] == "cat"
 
 

@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SET_BY_LIBRARIES = (  # when they are imported; LC_CTYPE by Python itself
     "LC_CTYPE PYTEST_CURRENT_TEST LOCAL_RANK DS_ACCELERATOR DEEPSPEED_LOG_LEVEL TORCH_EXTENSIONS_DIR "
     "PYTORCH_NVML_BASED_CUDA_CHECK "

@@ -16,7 +16,7 @@ import torch
 
 from sculpt_dist.core.errors import StopRequested
 from sculpt_dist.core.files import append_line
-from sculpt_dist.core.signals import STOPPING, early
+from sculpt_dist.core.signals import STOPPING, early, is_ignored
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.heartbeat import Heartbeat, describe_silent
 
@@ -29,7 +29,7 @@ CRASHED, STOPPED = 1, 75
 class StopRequest:
     """While open (`with`), a signal or a file `STOP` in the run folder asks all ranks to stop after their step.
 
-    The signals are SIGINT, SIGTERM and SIGUSR1.
+    The signals are SIGINT, SIGTERM, SIGUSR1 and SIGHUP. Outside Python's main thread only the file is listened for.
 
     Python runs signal handlers only between two bytecodes, not while a rank waits in a collective. So a thread reads
     signals from the wake-up descriptor, without delay. If the ranks have not agreed within `grace` seconds, this rank
@@ -50,8 +50,10 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
+        if threading.current_thread() is threading.main_thread():
+            self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            heard = [number for number in STOPPING if not is_ignored(number)]
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
         self.requested = self.requested or bool(early)  # a signal that came before the handlers above were installed
         self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
         self._thread.start()
@@ -64,7 +66,8 @@ class StopRequest:
                 (self.folder / REQUEUE_FILE).touch()
             self.group.barrier()
         self._closing.set()
-        signal.set_wakeup_fd(self._wakeup)
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._writer.close()
