@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from sculpt_dist.cli.options import CONFIG, JOBS, OVERRIDES, RANKS
+from sculpt_dist.cli.options import CONFIG, GPUS, JOBS, OVERRIDES, RANKS
 from sculpt_dist.core.errors import ConfigError
 
 ONLY_SUMMARY = typer.Option(True, help="Run what is missing; --no-run only summarises what is done.")
@@ -17,6 +17,7 @@ def compare(
     overrides: list[str] | None = OVERRIDES,
     jobs: int = JOBS,
     ranks: int = RANKS,
+    gpus: int | None = GPUS,
     shard: str | None = typer.Option(
         None, help="i/n: run every n-th cell from the i-th (0 on), without tables. For a job array."
     ),
@@ -25,7 +26,7 @@ def compare(
     """Run methods x models x sequences x seeds, each in its own run folder; write tables and a page. Resumes."""
     from sculpt_dist.experiments.compare import run_comparison
 
-    print(f"comparison: {run_comparison(config, overrides or [], jobs, ranks, _shard(shard), run)}")
+    print(f"comparison: {run_comparison(config, overrides or [], jobs, ranks, _shard(shard), run, gpus)}")
 
 
 def localize(
@@ -37,11 +38,12 @@ def localize(
     ),
     jobs: int = JOBS,
     ranks: int = RANKS,
+    gpus: int | None = GPUS,
 ) -> None:
     """Find the blocks that erase and retain best, by a short run of each. For methods with `blocks`, such as surgun."""
     from sculpt_dist.experiments.localize import run_localization
 
-    folder, ranked = run_localization(config, overrides or [], best, index, jobs, ranks)
+    folder, ranked = run_localization(config, overrides or [], best, index, jobs, ranks, gpus)
     for scores in ranked:
         values = (f"{name} {scores[name]:.3f}" for name in ("score", "UA", "IRA", "CRA") if scores[name] is not None)
         print(f"block {scores['block']}:", *values)
@@ -63,6 +65,7 @@ def sweep(
     ),
     jobs: int = JOBS,
     ranks: int = RANKS,
+    gpus: int | None = GPUS,
     run: bool = ONLY_SUMMARY,
     show: bool = typer.Option(
         False, "--print", help="With --index: print the trial's arguments, one per line, for your own launcher."
@@ -81,7 +84,7 @@ def sweep(
             raise ConfigError("--print: name a trial with --index")
         print("\n".join(trial_arguments(file, overrides or [], folder, seed, index)))
         return
-    where = run_sweep(file, overrides or [], folder, seed, index, jobs, ranks, run)
+    where = run_sweep(file, overrides or [], folder, seed, index, jobs, ranks, run, gpus)
     print(f"trials: {where / 'trials'}" if index is not None else f"sweep: {where / 'sweep.html'}")
 
 

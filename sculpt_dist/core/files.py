@@ -19,6 +19,11 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_folder_name(name: str) -> bool:
+    """Whether a name from a file may become a folder's: one part of a path, and not of the folder above."""
+    return bool(name.strip()) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
 def by_number(path: Path) -> tuple[tuple[int, ...], str]:
     """Sorts files by the numbers in their names: step-999-000010 comes before step-1000-000002."""
     return tuple(int(digits) for digits in re.findall(r"\d+", path.name)), path.name

@@ -18,7 +18,7 @@ from sculpt_dist.config.experiments import Comparison, Row, Table
 from sculpt_dist.config.load import load_config, merge_section, read_yaml
 from sculpt_dist.config.schema import Concept, EvaluateConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.files import is_folder_name, write_atomically
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
@@ -54,11 +54,13 @@ def run_comparison(
     ranks: int = 1,
     shard: tuple[int, int] | None = None,
     run: bool = True,
+    gpus: int | None = None,
 ) -> Path:
     """Run the unfinished cells of a comparison, write its tables, and return the path of the page.
 
-    `overrides` apply to every cell. With `shard` (i, n) only every n-th cell runs, starting at the i-th, and no table
-    is written. With `run=False` no cell runs, and the tables cover the finished cells.
+    `overrides` apply to every cell, which has `ranks` processes and `gpus` GPUs (None: one per rank). With `shard`
+    (i, n) only every n-th cell runs, starting at the i-th, and no table is written. With `run=False` no cell runs, and
+    the tables cover the finished cells.
 
     Raises ConfigError before anything runs if the configuration of a cell is invalid, and at the end, after the tables
     of the other cells are written, if a cell failed. Raises StopRequested after a signal.
@@ -74,7 +76,7 @@ def run_comparison(
         if not 0 <= index < count:
             raise ConfigError(f"shard {index}/{count}: the first number must be at least 0 and below the second")
         todo = [cell for i, cell in enumerate(cells) if i % count == index and cell in todo]
-    failed = _run(todo, parallel, ranks) if run else {}
+    failed = _run(todo, parallel, ranks, gpus) if run else {}
     page = Path(comparison.folder)
     if shard is None:
         results |= {cell.key: finished(cell, configs[cell.key], record) for cell in todo}
@@ -96,6 +98,9 @@ def read_comparison(file: Path) -> Comparison:
     content = cast(dict[str, Any], OmegaConf.to_container(read_yaml(file, Comparison)))
     comparison = merge_section(Comparison, content, str(file), prefix="")
     names = [row.name for row in comparison.rows]
+    for name in (*names, *comparison.sequences):
+        if not is_folder_name(name):
+            raise ConfigError(f"{file}: {name!r} becomes a folder's name, so write one without slashes")
     if len(set(names)) < len(names) or not comparison.tables:
         raise ConfigError(f"{file}: define at least one table, and give every row a name of its own")
     for key, given, defined in (
@@ -232,7 +237,7 @@ def _write_record(file: Path, results: Mapping[str, Any]) -> None:
     write_atomically(file, ("\n".join(lines) + "\n").encode())
 
 
-def _run(cells: Sequence[Cell], parallel: int, ranks: int) -> dict[str, Failure]:
+def _run(cells: Sequence[Cell], parallel: int, ranks: int, gpus: int | None) -> dict[str, Failure]:
     done: list[str] = []
 
     def report(job: Job, failure: Failure | None) -> None:
@@ -240,4 +245,4 @@ def _run(cells: Sequence[Cell], parallel: int, ranks: int) -> dict[str, Failure]
         print(f"[{len(done)}/{len(cells)}] {job.label}: {failure or 'done'}", flush=True)
 
     jobs = [Job(cell.key, ("unlearn", str(cell.file), *cell.overrides), cell.folder) for cell in cells]
-    return run_jobs(jobs, parallel, ranks, report)
+    return run_jobs(jobs, parallel, ranks, report, gpus)

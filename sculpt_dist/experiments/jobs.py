@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from sculpt_dist.core.signals import STOPPING, is_ignored
 DONE, STOPPED = 0, 75
 LAUNCHER_VARIABLES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID "
-    "SLURM_PROCID SLURM_NTASKS SLURM_NPROCS SLURM_LOCALID SLURM_NTASKS_PER_NODE"
+    "SLURM_STEP_NUM_TASKS SLURM_PROCID SLURM_NTASKS SLURM_NPROCS SLURM_LOCALID SLURM_NTASKS_PER_NODE"
 ).split()
 MARKS = ("STOP", "REQUEUE")  # files in a run folder: a request to stop; stopped before the end, start again
 TYPED = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.SculptError)}
@@ -49,21 +50,72 @@ class Failure:
         return self.line
 
 
+@dataclass(frozen=True)
+class Share:
+    """What each of the jobs that run at a time gets of the machine."""
+
+    threads: int
+    """OMP_NUM_THREADS of each rank."""
+    gpus: tuple[tuple[str, ...], ...]
+    """Of each job, as CUDA_VISIBLE_DEVICES names them; empty without GPUs."""
+
+    def __str__(self) -> str:
+        if self.gpus:
+            return "with GPU " + " | ".join(",".join(own) for own in self.gpus)
+        return f"with {self.threads} thread{'s' if self.threads > 1 else ''} for each rank"
+
+    def environment(self, place: int) -> dict[str, str]:
+        """The variables of the job at this place among those that run at a time."""
+        devices = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[place])} if self.gpus else {}
+        return {"OMP_NUM_THREADS": str(self.threads)} | devices
+
+
+def share_machine(parallel: int, ranks: int, gpus: Sequence[str], gpus_per_job: int | None) -> Share:
+    """Divide cores and `gpus` among `parallel` jobs of `ranks` ranks: in turn, each job one GPU per rank by default.
+
+    Raises ConfigError where a job asks for more GPUs than there are.
+    """
+    wanted = ranks if gpus_per_job is None else gpus_per_job
+    if gpus_per_job is not None and wanted > len(gpus):
+        raise ConfigError(f"--gpus-per-job {wanted}: this machine shows {len(gpus)} GPUs ({', '.join(gpus) or 'none'})")
+    wanted = min(wanted, len(gpus))
+    turns = itertools.cycle(gpus)
+    own = tuple(tuple(itertools.islice(turns, wanted)) for _ in range(parallel)) if wanted else ()
+    cores = max(1, len(os.sched_getaffinity(0)) // (parallel * ranks))
+    return Share(int(os.environ.get("OMP_NUM_THREADS", cores)), own)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 def run_jobs(
-    jobs: Iterable[Job], parallel: int, ranks: int, on_end: Callable[[Job, Failure | None], None]
+    jobs: Iterable[Job],
+    parallel: int,
+    ranks: int,
+    on_end: Callable[[Job, Failure | None], None],
+    gpus_per_job: int | None = None,
 ) -> dict[str, Failure]:
     """Run all jobs, `parallel` at a time with `ranks` processes each. Returns the failures by the job's label.
 
     A job is taken from `jobs` only when it can start. STOP and REQUEUE files of an earlier stop are removed from its
-    run folder first. `on_end` is called when a job ends, never for two jobs at once. The cores are divided evenly
-    unless OMP_NUM_THREADS is set.
+    run folder first. `on_end` is called when a job ends, never for two jobs at once. Cores are divided evenly, unless
+    OMP_NUM_THREADS is set, and GPUs in turn (see `share_machine`); the first job prints how.
 
     On SIGINT, SIGTERM or SIGUSR1 the running jobs receive SIGTERM, save and stop, and StopRequested is raised. It is
     also raised, after all other jobs have ended, if a job was stopped from outside.
     """
     if parallel < 1 or ranks < 1:
         raise ConfigError(f"jobs={parallel}, ranks={ranks}: each must be at least 1")
+    share = share_machine(parallel, ranks, visible_gpus(), gpus_per_job)
     waiting, lock = iter(jobs), threading.Lock()
+    started: list[Job] = []
     running: set[subprocess.Popen[str]] = set()
     stopping: list[int] = []
     failed: dict[str, Failure] = {}
@@ -73,13 +125,16 @@ def run_jobs(
         for process in list(running):
             process.send_signal(signal.SIGTERM)
 
-    def work() -> None:
+    def work(place: int) -> None:
         while True:
             with lock:
                 job = None if stopping else next(waiting, None)
+                if job is not None and not started:
+                    started.append(job)
+                    print(f"{parallel} at a time, {share}", flush=True)
             if job is None:
                 return
-            failure = _run(job, parallel, ranks, running, stopping)
+            failure = _run(job, ranks, share.environment(place), running, stopping)
             with lock:
                 if failure is not None:
                     failed[job.label] = failure
@@ -88,7 +143,7 @@ def run_jobs(
     before = {number: signal.signal(number, stop) for number in STOPPING if not is_ignored(number)}
     try:
         with ThreadPoolExecutor(parallel) as pool:
-            for future in [pool.submit(work) for _ in range(parallel)]:
+            for future in [pool.submit(work, place) for place in range(parallel)]:
                 future.result()
     finally:
         for number, handler in before.items():
@@ -99,14 +154,14 @@ def run_jobs(
 
 
 def _run(
-    job: Job, parallel: int, ranks: int, running: set[subprocess.Popen[str]], stopping: list[int]
+    job: Job, ranks: int, share: Mapping[str, str], running: set[subprocess.Popen[str]], stopping: list[int]
 ) -> Failure | None:
     if job.folder is not None:
         for mark in MARKS:
             (job.folder / mark).unlink(missing_ok=True)
     process = subprocess.Popen(
         [*_guard(), *_launcher(ranks), *job.arguments],
-        env=_environment(parallel * ranks),
+        env=_environment() | share,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -155,8 +210,7 @@ def _launcher(ranks: int) -> list[str]:
     return [sys.executable, "-m", *torchrun, "-m", "sculpt_dist"]
 
 
-def _environment(processes: int) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """This process's environment without the variables of a launcher."""
-    cores = len(os.sched_getaffinity(0))
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    return {"OMP_NUM_THREADS": str(max(1, cores // processes)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN} | kept
+    return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN} | kept

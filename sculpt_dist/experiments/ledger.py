@@ -66,8 +66,8 @@ def outcome(trial: Trial) -> Outcome:
         after = report["after"]
         scores = {name: after.get(name) for name in ("UA", "IRA", "CRA", "SA")}
         return Outcome(trial, DONE, scores | {"H": harmonic(scores)})
-    note = trial.folder.with_suffix(".failed")
-    return Outcome(trial, FAILED, {}, note.read_text().strip()) if note.is_file() else Outcome(trial, OPEN, {})
+    reason = _failure(trial)
+    return Outcome(trial, OPEN, {}) if reason is None else Outcome(trial, FAILED, {}, reason)
 
 
 def retention(scores: Mapping[str, float | None]) -> float | None:
@@ -76,7 +76,25 @@ def retention(scores: Mapping[str, float | None]) -> float | None:
 
 
 def write_failure(trial: Trial, line: str) -> None:
-    write_atomically(trial.folder.with_suffix(".failed"), (line + "\n").encode())
+    """Note why a trial failed, and what it was: the note counts for no other configuration or number of ranks."""
+    note = {"reason": line, "config": trial.fingerprint, "ranks": trial.ranks}
+    write_atomically(trial.folder.with_suffix(".failed"), (json.dumps(note) + "\n").encode())
+
+
+def _failure(trial: Trial) -> str | None:
+    """Why this trial failed, None if it did not; a note of another one is removed."""
+    file = trial.folder.with_suffix(".failed")
+    if not file.is_file():
+        return None
+    text = file.read_text().strip()
+    try:
+        note = json.loads(text)
+    except ValueError:  # of an earlier version
+        return text
+    if (note["config"], note["ranks"]) == (trial.fingerprint, trial.ranks):
+        return str(note["reason"])
+    file.unlink()
+    return None
 
 
 def trial_of(sweep: Sweep, index: int) -> Trial:

@@ -56,6 +56,7 @@ def run_localization(
     index: int | None = None,
     parallel: int = 1,
     ranks: int = 1,
+    gpus: int | None = None,
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Run the unfinished blocks and rank all of them. Returns (RUN-localize, scores of all blocks, best first).
 
@@ -75,7 +76,7 @@ def run_localization(
             raise ConfigError(f"index={index}: no such block; there are: {', '.join(str(run.block) for run in runs)}")
     todo = [run for run in (runs if index is None else chosen) if run.scores is None]
     jobs = [Job(f"block {run.block}", ("unlearn", str(file), *run.overrides), run.folder) for run in todo]
-    failed = run_jobs(jobs, parallel, ranks, _print_end)
+    failed = run_jobs(jobs, parallel, ranks, _print_end, gpus)
     if failed:
         raise ConfigError("; ".join(f"{label}: {failure}" for label, failure in failed.items()))
     folder = runs[0].folder.parent

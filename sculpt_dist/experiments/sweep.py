@@ -38,8 +38,11 @@ def run_sweep(
     parallel: int = 1,
     ranks: int = 1,
     run: bool = True,
+    gpus: int | None = None,
 ) -> Path:
     """Run the unfinished trials of a sweep, `parallel` at a time, write its summary, and return its folder.
+
+    Each trial has `ranks` processes and `gpus` GPUs (None: one per rank).
 
     With `index` only that trial runs, as one task of a job array, and no summary is written. With `run=False` no trial
     runs. Several processes may work in one folder: each takes trials that no other process holds.
@@ -47,12 +50,12 @@ def run_sweep(
     Raises ConfigError before anything runs if the sweep is invalid, and at the end if a trial failed. Raises
     RunFolderError if another process holds the trial `index`, and StopRequested after a signal.
     """
-    plan = _claimed(file, overrides, folder, seed, index)
+    plan = _claimed(file, overrides, folder, seed, index, ranks)
     worker = SweepWorker(plan)
     failed: dict[str, Failure] = {}
     if run:
         failed = run_jobs(
-            worker.jobs(range(plan.count) if index is None else [index]), parallel, ranks, worker.job_ended
+            worker.jobs(range(plan.count) if index is None else [index]), parallel, ranks, worker.job_ended, gpus
         )
     if index is not None:
         _check_index(worker, index)
@@ -72,13 +75,15 @@ def trial_arguments(
     file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int
 ) -> tuple[str, ...]:
     """The command line of one trial, for the user's own launcher."""
-    plan = _claimed(file, overrides, folder, seed, index)
+    plan = _claimed(file, overrides, folder, seed, index, 1)
     return _arguments(plan, trial_of(plan, index))
 
 
-def _claimed(file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int | None) -> Sweep:
+def _claimed(
+    file: Path, overrides: Sequence[str], folder: Path | None, seed: int, index: int | None, ranks: int
+) -> Sweep:
     """Read and check the sweep and claim its folder. Raises ConfigError and RunFolderError."""
-    plan = read_sweep(file, overrides, folder, seed)
+    plan = read_sweep(file, overrides, folder, seed, ranks)
     plan.check()
     if index is not None and not 0 <= index < plan.count:
         raise ConfigError(f"index={index}: the sweep has {plan.count} trials, 0 to {plan.count - 1}")

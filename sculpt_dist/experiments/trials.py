@@ -17,7 +17,7 @@ from sculpt_dist.config.experiments import SweepFile
 from sculpt_dist.config.load import merge_section
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import derived_seed
+from sculpt_dist.core.files import derived_seed, is_folder_name
 from sculpt_dist.experiments.compare import checked_config
 from sculpt_dist.experiments.tables import SCORES
 from sculpt_dist.maths.sweep_points import KINDS, Parameter, value_at
@@ -37,6 +37,7 @@ class Trial:
     point: Point
     overrides: tuple[str, ...]
     config: RunConfig
+    ranks: int
 
     @property
     def folder(self) -> Path:
@@ -59,6 +60,7 @@ class Sweep:
     folder: Path
     seed: int
     count: int  # trials
+    ranks: int = 1  # of each trial
     _evaluations: set[str] = field(default_factory=set, compare=False, repr=False)  # already checked
     _trials: dict[int, Trial] = field(default_factory=dict, compare=False, repr=False)  # loading one takes 0.1 s
 
@@ -87,7 +89,7 @@ class Sweep:
         own = (f"run.folder={self.folder / 'trials' / f'{index:04d}'}", f"track.group={self.name}")
         overrides = (*self.overrides, *(f"{name}={value}" for name, value in point.items()), *own)
         try:
-            config = checked_config(self.config, overrides, self._evaluations)
+            config = checked_config(self.config, overrides, self._evaluations, self.ranks)
         except ConfigError as error:
             raise ConfigError(f"trial {index}: {error}") from error
         if not config.evaluate.enabled:
@@ -95,7 +97,7 @@ class Sweep:
                 f"trial {index}: evaluate.enabled=false: set it to true, "
                 f"or its report has no metric {self.settings.metric.name}"
             )
-        self._trials[index] = Trial(index, point, overrides, config)
+        self._trials[index] = Trial(index, point, overrides, config, self.ranks)
         return self._trials[index]
 
     def check(self) -> None:
@@ -123,7 +125,9 @@ class Sweep:
         } | seed
 
 
-def read_sweep(file: Path, overrides: Sequence[str] = (), folder: Path | None = None, seed: int = 0) -> Sweep:
+def read_sweep(
+    file: Path, overrides: Sequence[str] = (), folder: Path | None = None, seed: int = 0, ranks: int = 1
+) -> Sweep:
     """Read and check a sweep file. `overrides` apply to every trial.
 
     Raises ConfigError, which names the file and the wrong key or value.
@@ -137,13 +141,16 @@ def read_sweep(file: Path, overrides: Sequence[str] = (), folder: Path | None = 
     settings = merge_section(SweepFile, content, str(file), prefix="")
     _check(file, settings, parameters)
     name = settings.name or file.stem
+    if not is_folder_name(name):
+        raise ConfigError(f"{file}: name={name!r}: becomes a folder's name, so write one without slashes")
     count = settings.run_cap
     if settings.method == "grid":
         size = math.prod(len(parameter.choices or ()) for parameter in parameters)
         count = min(size, count or size)
     assert count is not None
     given = (*fixed, "track.wandb=false", *overrides)
-    return Sweep(name, settings, tuple(parameters), config, given, folder or Path("runs/sweeps") / name, seed, count)
+    where = folder or Path("runs/sweeps") / name
+    return Sweep(name, settings, tuple(parameters), config, given, where, seed, count, ranks)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from sculpt_dist.experiments.compare import (
     read_record,
     run_comparison,
 )
-from sculpt_dist.experiments.jobs import Job, _guard, run_jobs
+from sculpt_dist.experiments.jobs import Job, _guard, run_jobs, share_machine, visible_gpus
 from sculpt_dist.experiments.tables import _relapse, _scores, _ua_by_target, finished_cell
 from sculpt_dist.maths.accuracy import Answers, Target, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.maths.comparison import (
@@ -245,6 +245,30 @@ def test_a_shard_out_of_range_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="shard 4/4"):
         run_comparison(written(tmp_path), shard=(4, 4))
     assert "write i/n" in sculpt("compare", str(written(tmp_path)), "--shard", "a/2", code=2)
+
+
+def test_jobs_get_gpus_in_turn_and_equal_shares_of_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3,GPU-5,7")
+    gpus = visible_gpus()
+    assert gpus == ["2", "3", "GPU-5", "7"]
+    alone, pairs = share_machine(3, 1, gpus, None), share_machine(3, 2, gpus, None)
+    assert alone.gpus == (("2",), ("3",), ("GPU-5",)) and str(alone) == "with GPU 2 | 3 | GPU-5"
+    assert pairs.gpus == (("2", "3"), ("GPU-5", "7"), ("2", "3"))
+    assert pairs.environment(1) == {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "GPU-5,7"}
+    assert share_machine(2, 1, gpus, 2).gpus == (("2", "3"), ("GPU-5", "7"))
+    with pytest.raises(ConfigError, match="--gpus-per-job 5: this machine shows 4 GPUs"):
+        share_machine(1, 1, gpus, 5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    on_cpu = share_machine(2, 2, visible_gpus(), None)
+    assert on_cpu.environment(0) == {"OMP_NUM_THREADS": "2"} and str(on_cpu) == "with 2 threads for each rank"
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
+    for name in ("../evil", "/evil", "..", " ", "a\\b"):
+        with pytest.raises(ConfigError, match="becomes a folder's name"):
+            read_comparison(written(tmp_path, lambda text: text.replace("name: plain", f"name: '{name}'")))  # noqa: B023
 
 
 def test_a_failed_job_reports_its_last_line_and_the_others_run():

@@ -461,6 +461,32 @@ def test_the_metric_may_be_minimised(tmp_path):
     )  # of the measured scores
 
 
+def test_trials_are_checked_for_their_ranks_and_a_note_counts_for_its_own_command_only(tmp_path):
+    file = written(tmp_path, ("train.steps=4", "train.steps=4, train.batch=2"))
+    read_sweep(file, ranks=2).check()
+    with pytest.raises(ConfigError, match=r"trial 0: .*not divisible by ranks 4"):
+        run_sweep(file, folder=tmp_path / "out", ranks=4, run=False)
+    plan = read_sweep(file, folder=tmp_path / "out")
+    claim_sweep(plan)
+    write_failure(trial_of(plan, 1), "NonFiniteError: the loss")
+    assert (outcome(trial_of(plan, 1)).state, outcome(trial_of(plan, 1)).reason) == (
+        "failed",
+        "NonFiniteError: the loss",
+    )
+    other = read_sweep(file, ["train.clip=0.5"], tmp_path / "out")
+    assert outcome(trial_of(other, 1)).state == "open" and not list(tmp_path.rglob("*.failed"))
+    write_failure(trial_of(plan, 1), "ConfigError: for one rank")
+    assert outcome(trial_of(read_sweep(file, folder=tmp_path / "out", ranks=2), 1)).state == "open"
+    (tmp_path / "out" / "trials" / "0001.failed").write_text("of an earlier version\n")
+    assert outcome(trial_of(plan, 1)).reason == "of an earlier version"
+
+
+@pytest.mark.parametrize("name", ["../../../evil", "/evil", "..", "a/b"])
+def test_a_sweeps_name_cannot_lead_out_of_its_folder(tmp_path, name):
+    with pytest.raises(ConfigError, match="becomes a folder's name"):
+        read_sweep(written(tmp_path, ("method: grid", f"method: grid\nname: {name}")))
+
+
 # --- real runs
 
 

@@ -286,25 +286,24 @@ def test_a_folder_in_use_is_refused_and_its_holder_named(canvas_config, tmp_path
 def test_from_python_in_six_lines_also_in_a_thread_and_with_numbers_of_numpy(tmp_path):
     import sculpt_dist
 
-    def unlearn() -> sculpt_dist.Run:
+    def unlearn(folder: str = "run", steps: int = 3) -> sculpt_dist.Run:
         return sculpt_dist.unlearn(
             None,
             method="dm_cal",
             concepts=[{"target": "cat", "superclass": "animal"}],
             prepare={"samples": np.int64(4), "steps": 2, "guidance": np.float32(3.0)},
-            train={"steps": 3, "batch": 2, "lr": np.float64(1e-3), "betas": np.array([0.9, 0.999])},
+            train={"steps": steps, "batch": 2, "lr": np.float64(1e-3), "betas": np.array([0.9, 0.999])},
             mask={"collect": 1, "refresh": 1},
             evaluate={"enabled": False},
-            run={"folder": tmp_path / "run"},
+            run={"folder": tmp_path / folder},
         )
 
-    run = unlearn()
-    (run.folder / "STOP").touch()
     with ThreadPoolExecutor(1) as pool:  # as servers and notebooks do
+        run = pool.submit(unlearn, steps=3).result()
+        (tmp_path / "stopped").mkdir()
+        (tmp_path / "stopped" / "STOP").touch()
         with pytest.raises(StopRequested):
-            pool.submit(unlearn).result()
-        (run.folder / "STOP").unlink()
-        run = pool.submit(unlearn).result()
+            pool.submit(unlearn, "stopped", steps=5000).result()
     assert (run.model / "model_index.json").is_file() and run.report["concepts"][0]["target"] == "cat"
 
 
