@@ -161,7 +161,7 @@ def _run(
             (job.folder / mark).unlink(missing_ok=True)
     process = subprocess.Popen(
         [*_guard(), *_launcher(ranks), *job.arguments],
-        env=_environment() | share,
+        env=_environment() | dict(share),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -293,7 +293,7 @@ def test_from_python_in_six_lines_also_in_a_thread_and_with_numbers_of_numpy(tmp
             concepts=[{"target": "cat", "superclass": "animal"}],
             prepare={"samples": np.int64(4), "steps": 2, "guidance": np.float32(3.0)},
             train={"steps": steps, "batch": 2, "lr": np.float64(1e-3), "betas": np.array([0.9, 0.999])},
-            mask={"collect": 1, "refresh": 1},
+            mask={"collect": 1, "refresh": 0.5},
             evaluate={"enabled": False},
             run={"folder": tmp_path / folder},
         )
