@@ -235,8 +235,8 @@ class TrackConfig:
     """Write TensorBoard files into RUN/tensorboard."""
     sinks: list[str] = field(default_factory=list)
     """Additional trackers: names of files in track/sinks/."""
-    project: str = "sculpt-dist"
-    """Project in W&B."""
+    project: str | None = None
+    """Project in W&B; null uses WANDB_PROJECT of the environment, or else sculpt-dist."""
     name: str | None = None
     """Name of the run in W&B."""
     group: str | None = None

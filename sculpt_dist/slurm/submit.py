@@ -14,6 +14,8 @@ from sculpt_dist.core.errors import ConfigError, SubmitError
 from sculpt_dist.run.setup import resolve
 
 SCRIPTS = Path(__file__).parent
+WORD = r"[\w.,:@%/+=*\[\]-]*"  # a value in a line of options
+TIME = r"[0-9]+(-[0-9]+)?(:[0-9]+){0,2}|UNLIMITED|INFINITE"
 LAUNCHERS = ("srun", "torchrun")
 
 
@@ -70,12 +72,14 @@ def _options(request: Request) -> dict[str, str | None]:
     options: dict[str, str | None] = {"nodes": str(request.nodes), "ntasks-per-node": str(request.ranks_per_node)}
     if request.gpus_per_node:
         options["gpus-per-node"] = str(request.gpus_per_node)
-    options |= {
-        name: value for name, value in (("time", request.time), ("partition", request.partition)) if value is not None
-    }
+    for name, value, known in (("time", request.time, TIME), ("partition", request.partition, WORD)):
+        if value is not None and not re.fullmatch(known, value):
+            raise ConfigError(f"--{name} {value!r}: is none that Slurm knows")
+        if value is not None:
+            options[name] = value
     for option in request.options:
         name, equals, value = option.lstrip("-").partition("=")
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or "\n" in value:
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or not re.fullmatch(WORD, value):
             raise ConfigError(
                 f"--option {option!r}: write a long option of sbatch as name=value, for example account=vision"
             )

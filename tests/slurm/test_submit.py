@@ -60,6 +60,10 @@ def test_overrides_pass_through_the_shell_unchanged(tmp_path):
         (Request(CONFIG, (), 0), "--nodes 0"),
         (Request(CONFIG, launch="mpirun"), "--launch mpirun: choose one of srun, torchrun"),
         (Request(CONFIG, options=("time=1\n#SBATCH --uid=0",)), "write a long option of sbatch"),
+        (Request(CONFIG, options=("comment=a; touch x",)), "write a long option of sbatch"),
+        (Request(CONFIG, time="1\ntouch x"), "is none that Slurm knows"),
+        (Request(CONFIG, time="soon"), "is none that Slurm knows"),
+        (Request(CONFIG, partition="a\ntouch x"), "is none that Slurm knows"),
     ],
 )
 def test_a_run_that_cannot_start_is_refused_before_it_is_queued(request_, message):

@@ -253,8 +253,18 @@ def test_a_tracker_is_one_new_file_that_the_configuration_names(monkeypatch, tmp
         with Tracker(config.track, plain_values(config), tmp_path, True) as tracker:
             tracker.start(0, step, 2)
             tracker.log({"concept": 0, "step": step, "global_step": step, "loss": 1.0})
-    assert json.loads((tmp_path / "memory.json").read_text()) == ["sculpt-dist", "dm_cal", 1, 0, 1, "done"]
+    assert json.loads((tmp_path / "memory.json").read_text()) == [None, "dm_cal", 1, 0, 1, "done"]
     assert [entry["step"] for entry in lines(tmp_path)] == [0, 1]
+
+
+def test_the_project_is_that_of_the_key_then_of_the_environment_then_ours(monkeypatch):
+    from sculpt_dist.track.sinks.wandb import project_name
+
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert project_name(load_config(None, []).track) == "sculpt-dist"
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    assert project_name(load_config(None, []).track) == "theirs"
+    assert project_name(load_config(None, ["track.project=mine"]).track) == "mine"
 
 
 def test_an_unknown_tracker_is_refused_with_the_names_that_exist():

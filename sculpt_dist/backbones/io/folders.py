@@ -135,15 +135,23 @@ def quiet_libraries() -> None:
 
 @lru_cache(maxsize=8)
 def load_tokenizer(folder: Path, name: str) -> Any:
-    """A tokenizer of the pipeline. Raises ModelError when it is missing or damaged."""
+    """A tokenizer of the pipeline, which takes no more tokens than its text encoder has positions for.
+
+    No code of the folder is run. Raises ModelError when the tokenizer is missing, damaged, or needs such code.
+    """
     from transformers import AutoTokenizer
 
     if not (folder / name).is_dir():
         raise ModelError(f"{folder / name}: the pipeline lacks this component")
     try:
-        return AutoTokenizer.from_pretrained(folder / name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder / name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    encoder = folder / name.replace("tokenizer", "text_encoder") / "config.json"
+    positions = read_json(encoder).get("max_position_embeddings") if encoder.is_file() else None
+    if isinstance(positions, int):
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return tokenizer
 
 
 def load_scheduler(folder: Path, forced: Mapping[str, Any]) -> Any:

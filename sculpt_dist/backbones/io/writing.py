@@ -21,11 +21,17 @@ from sculpt_dist.backbones.io.folders import (
     weight_indices,
 )
 from sculpt_dist.backbones.io.tensorfile import Entry, TensorWriter, entries, write_tensors
+from sculpt_dist.core.errors import ModelError
 from sculpt_dist.core.files import file_sha256
 
 STEM = "diffusion_pytorch_model"
 MAX_SHARD_BYTES = 5_000_000_000
-COPIED = (".json", ".txt", ".model", ".jinja")  # files of a component beside its weights
+COPIED = (  # files of a component beside its weights, as diffusers and transformers write them
+    "config.json generation_config.json scheduler_config.json preprocessor_config.json processor_config.json "
+    "image_processor_config.json feature_extractor_config.json tokenizer.json tokenizer_config.json "
+    "special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt tokenizer.model spiece.model "
+    "sentencepiece.bpe.model chat_template.jinja chat_template.json"
+).split()
 
 
 def write_pipeline(
@@ -104,7 +110,8 @@ def _copy_component(part: Path, into: Path, dtype: torch.dtype) -> None:
     into.mkdir()
     variant = variant_of(part)
     for file in sorted(part.iterdir()):
-        if file.suffix in COPIED and ".index." not in file.name:
+        if file.name in COPIED:
+            _refuse_outsider(file, part.parent)
             shutil.copy(file, into)
     for file in weight_files(part):
         planned = _in_dtype(entries(file), dtype)
@@ -115,6 +122,13 @@ def _copy_component(part: Path, into: Path, dtype: torch.dtype) -> None:
         (into / _plain(index.name, variant)).write_text(_plain(index.read_text(), variant))
     if (into / "config.json").is_file():
         set_dtype(into / "config.json", dtype)
+
+
+def _refuse_outsider(file: Path, base: Path) -> None:
+    """Raises ModelError for a link that leads out of the model's folder, other than into the cache of a hub."""
+    place = file.resolve()
+    if not place.is_relative_to(base.resolve()) and place.parent.name != "blobs":
+        raise ModelError(f"{file}: is a link to {place}, outside the model's folder; put the file itself there")
 
 
 def _plain(text: str, variant: str | None) -> str:

@@ -33,6 +33,11 @@ UPLOAD = 3600  # seconds for uploading the files of an artifact
 Mode = Literal["offline"] | None
 
 
+def project_name(track: TrackConfig) -> str:
+    """An explicit key comes before the environment, and that before our default."""
+    return track.project or os.environ.get("WANDB_PROJECT") or "sculpt-dist"
+
+
 class Sink(base.Sink):
     package, install = "wandb", "pip install 'sculpt-dist[wandb]'"
     replays = True
@@ -131,7 +136,7 @@ class Sink(base.Sink):
             id=identity,
             resume="allow",
             mode=mode,
-            project=self._track.project,
+            project=project_name(self._track),
             name=self._track.name,
             group=self._track.group,
             job_type="unlearn",

@@ -20,12 +20,12 @@ import torch
 from harness import PROJECT, SMALL, rank_environment, sculpt
 from safetensors.torch import load_file, save_file
 
-from sculpt_dist.backbones.io.folders import stored_weights, unloaded_files, weight_files
+from sculpt_dist.backbones.io.folders import load_tokenizer, stored_weights, unloaded_files, weight_files
 from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.backbones.sana import Backbone as Sana
 from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.config.load import load_config
-from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.planning.check import check_run
 from sculpt_dist.run.model import base_fingerprint
 from sculpt_dist.run.preflight import check_model
@@ -114,6 +114,46 @@ def test_a_run_names_what_it_does_not_load_once(canvas_config, tmp_path, model):
     given = [*SMALL, "evaluate.enabled=false", f"model.path={model}", f"run.folder={tmp_path / 'run'}"]
     printed = sculpt("prepare", canvas_config, *given)
     assert printed.count("unet/backup.safetensors: no weights by their names, so neither loaded nor exported") == 1
+
+
+def test_code_of_a_model_folder_is_never_run(model, monkeypatch):
+    (model / "tokenizer" / "evil.py").write_text(f"open({str(model / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    file = model / "tokenizer" / "tokenizer_config.json"
+    content = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
+    file.write_text(json.dumps(content))
+    load_tokenizer.cache_clear()
+    opened(model).embed(["a cat"])  # by the library's own class
+    file.write_text(json.dumps(content | {"tokenizer_class": "Evil"}))
+    load_tokenizer.cache_clear()
+    with pytest.raises(ModelError, match="tokenizer: cannot be loaded"):
+        opened(model).embed(["a cat"])
+    assert not (model / "ran").exists()
+
+
+@pytest.mark.parametrize("length", [None, 10**6])
+def test_a_tokenizer_takes_no_more_tokens_than_its_encoder(model, length):
+    file = model / "tokenizer" / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    takes = content.pop("model_max_length")
+    file.write_text(json.dumps(content if length is None else content | {"model_max_length": length}))
+    load_tokenizer.cache_clear()
+    assert opened(model).embed(["a cat"]).tokens.shape[1] == takes
+    with pytest.raises(ConfigError, match="it would be cut before"):
+        opened(model).embed(["a cat " * 100])
+
+
+def test_a_link_out_of_the_models_folder_is_not_exported(model, tmp_path):
+    (tmp_path / "secret.txt").write_text("root:x:0:0")
+    (model / "vae" / "secret.json").symlink_to(tmp_path / "secret.txt")
+    (model / "tokenizer" / "notes.txt").write_text("not a file of a tokenizer")
+    write_pipeline(model, tmp_path / "out", "unet", torch.float32, stored_weights(model, "unet"))
+    assert not (tmp_path / "out" / "vae" / "secret.json").exists()
+    assert not (tmp_path / "out" / "tokenizer" / "notes.txt").exists()
+    assert opened(tmp_path / "out").embed(["a cat"]).tokens.isfinite().all()
+    (model / "tokenizer" / "vocab.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ModelError, match=r"vocab\.txt: is a link to .*secret\.txt, outside the model's folder"):
+        write_pipeline(model, tmp_path / "other", "unet", torch.float32, stored_weights(model, "unet"))
 
 
 def test_an_index_that_lists_a_missing_shard_is_refused(sharded):
