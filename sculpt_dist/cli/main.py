@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ from sculpt_dist.cli.options import is_first, num_ranks
 from sculpt_dist.core.errors import LaunchError, NonFiniteError, SculptError, StopRequested
 
 DONE, CRASHED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+
+REFUSED_BY_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 app = typer.Typer(
     help="Make a text-to-image diffusion model forget concepts.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -54,6 +57,12 @@ def main() -> NoReturn:
         if is_first():
             print(stop, file=sys.stderr, flush=True)
         _end(STOPPED)
+    except OSError as error:
+        if error.errno not in REFUSED_BY_DISK:
+            raise
+        place = error.filename or "the run folder"
+        print(f"WriteError: {place}: {error.strerror}; run the same command again once that is mended", file=sys.stderr)
+        _end(USER_ERROR)
     except KeyboardInterrupt:  # before the run listens, or for the second time
         print("interrupted", file=sys.stderr, flush=True)
         _end(INTERRUPTED)

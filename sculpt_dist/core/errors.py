@@ -21,6 +21,10 @@ class RunFolderError(SculptError):
     """The run folder belongs to another run, or none of its checkpoints can be trusted."""
 
 
+class WriteError(RunFolderError, OSError):
+    """A file could not be written: the disk is full, or the folder may not be written."""
+
+
 class LaunchError(SculptError):
     """The ranks of a job did not find each other, or found the ranks of another job."""
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
+import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
+
+from sculpt_dist.core.errors import RunFolderError, WriteError
 
 
 def file_sha256(path: Path) -> str:
@@ -17,6 +23,22 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_object(path: Path, remedy: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """The object in a json file that we wrote, with at least these keys.
+
+    Raises RunFolderError for one that is damaged, which names the file and ends with the `remedy`.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        fault = None if isinstance(content, dict) else f"it holds a {type(content).__name__}"
+    except (OSError, ValueError, RecursionError) as error:
+        content, fault = {}, str(error)[:200] or type(error).__name__
+    lacking = [key for key in keys if fault is None and key not in content]
+    if fault is not None or lacking:
+        raise RunFolderError(f"{path} is damaged ({fault or f'it lacks {lacking[0]}'}): {remedy}")
+    return cast(dict[str, Any], content)
 
 
 def is_folder_name(name: str) -> bool:
@@ -30,17 +52,27 @@ def by_number(path: Path) -> tuple[tuple[int, ...], str]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`; after a crash it holds the old content or the new, never part of either."""
+    """Replace `path` by `content`; after a crash it holds the old content or the new, never part of either.
+
+    Raises WriteError, which is an OSError too, and leaves nothing behind, when the disk refuses.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise WriteError(f"{path}: cannot be written: {error.strerror or error} ({free_space(path.parent)})") from error
 
 
 def free_space(folder: Path) -> str:
     """How much room the disk of a folder has, for messages."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free"
 
 

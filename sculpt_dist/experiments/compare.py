@@ -18,7 +18,7 @@ from sculpt_dist.config.experiments import Comparison, Row, Table
 from sculpt_dist.config.load import load_config, merge_section, read_yaml
 from sculpt_dist.config.schema import Concept, EvaluateConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import is_folder_name, write_atomically
+from sculpt_dist.core.files import is_folder_name, read_object, write_atomically
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
@@ -218,7 +218,7 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
 def finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     """The content of report.json, if a run with this configuration fingerprint finished in the folder; else None."""
     file = folder / "report" / "report.json"
-    content = json.loads(file.read_bytes()) if file.is_file() else {}
+    content = read_object(file, "remove it; the cell then writes it again") if file.exists() else {}
     return content if content.get("finished") and content.get("config") == fingerprint else None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sculpt_dist.core.errors import ConfigError, RunFolderError
-from sculpt_dist.core.files import derived_seed, write_atomically
+from sculpt_dist.core.files import derived_seed, read_object, write_atomically
 from sculpt_dist.experiments.compare import finished_report
 from sculpt_dist.experiments.trials import Sweep, Trial
 from sculpt_dist.maths.comparison import harmonic
@@ -43,7 +43,7 @@ def claim_sweep(sweep: Sweep) -> None:
     with FileLock(sweep.folder / "plan.lock"):
         if not file.is_file():
             write_atomically(file, plan.encode())
-        recorded = json.loads(file.read_text())
+        recorded = read_object(file, "remove it if the trials beside it are of this sweep")
     changed = {key: value for key, value in json.loads(plan).items() if recorded.get(key) != value}
     if changed:
         details = "; ".join(f"{key}: {recorded.get(key)} there, {value} here" for key, value in changed.items())

@@ -11,6 +11,7 @@ from typing import Any
 
 from sculpt_dist.config.checks import normal
 from sculpt_dist.core.errors import RunFolderError
+from sculpt_dist.core.files import read_object
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        content: dict[str, Any] = _without_nan(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise RunFolderError(f"{path} is damaged ({error}): delete it and repeat the command that writes it") from error
+    content: dict[str, Any] = _without_nan(read_object(path, "remove it and repeat the command that writes it"))
     return content
 
 

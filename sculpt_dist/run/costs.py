@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from sculpt_dist.backbones.base import Backbone
-from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.files import read_object, write_atomically
 from sculpt_dist.engine.group import Group
+
+REMEDY = "remove it and repeat the command; costs then count from there on"
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Costs:
     def read(self) -> None:
         """Continue from the costs.json of earlier sessions, if they had the same number of ranks."""
         file = self.folder / "costs.json"
-        before = self.group.from_first(json.loads(file.read_text()) if self.group.is_first and file.is_file() else None)
+        before = self.group.on_first(lambda: read_object(file, REMEDY, ("ranks", "of_rank")) if file.exists() else None)
         if before is not None and before["ranks"] == self.group.size:
             costs = before["of_rank"][self.group.rank]
             self.seconds, self.cpu_seconds = costs["seconds"], costs["cpu_seconds"]

@@ -18,7 +18,7 @@ from yaml import YAMLError
 from sculpt_dist.config.load import plain_values, to_yaml
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError, RunFolderError
-from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.files import read_object, write_atomically
 from sculpt_dist.run.fingerprint import config_fingerprint, deciding_keys, list_checksums
 from sculpt_dist.run.owned import make_room
 
@@ -31,6 +31,7 @@ CONTENTS = (
     "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors "
     "delta.safetensors lora kohya.safetensors report wandb tensorboard log.txt STOP REQUEUE"
 ).split()
+MANIFEST_REMEDY = "remove it and repeat the command, which writes it anew"
 BEFORE_A_RUN = ("data", "log.txt", "STOP", "REQUEUE")  # may lie in a folder in which no run has begun
 JOB_LOGS = (".out", ".err", ".log")
 KEPT_BY_FRESH = ("data", "STOP")  # recipes decide which data is reused; STOP may arrive while a run starts
@@ -185,7 +186,7 @@ def _differences(before: dict[Any, Any], now: dict[Any, Any]) -> list[str]:
 def _changed_lists(folder: Path, config: RunConfig) -> list[str]:
     """The files of prompts that have changed since the run of this folder began."""
     manifest = folder / "manifest.json"
-    then = json.loads(manifest.read_bytes()).get("prompts", {}) if manifest.is_file() else {}
+    then = read_object(manifest, MANIFEST_REMEDY).get("prompts", {}) if manifest.exists() else {}
     present = list_checksums(config)
     return [f"{file}: its prompts have changed" for file, now in present.items() if then.get(file, now) != now]
 
@@ -214,7 +215,7 @@ def write_manifest(folder: Path, config: RunConfig, base: str, shards: Mapping[s
 
 def mark_finished(folder: Path) -> None:
     """Record in manifest.json that the run has finished; comparisons and sweeps rely on it."""
-    content = json.loads((folder / "manifest.json").read_bytes())
+    content = read_object(folder / "manifest.json", MANIFEST_REMEDY)
     write_atomically(folder / "manifest.json", json.dumps(content | {"finished": True}, indent=1).encode())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.io.folders import unloaded_files
 from sculpt_dist.config.load import plain_values
 from sculpt_dist.config.schema import Concept
+from sculpt_dist.core.files import read_object
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.engine.stopping.watch import watched
@@ -57,9 +57,10 @@ class Session:
         if not self.setup.config.evaluate.enabled:
             return False
         file, wanted = stage / "scores.json", self.setup.evaluation.fingerprint
-        if not file.is_file():
+        if not file.exists():
             return True
-        made_by = json.loads(file.read_text())["plain"].get("made_by", wanted)  # earlier versions did not write it
+        plain = read_object(file, f"remove {stage}, which is then scored again", ("plain",))["plain"] or {}
+        made_by = plain.get("made_by", wanted)  # earlier versions did not write it
         if made_by != wanted:
             shutil.rmtree(stage)
         return bool(made_by != wanted)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sculpt_dist.config.schema import TrackConfig
 from sculpt_dist.core.errors import ConfigError, StopRequested
+from sculpt_dist.core.files import read_object
 from sculpt_dist.core.plugins import plugin
 from sculpt_dist.report.report import draw_stage
 from sculpt_dist.track.sinks.base import DONE, FAILED, STOPPED, Sink
@@ -100,7 +101,8 @@ class Tracker:
         file = self._folder / "evaluation" / stage / "scores.json"
         sinks = [sink for sink in self._sinks if sink.shows and (sink.replays or not replayed)]
         if sinks and file.is_file():
-            scores, picture = json.loads(file.read_text())["plain"], draw_stage(self._folder, stage)
+            content = read_object(file, f"remove {file.parent}, which is then scored again", ("plain",))
+            scores, picture = content["plain"], draw_stage(self._folder, stage)
             for sink in sinks:
                 sink.stage(step, stage, scores, picture)
 

@@ -36,6 +36,7 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
             except StopRequested:  # not a failure
                 raise
             except SculptError as error:  # most are raised on all ranks
+                stop.failing = True
                 _log_cause(log, began, f"{type(error).__name__}: {error}")
                 raise
             except Exception as error:  # whatever it is: logged here, and raised again
