@@ -118,7 +118,7 @@ def _loop(
         streams = ConceptStreams(readers, layout, train.seed, 0)
         engine.begin_concept(0)
         trajectories = [Trajectory(backbone) for _ in range(train.accumulate)]
-        teacher, start = engine.snapshot(), engine.masters()
+        teacher, start = engine.snapshot() if method.needs_teacher else None, engine.masters()
         run = ConceptRun(
             0, CONCEPT.target, method, plan, streams, prompts, dict, teacher, None, LossWindow(), start, trajectories
         )

@@ -77,7 +77,7 @@ class Kept:
     """What a rank keeps besides the net."""
 
     moments: float  # bytes per element of the shard: 8, or 8 * mask.keep when packed (open weights only)
-    teachers: int  # frozen earlier states of the net: 1, or 2 with the original
+    teachers: int  # frozen earlier states of the net: teacher, original, both or none
     loss_groups: int
     candidate: bool
     copies: bool  # a checkpoint is copied in memory while it is written

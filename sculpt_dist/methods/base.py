@@ -63,7 +63,7 @@ class Step:
     """What a method sees of one micro-batch of one step."""
 
     student: Predictor
-    teacher: Predictor  # the net before this concept, without gradient
+    teacher: Predictor | None  # the net before this concept, without gradient; only with `needs_teacher`
     original: Predictor | None  # the net before the first concept; only with `needs_original`
     batch: ConceptBatch
     backbone: Backbone
@@ -75,7 +75,7 @@ class Step:
     def frozen(self, source: str) -> Predictor:
         """The frozen net that an option names: teacher or original."""
         chosen = {"teacher": self.teacher, "original": self.original}[source]
-        assert chosen is not None, "a method that uses the original net must set needs_original"
+        assert chosen is not None, f"a method that uses the {source} must set needs_{source}"
         return chosen
 
     def corrupted(self, stream: Stream, time: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -131,6 +131,7 @@ class Method(ABC):
     """
 
     kind: ClassVar[str] = "trains"
+    needs_teacher = True  # whether it uses the net from before the concept; False saves a copy of what it trains
     needs_original = False  # whether it uses the net from before the first concept
     calibration_images = 0  # images per object and style that every candidate draws for `judge`
     reference_mask = False  # mask and schedule behave as in the published code (see dm_cal.REFERENCE)

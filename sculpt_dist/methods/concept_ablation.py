@@ -36,6 +36,8 @@ class Config:
 class Method(Base):
     """Trains matrices of the cross-attention; draws no samples of the target."""
 
+    needs_teacher = False
+
     def __init__(self, config: Config) -> None:
         unknown = set(config.parts) - {"q", "k", "v", "out"}
         if unknown or not config.parts:

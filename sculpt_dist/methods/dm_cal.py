@@ -79,6 +79,7 @@ class Method(Base):
         self.label_source = "student" if self.compat else config.label_source
         self.label_guidance = 0.0 if self.compat else config.label_guidance
         self.needs_original = self.label_source == "original"
+        self.needs_teacher = self.label_source == "teacher" or bool(config.anchors and config.distill_weight)
         self.reference_mask = self.compat
 
     def streams(self) -> Sequence[StreamSpec]:
@@ -107,10 +108,10 @@ class Method(Base):
             anchored = [(step.corrupted(anchor, anchor_time, "anchor")[0], anchor_time, anchor.cond)]
         labels = [(noisy_target, time, step.batch.target_as_superclass), requests[0]][: 2 if self.label_guidance else 1]
         if self.label_source == "teacher":  # one teacher forward for label and distillation
-            answers = step.teacher.all(labels + anchored)
+            answers = step.frozen("teacher").all(labels + anchored)
         else:
             source = step.student if self.label_source == "student" else step.frozen("original")
-            answers = source.without_gradient(labels) + (step.teacher.all(anchored) if anchored else [])
+            answers = source.without_gradient(labels) + (step.frozen("teacher").all(anchored) if anchored else [])
         label = guided_label(answers[0], answers[1], self.label_guidance) if self.label_guidance else answers[0]
         predicted = step.student.all(requests + anchored)
         terms = {

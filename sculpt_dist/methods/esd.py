@@ -55,6 +55,7 @@ class Method(Base):
             raise ConfigError(f"method.sampler_steps={config.sampler_steps}: must be at least 1")
         self.config = config
         self.needs_original = config.reference == "original"
+        self.needs_teacher = config.reference == "teacher"
 
     def streams(self) -> Sequence[StreamSpec]:
         return (StreamSpec("target", latents=False),)

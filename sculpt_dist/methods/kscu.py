@@ -94,7 +94,7 @@ class Method(Base):
         index = key_step(step.update, config.start, config.sampler_steps)
         latents, time, prompts = step.student_latents(index, config.sampler_steps, config.guidance)
         cond, empty_cond = step.backbone.embed(prompts), step.empty(len(prompts))
-        empty, with_prompt = step.teacher.all([(latents, time, empty_cond), (latents, time, cond)])
+        empty, with_prompt = step.frozen("teacher").all([(latents, time, empty_cond), (latents, time, cond)])
         leak = (config.leakage * (1 - step.backbone.noise_level(time))).view(-1, 1, 1, 1)  # [B, 1, 1, 1]
         disturbed = self._disturbed(step, prompts) if step.progress >= DISTURBED else cond
         forgets, leaks = step.student.all([(latents, time, disturbed), (latents, time, empty_cond)])

@@ -39,6 +39,8 @@ class Config:
 class Method(Base):
     """Trains one group's matrices."""
 
+    needs_teacher = False
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

@@ -36,6 +36,8 @@ class Config:
 class Method(Base):
     """Trains all matrices of the net."""
 
+    needs_teacher = False
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

@@ -85,6 +85,8 @@ class Config:
 class Method(Base):
     """Trains an adapter on the attention matrices of the chosen blocks, or these matrices themselves."""
 
+    needs_teacher = False
+
     def __init__(self, config: Config) -> None:
         if config.contrast not in CONTRASTS:
             raise ConfigError(f"method.contrast={config.contrast}: choose one of {', '.join(CONTRASTS)}")

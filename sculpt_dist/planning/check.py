@@ -121,12 +121,12 @@ def first_step(setup: RunSetup, backbone: Backbone, size: int) -> tuple[Method, 
     """(the method, prepared for the last concept; a micro-batch of it), as shapes."""
     method, plan = setup.trained
     frozen: Any = torch.no_grad  # without values, a teacher differs only in having no gradient
-    student, teacher = Predictor(backbone, backbone.net), Predictor(backbone, backbone.net, frozen)
+    student, earlier = Predictor(backbone, backbone.net), Predictor(backbone, backbone.net, frozen)
     batch = _batch(method, backbone, setup.prompts, size)
     with as_model_error(f"{backbone.folder / backbone.net_name}, the method's preparation"):
         method = method.prepare(Setup(0, backbone, plan.updates, setup.prompts[-1]))
     draws, path = Draws(0, 0, 0, range(size), META), MetaTrajectory(backbone)
-    original = teacher if method.needs_original else None
+    teacher, original = (earlier if needed else None for needed in (method.needs_teacher, method.needs_original))
     return method, Step(student, teacher, original, batch, backbone, draws, path, 0, 0.0)
 
 

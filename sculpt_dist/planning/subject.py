@@ -79,7 +79,7 @@ class Subject:
         packed = config.engine.moments == "open"
         return Kept(
             moments=8 * config.mask.keep if packed else 8.0,
-            teachers=2 if self.method.needs_original else 1,
+            teachers=int(self.method.needs_teacher) + int(self.method.needs_original),
             loss_groups=len(self.training),
             candidate=bool(self.method.candidate_every(config.train.steps)),
             copies=config.train.background_save and config.train.checkpoint_every > 0,

@@ -70,14 +70,20 @@ class Trainer:
             if resumed is not None:
                 state.restore(run, resumed)
             resumed = None
-            self.backbone.release()  # prompts are embedded and latents stored, so free the encoders' memory
-            with saver:
-                with session.costs.counting("train"):
-                    save = lambda: state.save(run)  # noqa: B023, E731 (called in this iteration)
-                    run_concept(run, engine, self.backbone, train, session.tracker.log, save, session.stop)
-                state.save_between(number + 1)
-                session.score(engine.net, stage_after(number), concepts[: number + 1])
+            self._unlearn_concept(engine, run, state, saver)
+            del run  # with its teacher and its start, before those of the next concept are made
         return engine.full_weights()
+
+    def _unlearn_concept(self, engine: Engine, run: ConceptRun, state: TrainingState, saver: Saver) -> None:
+        """Train one concept, with checkpoints within it and after it, and score the result."""
+        session = self.session
+        self.backbone.release()  # prompts are embedded and latents stored, so free the encoders' memory
+        with saver:
+            with session.costs.counting("train"):
+                save, train = (lambda: state.save(run)), self.setup.config.train
+                run_concept(run, engine, self.backbone, train, session.tracker.log, save, session.stop)
+            state.save_between(run.number + 1)
+            session.score(engine.net, stage_after(run.number), self.setup.concepts[: run.number + 1])
 
     def _count_weights(self, engine: Engine) -> dict[str, int]:
         """Counts of all weights, trained weights and open weights. Raises ConfigError if none would be open."""
@@ -101,7 +107,7 @@ class Trainer:
             streams=concept_streams(self.setup, self.backbone, self.group, number),
             prompts=prompts,
             measure=lambda: self._calibrate(engine, number),
-            teacher=engine.snapshot(),
+            teacher=engine.snapshot() if self.method.needs_teacher else None,
             original=original,
             recent=LossWindow(),
             start=start,

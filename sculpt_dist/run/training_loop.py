@@ -59,7 +59,7 @@ class ConceptRun:
     streams: ConceptStreams
     prompts: ConceptPrompts
     measure: Callable[[], Mapping[str, float]]  # scores of images of the present weights, for methods that judge
-    teacher: FrozenWeights
+    teacher: FrozenWeights | None
     original: FrozenWeights | None
     recent: LossWindow
     start: list[Tensor]  # this rank's fp32 shards before the concept
@@ -129,7 +129,7 @@ def _micro_step(
     """What the method sees of one micro-batch."""
     return Step(
         student=Predictor(backbone, engine.net),
-        teacher=Predictor(backbone, engine.net, run.teacher),
+        teacher=Predictor(backbone, engine.net, run.teacher) if run.teacher else None,
         original=Predictor(backbone, engine.net, run.original) if run.original else None,
         batch=batch,
         backbone=backbone,

@@ -54,7 +54,7 @@ class Method(Base):
         assert len(plain) * 2 == len(target)
         time = step.backbone.sample_time(step.rng.uniform("time"))
         noisy, _ = step.corrupted(target, time, "target")
-        (label,) = step.teacher.without_gradient([(noisy, time, step.empty(len(noisy)))])
+        (label,) = step.frozen("teacher").without_gradient([(noisy, time, step.empty(len(noisy)))])
         return Losses({"fade": self.config.weight * mse(step.student(noisy, time, target.cond), label)})
 ''',
     "backbones/sd15_again.py": '''

@@ -75,7 +75,7 @@ def main(overrides: list[str]) -> None:
         streams=ConceptStreams(readers, layout, 0, 0),
         prompts=prompts,
         measure=dict,
-        teacher=engine.snapshot(),
+        teacher=engine.snapshot() if method.needs_teacher else None,
         original=engine.snapshot() if method.needs_original else None,
         recent=LossWindow(),
         start=start,
