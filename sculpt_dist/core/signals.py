@@ -12,9 +12,9 @@ early: list[int] = []  # signals that arrived before a run listened for them
 def catch_early_signals() -> None:
     """Record a signal instead of exiting at once; the run stops as soon as it can, and can be requeued.
 
-    SIGINT is left alone: until the run listens, Ctrl-C ends it.
+    Until the run listens, Ctrl-C ends it at once.
     """
-    for number in STOPPING[1:]:
+    for number in STOPPING:
         if not is_ignored(number):
             signal.signal(number, _note)
 
@@ -26,3 +26,5 @@ def is_ignored(number: int) -> bool:
 
 def _note(number: int, frame: FrameType | None) -> None:
     early.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt

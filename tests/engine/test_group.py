@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import time
 
@@ -56,7 +57,8 @@ def test_one_process_in_an_allocation_of_several_tasks_is_alone(environment):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_rank_that_waits_for_the_others_can_be_ended(tmp_path, number, code):
     config = str(PROJECT / "configs" / "canvas" / "dm_cal.yaml")
-    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    port = free_port()
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     process = subprocess.Popen(
         [python(), "-m", "sculpt_dist", "unlearn", config, f"run.folder={tmp_path / 'run'}"],
         env=rank_environment() | alone,
@@ -64,8 +66,10 @@ def test_a_rank_that_waits_for_the_others_can_be_ended(tmp_path, number, code):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    time.sleep(2)
-    assert process.poll() is None
+    with socket.socket() as probe:
+        while probe.connect_ex(("127.0.0.1", port)):  # until it waits there
+            assert process.poll() is None
+            time.sleep(0.05)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=10)
     assert process.returncode == code and "Traceback" not in printed, printed

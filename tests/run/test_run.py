@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -435,3 +436,23 @@ def test_every_method_forgets_a_style_after_an_object(tmp_path, name):
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert [concept["kind"] for concept in report["concepts"]] == ["object", "style"]
     assert report["after"]["UA"] is not None and report["weights"]["trained"] > 0
+
+
+@pytest.mark.slow
+def test_a_hundred_and_twenty_concepts_are_forgotten_with_few_open_files(tmp_path):
+    folder = tmp_path / "run"
+    concepts = json.dumps([{"target": f"n{i}", "superclass": "animal"} for i in range(120)])
+    given = [f"concepts={concepts}", 'prepare.prompts.object=["{concept}"]', "model.cut_prompts=true"]
+    given += ["prepare.samples=2", "prepare.steps=1", "prepare.batch=1", "train.steps=2", "train.batch=2"]
+    given += ["mask.collect=0", "mask.refresh=0", "mask.saliency=random", "train.checkpoint_every=0"]
+    given += ["evaluate.enabled=false", f"run.folder={folder}"]
+    limited = ["bash", "-c", 'ulimit -n 256; exec "$@"', "-", sys.executable, "-m", "sculpt_dist", "unlearn"]
+    config = str(PROJECT / "configs" / "canvas" / "dm_cal.yaml")
+    done = subprocess.run([*limited, config, *given], env=rank_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = {path.name for path in (folder / "checkpoints").glob("step-*")}
+    assert kept == {"step-119-000000", "step-120-000000"}
+    assert [(entry["concept"], entry["step"]) for entry in lines(folder)] == [
+        (c, s) for c in range(120) for s in (0, 1)
+    ]
+    assert len(json.loads((folder / "report" / "report.json").read_text())["concepts"]) == 120

@@ -25,7 +25,7 @@ from torch import Tensor
 from sculpt_dist.backbones.formats.stored_net import StoredNet, refuse_pickles
 from sculpt_dist.backbones.io.folders import is_named, pipeline_index, weight_indices
 from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, raw_bytes, write_tensors
-from sculpt_dist.backbones.io.writing import COPIED
+from sculpt_dist.backbones.io.writing import settings_files
 from sculpt_dist.core.errors import ModelError
 
 FORMAT, VERSION = "sculpt-dist delta", "1"
@@ -234,8 +234,8 @@ def _copied(net: StoredNet) -> list[Path]:
         if part.is_dir() and part.name != net.name and is_named(index, part.name):
             if (part / "config.json").is_file():  # a model; a tokenizer's folder may hold other files
                 refuse_pickles(part)
-            wanted = (*COPIED, ".safetensors", ".md")
-            files += [file for file in part.iterdir() if file.suffix in wanted or file.name in documents]
+            files += [*settings_files(part), *part.glob("*.safetensors"), *part.glob("*.safetensors.index.*json")]
+            files += [file for file in part.iterdir() if file.suffix == ".md" or file.name in documents]
     files += [net.part / "config.json", *weight_indices(net.part)]
     return sorted(file for file in files if file.is_file())
 

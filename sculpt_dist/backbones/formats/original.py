@@ -28,7 +28,7 @@ from sculpt_dist.backbones.formats.original_names import (
 )
 from sculpt_dist.backbones.io.folders import is_named, weight_files
 from sculpt_dist.backbones.io.tensorfile import Entry, entries, write_tensors
-from sculpt_dist.backbones.io.writing import COPIED, set_dtype
+from sculpt_dist.backbones.io.writing import set_dtype, settings_files
 from sculpt_dist.core.errors import ModelError
 
 __all__ = ["looks_like", "read_single_file", "write_single_file"]
@@ -263,9 +263,8 @@ def _copy_settings(template: Path, folder: Path, plan: dict[str, list[Original]]
                 f"{template / part}: the template lacks this component; give a complete diffusers pipeline folder"
             )
         (folder / part).mkdir()
-        for source in sorted((template / part).iterdir()):
-            if source.suffix in COPIED and ".index." not in source.name:
-                shutil.copy(source, folder / part)
+        for source in settings_files(template / part):
+            shutil.copy(source, folder / part)
     if index.get("safety_checker", [None]) == [None, None] and "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -203,8 +203,9 @@ def _single_files(part: Path) -> list[Path]:
 def _stem(part: Path) -> str:
     """How diffusers' components name their weights, or those of transformers."""
     config = part / "config.json"
-    is_diffusers = not config.is_file() or "_class_name" in read_json(config)
-    return "diffusion_pytorch_model" if is_diffusers else "model"
+    settings = read_json(config) if config.is_file() else {}
+    is_transformers = "_class_name" not in settings and ("architectures" in settings or "model_type" in settings)
+    return "model" if is_transformers else "diffusion_pytorch_model"
 
 
 def weight_files(part: Path) -> list[Path]:

@@ -105,14 +105,25 @@ def set_dtype(config: Path, dtype: torch.dtype) -> None:
         config.write_text(json.dumps(content | named, indent=2, sort_keys=True) + "\n")
 
 
+def settings_files(part: Path) -> list[Path]:
+    """A component's settings and vocabularies, which a copy of it takes along.
+
+    Raises ModelError for a link that leads out of the model's folder, other than into the cache of a hub.
+    """
+    files = [file for file in sorted(part.iterdir()) if file.name in COPIED]
+    for file in files:
+        place = file.resolve()
+        if not place.is_relative_to(part.parent.resolve()) and place.parent.name != "blobs":
+            raise ModelError(f"{file}: is a link to {place}, outside the model's folder; put the file itself there")
+    return files
+
+
 def _copy_component(part: Path, into: Path, dtype: torch.dtype) -> None:
     """Copy a component, its weights in `dtype` and under names without a variant."""
     into.mkdir()
     variant = variant_of(part)
-    for file in sorted(part.iterdir()):
-        if file.name in COPIED:
-            _refuse_outsider(file, part.parent)
-            shutil.copy(file, into)
+    for file in settings_files(part):
+        shutil.copy(file, into)
     for file in weight_files(part):
         planned = _in_dtype(entries(file), dtype)
         kept = {entry.name: entry.dtype for entry in planned}
@@ -122,13 +133,6 @@ def _copy_component(part: Path, into: Path, dtype: torch.dtype) -> None:
         (into / _plain(index.name, variant)).write_text(_plain(index.read_text(), variant))
     if (into / "config.json").is_file():
         set_dtype(into / "config.json", dtype)
-
-
-def _refuse_outsider(file: Path, base: Path) -> None:
-    """Raises ModelError for a link that leads out of the model's folder, other than into the cache of a hub."""
-    place = file.resolve()
-    if not place.is_relative_to(base.resolve()) and place.parent.name != "blobs":
-        raise ModelError(f"{file}: is a link to {place}, outside the model's folder; put the file itself there")
 
 
 def _plain(text: str, variant: str | None) -> str:

@@ -553,11 +553,15 @@ def test_duplicate_weights_and_weights_that_cannot_be_stacked_are_refused(writte
     save_file(held | {name: held[name].half()}, weight)
     with pytest.raises(ModelError, match="mixed dtypes .*float16.* cannot be stacked into .*in_proj_weight"):
         write_single_file(tmp_path / "odd", tmp_path / "x.safetensors")
-    shutil.copy(weight, weight.with_name("other.safetensors"))
-    with pytest.raises(ModelError, match="is also in model.safetensors"):
+    shards = [weight.with_name(f"model-0000{i}-of-00002.safetensors") for i in (1, 2)]
+    for shard in shards:
+        shutil.copy(weight, shard)
+    index = weight.with_name("model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {str(i): shard.name for i, shard in enumerate(shards)}}))
+    with pytest.raises(ModelError, match="is also in model-00001-of-00002.safetensors"):
         write_single_file(tmp_path / "odd", tmp_path / "x.safetensors")
-    weight.unlink()
-    weight.with_name("other.safetensors").unlink()
+    for file in (weight, index, *shards):
+        file.unlink()
     with pytest.raises(ModelError, match="text_encoder_2: no .safetensors weights"):
         write_single_file(tmp_path / "odd", tmp_path / "x.safetensors")
 
