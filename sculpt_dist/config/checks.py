@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ POSITIVE = (
     "prepare.samples prepare.steps prepare.batch train.steps train.batch train.accumulate train.lr mask.keep "
     "engine.timeout engine.grace engine.gathered evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap"
 ).split()
+UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, half of a pair, line and paragraph ends
 SHARES = "train.warmup mask.keep mask.turnover mask.until".split()
 MOST = {  # (limit, its unit) of the keys that it applies to
     (1000, "steps, as many as a sampler has"): "prepare.steps evaluate.steps",
@@ -94,14 +96,26 @@ def as_steps(value: float, total: int) -> int:
 
 
 def normal(name: str) -> str:
-    """A concept name for comparison: no case, single spaces."""
-    return " ".join(name.split()).casefold()
+    """A concept name for comparison: no case, single spaces, composed characters."""
+    return unicodedata.normalize("NFC", " ".join(name.split()).casefold())
+
+
+def check_name(key: str, name: str) -> None:
+    """Raises ConfigError for a name with a character that no reader sees: it would be another concept, or break a line.
+
+    The joiners of scripts that write with them are allowed.
+    """
+    unseen = [mark for mark in name if unicodedata.category(mark) in UNSEEN and mark not in "\u200c\u200d"]
+    if unseen:
+        raise ConfigError(f"{key}={name[:200]!r}: contains the invisible character U+{ord(unseen[0]):04X}; remove it")
 
 
 def _check_concepts(config: RunConfig) -> None:
     seen: set[str] = set()
     for i, concept in enumerate(config.concepts):
         key = f"concepts[{i}]"
+        for part, name in (("target", concept.target), ("superclass", concept.superclass or "")):
+            check_name(f"{key}.{part}", name)
         if concept.kind not in ("object", "style"):
             raise ConfigError(f"{key}.kind={concept.kind}: choose object or style")
         if not normal(concept.target):
@@ -116,6 +130,7 @@ def _check_concepts(config: RunConfig) -> None:
             raise ConfigError(f"{key}: the target {concept.target!r} is named twice; remove one")
         seen.add(normal(concept.target))
         for kept in concept.keep:
+            check_name(f"{key}.keep", kept)
             if not normal(kept):
                 raise ConfigError(f"{key}.keep contains an empty name: remove it")
             if normal(kept) in (normal(other.target) for other in config.concepts):
@@ -145,6 +160,8 @@ def _check_prompts(config: RunConfig) -> None:
 
 def _check_evaluation(config: RunConfig) -> None:
     for key, names in (("evaluate.objects", config.evaluate.objects), ("evaluate.styles", config.evaluate.styles)):
+        for name in names:
+            check_name(key, name)
         if not all(normal(name) for name in names):
             raise ConfigError(f"{key} contains an empty name: remove it")
         repeated = [name for i, name in enumerate(names) if normal(name) in map(normal, names[:i])]

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +45,18 @@ def read_object(path: Path, remedy: str, keys: Sequence[str] = ()) -> dict[str, 
 def is_folder_name(name: str) -> bool:
     """Whether a name from a file may become a folder's: one part of a path, and not of the folder above."""
     return bool(name.strip()) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def file_part(name: str, most: int = 80) -> str:
+    """A name as part of a file's name: as it is where every system can keep it, else cleaned, cut and with a checksum.
+
+    At most so many bytes; different names give different parts.
+    """
+    clean = re.sub(r"[^\w .+-]", "_", unicodedata.normalize("NFC", name))
+    if clean == name == name.strip(" .") and len(name.encode()) <= most:
+        return name
+    cut = clean.encode()[: most - 9].decode(errors="ignore").strip(" .")
+    return f"{cut}-{text_sha256(name)[:8]}"
 
 
 def by_number(path: Path) -> tuple[tuple[int, ...], str]:

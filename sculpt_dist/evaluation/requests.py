@@ -14,7 +14,7 @@ from itertools import groupby
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import derived_seed, text_sha256
+from sculpt_dist.core.files import derived_seed, file_part, text_sha256
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
 from sculpt_dist.data.prompts import fill
 
@@ -153,7 +153,7 @@ def _template_requests(settings: EvaluateConfig, world: World) -> list[ImageRequ
                     style=style_index,
                     seed=derived_seed(settings.seed, "evaluate", name, style or "", number, i),
                     guidance=settings.guidance,
-                    shown=_file_name(name, style) if number == 0 and i == 0 else None,
+                    shown=image_name(name, style) if number == 0 and i == 0 else None,
                 )
                 requests.append(request)
     return requests
@@ -199,12 +199,13 @@ def _listed_requests(settings: EvaluateConfig, world: World, first_id: int) -> I
             raise ConfigError(f"evaluate.prompts names {name!r}, which is not evaluated; choose from: {names}")
         is_object = normal(name) in objects
         indices = (objects.index(normal(name)), -1) if is_object else (-1, styles.index(normal(name)))
-        shown = _file_name(name, None) if is_object else _file_name(None, name)
+        shown = image_name(name, None) if is_object else image_name(None, name)
         for i, line in enumerate(read_prompts(file)):
             yield request(name, i, line, *indices, None if i else shown)
     for i, line in enumerate(read_prompts(settings.retain_prompts) if settings.retain_prompts else ()):
         yield request("", i, line, -1, -1, None)
 
 
-def _file_name(name: str | None, style: str | None) -> str:
-    return f"{name or 'none'}--{style or 'none'}.png".replace("/", "-")
+def image_name(name: str | None, style: str | None) -> str:
+    """The file of the image of an object in a style."""
+    return f"{file_part(name or 'none')}--{file_part(style or 'none')}.png"

@@ -12,7 +12,7 @@ import numpy as np
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.experiments import Comparison, Table
 from sculpt_dist.config.schema import Concept, RunConfig
-from sculpt_dist.evaluation.requests import World, resolve_evaluation
+from sculpt_dist.evaluation.requests import World, image_name, resolve_evaluation
 from sculpt_dist.evaluation.scoring import score_targets
 from sculpt_dist.maths.accuracy import Answers, Counts, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.maths.comparison import HARMONIC, percentiles, resampled_scores, resampling, score_means, stacked
@@ -128,8 +128,8 @@ def _shown_images(cell: FinishedCell, folder: Path) -> list[Path]:
     """Six objects, targets first, in two styles each."""
     targets = [concept.target for concept in cell.concepts if concept.kind == "object"]
     kept = [name for name in cell.world.objects if normal(name) not in map(normal, targets)]
-    styles = (cell.world.styles or ("none",))[:2]
-    return [folder / f"{name}--{style}.png" for name in [*targets, *kept][:6] for style in styles]
+    styles = (cell.world.styles or (None,))[:2]
+    return [folder / image_name(name, style) for name in [*targets, *kept][:6] for style in styles]
 
 
 def _other_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sculpt_dist.core.errors import RunFolderError
+from sculpt_dist.core.files import file_part
 from sculpt_dist.report.figures import shorten
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def read_grid(before: Path, after: Path | None, names: Sequence[str], targets: S
     found = [*sides[0], *sides[1]]
     if not found:
         return None
-    order = {slug: at for at, slug in reversed(list(enumerate(map(_slug, [*targets, *names]))))}
-    is_target = set(map(_slug, targets))
-    labels = {_slug(name): name for name in [*names, *targets]}
+    order = {slug: at for at, slug in reversed(list(enumerate(map(_name_slug, [*targets, *names]))))}
+    is_target = set(map(_name_slug, targets))
+    labels = {_name_slug(name): name for name in [*names, *targets]}
     all_objects, all_styles = (
         sorted({pair[at] for pair in found}, key=lambda slug: (order.get(slug, len(order)), slug)) for at in (0, 1)
     )
@@ -163,6 +164,10 @@ def _thumbnail(image: Image | None, is_tiny: bool) -> Image | None:
         return None
     resampling = Image.Resampling.NEAREST if is_tiny else Image.Resampling.LANCZOS
     return ImageOps.pad(image, (THUMB, THUMB), method=resampling, color="white")
+
+
+def _name_slug(name: str) -> str:
+    return _slug(file_part(name))
 
 
 def _slug(name: str) -> str:

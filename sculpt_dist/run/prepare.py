@@ -16,7 +16,7 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, PrepareConfig
-from sculpt_dist.core.errors import ShardError
+from sculpt_dist.core.errors import NonFiniteError, ShardError
 from sculpt_dist.core.files import derived_seed, file_sha256, text_sha256, write_atomically
 from sculpt_dist.core.progress import progress
 from sculpt_dist.data.images import open_image, own_images
@@ -50,7 +50,8 @@ def data_folder(run: Path, concept: Concept, source: str) -> Path:
     """The shards of one source of one concept; a name with special characters gets a checksum."""
     name = normal(concept.target)
     plain = re.sub(r"[^a-z0-9]+", "-", name)
-    unique = plain if plain.replace("-", " ") == name else f"{plain}-{text_sha256(name)[:8]}"
+    is_plain = plain.replace("-", " ") == name and len(plain) <= 100
+    unique = plain if is_plain else f"{plain[:100]}-{text_sha256(name)[:8]}"
     return run / "data" / f"{concept.kind}-{unique}" / source
 
 
@@ -200,6 +201,12 @@ class Drawing:
             latents, sizes = self._encode(plan, ids)
         else:
             latents, sizes = self._draw(plan, ids, prompts), [self.backbone.size_ids] * len(ids)
+        if not bool(torch.isfinite(latents).all()):
+            cause = "the model encodes" if plan.images else f"prepare.guidance={self.prepare.guidance:g} draws"
+            raise NonFiniteError(
+                f"the samples of {plan.label}: {cause} values that are not finite in {self.backbone.dtype}; choose "
+                "another model.dtype, or a lower guidance"
+            )
         return [Sample(*sample) for sample in zip(latents, prompts, ids, sizes)]
 
     def _draw(self, plan: SourcePlan, ids: Sequence[int], prompts: Sequence[str]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from harness import PROJECT
+from omegaconf import OmegaConf
 from setups import method_of
 
 from sculpt_dist.config.checks import check_batch
@@ -142,3 +143,20 @@ def test_a_home_folder_is_expanded_in_every_place_and_written_as_it_was(tmp_path
     assert str(tmp_path) not in to_yaml(config) and to_yaml(config).count("~/x") == len(keys)
     with pytest.raises(ConfigError, match="run.folder=~nosuchuser/r: there is no such user"):
         load_config(None, ["run.folder=~nosuchuser/r"])
+
+
+@pytest.mark.parametrize("mark", ["\n", "\t", "\u200b", "\u202e", "\ufeff", "\x7f", "\u2028"])
+def test_names_with_invisible_characters_are_refused(mark):
+    name = f"ca{mark}t"
+    for concept in ({"target": name, "superclass": "animal"}, {"target": "cat", "superclass": name}):
+        with pytest.raises(ConfigError, match=r"concepts\[0\].*contains the invisible character U\+"):
+            load_config(None, OmegaConf.create({"concepts": [concept]}))
+    with pytest.raises(ConfigError, match="evaluate.objects.*invisible character"):
+        load_config(None, OmegaConf.create({"evaluate": {"objects": [name]}}))
+
+
+def test_one_word_in_two_forms_of_unicode_is_one_concept():
+    concepts = [{"target": name, "superclass": "dish"} for name in ("caf\u00e9", "cafe\u0301")]
+    with pytest.raises(ConfigError, match="is named twice"):
+        load_config(None, OmegaConf.create({"concepts": concepts}))
+    load_config(None, OmegaConf.create({"concepts": [{"target": "\u0645\u06cc\u200c\u062e", "superclass": "a"}]}))

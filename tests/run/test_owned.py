@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import PROJECT, SMALL, TINY_RUN, sculpt
+from harness import PROJECT, SMALL, TINY_RUN, launch, sculpt
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.config.load import load_config
-from sculpt_dist.core.errors import ConfigError, NonFiniteError, RunFolderError
+from sculpt_dist.core.errors import ConfigError, ModelError, NonFiniteError, RunFolderError
 from sculpt_dist.engine.group import Group
 from sculpt_dist.run.export import export_model
+from sculpt_dist.run.model import base_fingerprint
 from sculpt_dist.run.owned import make_room
 from sculpt_dist.run.setup import resolve
 
@@ -150,3 +153,47 @@ def test_a_full_disk_leaves_the_earlier_model_and_no_debris(tmp_path, monkeypatc
     with pytest.raises(RunFolderError, match=r"model: cannot be written: .*No space left on device.* GB free"):
         export_model("float32", backbone, [], tmp_path / "model", Group(60))
     assert {path.name for path in tmp_path.iterdir()} == {"model", ".model-written"}
+
+
+def test_samples_that_are_not_finite_are_refused_when_they_are_drawn(canvas_config, tmp_path):
+    given = [*ONE_STEP, "prepare.guidance=1e38", f"run.folder={tmp_path / 'run'}"]
+    printed = sculpt("prepare", canvas_config, *given, code=2)
+    assert "NonFiniteError: the samples of object bird target: prepare.guidance=1e+38 draws values" in printed
+    assert not list((tmp_path / "run").rglob("*.tar"))
+
+
+def test_changed_embeddings_are_made_anew(run):
+    file = run / "data" / "embeddings.safetensors"
+    with safe_open(file, "pt") as content:
+        about = content.metadata()
+    backbone = Backbone(ASSETS, torch.float32, torch.device("cpu"))
+    assert backbone.read_embeddings(file, about["key"])
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, about)
+    assert not backbone.read_embeddings(file, about["key"])
+
+
+def test_a_cut_list_of_checksums_is_refused(run):
+    base_fingerprint(run / "model")
+    lines = (run / "model" / "CHECKSUMS").read_text().splitlines(keepends=True)
+    for kept in ([], lines[1:], lines[:-1]):
+        (run / "model" / "CHECKSUMS").write_text("".join(kept))
+        with pytest.raises(ModelError, match="is not in CHECKSUMS"):
+            base_fingerprint(run / "model")
+    (run / "model" / "CHECKSUMS").write_text("".join([*lines, "0" * 64 + "  unet/gone.safetensors\n"]))
+    with pytest.raises(ModelError, match=r"gone\.safetensors: is missing, but CHECKSUMS lists it"):
+        base_fingerprint(run / "model")
+
+
+def test_a_long_name_is_forgotten_and_drawn(canvas_config, tmp_path):
+    name = "x" * 280
+    given = [*SMALL, "train.steps=1", "mask.collect=1", "prepare.samples=2", "train.batch=2", "model.cut_prompts=true"]
+    given += [f"concepts=[{{target: {name}, superclass: animal}}]", "evaluate.objects=[bird]", "evaluate.styles=[neon]"]
+    given += [f"run.folder={tmp_path / 'run'}", "evaluate.classifier=own:any_detector:Blind"]
+    detector = "from sculpt_dist.evaluation.classifiers.base import Classifier, Verdict\nimport torch\n"
+    detector += "class Blind(Classifier):\n    def classify(self, images):\n"
+    detector += "        return Verdict(torch.full((len(images),), -1), torch.full((len(images),), -1))\n"
+    (tmp_path / "any_detector.py").write_text(detector)
+    launch(1, "-m", "sculpt_dist", "unlearn", canvas_config, *given, modules=tmp_path)
+    (image,) = (tmp_path / "run" / "evaluation" / "after-00" / "images").glob("xxx*--neon.png")
+    assert len(image.name) < 100
+    assert (tmp_path / "run" / "report" / "report.html").is_file()

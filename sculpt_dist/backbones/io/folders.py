@@ -269,7 +269,10 @@ def file_tensors(file: Path, wanted: Container[str] | None = None) -> Iterator[t
 
 
 def expected_checksums(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
-    """The known sha256 of files: from CHECKSUMS, or from the hub's cache, which names large files by it."""
+    """The known sha256 of files: from CHECKSUMS, or from the hub's cache, which names large files by it.
+
+    Raises ModelError when CHECKSUMS lacks one of the files, or lists one that is gone.
+    """
     known = {}
     for file in files:
         stored = file.resolve()
@@ -278,5 +281,10 @@ def expected_checksums(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
     if (folder / CHECKSUMS).is_file():
         lines = (folder / CHECKSUMS).read_text().splitlines()
         named = {folder / name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+        for file in [*(f for f in named if not f.is_file()), *(f for f in files if f not in named)]:
+            fault = "is not in CHECKSUMS" if file.is_file() else "is missing, but CHECKSUMS lists it"
+            raise ModelError(
+                f"{file}: {fault}: fetch the folder again, or remove CHECKSUMS if you have changed it on purpose"
+            )
         known |= {file: named[file] for file in files if file in named}
     return known

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from sculpt_dist.backbones.io.tensorfile import raw_bytes
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.core.types import TextCond
 
@@ -60,7 +63,8 @@ class PromptEmbeddings:
             f.name: getattr(cond, f.name) for f in fields(cond) if f.name != "size_ids"
         }  # they follow the options
         tensors = {name: tensor.contiguous().cpu() for name, tensor in stored.items() if tensor is not None}
-        write_atomically(file, save(tensors, {"key": key, "prompts": json.dumps([list(prompts), list(negatives)])}))
+        about = {"key": key, "prompts": json.dumps([list(prompts), list(negatives)]), "sha256": _digest(tensors)}
+        write_atomically(file, save(tensors, about))
 
     def read(self, file: Path, key: str) -> bool:
         """Take the embeddings from such a file; False when there is none with this key, or it is damaged."""
@@ -73,10 +77,12 @@ class PromptEmbeddings:
                 about = content.metadata() or {}
                 if about.get("key") != key:
                     return False
-                names = content.keys()  # safe_open itself is not iterable
-                cond = TextCond(**{name: content.get_tensor(name).to(self.device) for name in names})
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not iterable)
         except SafetensorError:
             return False
+        if about.get("sha256", _digest(tensors)) != _digest(tensors):  # earlier versions did not write it
+            return False
+        cond = TextCond(**{name: tensor.to(self.device) for name, tensor in tensors.items()})
         prompts, negatives = json.loads(about["prompts"])
         cond = self._with_size_ids(cond)
         self._remember(prompts, cond, negative=False)
@@ -85,3 +91,12 @@ class PromptEmbeddings:
 
     def _remember(self, prompts: Sequence[str], cond: TextCond, negative: bool) -> None:
         self._known |= {(prompt, negative): cond[i : i + 1] for i, prompt in enumerate(prompts)}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A checksum over names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
