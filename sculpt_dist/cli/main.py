@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import time
+from importlib.metadata import version
 from types import TracebackType
 from typing import NoReturn
 
@@ -19,11 +20,29 @@ from sculpt_dist.core.errors import LaunchError, NonFiniteError, SculptError, St
 
 DONE, CRASHED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
-REFUSED_BY_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+REFUSED_BY_DISK = (  # what a user mends: room, permissions, a file where a folder should be
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 app = typer.Typer(
     help="Make a text-to-image diffusion model forget concepts.", no_args_is_help=True, pretty_exceptions_enable=False
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sculpt-dist {version('sculpt-dist')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Make a text-to-image diffusion model forget concepts."""
+
+
 canvas_app = typer.Typer(
     help="The embedded benchmark: a drawn world and tiny models trained on it.", no_args_is_help=True
 )

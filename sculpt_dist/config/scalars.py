@@ -7,10 +7,11 @@ schema; there a number with leading zeros stays text, too. Quotes always make te
 
 from __future__ import annotations
 
+import itertools
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, cast
@@ -26,6 +27,7 @@ SPECIAL = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 TEXT = "tag:yaml.org,2002:str"
 MERGE = "<<"
 MAX_DEPTH = 50
+MAX_VALUES = 1_000_000  # a few lines with anchors can stand for billions
 
 
 class _Loader(yaml.composer.Composer, yaml.parser.Parser, yaml.scanner.Scanner, yaml.reader.Reader):
@@ -55,7 +57,7 @@ def read_text(text: str, kind: Any) -> Any:
     refuse. Raises yaml.YAMLError.
     """
     node = _Loader(text).get_single_node()
-    return None if node is None else _value(node, kind, 0)
+    return None if node is None else _value(node, kind, 0, itertools.count(1))
 
 
 def read_scalar(text: str, kind: Any) -> Any:
@@ -102,15 +104,18 @@ def hints(section: Any) -> Mapping[str, Any]:
     return typing.get_type_hints(section)
 
 
-def _value(node: Any, kind: Any, depth: int) -> Any:
+def _value(node: Any, kind: Any, depth: int, counter: Iterator[int]) -> Any:
+    """The value of a node; `counter` counts those of the whole document."""
     if depth > MAX_DEPTH:
         raise yaml.MarkedYAMLError(problem=f"is nested more than {MAX_DEPTH} deep", problem_mark=node.start_mark)
+    if next(counter) > MAX_VALUES:
+        raise yaml.MarkedYAMLError(problem=f"stands for over {MAX_VALUES:,} values", problem_mark=node.start_mark)
     kind = _bare(kind)
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, kind, depth)
+        return _mapping(node, kind, depth, counter)
     if isinstance(node, yaml.SequenceNode):
         _refuse_tag(node, "tag:yaml.org,2002:seq")
-        return [_value(member, type_at(kind, [i]), depth + 1) for i, member in enumerate(node.value)]
+        return [_value(member, type_at(kind, [i]), depth + 1, counter) for i, member in enumerate(node.value)]
     _refuse_tag(node, TEXT)
     if node.style is not None:  # quoted, or a block
         return node.value
@@ -119,7 +124,7 @@ def _value(node: Any, kind: Any, depth: int) -> Any:
     return node.value if kind is str else _core(node.value)
 
 
-def _mapping(node: yaml.MappingNode, kind: Any, depth: int) -> dict[Any, Any]:
+def _mapping(node: yaml.MappingNode, kind: Any, depth: int, counter: Iterator[int]) -> dict[Any, Any]:
     _refuse_tag(node, "tag:yaml.org,2002:map")
     found: dict[Any, Any] = {}
     merged: dict[Any, Any] = {}
@@ -130,11 +135,11 @@ def _mapping(node: yaml.MappingNode, kind: Any, depth: int) -> dict[Any, Any]:
             for other in member.value if isinstance(member, yaml.SequenceNode) else [member]:
                 if not isinstance(other, yaml.MappingNode):
                     raise yaml.MarkedYAMLError(problem="<< takes a mapping", problem_mark=member.start_mark)
-                merged = _mapping(other, kind, depth + 1) | merged
+                merged = _mapping(other, kind, depth + 1, counter) | merged
             continue
         if name.value in found:
             raise yaml.MarkedYAMLError(problem=f"found duplicate key {name.value}", problem_mark=name.start_mark)
-        found[name.value] = _value(member, type_at(kind, [name.value]), depth + 1)
+        found[name.value] = _value(member, type_at(kind, [name.value]), depth + 1, counter)
     return merged | found
 
 

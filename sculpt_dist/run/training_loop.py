@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 from torch import Tensor
@@ -181,6 +182,7 @@ def _entry(
 ) -> dict[str, Any]:
     """One line of metrics.jsonl; all ranks call this. `global_step` counts across concepts."""
     entry: dict[str, Any] = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "concept": run.number,
         "target": run.target,
         "step": step,

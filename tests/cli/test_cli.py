@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import PROJECT, rank_environment
+from harness import PROJECT, rank_environment, sculpt
 
 from sculpt_dist.cli.options import complete_override
 
@@ -106,3 +106,9 @@ def test_every_method_file_completes_method_name():
     files = (PROJECT / "sculpt_dist" / "methods").glob("*.py")
     names = sorted(file.stem for file in files if file.stem not in ("__init__", "base"))
     assert complete_override("method.name=") == [f"method.name={name}" for name in names]
+
+
+def test_the_version_is_printed():
+    from importlib.metadata import version
+
+    assert sculpt("--version").strip() == f"sculpt-dist {version('sculpt-dist')}"

@@ -78,6 +78,17 @@ def test_deep_nesting_is_refused(tmp_path: Path) -> None:
             load_config(tmp_path / "run.yaml")
 
 
+def test_a_few_lines_that_stand_for_billions_are_refused_and_thousands_of_concepts_are_read(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="stands for over 1,000,000 values"):
+        load_config(tmp_path / "bomb.yaml")
+    concepts = "".join(f"  - {{target: n{i}, superclass: animal}}\n" for i in range(3000))
+    (tmp_path / "many.yaml").write_text(f"concepts:\n{concepts}")
+    assert len(load_config(tmp_path / "many.yaml").concepts) == 3000
+
+
 def test_keys_with_names_of_the_user_and_members_of_lists_can_be_overridden() -> None:
     for name in ("van gogh", '"van gogh"', "'van gogh'"):
         given = ["concepts=[{target: van gogh, kind: style}]", f"prepare.prompts.files.{name}=F"]

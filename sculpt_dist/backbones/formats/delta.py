@@ -137,7 +137,7 @@ def read_delta(file: Path) -> Delta:
         changes = {name: Change(**change) for name, change in json.loads(metadata["tensors"]).items()}
         planned = {name: _bits_dtype(change) for name, change in changes.items()}
         delta = Delta(file, metadata["pipeline"], metadata["net"], changes)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{file}: its metadata is damaged ({type(error).__name__}: {error}); copy or download it again"
         ) from error

@@ -29,9 +29,11 @@ STOCHASTIC = ("Ancestral", "SDE", "sde", "LCM", "TCD", "DDPM", "SASolver")
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a json file. Raises ModelError when there is none."""
+    if file.exists() and not file.is_file():
+        raise ModelError(f"{file}: is no regular file")  # a pipe would make the run wait for ever
     try:
         content = json.loads(file.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: is damaged, no readable json ({error})") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file}: is damaged, it holds a {type(content).__name__} in place of named settings")

@@ -71,7 +71,7 @@ def entries(file: Path) -> list[Entry]:
         raise ModelError(f"{file}: is cut short, within its header (it has {size} bytes); copy or download it again")
     try:
         found = sorted(_placed(name, value) for name, value in json.loads(text).items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{file}: its safetensors header is damaged ({type(error).__name__}: {error}); copy or download it again"
         ) from error

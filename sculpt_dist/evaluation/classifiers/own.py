@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.errors import ConfigError, SculptError, StopRequested
 from sculpt_dist.evaluation.classifiers.base import Classifier, Verdict, find_names, renumber
 
 
@@ -21,14 +23,16 @@ class Judge(Classifier):
 
     def __init__(self, where: str, objects: Sequence[str], styles: Sequence[str]) -> None:
         self._spec = f"evaluate.classifier=own:{where}"
-        self._detector = _find_class(where, self._spec)(where, objects, styles)
+        with self._naming_the_class():
+            self._detector = _find_class(where, self._spec)(where, objects, styles)
         super().__init__(where, objects, styles if self._detector.styles else ())
         self._wanted_objects = find_names("evaluate.objects", self.objects, self._detector.objects)
         self._wanted_styles = find_names("evaluate.styles", self.styles, self._detector.styles)
 
     def classify(self, images: Tensor) -> Verdict:
         """uint8 images [B, 3, h, w] -> Verdict. Raises ConfigError when the detector returns anything else."""
-        verdict = self._detector.classify(images)
+        with self._naming_the_class():
+            verdict = self._detector.classify(images)
         if not isinstance(verdict, Verdict):
             raise ConfigError(f"{self._spec}: classify returned a {type(verdict).__name__}, expected a Verdict")
         num_objects, num_styles = len(self._detector.objects), len(self._detector.styles)
@@ -38,6 +42,17 @@ class Judge(Classifier):
             return Verdict(seen_objects, None)
         self._check("styles", verdict.styles, len(images), num_styles)
         return Verdict(seen_objects, renumber(verdict.styles, self._wanted_styles, num_styles))
+
+    @contextmanager
+    def _naming_the_class(self) -> Iterator[None]:
+        """Any error of the user's code becomes one line that names its class; the traceback goes to stderr."""
+        try:
+            yield
+        except (SculptError, StopRequested, KeyboardInterrupt):
+            raise
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            raise ConfigError(f"{self._spec}: your class failed with {type(error).__name__}: {error}") from error
 
     def _check(self, member: str, indices: Tensor, num_images: int, num_names: int) -> None:
         if indices.shape != (num_images,) or indices.dtype != torch.int64:

@@ -156,6 +156,25 @@ def test_a_link_out_of_the_models_folder_is_not_exported(model, tmp_path):
         write_pipeline(model, tmp_path / "other", "unet", torch.float32, stored_weights(model, "unet"))
 
 
+@pytest.mark.parametrize("kind", ["deep", "pipe", "device", "folder"])
+def test_a_file_that_is_none_or_nested_without_end_is_refused_at_once(model, kind):
+    for file in (model / "model_index.json", model / "unet" / "config.json"):
+        content = file.read_text()
+        file.unlink()
+        if kind == "deep":
+            file.write_text("[" * 100_000)
+        elif kind == "pipe":
+            os.mkfifo(file)
+        elif kind == "device":
+            file.symlink_to("/dev/zero")
+        else:
+            file.mkdir()
+        with pytest.raises(ModelError, match=file.name):
+            opened(model)
+        file.rmdir() if kind == "folder" else file.unlink()
+        file.write_text(content)
+
+
 def test_an_index_that_lists_a_missing_shard_is_refused(sharded):
     (sharded / "unet" / "diffusion_pytorch_model-00002-of-00004.safetensors").unlink()
     with pytest.raises(

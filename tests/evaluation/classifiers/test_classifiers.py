@@ -601,9 +601,28 @@ def test_an_impossible_own_verdict_is_refused(answer, message, monkeypatch):
         load_classifier(own("WrongStub"), ["a", "b"], ["s"]).classify(single_pixels((0, 0, 0), (0, 0, 0)))
 
 
-def test_an_error_inside_the_users_module_is_not_hidden(tmp_path, monkeypatch):
+def test_an_error_inside_the_users_module_is_not_hidden(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken_detector.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ConfigError, match="ZeroDivisionError: division by zero"):
         load_classifier("own:broken_detector:Class", ["cat"], [])
     assert "broken_detector" not in sys.modules
+    assert "broken_detector.py" in capsys.readouterr().err  # the traceback
+
+
+FAILING = {
+    "at_import": "raise ZeroDivisionError('no')",
+    "syntax": "def broken(:",
+    "at_exit": "import sys\nsys.exit(3)",
+    "in_init": "class Mine(Classifier):\n    def __init__(self, *given):\n        raise KeyError('weights')",
+    "in_classify": "class Mine(Classifier):\n    def classify(self, images):\n        return 1 / 0",
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_an_error_in_the_users_class_names_it(tmp_path, monkeypatch, name):
+    text = "from sculpt_dist.evaluation.classifiers.base import Classifier\n" + FAILING[name] + "\n"
+    (tmp_path / f"failing_{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"evaluate.classifier=own:failing_{name}:Mine: your class failed with "):
+        load_classifier(f"own:failing_{name}:Mine", ["cat"], []).classify(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
