@@ -71,7 +71,10 @@ class Forked:
         while b"\n" not in self._received:
             if not select.select([self._socket], [], [], timeout)[0]:
                 return False
-            self._received += self._socket.recv(1 << 10)
+            received = self._socket.recv(1 << 10)
+            if not received:
+                raise ConnectionError("the server that forks processes has ended")
+            self._received += received
         return True
 
     def _taken(self) -> bytes:
