@@ -269,7 +269,8 @@ def test_an_error_of_one_rank_is_printed_by_the_first(canvas_config, tmp_path):
         Image.new("RGB", (32, 32)).save(tmp_path / "images" / "bird" / f"{i}.png")
     (tmp_path / "images" / "bird" / "4.png").write_bytes(b"no image")
     arguments = ["prepare", canvas_config, *SMALL, f"run.folder={tmp_path / 'run'}"]
-    printed = sculpt(*arguments, f"prepare.images={tmp_path / 'images'}", ranks=2, code=2)
+    own = [f"prepare.images={tmp_path / 'images'}", "prepare.images_missing=draw"]
+    printed = sculpt(*arguments, *own, ranks=2, code=2)
     assert printed.count("ConfigError:") == 1 and "4.png: cannot be read" in printed
     prompts = "['a {concept}', 'a photo of a {concept} in natural style and more']"
     long = f"concepts=[{{target: bird, superclass: animal, prompts: {prompts}}}]"
