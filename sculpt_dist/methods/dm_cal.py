@@ -56,10 +56,11 @@ REFERENCE = """With `reference_compat: true`
 - the label is the student's own, without guidance;
 - moments of closed and opened weights are kept, so that closed weights keep moving on them;
 - the schedule and the refreshes count the collect steps, too, so that the schedule never ends;
+- the mask's progress is that of the tenth of the run in which a step lies, an epoch of the published code;
 - the result is the candidate with the lowest mean forget loss over a ninth of the updates.
 Not reproduced: rank-local masks, gradients of untrained weights, the moving bias of the output projection, ties that
-all open, progress counted by epochs, the decay of the first moment that goes through .95, .85, .95 with the learning
-rate (torch's OneCycleLR does so unasked), and losses of the collect steps in the first candidate's mean."""
+all open, the decay of the first moment that goes through .95, .85, .95 with the learning rate (torch's OneCycleLR does
+so unasked), and losses of the collect steps in the first candidate's mean."""
 
 
 class Method(Base):

@@ -11,6 +11,8 @@ from sculpt_dist.engine.masking import MAX_GENERATIONS
 from sculpt_dist.maths.schedules import learning_rate_factor
 from sculpt_dist.methods.base import Method
 
+EPOCHS = 10  # of a concept in Sculpting Memory's code
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,6 +28,7 @@ class Plan:
     masked: bool
     offset: int = 0  # collect steps that the published clock counts as training
     schedule: str = "one_cycle"
+    epochs: int = 0  # in which the published clock counts the mask's progress; 0: by updates
 
     @property
     def steps(self) -> int:
@@ -42,7 +45,14 @@ class Plan:
 
     def refreshes_after(self, step: int) -> bool:
         done = step - self.collect + 1 + self.offset
-        return self.masked and self.refresh > 0 and done % self.refresh == 0 and self.progress(step + 1) < self.until
+        return self.masked and self.refresh > 0 and done % self.refresh == 0 and self.mask_progress(step) < self.until
+
+    def mask_progress(self, step: int) -> float:
+        """The progress after this step, by which the mask turns over."""
+        if not self.epochs:
+            return self.progress(step + 1)
+        done, total = step - self.collect + self.offset, self.updates + self.offset
+        return done * self.epochs // total / self.epochs  # that of the epoch in which the step lies
 
 
 def make_plan(train: TrainConfig, mask: MaskConfig, engine: EngineConfig, method: Method) -> Plan:
@@ -77,4 +87,5 @@ def make_plan(train: TrainConfig, mask: MaskConfig, engine: EngineConfig, method
         masked=masked,
         offset=needed if method.reference_mask else 0,
         schedule=train.schedule,
+        epochs=EPOCHS if method.reference_mask else 0,
     )

@@ -148,7 +148,7 @@ def _update_mask(engine: Engine, plan: Plan, step: int) -> dict[str, Any]:
         mask.build()
         return {"open": mask.open_count, "saliency": mask.spread}
     if step >= plan.collect and plan.refreshes_after(step):
-        mask.turn_over(turnover_share(plan.turnover, plan.progress(step + 1)), engine.optimizer.updates)
+        mask.turn_over(turnover_share(plan.turnover, plan.mask_progress(step)), engine.optimizer.updates)
         if mask.swapped:
             return {
                 "saliency": mask.spread,

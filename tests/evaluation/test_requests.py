@@ -58,7 +58,7 @@ def test_an_image_keeps_its_seed_when_the_evaluation_grows() -> None:
 def test_a_world_without_styles_asks_for_none() -> None:
     evaluation = resolved(CAT, "evaluate.images=1", "evaluate.objects=[dog/fox]", IMAGE_CLASSIFIER)
     assert [(r.prompt, r.style, r.shown) for r in evaluation.requests] == [
-        ("a photo of a dog/fox", -1, "dog-fox--none.png"),
+        ("a photo of a dog/fox", -1, "dog_fox-44b1bfbf--none.png"),
         ("a photo of a cat", -1, "cat--none.png"),
     ]
 
