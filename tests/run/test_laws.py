@@ -17,6 +17,7 @@ from sculpt_dist.core.plugins import plugin, plugins
 
 WORKERS = PROJECT / "tests" / "workers"
 QUICK = [*SMALL, "evaluate.enabled=false"]
+ONE_CONCEPT = "concepts=[{target: bird, superclass: animal}]"
 
 
 ARCHS = plugins("sculpt_dist.backbones")
@@ -215,6 +216,7 @@ def test_the_ranks_do_not_change_the_run_of_a_method_that_draws_or_combines(tmp_
             "unlearn",
             config,
             *TINY_RUN,
+            ONE_CONCEPT,
             *overrides,
             "evaluate.enabled=false",
             *more,

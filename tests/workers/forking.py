@@ -9,6 +9,7 @@ the exit code (minus the signal number of a killed process). A client that goes 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -126,6 +127,8 @@ def serve(listener: socket.socket) -> None:
             answer(client, pid)
 
 
+gc.collect()
+gc.freeze()  # what was imported stays for ever: a child's collector need not visit it, nor copy its pages
 assert threading.active_count() == 1, "a process with threads cannot be forked safely"
 with socket.socket(socket.AF_UNIX) as listening:
     listening.bind(sys.argv[1])
