@@ -27,7 +27,7 @@ SPECIAL = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 TEXT = "tag:yaml.org,2002:str"
 MERGE = "<<"
 MAX_DEPTH = 50
-MAX_VALUES = 1_000_000  # a few lines with anchors can stand for billions
+MAX_VALUES = 100_000  # a few lines with anchors can stand for billions
 
 
 class _Loader(yaml.composer.Composer, yaml.parser.Parser, yaml.scanner.Scanner, yaml.reader.Reader):

@@ -181,7 +181,7 @@ def refreshes(made: Plan) -> list[int]:
         (["mask.turnover=0"], []),
         (["mask.keep=1"], []),
         (["mask.saliency=random", "mask.collect=0"], [100, 200, 300]),
-        (["method.reference_compat=true"], [50, 150, 250]),  # the 50 collect steps count
+        (["method.reference_compat=true"], [50, 150, 250, 350]),  # the 50 collect steps count, and ten epochs
     ],
     ids=str,
 )
