@@ -57,28 +57,22 @@ def environment_texts(content: Any) -> dict[str, str]:
     return found
 
 
-def with_texts(config: RunConfig, texts: Mapping[str, str]) -> RunConfig:
-    """Make the values at these keys remember the text that they came from."""
-    for key, text in texts.items():
-        section, name = key.split(".")
-        value = Place(getattr(getattr(config, section), name))
-        value.written = text
-        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
-    return config
+def with_places(config: RunConfig, texts: Mapping[str, str]) -> RunConfig:
+    """Expand `~` in all PLACES, and make those that differ from their text remember it.
 
-
-def with_homes(config: RunConfig) -> RunConfig:
-    """Expand `~` in all PLACES. Raises ConfigError for an unknown user."""
+    `texts`: the text of the keys that use an environment variable. Raises ConfigError for an unknown user.
+    """
     for key in PLACES:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        if value is not None and value.startswith("~"):
-            try:
-                place = Place(Path(value).expanduser())
-            except RuntimeError as error:
-                raise ConfigError(f"{key}={value}: there is no such user; write the whole path") from error
-            place.written = getattr(value, "written", str(value))
-            config = replace(config, **{section: replace(getattr(config, section), **{name: place})})
+        if value is None or not (key in texts or value.startswith("~")):
+            continue
+        try:
+            place = Place(Path(value).expanduser() if value.startswith("~") else value)
+        except RuntimeError as error:
+            raise ConfigError(f"{key}={value}: there is no such user; write the whole path") from error
+        place.written = texts.get(key, value)
+        config = replace(config, **{section: replace(getattr(config, section), **{name: place})})
     return config
 
 

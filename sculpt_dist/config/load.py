@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sculpt_dist.config.checks import check, check_numbers
-from sculpt_dist.config.interpolation import environment_texts, with_homes, with_texts, without_values
+from sculpt_dist.config.interpolation import environment_texts, with_places, without_values
 from sculpt_dist.config.scalars import is_collection, is_mapping, read_scalar, read_text, type_at
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
@@ -43,7 +43,7 @@ def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -
     merged = _merged(_defaults(RunConfig), updates)
     try:
         texts = environment_texts(OmegaConf.to_container(merged))
-        config = with_homes(with_texts(cast(RunConfig, OmegaConf.to_object(merged)), texts))
+        config = with_places(cast(RunConfig, OmegaConf.to_object(merged)), texts)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file or 'configuration'}: {_first_line(error)}") from error
     check(config)

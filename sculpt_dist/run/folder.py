@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sculpt_dist.config.load import plain_values, to_yaml
-from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.config.schema import EvaluateConfig, ModelConfig, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.core.files import read_object, write_atomically
 from sculpt_dist.run.fingerprint import config_fingerprint, deciding_keys, list_checksums
@@ -89,25 +89,24 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
     return None
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(folder: str, model: ModelConfig, prepare: PrepareConfig, evaluate: EvaluateConfig) -> None:
     """Raises ConfigError for an input inside the run folder, where the run would write over it."""
-    evaluate, prompts = config.evaluate, config.prepare.prompts.files
     inputs = {
-        "model.path": config.model.path,
-        "model.config": config.model.config,
-        "prepare.images": config.prepare.images,
+        "model.path": model.path,
+        "model.config": model.config,
+        "prepare.images": prepare.images,
         "evaluate.reference": evaluate.reference,
         "evaluate.clip": evaluate.clip,
         "evaluate.retain_prompts": evaluate.retain_prompts,
     }
-    inputs |= {f"prepare.prompts.files.{name}": file for name, file in prompts.items()}
+    inputs |= {f"prepare.prompts.files.{name}": file for name, file in prepare.prompts.files.items()}
     inputs |= {f"evaluate.prompts.{name}": file for name, file in (evaluate.prompts or {}).items()}
-    run = os.path.realpath(config.run.folder)
+    run = os.path.realpath(folder)
     for key, value in inputs.items():
         place = os.path.realpath(value) if value else ""
         if place == run or (place.startswith(os.path.join(run, "")) and os.path.exists(place)):
             raise ConfigError(
-                f"{key}={value}: lies in run.folder={config.run.folder}, where this run writes; choose another folder"
+                f"{key}={value}: lies in run.folder={folder}, where this run writes; choose another folder"
             )
 
 

@@ -109,7 +109,7 @@ def resolve(config: RunConfig) -> RunSetup:
         raise ConfigError(
             "concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'"
         )
-    check_inputs(config)
+    check_inputs(config.run.folder, config.model, config.prepare, config.evaluate)
     check_images(config.prepare, config.concepts)
     prompts = tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)
     method = load_method(config.method)

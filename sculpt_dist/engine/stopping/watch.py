@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sculpt_dist.core.errors import SculptError, StopRequested
 from sculpt_dist.core.files import append_line
-from sculpt_dist.engine.group import Group, job_name
+from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.launch import job_name
 from sculpt_dist.engine.stopping.heartbeat import is_lost_connection
 from sculpt_dist.engine.stopping.request import CAUSE, LOG_FILE, REQUEUE_FILE, StopRequest
 

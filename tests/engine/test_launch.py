@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness import PROJECT, free_port, python, rank_environment
 
-from sculpt_dist.engine import group
+from sculpt_dist.engine import launch
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", *SLURM)
@@ -37,20 +37,20 @@ def test_the_device_of_a_rank_is_one_that_it_sees_and_the_one_that_deepspeed_tak
     environment.setattr(torch.cuda, "is_available", lambda: True)
     environment.setattr(torch.cuda, "device_count", lambda: gpus)
     environment.setattr(torch.cuda, "set_device", chosen.append)
-    device = group._choose_device()
+    device = launch.choose_device()
     assert chosen == [device] == [torch.device("cuda", index)]
-    assert group.os.environ["LOCAL_RANK"] == str(index)
+    assert launch.os.environ["LOCAL_RANK"] == str(index)
 
 
 def test_one_process_in_an_allocation_of_several_tasks_is_alone(environment):
     for name, value in SLURM.items():
         environment.setenv(name, value)
-    assert not group._describe_rank_to_torch()
+    assert not launch.describe_rank_to_torch()
     for name, value in {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "1"}.items():
         environment.setenv(name, value)
     environment.setenv("MASTER_ADDR", "node1")
-    assert group._describe_rank_to_torch()
-    found = {name: group.os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    assert launch.describe_rank_to_torch()
+    found = {name: launch.os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     assert found == {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_PORT": "10007"}
 
 
