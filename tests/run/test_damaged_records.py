@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -47,6 +48,15 @@ def test_a_damaged_record_is_named_with_its_cure_and_the_cure_works(finished, ca
     assert f"RunFolderError: {file} is damaged (" in printed and "remove " in printed and "Traceback" not in printed
     file.rmdir() if damage == "folder" else file.unlink()
     sculpt(*given)
+
+
+def test_scores_of_other_settings_are_made_anew_or_left_out(finished, canvas_config, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    given = ["unlearn", canvas_config, *TINY, "evaluate.images=3", "--override", f"run.folder={tmp_path / 'run'}"]
+    sculpt(*given)
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert report["before"]["UA"] is None and report["after"]["images"] == {"target": 3, "other": 3}
+    assert "The scores of before were made with other settings" in (tmp_path / "run/report/report.html").read_text()
 
 
 @pytest.mark.parametrize("damage", CONTENTS)
