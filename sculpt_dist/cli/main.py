@@ -22,7 +22,7 @@ DONE, CRASHED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 REFUSED_BY_DISK = (  # what a user mends: room, permissions, a file where a folder should be
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
 
 app = typer.Typer(

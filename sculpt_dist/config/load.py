@@ -76,13 +76,18 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
 
 def _with_included(file: Path, includers: Sequence[Path]) -> Iterator[tuple[Path, DictConfig]]:
     """The files whose sections are merged, in order: `include: other.yaml` (relative to the file) comes first."""
-    if file.resolve() in includers:
+    try:
+        place = file.resolve()
+        file.is_file()  # a name may be too long to ask
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{str(file)[:200]!r}: is no file that can be read ({str(error)[:200]})") from error
+    if place in includers:
         raise ConfigError(f"{file}: includes itself, by way of {', '.join(path.name for path in includers)}")
     content = read_yaml(file, RunConfig)
     included = cast(dict[str, Any], OmegaConf.to_container(content)).get("include")
     content.pop("include", None)
     if included is not None:
-        yield from _with_included(file.parent / str(included), (*includers, file.resolve()))
+        yield from _with_included(file.parent / str(included), (*includers, place))
     yield file, content
 
 
@@ -117,8 +122,11 @@ def parse_override(override: str) -> Update:
     keys, text = _split_override(override, where)
     kind = type_at(RunConfig, keys)
     try:
+        override.encode()
+        if text.strip() == "???":
+            raise ValueError("??? cannot be a value")
         value = read_scalar(text, kind)
-    except (YAMLError, RecursionError) as error:
+    except (YAMLError, RecursionError, ValueError) as error:
         remedy = f"; quote what holds special characters: {_form(keys, kind)}" if is_collection(kind) else ""
         raise ConfigError(f"{where}: {_first_line(error)}{remedy}") from error
     is_reference = isinstance(value, str) and value.startswith("${")

@@ -117,11 +117,23 @@ def _value(node: Any, kind: Any, depth: int, counter: Iterator[int]) -> Any:
         _refuse_tag(node, "tag:yaml.org,2002:seq")
         return [_value(member, type_at(kind, [i]), depth + 1, counter) for i, member in enumerate(node.value)]
     _refuse_tag(node, TEXT)
+    node.value = _whole(node.value, node)
     if node.style is not None:  # quoted, or a block
         return node.value
     if node.value in NULLS:
         return None
     return node.value if kind is str else _core(node.value)
+
+
+def _whole(text: str, node: Any) -> str:
+    """The text with joined pairs of surrogates, as json writes characters; `???` means "missing" to OmegaConf."""
+    try:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise yaml.MarkedYAMLError(problem="holds half of a character", problem_mark=node.start_mark) from error
+    if text == "???":
+        raise yaml.MarkedYAMLError(problem="??? cannot be a value", problem_mark=node.start_mark)
+    return text
 
 
 def _mapping(node: yaml.MappingNode, kind: Any, depth: int, counter: Iterator[int]) -> dict[Any, Any]:

@@ -94,7 +94,7 @@ def append_line(path: Path, text: str) -> None:
     line = f"{datetime.datetime.now().isoformat(' ', 'seconds')} {' '.join(text.splitlines())}\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        os.write(descriptor, line.encode(errors="backslashreplace"))
     finally:
         os.close(descriptor)
 

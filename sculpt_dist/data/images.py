@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -17,11 +18,13 @@ IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits pe
 
 def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images in a folder and below it, by name, and the other files; hidden files count as neither."""
-    found = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]  # links may go round
+        seen.add(real)
+        found += [Path(place, name) for name in names if not name.startswith(".") and Path(place, name).is_file()]
+    found.sort()
     images = [path for path in found if path.suffix.lower() in IMAGE_TYPES]
     return images, [path for path in found if path.suffix.lower() not in IMAGE_TYPES]
 
@@ -70,5 +73,7 @@ def open_image(path: Path) -> Image.Image:
             if image.mode not in IMAGE_MODES:
                 raise ConfigError(f"{path}: has the pixel format {image.mode}: save it with 8 bits per channel")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them raise
         raise ConfigError(f"{path}: cannot be read as an image ({error}): replace it, or remove it") from error

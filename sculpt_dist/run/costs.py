@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.core.files import read_object, write_atomically
 from sculpt_dist.engine.group import Group
 
@@ -58,10 +59,23 @@ class Costs:
         """Continue from the costs.json of earlier sessions, if they had the same number of ranks."""
         file = self.folder / "costs.json"
         before = self.group.on_first(lambda: read_object(file, REMEDY, ("ranks", "of_rank")) if file.exists() else None)
-        if before is not None and before["ranks"] == self.group.size:
+        if before is None or before["ranks"] != self.group.size:
+            return
+        try:
             costs = before["of_rank"][self.group.rank]
-            self.seconds, self.cpu_seconds = costs["seconds"], costs["cpu_seconds"]
-            self.bytes_communicated, self.passes = costs["bytes_communicated"], costs["passes"]
+            seconds, cpu_seconds, passes = (
+                {part: float(costs[kind][part]) for part in mine}
+                for kind, mine in (
+                    ("seconds", self.seconds),
+                    ("cpu_seconds", self.cpu_seconds),
+                    ("passes", self.passes),
+                )
+            )
+            self.bytes_communicated = int(costs["bytes_communicated"])
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise RunFolderError(f"{file} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
+        self.seconds, self.cpu_seconds = seconds, cpu_seconds
+        self.passes = {part: int(count) for part, count in passes.items()}
 
     def write(self) -> None:
         """Write costs.json; all ranks enter.

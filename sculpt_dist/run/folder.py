@@ -63,7 +63,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
     refused = _unusable(folder, before is not None)
     if refused:
         return refused
-    if before is None and file.is_file():
+    if before is None and os.path.lexists(file):
         return f"{file} is not the configuration of a run: choose another run.folder"
     folder.mkdir(parents=True, exist_ok=True)
     held = _lock(folder)
@@ -75,7 +75,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
     if config.run.fresh:
         for name in set(CONTENTS) - set(KEPT_BY_FRESH):
             make_room(folder / name)
-    elif before is not None and any((folder / name).exists() for name in ("checkpoints", "evaluation")):
+    elif before is not None and any((folder / name).exists() for name in ("checkpoints", "evaluation", "model")):
         changes = _differences(before, plain_values(config)) + _changed_lists(folder, config)
         if changes and not config.run.override:
             return (
@@ -102,11 +102,14 @@ def check_inputs(folder: str, model: ModelConfig, prepare: PrepareConfig, evalua
     inputs |= {f"prepare.prompts.files.{name}": file for name, file in prepare.prompts.files.items()}
     inputs |= {f"evaluate.prompts.{name}": file for name, file in (evaluate.prompts or {}).items()}
     run = os.path.realpath(folder)
+    outputs = {run, *(os.path.realpath(Path(folder) / name) for name in ("model", "checkpoints", "data", "evaluation"))}
     for key, value in inputs.items():
         place = os.path.realpath(value) if value else ""
-        if place == run or (place.startswith(os.path.join(run, "")) and os.path.exists(place)):
+        inside = any(place.startswith(os.path.join(output, "")) and os.path.exists(place) for output in outputs)
+        around = key == "model.path" and run.startswith(os.path.join(place, "")) and os.path.isdir(place)
+        if value and (place in outputs or inside or around):
             raise ConfigError(
-                f"{key}={value}: lies in run.folder={folder}, where this run writes; choose another folder"
+                f"{key}={value}: lies in run.folder={folder}, where this run writes, or around it; choose another"
             )
 
 
@@ -134,7 +137,7 @@ _locks: dict[str, BaseFileLock] = {}  # keeps the objects alive: a lock is relea
 
 
 def _is_strange(name: str) -> bool:
-    return not (name in CONTENTS or name.startswith((".", "model.kept-")) or name.endswith((".safetensors", *JOB_LOGS)))
+    return not (name in CONTENTS or name[0] == "." or ".kept-" in name or name.endswith((".safetensors", *JOB_LOGS)))
 
 
 def _lock(folder: Path) -> str | None:

@@ -135,7 +135,7 @@ def _name_images(prepare: PrepareConfig, concepts: Sequence[Concept]) -> None:
     for name in dict.fromkeys(name for concept in concepts for name in (concept.target, concept.superclass) if name):
         images, others = own_images(prepare.images, name)
         unread = f"; not read: {', '.join(path.name for path in others[:5])}" if others else ""
-        used = f"{len(images)} of {len(images) + len(others)} files used{unread}"
+        used = f"{len(images)} of {len(images) + len(others)} files are images{unread}"
         print(f"{prepare.images}, {name}: {used if images else 'no folder, so the model draws'}", flush=True)
 
 

@@ -59,8 +59,8 @@ class Session:
         file, wanted = stage / "scores.json", self.setup.evaluation.fingerprint
         if not file.exists():
             return True
-        plain = read_object(file, f"remove {stage}, which is then scored again", ("plain",))["plain"] or {}
-        made_by = plain.get("made_by", wanted)  # earlier versions did not write it
+        plain = read_object(file, f"remove {stage}, which is then scored again", ("plain",))["plain"]
+        made_by = plain.get("made_by", wanted) if isinstance(plain, dict) else None  # earlier versions did not write it
         if made_by != wanted:
             shutil.rmtree(stage)
         return bool(made_by != wanted)

@@ -71,6 +71,20 @@ def test_tags_doubled_keys_and_keys_that_are_no_names_are_refused(tmp_path: Path
         load_config(tmp_path / "run.yaml")
 
 
+def test_characters_in_jsons_way_are_joined_and_halves_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"evaluate": {"paraphrases": ["{object} \\ud83d\\ude00"]}}')
+    assert load_config(tmp_path / "a.json").evaluate.paraphrases == ["{object} \U0001f600"]
+    for text in ('"\\ud800"', "'???'", "???"):
+        (tmp_path / "b.yaml").write_text(f"run: {{folder: {text}}}")
+        with pytest.raises(ConfigError, match="is not readable as yaml"):
+            load_config(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").symlink_to(tmp_path / "c.yaml")
+    for include in ("c.yaml", "a\\0b", "x" * 5000):
+        (tmp_path / "d.yaml").write_text(f'include: "{include}"')
+        with pytest.raises(ConfigError):
+            load_config(tmp_path / "d.yaml")
+
+
 def test_deep_nesting_is_refused(tmp_path: Path) -> None:
     for depth in (60, 5000):
         (tmp_path / "run.yaml").write_text("[" * depth + "]" * depth)
@@ -118,6 +132,8 @@ def test_keys_with_names_of_the_user_and_members_of_lists_can_be_overridden() ->
         ("train.betas=[[1],[2]]", "train.betas"),
         ("train.steps=" + "9" * 6000, "train.steps"),
         ("train.lr=!!float abc", "the tag"),
+        ("run.folder=???", "cannot be a value"),
+        ("track.name=\udcff", "surrogates not allowed"),
         ("engine.timeout=1e30", "at most 10,000,000 seconds"),
         ("mask.collect=1e30", "at most 1,000,000,000"),
         ("prepare.samples=1000000000000", "prepare.samples"),

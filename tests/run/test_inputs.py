@@ -46,7 +46,10 @@ def test_own_images_are_encoded_instead_of_drawing(canvas_config, tmp_path):
     assert "has no folder 'boat'; add it, or let the model draw" in printed and not (tmp_path / "run").exists()
     only.append("prepare.images_missing=draw")
     printed = sculpt("prepare", canvas_config, *SMALL, *only, f"run.folder={tmp_path / 'run'}")
-    assert "bird: 5 of 6 files used; not read: a.heic" in printed and "boat: no folder, so the model draws" in printed
+    assert (
+        "bird: 5 of 6 files are images; not read: a.heic" in printed
+        and "boat: no folder, so the model draws" in printed
+    )
     data = tmp_path / "run" / "data"
     assert [
         len(ShardReader(data / f"object-{name}" / role))

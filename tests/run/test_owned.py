@@ -197,3 +197,61 @@ def test_a_long_name_is_forgotten_and_drawn(canvas_config, tmp_path):
     (image,) = (tmp_path / "run" / "evaluation" / "after-00" / "images").glob("xxx*--neon.png")
     assert len(image.name) < 100
     assert (tmp_path / "run" / "report" / "report.html").is_file()
+
+
+def test_a_model_that_was_edited_in_place_is_kept(canvas_config, run):
+    weights = run / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"edited")
+    printed = sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={run}")
+    assert "is kept as" in printed
+    assert (run / "model.kept-1" / "unet" / weights.name).read_bytes() == b"edited"
+
+
+def test_another_configuration_does_not_replace_a_finished_model(canvas_config, run):
+    shutil.rmtree(run / "checkpoints")  # to save room
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    printed = sculpt("unlearn", canvas_config, *ONE_STEP, "train.lr=0.5", f"run.folder={run}", code=2)
+    assert "belongs to a run with another configuration" in printed and (run / "model").is_dir()
+
+
+def test_fresh_empties_no_link_that_leads_to_other_things(canvas_config, run, tmp_path):
+    for name in ("lora", "wandb", "checkpoints", "report"):
+        (tmp_path / "shared" / name).mkdir(parents=True)
+        (tmp_path / "shared" / name / "precious").write_text("1")
+        if (run / name).exists():
+            shutil.rmtree(run / name)
+        (run / name).symlink_to(tmp_path / "shared" / name)
+    (run / "model.safetensors").write_text("the user's")
+    sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={run}", "--fresh")
+    assert len(list((tmp_path / "shared").glob("*/precious"))) == 4
+    assert (run / "model.safetensors.kept-1").read_text() == "the user's"
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_folder_whose_config_is_no_file_is_refused(canvas_config, tmp_path, kind):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "thesis.tex").write_text("precious")
+    (tmp_path / "config.yaml").mkdir() if kind == "folder" else (tmp_path / "config.yaml").symlink_to("/nowhere/c.yaml")
+    for more in ([], ["--fresh"]):
+        sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={tmp_path}", *more, code=2)
+    assert (tmp_path / "report" / "thesis.tex").exists()
+
+
+def test_a_base_behind_the_runs_own_model_and_a_run_inside_its_base_are_refused(tmp_path):
+    shutil.copytree(ASSETS, tmp_path / "base")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "base")
+    for folder in (tmp_path / "run", tmp_path / "base" / "run"):
+        given = [*ONE_STEP, f"model.path={tmp_path / 'base'}", f"run.folder={folder}"]
+        with pytest.raises(ConfigError, match=r"model\.path=.*lies in run\.folder="):
+            resolve(load_config(PROJECT / "configs" / "canvas" / "dm_cal.yaml", given))
+
+
+def test_a_users_copies_of_checkpoints_stay(canvas_config, run):
+    (newest,) = (run / "checkpoints").glob("step-001-000000")
+    copies = [newest.with_name(f"step-000-00000{i}-mine") for i in range(3)]
+    for copy in copies:
+        shutil.copytree(newest, copy)
+    more = "concepts=[{target: bird, superclass: animal},{target: boat, superclass: vehicle}]"
+    sculpt("unlearn", canvas_config, *ONE_STEP, more, f"run.folder={run}", "--override")
+    assert all(copy.is_dir() for copy in copies)

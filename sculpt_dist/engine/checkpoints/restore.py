@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sculpt_dist.engine.sharding.shards import Shard
 MANIFEST = "manifest.json"
 LATEST = "latest"  # only a hint: `newest` takes the newest checkpoint that verifies
 SCHEMA = 2
+NAME = re.compile(r"step-\d+-\d+")
 
 
 def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
@@ -30,7 +32,7 @@ def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
 
     def choose() -> tuple[str, Any, list[str]] | None:
         damaged: list[str] = []
-        for path in sorted(folder.glob("step-*"), key=by_number, reverse=True):
+        for path in reversed(written(folder)):
             state, reason = verify(path)
             if reason is None:
                 return str(path), state, damaged
@@ -50,9 +52,14 @@ def newest(folder: Path, group: Group) -> tuple[Path, Any] | None:
     return Path(path), state
 
 
+def written(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first; a user's copies under other names are none."""
+    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=by_number)
+
+
 def set_aside_later(path: Path) -> None:
     """Rename the checkpoints newer than `path`: they did not verify, so the saver must not count them as kept."""
-    for damaged in path.parent.glob("step-*"):
+    for damaged in written(path.parent):
         if by_number(damaged) > by_number(path):
             os.rename(damaged, damaged.with_name(f"damaged-{damaged.name}-{os.getpid()}"))
 
@@ -67,7 +74,7 @@ def verify(path: Path) -> tuple[Any, str | None]:
         if hashlib.sha256(text.encode()).hexdigest() != sealed["seal"]:
             return None, "its manifest was changed"
         body = json.loads(text)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"its manifest cannot be read ({type(error).__name__})"
     if body["schema"] != SCHEMA:
         return None, f"its manifest has schema {body['schema']}, this version reads {SCHEMA}"

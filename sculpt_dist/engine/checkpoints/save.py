@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sculpt_dist.core.errors import NonFiniteError, RunFolderError, StopRequested
-from sculpt_dist.core.files import by_number, file_sha256, free_space, sync, write_atomically
-from sculpt_dist.engine.checkpoints.restore import LATEST, MANIFEST, SCHEMA
+from sculpt_dist.core.files import file_sha256, free_space, sync, write_atomically
+from sculpt_dist.engine.checkpoints.restore import LATEST, MANIFEST, SCHEMA, written
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.sharding.shards import Shard
 
@@ -128,7 +128,7 @@ class Saver:
         os.rename(partial, final)
         sync(self.folder)
         write_atomically(self.folder / LATEST, final.name.encode())
-        for old in sorted(self.folder.glob("step-*"), key=by_number)[:-KEPT]:
+        for old in written(self.folder)[:-KEPT]:
             shutil.rmtree(old)
 
 
