@@ -151,10 +151,18 @@ def test_a_preempted_job_under_torchrun_is_requeued_and_loses_no_step(cluster, u
 
 
 def preempt(cluster: Cluster, job: Job) -> int:
-    """Submit a short job of higher priority that takes both nodes; returns once Slurm has told `job` to make room."""
+    """Submit a short job of higher priority that takes both nodes; returns once Slurm has told `job` to make room.
+
+    Slurm wakes held ranks when it tells them, so the job may be back in the queue by then.
+    """
     options = ("--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    before = cluster.job(job)["Restarts"]
     urgent = int(cluster.run("sbatch", *options, "--wrap", "true"))
-    cluster.wait(job, lambda state: state.get("PreemptTime", "None") != "None", "its preemption", 60)
+
+    def is_told(state: dict[str, str]) -> bool:
+        return state.get("PreemptTime", "None") != "None" or state["Restarts"] != before
+
+    cluster.wait(job, is_told, "its preemption", 60)
     return urgent
 
 
