@@ -44,6 +44,8 @@ class StreamSpec:
     """Whether the base model draws its samples; otherwise only prompts are streamed."""
     share: float = 1.0
     """Samples of a step, as a share of train.batch."""
+    fixed: tuple[str, float] | None = None
+    """(source, its share of the stream): the other sources take turns in the rest. None: all sources take turns."""
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -90,6 +92,23 @@ class GlobalOrder:
         return int(self._order[within])
 
 
+def turn(place: int, sources: int, fixed: tuple[int, float] | None = None) -> tuple[int, int]:
+    """(the source whose turn it is at a place of a stream, how many samples of that source came before).
+
+    Sources take turns one by one. `fixed` gives one of them a share of all places, evenly spread, as long as there are
+    others.
+    """
+    if fixed is None or sources == 1:
+        before, source = divmod(place, sources)
+        return source, before
+    source, share = fixed
+    before = int(place * share)
+    if int((place + 1) * share) > before:
+        return source, before
+    others_before, other = divmod(place - before, sources - 1)
+    return other + (other >= source), others_before
+
+
 class PromptReader:
     """Samples without latents: the prompts in turn, as `ShardReader` would give them."""
 
@@ -115,7 +134,7 @@ Item = dict[str, list[Sample]]  # the samples of a micro-batch by role
 
 
 class ConceptStreams(Dataset[Item]):
-    """Item i is micro-batch i of this rank. Several sources of a stream take turns, sample by sample."""
+    """Item i is micro-batch i of this rank. Several sources of a stream take turns (see `turn`)."""
 
     def __init__(
         self,
@@ -124,9 +143,13 @@ class ConceptStreams(Dataset[Item]):
         seed: int,
         concept: int,
         layouts: Mapping[str, Layout] = {},
+        fixed: Mapping[str, tuple[int, float]] = {},
     ) -> None:
-        """`readers`: the sources of each role; a role without any has no stream. `layouts`: of roles with a share."""
-        self.layout, self.layouts = layout, layouts
+        """`readers`: the sources of each role; a role without any has no stream. `layouts`: of roles with a share.
+
+        `fixed`: for a role, the place of a source among its readers, and that source's share of the stream.
+        """
+        self.layout, self.layouts, self.fixed = layout, layouts, fixed
         self.sources = {role: list(sources) for role, sources in readers.items() if sources}
         self.orders = {
             role: [
@@ -154,8 +177,8 @@ class ConceptStreams(Dataset[Item]):
         chosen = []
         for position in self.positions(role, micro):
             place = step * self.layouts.get(role, self.layout).batch + position
-            draw, source = divmod(place, len(sources))
-            chosen.append(sources[source][orders[source][draw]])
+            source, before = turn(place, len(sources), self.fixed.get(role))
+            chosen.append(sources[source][orders[source][before]])
         return chosen
 
 

@@ -38,6 +38,8 @@ class Config:
     """Guidance of the label, w; 0 is published."""
     anchors: list[str] = field(default_factory=lambda: ["targets", "superclass", "keep"])
     """Sources of the anchor stream: targets (earlier ones), superclass, keep."""
+    anchor_share: float | None = None
+    """The superclass's share of the anchor stream, above 0 and below 1; null: as much as each earlier target has."""
     parts: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])
     """Matrices of the cross-attention that may move: q, k, v, out; and pooled, what takes in SDXL's pooled text."""
     reference_compat: bool = False
@@ -72,6 +74,12 @@ class Method(Base):
         unknown = set(config.anchors) - set(ANCHORS)
         if unknown:
             raise ConfigError(f"method.anchors contains {sorted(unknown)}: choose from targets, superclass, keep")
+        if config.anchor_share is not None and not 0 < config.anchor_share < 1:
+            raise ConfigError(f"method.anchor_share={config.anchor_share}: give a share above 0 and below 1, or null")
+        if config.anchor_share is not None and "superclass" not in config.anchors:
+            raise ConfigError(
+                f"method.anchor_share={config.anchor_share}: method.anchors lacks the superclass, whose share it is"
+            )
         unknown = set(config.parts) - set(PARTS)
         if unknown or not config.parts:
             raise ConfigError(f"method.parts contains {sorted(unknown) or 'nothing'}: choose from {', '.join(PARTS)}")
@@ -85,7 +93,8 @@ class Method(Base):
 
     def streams(self) -> Sequence[StreamSpec]:
         anchors = [ANCHORS[name] for name in ANCHORS if name in self.config.anchors]
-        return (StreamSpec("target"), StreamSpec("superclass"), StreamSpec("anchor", tuple(anchors)))
+        fixed = None if self.config.anchor_share is None else ("superclass", self.config.anchor_share)
+        return (StreamSpec("target"), StreamSpec("superclass"), StreamSpec("anchor", tuple(anchors), fixed=fixed))
 
     def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
         return [name for part in self.config.parts for name in groups[PARTS[part]] if name.endswith(".weight")]

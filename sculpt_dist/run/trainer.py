@@ -153,17 +153,25 @@ def concept_streams(setup: RunSetup, backbone: Backbone, group: Group, number: i
         texts = {"target": prompts.target, "superclass": prompts.superclass, "keep": prompts.keep}[source]
         return PromptReader(texts, setup.config.prepare.samples, backbone.size_ids)
 
-    def readers(spec: StreamSpec) -> Iterator[Reader]:
+    def readers(spec: StreamSpec) -> Iterator[tuple[str, Reader]]:
         concept = setup.concepts[number]
         for source in spec.source_names:
             if source == EARLIER_TARGETS:
-                yield from (reader(place, "target") for place in range(number))
+                yield from ((source, reader(place, "target")) for place in range(number))
             elif source == "keep" and not concept.keep:
                 continue
             elif source in FIRST or drawn_prompts(setup.folder, concept, source):
-                yield reader(number, source)
+                yield source, reader(number, source)
 
     specs = method.streams()
+    found = {spec.role: list(readers(spec)) for spec in specs}
+    fixed = {
+        spec.role: (place, spec.fixed[1])
+        for spec in specs
+        for place, (source, _) in enumerate(found[spec.role])
+        if spec.fixed is not None and source == spec.fixed[0]
+    }
     layout = Layout(train.batch, group.size, group.rank, train.accumulate)
     layouts = {spec.role: layout.shared(spec) for spec in specs}
-    return ConceptStreams({spec.role: list(readers(spec)) for spec in specs}, layout, train.seed, number, layouts)
+    sources = {role: [one for _, one in named] for role, named in found.items()}
+    return ConceptStreams(sources, layout, train.seed, number, layouts, fixed)

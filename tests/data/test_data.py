@@ -11,6 +11,7 @@ import shutil
 import signal
 import tarfile
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from sculpt_dist.core.errors import ShardError
 from sculpt_dist.core.types import TextCond
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts, fill
 from sculpt_dist.data.shards import ShardReader, read_index, scan_shard, write_index
-from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, load, micro_batches
+from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, PromptReader, load, micro_batches
 
 
 def test_text_in_brackets_is_dropped_without_a_style():
@@ -258,6 +259,26 @@ def test_anchor_stream_is_split_evenly_between_its_sources(tmp_path):
     make_stream(tmp_path / "s", 9, offset=100)
     for entries in keys(tmp_path, 1, 1, 0).values():
         assert sum(entry[3] >= 100 for entry in entries) == 4
+
+
+@pytest.mark.parametrize("share", [None, 0.25, 0.5])
+@pytest.mark.parametrize("earlier", [1, 3, 100])
+def test_over_an_epoch_every_earlier_target_is_an_anchor_equally_often(earlier, share):
+    samples, batch = 6, 4
+    readers = [PromptReader([f"target {i}"], samples, None) for i in range(earlier)]
+    readers.append(PromptReader(["superclass"], samples, None))
+    fixed = {} if share is None else {"anchor": (earlier, share)}
+    share = 1 / (earlier + 1) if share is None else share
+    steps = round(samples * earlier / (1 - share)) // batch
+    seen: Counter[tuple[str, int]] = Counter()
+    for rank in range(2):
+        streams = ConceptStreams({"anchor": readers}, Layout(batch, 2, rank, 1), 3, 1, fixed=fixed)
+        seen.update((sample.prompt, sample.key) for step in range(steps) for sample in streams[step]["anchor"])
+    superclass = sum(count for (prompt, _), count in seen.items() if prompt == "superclass")
+    assert abs(superclass - share * batch * steps) < 1
+    targets = Counter(count for (prompt, _), count in seen.items() if prompt != "superclass")
+    left_over = samples * earlier - (batch * steps - superclass)  # an epoch need not end with a batch
+    assert targets == Counter({1: samples * earlier - left_over}) and 0 <= left_over < batch
 
 
 def test_draws_depend_on_the_place_in_the_global_batch_not_on_the_rank():

@@ -108,3 +108,7 @@ def test_unknown_choices_are_named():
         DmCal(replace(Config(), label_source="nobody"))
     with pytest.raises(ConfigError, match="method.anchors"):
         DmCal(replace(Config(), anchors=["everything"]))
+    with pytest.raises(ConfigError, match="method.anchor_share=1"):
+        DmCal(replace(Config(), anchor_share=1.0))
+    with pytest.raises(ConfigError, match="lacks the superclass"):
+        DmCal(replace(Config(), anchor_share=0.5, anchors=["targets"]))
