@@ -19,7 +19,7 @@ from sculpt_dist.maths.losses import mse
 from sculpt_dist.run.build import build_engine
 from sculpt_dist.run.export import export_model
 
-STEPS, BATCH = 8, 4
+STEPS, BATCH = 8, 24  # a batch that 1 to 4 ranks share evenly, also in two micro-batches
 
 
 def gather(engine, kind: str) -> dict[str, torch.Tensor]:
@@ -59,7 +59,7 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
         f"model.arch={arch}",
         f"engine.stage={stage}",
         f"engine.precision={precision}",
-        "train.batch=4",
+        f"train.batch={BATCH}",
         f"train.accumulate={accumulate}",
     ]
     overrides.append(f"engine.moments={moments}")
@@ -93,7 +93,7 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
     rng = torch.Generator().manual_seed(5)
     clean, noise = torch.randn(2, STEPS, BATCH, *backbone.latent_shape, generator=rng)
     time = torch.stack([backbone.sample_time(torch.rand(BATCH, generator=rng)) for _ in range(STEPS)])
-    cond = backbone.embed(["a photo of a cat", "a photo of a car"] * 2)
+    cond = backbone.embed(["a photo of a cat", "a photo of a car"] * (BATCH // 2))
     share = BATCH // group.size // config.train.accumulate
 
     def loss(step: int, micro: int = 0) -> torch.Tensor:
