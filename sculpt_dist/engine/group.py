@@ -8,7 +8,8 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from sculpt_dist.core.errors import SculptError
 from sculpt_dist.engine.launch import choose_device, describe_rank_to_torch, die_with_launcher, rendezvous_ranks
 
 Value = TypeVar("Value")
+WATCHDOG_DELAY = 60.0  # seconds after engine.timeout
 
 
 class Group:
@@ -45,6 +47,10 @@ class Group:
         # ZeRO never uses this op, and probing for it would start a compiler for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        self.timeout = timeout
+        if backend == "nccl":  # its watchdog aborts the process without a word, so `StopRequest` comes before it
+            timeout += WATCHDOG_DELAY
+            os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(timeout)))
         limit = datetime.timedelta(seconds=timeout)
         if launched:
             die_with_launcher()
@@ -61,6 +67,9 @@ class Group:
         self.rank: int = comm.get_rank()
         self.size: int = comm.get_world_size()
         self.store: Any = _process_store.get("store") if self.size > 1 else None  # None when alone
+        self.working = False  # whether this rank does what the others wait for, however long it takes
+        self.wait_for_work: Callable[[str], None] | None = None  # until a key is in the store; set by the heartbeat
+        self._works = 0
 
     @property
     def is_first(self) -> bool:
@@ -102,11 +111,12 @@ class Group:
         """Run `work` on rank 0 and return its result on every rank. A SculptError from it is raised on all ranks."""
         results: list[Value] = []
         error: SculptError | None = None
-        if self.is_first:
-            try:
-                results.append(work())
-            except SculptError as raised:
-                error = raised
+        with self._work(1):
+            if self.is_first:
+                try:
+                    results.append(work())
+                except SculptError as raised:
+                    error = raised
         results, error = self.from_first((results, error))
         if error is not None:
             raise error
@@ -119,14 +129,34 @@ class Group:
         """
         results: list[Value] = []
         error: SculptError | None = None
-        try:
-            results.append(work())
-        except SculptError as raised:
-            error = raised
+        with self._work(self.size):
+            try:
+                results.append(work())
+            except SculptError as raised:
+                error = raised
         for raised_by_rank in self.to_all(error):
             if raised_by_rank is not None:
                 raise raised_by_rank
         return results[0]
+
+    @contextmanager
+    def _work(self, workers: int) -> Iterator[None]:
+        """The first `workers` ranks do the block, and all ranks wait for them outside any collective.
+
+        A collective would give up at its time limit; here the heartbeats of the ranks at work tell that they live.
+        """
+        self._works += 1
+        self.working = self.rank < workers
+        try:
+            yield
+        finally:
+            self.working = False
+        if self.store is not None:
+            key = f"sculpt-dist/work/{self._works}"
+            if self.rank < workers and self.store.add(key, 1) == workers:
+                self.store.set(f"{key}/done", "")
+            if self.wait_for_work is not None:
+                self.wait_for_work(f"{key}/done")
 
     def to_all(self, value: Value) -> list[Value]:
         """Every rank's value, in rank order, on every rank."""

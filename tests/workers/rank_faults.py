@@ -1,6 +1,6 @@
 """A minimal job in which one rank misbehaves at its third step.
 
-Arguments: FAULT FOLDER [TIMEOUT [RANK]]; RANK is 1 if not given.
+Arguments: FAULT FOLDER [TIMEOUT [RANK [LATE_AFTER]]]; RANK is 1 if not given.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ def misbehave(fault: str) -> None:
         os._exit(0)
 
 
-def main(fault: str, folder: Path, timeout: str = "60", wrong: str = "1") -> None:
+def main(fault: str, folder: Path, timeout: str = "60", wrong: str = "1", late_after: str = "") -> None:
     group = Group(float(timeout), f"fault {fault}")
-    with watched(group, folder, 30.0) as stop:
+    with watched(group, folder, 30.0, float(late_after) if late_after else None) as stop:
         for step in range(1200 if fault == "none" else 4):
             if step == 2:
                 (folder / f"step-{group.rank}").touch()
                 if group.rank == int(wrong):
                     misbehave(fault)
+                elif fault == "raises" and late_after:
+                    time.sleep(60)  # busy outside of any collective
+                if fault == "works":
+                    (group.on_first if wrong == "0" else group.together)(lambda: time.sleep(8 * (not group.rank)))
             before = time.monotonic()
             group.sum(torch.ones(1))
             if fault == "waits" and step == 2 and group.rank == int(wrong):

@@ -1,8 +1,11 @@
-"""Heartbeats: after a failed collective, they tell a rank which other rank is dead or hung."""
+"""Heartbeats: they tell a rank which other rank is dead or hung, and which is at work on its own."""
 
 from __future__ import annotations
 
+import datetime
 import threading
+import time
+from typing import Any
 
 import torch
 
@@ -12,7 +15,8 @@ PATIENCE = 2.5  # seconds; a rank sends about one heartbeat a second
 
 
 class Heartbeat:
-    """Each rank reports through the rendezvous store that it is alive, and how many collectives it has entered.
+    """Each rank reports through the rendezvous store that it is alive, how many collectives it has entered, and whether
+    it does work that the others wait for (`Group.on_first`, `Group.together`).
 
     A single rank reports nothing. When the store is gone, so is the process that hosts it: rank 0, or the launcher on
     its node.
@@ -21,15 +25,17 @@ class Heartbeat:
     def __init__(self, group: Group) -> None:
         self.group, self.count, self.broken = group, 0, False
         self.store = None if group.store is None else group.store.clone()  # a separate connection, for another thread
+        self._entered: dict[int, tuple[int, float]] = {}  # rank -> collectives it has entered, and since when so many
         self.beat()
         group.barrier()
+        group.wait_for_work = self.wait_for_work if self.store is not None else None
 
     def beat(self) -> None:
         if self.store is None or self.broken:
             return
         self.count += 1
         try:
-            self.store.set(_key(self.group.rank), f"{self.count} {self.group.collectives}")
+            self.store.set(_key(self.group.rank), f"{self.count} {self.group.collectives} {int(self.group.working)}")
         except torch.distributed.DistError:
             self.broken = True
 
@@ -59,15 +65,51 @@ class Heartbeat:
         entered = {rank: int(beat.split()[1]) for rank, beat in enumerate(self._read() or [])}
         late = [rank for rank, count in entered.items() if count == min(entered.values())]
         if entered and len(late) < len(entered):
-            return f"{_ranks(late)} hangs or is slow: alive, but did not enter a collective that the others had entered"
+            return describe_late(late)
         return "the connection broke, but every rank is alive"
 
-    def _read(self) -> list[str] | None:
-        """The last heartbeat of every rank; None when the store is gone."""
-        if self.broken or self.store is None:
+    def late(self, limit: float) -> list[int]:
+        """Ranks that others have waited for in a collective for `limit` seconds, and that are not at work on their own.
+
+        Call it again and again: it compares with what it read before.
+        """
+        beats, now = self._read() or [], time.monotonic()
+        for rank, beat in enumerate(beats):
+            _, collectives, working = map(int, beat.split())
+            if working or self._entered.get(rank, (None, now))[0] != collectives:
+                self._entered[rank] = collectives, now
+        furthest = max((count for count, _ in self._entered.values()), default=0)
+        return [rank for rank, (count, since) in self._entered.items() if count < furthest and now - since > limit]
+
+    def wait_for_work(self, key: str) -> None:
+        """Wait in the main thread until `key` is in the store.
+
+        A rank that says that it is at work is waited for as long as its heart beats, others for the group's time limit.
+        Then this returns, and the next collective tells what is wrong.
+        """
+        store, began = self.group.store, time.monotonic()
+        beats: list[str] = []
+        changed = [began] * self.group.size
+        while True:
+            try:
+                store.wait([key], datetime.timedelta(seconds=1))
+                return
+            except torch.distributed.DistError:
+                pass
+            before, beats, now = beats, self._read(store) or [], time.monotonic()
+            changed = [since if before[r : r + 1] == beats[r : r + 1] else now for r, since in enumerate(changed)]
+            if any(beat.endswith(" 1") for beat in beats):
+                began = now
+            if not beats or now - began > self.group.timeout or now - min(changed) > PATIENCE:
+                return
+
+    def _read(self, store: Any = None) -> list[str] | None:
+        """The last heartbeat of every rank; None when the store is gone. `store`: the connection of this thread."""
+        store = store or self.store
+        if self.broken or store is None:
             return None
         try:
-            return [beat.decode() for beat in self.store.multi_get([_key(rank) for rank in range(self.group.size)])]
+            return [beat.decode() for beat in store.multi_get([_key(rank) for rank in range(self.group.size)])]
         except torch.distributed.DistError:
             return None
 
@@ -75,6 +117,11 @@ class Heartbeat:
 def describe_silent(ranks: list[int]) -> str:
     """The message about ranks that sent no heartbeat."""
     return f"{_ranks(ranks)} died or was stopped (no heartbeat)"
+
+
+def describe_late(ranks: list[int]) -> str:
+    """The message about ranks that live, and that the others wait for."""
+    return f"{_ranks(ranks)} hangs or is slow: alive, but did not enter a collective that the others had entered"
 
 
 def is_lost_connection(error: BaseException) -> bool:

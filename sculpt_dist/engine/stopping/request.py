@@ -18,7 +18,7 @@ from sculpt_dist.core.errors import StopRequested
 from sculpt_dist.core.files import append_line
 from sculpt_dist.core.signals import STOPPING, early, is_ignored
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.stopping.heartbeat import Heartbeat, describe_silent
+from sculpt_dist.engine.stopping.heartbeat import Heartbeat, describe_late, describe_silent
 
 STOP_FILE, REQUEUE_FILE, LOG_FILE = "STOP", "REQUEUE", "log.txt"
 TICK = 1.0  # seconds between checks for the stop file
@@ -36,10 +36,15 @@ class StopRequest:
     exits and asks for a requeue; as soon as another rank sends no heartbeat, it exits as after a crash. The last
     checkpoint is kept in both cases. A second SIGINT ends the process. Leaving the context with StopRequested writes
     `REQUEUE` into the run folder.
+
+    `late_after`: seconds that the others may wait for a rank in a collective before this ends the process, with the
+    rank's name in the log. None leaves that to the backend, as gloo raises an error then.
     """
 
-    def __init__(self, group: Group, folder: Path, grace: float = 60.0) -> None:
-        self.group, self.folder, self.grace = group, folder, grace
+    def __init__(self, group: Group, folder: Path, grace: float = 60.0, late_after: float | None = None) -> None:
+        self.group, self.folder, self.grace, self.late_after = group, folder, grace, late_after
+        log = folder / LOG_FILE
+        self._log_began = log.stat().st_size if log.exists() else 0  # before the barrier of the heartbeat
         self.requested, self.by_file, self.agreed_on = False, False, False
         self.failing = False  # an error ended the work; it will be reported, and the process will exit
         self.heartbeat = Heartbeat(group)
@@ -66,6 +71,7 @@ class StopRequest:
                 (self.folder / REQUEUE_FILE).touch()
             self.group.barrier()
         self._closing.set()
+        self.group.wait_for_work = None
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
@@ -91,6 +97,14 @@ class StopRequest:
         first = f"remove {self.folder / STOP_FILE}, and " if self.by_file else ""
         return StopRequested(f"stopped at {where}; {first}run the same command to continue from here")
 
+    def log_cause(self, cause: str) -> None:
+        """Log the cause of a failure unless another rank has logged one since the work began."""
+        log = self.folder / LOG_FILE
+        with log.open("ab+") as file:
+            file.seek(self._log_began)
+            if CAUSE.encode() not in file.read():
+                append_line(log, CAUSE + cause)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Python's signal handler; by the time it runs, the thread has noted the signal already."""
         self._note()
@@ -113,6 +127,9 @@ class StopRequest:
             if self.group.is_first and not self.requested and (self.folder / STOP_FILE).exists():
                 self.by_file = True
                 self._note()
+            if self.late_after is not None and not self.failing and (late := self.heartbeat.late(self.late_after)):
+                self.log_cause(f"{describe_late(late)}; seen by rank {self.group.rank}")
+                os._exit(CRASHED)
             if self.requested and not (self.agreed_on or self.failing):
                 self._exit_if_hopeless()
 
@@ -126,8 +143,9 @@ class StopRequest:
         message = (
             f"rank {self.group.rank}: asked to stop, and exited without saving: {why}; the last checkpoint is kept"
         )
-        append_line(self.folder / LOG_FILE, f"{CAUSE}{message}" if silent else message)
         if silent:
+            self.log_cause(message)
             os._exit(CRASHED)
+        append_line(self.folder / LOG_FILE, message)
         (self.folder / REQUEUE_FILE).touch()
         os._exit(STOPPED)

@@ -16,11 +16,12 @@ from sculpt_dist.engine.stopping.request import CAUSE, LOG_FILE, REQUEUE_FILE, S
 
 
 @contextmanager
-def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
+def watched(group: Group, folder: Path, grace: float, late_after: float | None = None) -> Iterator[StopRequest]:
     """Log when the work begins and ends; after a failure the last line is its cause. All ranks must enter.
 
     A rank that fails logs its error at once. A rank that only lost its connection first finds out which rank died or
-    hangs, and logs that unless another rank has given a cause by then.
+    hangs, and logs that unless another rank has given a cause by then. `late_after`: see StopRequest; on GPUs it is the
+    group's time limit, as NCCL gives no chance to log anything after its own.
     """
     log = folder / LOG_FILE
     if group.is_first:
@@ -28,9 +29,10 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
         append_line(log, f"began on {group.size} rank(s), {platform.node()}{job}")
         (folder / REQUEUE_FILE).unlink(missing_ok=True)
     group.barrier()
-    began = log.stat().st_size
+    if late_after is None and group.device.type == "cuda":
+        late_after = group.timeout
     try:
-        with StopRequest(group, folder, grace) as stop:
+        with StopRequest(group, folder, grace, late_after) as stop:
             try:
                 stop.check("the start")
                 yield stop
@@ -38,13 +40,13 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
                 raise
             except SculptError as error:  # most are raised on all ranks
                 stop.failing = True
-                _log_cause(log, began, f"{type(error).__name__}: {error}")
+                stop.log_cause(f"{type(error).__name__}: {error}")
                 raise
             except Exception as error:  # whatever it is: logged here, and raised again
                 stop.failing = True  # otherwise a launcher's SIGTERM would count as a request to continue later
                 if is_lost_connection(error):
                     culprit = stop.heartbeat.culprit()
-                    _log_cause(log, began, f"{culprit}; seen by rank {group.rank}: {_first_line(error)}")
+                    stop.log_cause(f"{culprit}; seen by rank {group.rank}: {_first_line(error)}")
                 else:
                     what = f"{type(error).__name__}: {_first_line(error)}"
                     append_line(log, f"{CAUSE}rank {group.rank} on {platform.node()}: {what}")
@@ -55,14 +57,6 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
         raise
     if group.is_first:
         append_line(log, "done")
-
-
-def _log_cause(log: Path, began: int, cause: str) -> None:
-    """Log a cause unless another rank has logged one since the run began."""
-    with log.open("rb") as file:
-        file.seek(began)
-        if CAUSE.encode() not in file.read():
-            append_line(log, CAUSE + cause)
 
 
 def _first_line(error: Exception) -> str:

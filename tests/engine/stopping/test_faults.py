@@ -73,26 +73,29 @@ class Outcome:
         return last_line(self.folder)
 
 
-FAULTS = {  # fault, seconds of engine.timeout, the faulty rank
+FAULTS = {  # fault, seconds of engine.timeout, the faulty rank[, seconds after which a late rank is named]
     "raises": ("raises", 60, 1),
     "killed": ("killed", 60, 1),
     "exits": ("exits", 60, 1),
     "rank 0 killed": ("killed", 60, 0),
     "hangs": ("hangs", 4, 1),
     "stopped": ("stopped", 4, 1),
+    "hangs under a backend that raises no error": ("hangs", 60, 1, 4),
+    "works alone for longer than the time limit": ("works", 4, 0, 4),
+    "works beside the others for longer than the time limit": ("works", 4, 1, 4),
 }
 
 
-def observe(folder: Path, fault: str, timeout: int, rank: int) -> Outcome:
+def observe(folder: Path, fault: str, timeout: int, rank: int, *late_after: int) -> Outcome:
     folder.mkdir()
-    processes = start_ranks(WORKER, fault, str(folder), str(timeout), str(rank))
+    processes = start_ranks(WORKER, fault, str(folder), *map(str, (timeout, rank, *late_after)))
     faulty, other = processes[rank], processes[1 - rank]
     try:
         began = wait_for(folder / f"step-{rank}", processes)
         printed, _ = other.communicate(timeout=60)
         seconds = time.monotonic() - began
     finally:
-        if timeout < 60:
+        if fault in ("hangs", "stopped") and not late_after:
             faulty.kill()  # it would hang on
     return Outcome(folder, seconds, printed, other.returncode, faulty.wait(60))
 
@@ -130,6 +133,28 @@ def test_a_hung_rank_is_named_at_the_timeout(outcomes, fault, cause):
     found = outcomes[fault]
     assert 3 < found.seconds < 4 + 5 and found.code == 1
     assert cause in found.cause, found
+
+
+def test_a_hung_rank_is_named_also_where_a_collective_raises_no_error(outcomes):
+    found = outcomes["hangs under a backend that raises no error"]  # as NCCL, whose watchdog aborts the process
+    assert 3 < found.seconds < 4 + 5 and (found.code, found.faulty_code) == (1, 1), found
+    assert "failed: rank 1 hangs or is slow" in found.cause, found
+
+
+@pytest.mark.parametrize("how", ["alone", "beside the others"])
+def test_work_of_one_rank_may_take_longer_than_the_time_limit(outcomes, how):
+    found = outcomes[f"works {how} for longer than the time limit"]
+    assert found.seconds > 8 and (found.code, found.faulty_code) == (0, 0), found.printed
+    assert found.cause.endswith(" done")
+
+
+def test_a_launchers_signal_does_not_hide_the_cause_from_a_rank_outside_of_any_collective(tmp_path):
+    first, second = start_ranks(WORKER, "raises", str(tmp_path), "60", "1", "60")
+    second.wait(100)
+    first.send_signal(signal.SIGTERM)
+    printed, _ = first.communicate(timeout=60)
+    assert first.returncode == 1 and not (tmp_path / "REQUEUE").exists(), printed
+    assert "failed: rank 1 on" in last_line(tmp_path) and "KeyError: 'the true cause'" in last_line(tmp_path)
 
 
 def test_a_signal_is_noticed_in_a_collective_while_the_other_rank_is_gone(tmp_path):
