@@ -5,6 +5,7 @@ Arguments: FAULT FOLDER [TIMEOUT [RANK [LATE_AFTER]]]; RANK is 1 if not given.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -32,6 +33,9 @@ def misbehave(fault: str) -> None:
 
 
 def main(fault: str, folder: Path, timeout: str = "60", wrong: str = "1", late_after: str = "") -> None:
+    if fault == "jumps":
+        steady, days = time.time, itertools.cycle([0, 86400, -86400])
+        time.time = lambda: steady() + next(days)
     group = Group(float(timeout), f"fault {fault}")
     with watched(group, folder, 30.0, float(late_after) if late_after else None) as stop:
         for step in range(1200 if fault == "none" else 4):

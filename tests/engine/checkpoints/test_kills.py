@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import SMALL, Ranks, sculpt, weights
+from harness import PROJECT, SMALL, Ranks, sculpt, weights
 
 RUN = [*SMALL, "model.arch=sana", "evaluate.enabled=false", "train.steps=10", "prepare.samples=4", "prepare.steps=2"]
 CELLS = [(ranks, stage) for ranks in (1, 2) for stage in range(4)]
@@ -114,6 +114,48 @@ def test_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config
     assert sum(any(codes) for _, codes, _ in reached) >= kills * 2 // 3, (
         f"too few runs were still working when killed: {reached}"
     )
+
+
+@pytest.fixture(scope="module")
+def moments(tmp_path_factory, canvas_config) -> tuple[Path, list[str]]:
+    """(folder, command) of an undisturbed run, beside copies of its folder from before each change of a file."""
+    place = tmp_path_factory.mktemp("moments")
+    (place / "copies").mkdir()
+    few = ["train.steps=2", "mask.collect=1", "prepare.steps=1", "train.checkpoint_every=0.001"]
+    call = ["unlearn", canvas_config, *RUN, *few, "train.background_save=false"]
+    script, run = str(PROJECT / "tests" / "workers" / "snapshots.py"), place / "run"
+    ranks = Ranks(1, script, str(place / "copies"), str(run), *call, f"run.folder={run}", output=place / "output.txt")
+    assert ranks.wait(120) == [0], (place / "output.txt").read_text()
+    return place, call
+
+
+def files_of(run: Path) -> set[str]:
+    """The files of a run folder, except those that say who holds it."""
+    return {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()} - {".lock", ".holder"}
+
+
+@pytest.mark.two_ranks
+@pytest.mark.parametrize(
+    "every", [pytest.param(2, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)]
+)
+def test_a_run_killed_at_any_change_of_a_file_ends_bit_identical_with_the_same_files(moments, tmp_path, every):
+    place, call = moments
+    expected, files = weights(place / "run"), files_of(place / "run")
+    copies = sorted(path for path in (place / "copies").iterdir() if path.is_dir())
+    assert len(copies) > 150
+
+    def resume(copy: Path) -> None:
+        folder = tmp_path / copy.name
+        shutil.copytree(copy, folder)
+        why = (copy.name, copy.with_suffix(".txt").read_text())
+        sculpt(*call, f"run.folder={folder}")
+        found = weights(folder)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found), why
+        assert files_of(folder) == files, why
+        shutil.rmtree(folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(resume, copies[::every]))
 
 
 def stopped_in_the_middle(canvas_config: str, folder: Path, output: Path, *more: str, ranks: int = 1) -> list[str]:

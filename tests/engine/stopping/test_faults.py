@@ -81,6 +81,7 @@ FAULTS = {  # fault, seconds of engine.timeout, the faulty rank[, seconds after 
     "hangs": ("hangs", 4, 1),
     "stopped": ("stopped", 4, 1),
     "hangs under a backend that raises no error": ("hangs", 60, 1, 4),
+    "clock jumps": ("jumps", 4, 1),
     "works alone for longer than the time limit": ("works", 4, 0, 4),
     "works beside the others for longer than the time limit": ("works", 4, 1, 4),
 }
@@ -146,6 +147,11 @@ def test_work_of_one_rank_may_take_longer_than_the_time_limit(outcomes, how):
     found = outcomes[f"works {how} for longer than the time limit"]
     assert found.seconds > 8 and (found.code, found.faulty_code) == (0, 0), found.printed
     assert found.cause.endswith(" done")
+
+
+def test_a_wall_clock_that_jumps_by_days_ends_nothing(outcomes):
+    found = outcomes["clock jumps"]
+    assert (found.code, found.faulty_code) == (0, 0) and found.cause.endswith(" done"), found.printed
 
 
 def test_a_launchers_signal_does_not_hide_the_cause_from_a_rank_outside_of_any_collective(tmp_path):
