@@ -40,6 +40,9 @@ class Saver:
         self._store: Any = None if group.store is None else group.store.clone()  # a connection for the other thread
         self._thread: threading.Thread | None = None
         self._failed: str | None = None
+        if group.is_first:  # what a kill left behind
+            self._remove_partial()
+            self._remove_old()
 
     def __enter__(self) -> Saver:
         return self
@@ -87,9 +90,16 @@ class Saver:
 
     def _create(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
+        self._remove_partial()
         partial.mkdir()
+
+    def _remove_partial(self) -> None:
+        for partial in self.folder.glob(".writing-*"):
+            shutil.rmtree(partial)
+
+    def _remove_old(self) -> None:
+        for old in written(self.folder)[:-KEPT]:
+            shutil.rmtree(old)
 
     def _write(self, partial: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write this rank's file, and on rank 0 everything else; a failure is kept for `finish` to raise."""
@@ -128,8 +138,7 @@ class Saver:
         os.rename(partial, final)
         sync(self.folder)
         write_atomically(self.folder / LATEST, final.name.encode())
-        for old in written(self.folder)[:-KEPT]:
-            shutil.rmtree(old)
+        self._remove_old()
 
 
 def _shard_tensors(shards: Sequence[Shard], extra: Mapping[str, Sequence[Tensor]], copied: bool) -> dict[str, Tensor]:
