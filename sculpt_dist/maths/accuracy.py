@@ -87,12 +87,15 @@ def bootstrap_intervals(
     """
     rng = np.random.default_rng(seed)
     prompts, counts = per_prompt(answers, score_counts(answers, targets))
-    weights = np.stack(
-        [np.bincount(rng.integers(0, len(prompts), len(prompts)), minlength=len(prompts)) for _ in range(rounds)]
-    )
+    columns = np.stack([part for pair in counts.values() for part in pair], axis=1)  # [P, 2 scores], whole numbers
+    sums = np.empty((rounds, columns.shape[1]))
+    for round_ in range(rounds):  # one by one: a table of rounds x prompts would not fit into memory
+        drawn = np.bincount(rng.integers(0, len(prompts), len(prompts)), minlength=len(prompts))
+        sums[round_] = drawn @ columns
+    pairs = zip(sums.T[::2], sums.T[1::2])
     return {
-        name: interval(weights @ right, weights @ among) if (among > 0).sum() > 1 else None
-        for name, (right, among) in counts.items()
+        name: interval(right, among) if (counts[name][1] > 0).sum() > 1 else None
+        for name, (right, among) in zip(counts, pairs)
     }
 
 

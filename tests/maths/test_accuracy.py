@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -53,6 +55,22 @@ def test_with_targets_of_both_kinds_only_images_of_neither_are_retained():
 def test_without_recognised_styles_there_is_no_cra():
     scores = unlearning_scores(answers(ROWS, styles=False), [Target("object", CAT, ())])
     assert scores["CRA"] is None and scores["CTA"] is None and scores["SA"] is None and scores["UA"] == 0.75
+
+
+def test_intervals_over_a_hundred_thousand_prompts_take_seconds_and_little_memory():
+    rng = np.random.default_rng(0)
+    images = 100_000
+    asked, seen = rng.integers(0, 3, (2, images))
+    many = Answers(np.arange(images), asked, asked % 2, seen, seen % 2)
+    began = time.perf_counter()
+    tracemalloc.start()
+    intervals = bootstrap_intervals(many, [Target("object", CAT, (DOG,))], rounds=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    low, high = intervals["UA"]
+    assert low < unlearning_scores(many, [Target("object", CAT, (DOG,))])["UA"] < high
+    assert high - low == pytest.approx(4 * (2 / 9 / (images / 3)) ** 0.5, rel=0.2)
+    assert peak < 1e8 and time.perf_counter() - began < 30  # alone: 4 s
 
 
 def test_intervals_contain_the_score_and_have_no_width_for_a_constant():
