@@ -116,17 +116,26 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[ShardRecord]]:
         ) from error
 
 
-def damage(folder: Path, record: ShardRecord, deep: bool = True) -> str | None:
-    """A description of a shard's damage, None if it is intact. `deep` also compares the checksum."""
+def damage(folder: Path, record: ShardRecord) -> str | None:
+    """A description of a shard's damage, None if it is intact.
+
+    A process compares the checksum once; later it looks at the size and the time of the last change.
+    """
     path = folder / record.name
     if not path.is_file():
         return f"{path} is missing"
-    size = path.stat().st_size
-    if size != record.bytes:
-        return f"{path} has {size} bytes instead of the {record.bytes} of the index"
-    if deep and file_sha256(path) != record.sha256:
-        return f"{path} does not match its checksum in the index"
+    about = path.stat()
+    if about.st_size != record.bytes:
+        return f"{path} has {about.st_size} bytes instead of the {record.bytes} of the index"
+    state = (about.st_ino, about.st_mtime_ns, record.sha256)
+    if _intact.get(path) != state:
+        if file_sha256(path) != record.sha256:
+            return f"{path} does not match its checksum in the index"
+        _intact[path] = state
     return None
+
+
+_intact: dict[Path, tuple[int, int, str]] = {}  # shards that matched their checksum, with their state then
 
 
 class OpenFiles:

@@ -20,7 +20,9 @@ from stream_folders import make_stream
 
 from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import ShardError
+from sculpt_dist.core.files import file_sha256
 from sculpt_dist.core.types import TextCond
+from sculpt_dist.data import shards
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts, fill
 from sculpt_dist.data.shards import ShardReader, read_index, scan_shard, write_index
 from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, PromptReader, load, micro_batches
@@ -111,6 +113,21 @@ def test_every_damage_of_a_shard_is_detected_and_the_error_names_the_shard(tmp_p
     shard.write_bytes(damages(shard)[kind])
     with pytest.raises(ShardError, match="00004.tar.*prepare"):
         ShardReader(tmp_path / "s")
+
+
+def test_a_process_hashes_a_shard_once_and_again_when_it_was_changed(tmp_path, monkeypatch):
+    folder = make_stream(tmp_path / "s", 10)
+    hashed = []
+    monkeypatch.setattr(shards, "file_sha256", lambda path: hashed.append(path.name) or file_sha256(path))
+    for _ in range(3):
+        ShardReader(folder)
+    assert hashed == ["00000.tar", "00004.tar", "00008.tar"]
+    changed = folder / "00004.tar"
+    content = bytearray(changed.read_bytes())
+    content[600] ^= 1
+    changed.write_bytes(content)
+    with pytest.raises(ShardError, match="00004.tar does not match its checksum"):
+        ShardReader(folder)
 
 
 def test_errors_name_a_missing_shard_and_a_broken_index(tmp_path):
