@@ -61,7 +61,10 @@ class Backbone(ABC):
         self.passes = 0  # samples through the denoiser; a forward with gradient counts as 3, its backward costs 2
         self._components = Components(folder, classes, device, self.part_dtype, self._watch)
         self.embeddings = PromptEmbeddings(
-            lambda prompts, negative: self.encode_prompts(prompts, negative), self.with_size_ids, device
+            lambda prompts, negative: self.encode_prompts(prompts, negative),
+            self.with_size_ids,
+            device,
+            options.text_batch,
         )
 
     # Every kind implements these.

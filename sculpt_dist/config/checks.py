@@ -24,7 +24,8 @@ CHOICES = {
 }
 POSITIVE = (
     "prepare.samples prepare.steps prepare.batch train.steps train.batch train.accumulate train.lr mask.keep "
-    "engine.timeout engine.grace engine.gathered evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap"
+    "engine.timeout engine.grace engine.gathered evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap "
+    "model.text_batch"
 ).split()
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, half of a pair, line and paragraph ends
 SHARES = "train.warmup mask.keep mask.turnover mask.until".split()
@@ -34,7 +35,7 @@ MOST = {  # (limit, its unit) of the keys that it applies to
     (1e7, "seconds, 115 days"): "engine.timeout engine.grace train.checkpoint_every",
     (1e9, ""): (
         "prepare.samples prepare.batch train.steps train.batch train.accumulate mask.collect mask.refresh "
-        "evaluate.images evaluate.paraphrase_images evaluate.batch evaluate.bootstrap"
+        "evaluate.images evaluate.paraphrase_images evaluate.batch evaluate.bootstrap model.text_batch"
     ),
 }
 

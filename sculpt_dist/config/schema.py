@@ -38,6 +38,8 @@ class ModelConfig:
     """SDXL's target size (height, width) in pixels; null uses the image size."""
     cut_prompts: bool = False
     """Truncate a prompt that is too long for the text encoder, with a warning, instead of refusing it."""
+    text_batch: int = 16
+    """Prompts that the text encoders take at once; their memory grows with it."""
 
 
 @dataclass(frozen=True)

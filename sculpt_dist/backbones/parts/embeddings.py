@@ -25,29 +25,35 @@ class PromptEmbeddings:
         encode: Callable[[Sequence[str], bool], TextCond],
         with_size_ids: Callable[[TextCond], TextCond],
         device: torch.device,
+        batch: int = 16,
     ) -> None:
-        """`encode` maps (prompts, negative) to [B, ...]; `with_size_ids` adds what the file does not store."""
-        self._encode, self._with_size_ids, self.device = encode, with_size_ids, device
+        """`encode` maps (prompts, negative) to [B, ...], with B up to `batch`.
+
+        `with_size_ids` adds what the file does not store. Embeddings are given out on `device`, and kept in the host's
+        memory.
+        """
+        self._encode, self._with_size_ids, self.device, self.batch = encode, with_size_ids, device, batch
         self._known: dict[tuple[str, bool], TextCond] = {}
 
     @property
     def num_bytes(self) -> int:
-        """The memory that the known embeddings take."""
+        """The host's memory that the known embeddings take."""
         tensors = (tensor for cond in self._known.values() for tensor in vars(cond).values())
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def embed(self, prompts: Sequence[str], negative: bool) -> TextCond:
         """Embeddings of the prompts, [B, ...]; each distinct prompt passes the text encoders once."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if (prompt, negative) not in self._known]
-        if missing:
+        for first in range(0, len(missing), self.batch):
+            batch = missing[first : first + self.batch]
             with torch.no_grad():
-                cond = self._encode(missing, negative)
-            self._remember(missing, cond, negative)
-        return TextCond.cat([self._known[prompt, negative] for prompt in prompts])
+                self._remember(batch, self._encode(batch, negative), negative)
+        cond = TextCond.cat([self._known[prompt, negative] for prompt in prompts])
+        return cond.map(self._to_device) if self.device.type == "cuda" else cond
 
     @contextmanager
     def temporary(self) -> Iterator[None]:
-        """Forget at the end what is embedded within: the many prompts of a list would fill the device's memory."""
+        """Forget at the end what is embedded within: the many prompts of a list would fill the memory."""
         before = dict(self._known)
         try:
             yield
@@ -82,15 +88,18 @@ class PromptEmbeddings:
             return False
         if about.get("sha256", _digest(tensors)) != _digest(tensors):  # earlier versions did not write it
             return False
-        cond = TextCond(**{name: tensor.to(self.device) for name, tensor in tensors.items()})
         prompts, negatives = json.loads(about["prompts"])
-        cond = self._with_size_ids(cond)
+        cond = self._with_size_ids(TextCond(**tensors))
         self._remember(prompts, cond, negative=False)
         self._remember(negatives, cond[len(prompts) :], negative=True)
         return True
 
     def _remember(self, prompts: Sequence[str], cond: TextCond, negative: bool) -> None:
-        self._known |= {(prompt, negative): cond[i : i + 1] for i, prompt in enumerate(prompts)}
+        kept = cond.map(Tensor.cpu) if self.device.type == "cuda" else cond
+        self._known |= {(prompt, negative): kept[i : i + 1] for i, prompt in enumerate(prompts)}
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

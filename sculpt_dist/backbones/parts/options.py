@@ -15,6 +15,7 @@ class Options:
     crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     cut_prompts: bool = False  # cut a prompt that is too long for the text encoder, instead of refusing it
+    text_batch: int = 16  # prompts that the text encoders take at once
 
 
 @dataclass(frozen=True)
