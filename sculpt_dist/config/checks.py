@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -159,7 +160,22 @@ def _check_prompts(config: RunConfig) -> None:
             )
 
 
+def is_scored(at: Any, done: int, total: int) -> bool:
+    """Whether `evaluate.at` asks for scores after `done` of `total` concepts; before the first, `done` is 0.
+
+    Raises ConfigError for a value that is none of its forms.
+    """
+    every = re.fullmatch(r"every:([1-9]\d{0,8})", at) if isinstance(at, str) else None
+    listed = isinstance(at, list) and all(isinstance(number, int) and number > 0 for number in at)
+    if at not in ("all", "last") and not every and not listed:
+        raise ConfigError(f"evaluate.at={str(at)[:200]}: give all, last, every:K, or a list of numbers such as [1, 10]")
+    if done in (0, total) or at == "all":
+        return True
+    return done % int(every[1]) == 0 if every else listed and done in at
+
+
 def _check_evaluation(config: RunConfig) -> None:
+    is_scored(config.evaluate.at, 0, len(config.concepts))
     for key, names in (("evaluate.objects", config.evaluate.objects), ("evaluate.styles", config.evaluate.styles)):
         for name in names:
             check_name(key, name)

@@ -177,6 +177,10 @@ class EvaluateConfig:
 
     enabled: bool = True
     """Whether to draw and score images."""
+    at: Any = "all"
+    """After which concepts to score: all, last, every:K, or a list of their numbers such as [1, 10, 30]. The base and
+    the last stage always are.
+    """
     images: int = 10
     """Images per object and style with the plain prompt."""
     paraphrase_images: int = 2

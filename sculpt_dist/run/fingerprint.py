@@ -16,6 +16,7 @@ NEUTRAL = (  # keys that do not change the result
 LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour before the key existed
     "prepare.prompts.files": {},
     "prepare.images_missing": "refuse",
+    "evaluate.at": "all",
     "evaluate.prompts": {},
     "evaluate.retain_prompts": None,
     "evaluate.metrics": {},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.parts.trajectory import Trajectory
+from sculpt_dist.config.checks import is_scored
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed, text_sha256
 from sculpt_dist.data.shards import ShardReader
@@ -63,7 +64,7 @@ class Trainer:
         original = engine.snapshot() if self.method.needs_original else None
         first, resumed = state.resume(self.found)
         session.tracker.start(first, resumed["step"] if resumed else 0, self.plan.steps)
-        if resumed is None:
+        if resumed is None and is_scored(self.setup.config.evaluate.at, first, len(concepts)):
             session.score(engine.net, stage_after(first - 1), concepts[:first] if first else concepts)
         for number in range(first, len(concepts)):
             run = self._concept_run(engine, number, original)
@@ -83,7 +84,9 @@ class Trainer:
                 save, train = (lambda: state.save(run)), self.setup.config.train
                 run_concept(run, engine, self.backbone, train, session.tracker.log, save, session.stop)
             state.save_between(run.number + 1)
-            session.score(engine.net, stage_after(run.number), self.setup.concepts[: run.number + 1])
+            done, concepts = run.number + 1, self.setup.concepts
+            if is_scored(self.setup.config.evaluate.at, done, len(concepts)):
+                session.score(engine.net, stage_after(run.number), concepts[:done])
 
     def _count_weights(self, engine: Engine) -> dict[str, int]:
         """Counts of all weights, trained weights and open weights. Raises ConfigError if none would be open."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 import pytest
 from harness import rank_environment
@@ -24,7 +24,7 @@ def test_the_run_keys_are_those_of_the_dataclasses():
         found = set()
         for field in fields(section):
             inner = getattr(schema, str(field.type), None)
-            found |= names(inner, f"{prefix}{field.name}.") if inner else {prefix + field.name}
+            found |= names(inner, f"{prefix}{field.name}.") if is_dataclass(inner) else {prefix + field.name}
         return found
 
     listed = {key.name for key in run_keys() if "[]" not in key.name}

@@ -21,6 +21,7 @@ from harness import PROJECT, SMALL, TINY_RUN, Ranks, python, rank_environment, s
 from runs import LONGER, lines, start, wait_for_step
 from safetensors.torch import load_file
 
+from sculpt_dist.config.checks import is_scored
 from sculpt_dist.core.errors import StopRequested
 from sculpt_dist.core.plugins import plugins
 
@@ -306,6 +307,31 @@ def test_from_python_in_six_lines_also_in_a_thread_and_with_numbers_of_numpy(tmp
         with pytest.raises(StopRequested):
             pool.submit(unlearn, "stopped", steps=5000).result()
     assert (run.model / "model_index.json").is_file() and run.report["concepts"][0]["target"] == "cat"
+
+
+def test_scores_are_made_after_the_chosen_concepts_and_always_of_the_base_and_at_the_end(tmp_path):
+    import sculpt_dist
+
+    run = sculpt_dist.unlearn(
+        concepts=[{"target": name, "superclass": "animal"} for name in ("cat", "bird", "fish")],
+        prepare={"samples": 2, "steps": 2},
+        train={"steps": 2, "batch": 2},
+        mask={"collect": 1, "refresh": 0},
+        evaluate={"at": [2], "objects": ["car"], "styles": ["neon"], "images": 1, "steps": 1, "bootstrap": 5},
+        run={"folder": tmp_path / "run"},
+    )
+    stages = sorted(path.name for path in (tmp_path / "run" / "evaluation").iterdir())
+    assert stages == ["after-01", "after-02", "before"]
+    relapse = run.report["relapse"]
+    assert relapse[0] == [None] * 3 and None not in [*relapse[1], *relapse[2]]
+    assert run.report["after"]["UA"] is not None and run.report["concepts"][0]["UA"] is None
+
+
+@pytest.mark.parametrize(
+    ("at", "scored"), [("all", [0, 1, 2, 3, 4, 5]), ("last", [0, 5]), ("every:2", [0, 2, 4, 5]), ([1, 4], [0, 1, 4, 5])]
+)
+def test_the_stages_that_are_scored(at, scored):
+    assert [done for done in range(6) if is_scored(at, done, 5)] == scored
 
 
 def broken(tmp_path: Path, kind: str) -> str:
