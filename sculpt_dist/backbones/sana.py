@@ -32,6 +32,7 @@ class Backbone(Base):
     """
 
     net_name, net_class = "transformer", "diffusers.SanaTransformer2DModel"
+    conditions = {"guidance_embeds": (None,)}
     pipeline_class = "SanaPipeline"
     parts = {"vae": "diffusers.AutoencoderDC", "text_encoder": "transformers.Gemma2Model"}
     schedule_class = FlowSchedule
