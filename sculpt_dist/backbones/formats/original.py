@@ -27,7 +27,7 @@ from sculpt_dist.backbones.formats.original_names import (
     settings,
 )
 from sculpt_dist.backbones.io.folders import is_named, weight_files
-from sculpt_dist.backbones.io.tensorfile import Entry, entries, write_tensors
+from sculpt_dist.backbones.io.tensorfile import Entry, entries, unwrapped, write_tensors
 from sculpt_dist.backbones.io.writing import set_dtype, settings_files
 from sculpt_dist.core.errors import ModelError
 
@@ -157,7 +157,7 @@ def _converted(pieces: Iterable[Piece], fetch: Fetch) -> Iterator[tuple[str, Ten
 
 def check_single_kind(file: Path) -> None:
     """Raises ModelError when a single file is damaged, or of a kind that is not read; only its header is needed."""
-    looks = looks_like(entry.name for entry in entries(file))
+    looks = looks_like(unwrapped(entry.name) for entry in entries(file))
     if looks not in PREFIXES:
         readable = " and ".join(NAMES[kind] for kind in PREFIXES)
         raise ModelError(f"{file}: looks like {NAMES[looks]}; single files of {readable} are read")
@@ -175,7 +175,7 @@ def read_single_file(file: Path, template: Path, folder: Path) -> None:
         raise ModelError(f"{folder}: exists already; name a folder that does not")
     kind = pipeline_kind(template)
     held = entries(file)
-    looks = looks_like(entry.name for entry in held)
+    looks = looks_like(unwrapped(entry.name) for entry in held)
     if looks != kind:
         first = ", ".join(entry.name for entry in held[:3])
         raise ModelError(
@@ -212,11 +212,12 @@ def _found(file: Path, held: list[Entry], prefixes: dict[str, str]) -> dict[str,
     found = {}
     head = prefixes["text_encoder"]
     bare = tuple(head + part for part in ("embeddings.", "encoder.", "final_layer_norm."))
-    for name, dtype, shape in held:
+    for stored, dtype, shape in held:
+        name = unwrapped(stored)
         if name.startswith(tuple(prefixes.values())) and not IGNORED.search(name):
             # Some merges were saved by a transformers that drops `text_model.` from the names.
             full = f"{head}text_model.{name.removeprefix(head)}" if name.startswith(bare) else name
-            found[full] = Stored(file, name, dtype, shape)
+            found[full] = Stored(file, stored, dtype, shape)
     return found
 
 
@@ -238,10 +239,10 @@ def _check(file: Path, template: Path, plan: list[Original], found: dict[str, St
         shape = found[entry.name].shape
         as_matrix = entry.change == "conv" and shape == entry.shape[:2]  # some tools save these kernels as matrices
         if shape != entry.shape and not as_matrix:
-            raise ModelError(
-                f"{file}: {entry.name} is {shape}, {template} asks for {entry.shape}; give a template of the file's "
-                "size"
-            )
+            remedy = "give a template of the file's size"
+            if entry.name.endswith("input_blocks.0.0.weight") and shape[1:2] == (9,):
+                remedy = "this is an inpainting model: give the text-to-image model that it was made from"
+            raise ModelError(f"{file}: {entry.name} is {shape}, {template} asks for {entry.shape}; {remedy}")
 
 
 def _copy_settings(template: Path, folder: Path, plan: dict[str, list[Original]]) -> None:

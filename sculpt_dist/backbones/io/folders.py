@@ -22,6 +22,7 @@ from sculpt_dist.core.errors import ModelError
 DENOISERS = ("unet", "transformer")  # diffusers' names for a pipeline's denoiser
 CHECKSUMS = "CHECKSUMS"  # a file in the pipeline folders that we write
 WEIGHT_NAME = re.compile(r"(\.\w+(-\d+-of-\d+)?|-\d+-of-\d+(\.\w+)?)?\.safetensors")  # after the stem
+PLACES = ("*", "snapshots/*", "models--*/snapshots/*")  # of a pipeline in a folder around it, such as the hub's cache
 STOCHASTIC = ("Ancestral", "SDE", "sde", "LCM", "TCD", "DDPM", "SASolver")
 
 # Settings
@@ -44,16 +45,16 @@ def pipeline_index(folder: Path, expected: str | None = None) -> dict[str, Any]:
     """The folder's model_index.json. Raises ModelError when there is none, or it names another class than expected."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(
-            f"{folder}: is no diffusers pipeline folder (no model_index.json); save one with pipeline.save_pretrained()"
-        )
+        inside = [file.parent for pattern in PLACES for file in sorted(folder.glob(f"{pattern}/model_index.json"))]
+        remedy = f"give {' or '.join(map(str, inside[:3]))}" if inside else "save one with pipeline.save_pretrained()"
+        raise ModelError(f"{folder}: is no diffusers pipeline folder (no model_index.json); {remedy}")
     content = read_json(index)
     found = content.get("_class_name")
     if expected is not None and found != expected:
-        raise ModelError(
-            f"{folder}: holds a {found}, model.arch expects {expected}; set model.arch to the kind of this model, if "
-            "there is one"
-        )
+        remedy = "set model.arch to the kind of this model, if there is one"
+        if "Inpaint" in str(found):
+            remedy = "this is an inpainting model: give the text-to-image model that it was made from"
+        raise ModelError(f"{folder}: holds a {found}, model.arch expects {expected}; {remedy}")
     return content
 
 
