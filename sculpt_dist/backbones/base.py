@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sculpt_dist.backbones.io.checking import check_folder
-from sculpt_dist.backbones.io.folders import component_config, load_scheduler, stored_entries, stored_weights
+from sculpt_dist.backbones.io.folders import component_config, stored_entries, stored_weights
+from sculpt_dist.backbones.io.scheduler import load_scheduler
 from sculpt_dist.backbones.io.tensorfile import Entry
 from sculpt_dist.backbones.parts.components import Components, forces_upcast, model_class
 from sculpt_dist.backbones.parts.conditions import Passed, check_channels, check_conditions

@@ -5,7 +5,6 @@ No pickle is ever read.
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ DENOISERS = ("unet", "transformer")  # diffusers' names for a pipeline's denoise
 CHECKSUMS = "CHECKSUMS"  # a file in the pipeline folders that we write
 WEIGHT_NAME = re.compile(r"(\.\w+(-\d+-of-\d+)?|-\d+-of-\d+(\.\w+)?)?\.safetensors")  # after the stem
 PLACES = ("*", "snapshots/*", "models--*/snapshots/*")  # of a pipeline in a folder around it, such as the hub's cache
-STOCHASTIC = ("Ancestral", "SDE", "sde", "LCM", "TCD", "DDPM", "SASolver")
 
 # Settings
 
@@ -155,29 +153,6 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     if isinstance(positions, int):
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
-
-
-def load_scheduler(folder: Path, forced: Mapping[str, Any]) -> Any:
-    """The pipeline's own scheduler class and settings; `forced`: settings that the pipeline class overrides.
-
-    Raises ModelError when the scheduler is missing, unknown, or adds noise of its own.
-    """
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        raise ModelError(f"{file}: the pipeline lacks its scheduler")
-    settings = read_json(file)
-    name = settings.get("_class_name", "")
-    kind = name + str(settings.get("algorithm_type"))
-    if any(word in kind for word in STOCHASTIC) or settings.get("stochastic_sampling"):
-        raise ModelError(
-            f"{file}: {name} adds noise of its own, so equal seeds would not give equal images; save the pipeline with "
-            "a deterministic scheduler such as DPMSolverMultistepScheduler"
-        )
-    scheduler = getattr(importlib.import_module("diffusers"), name, None)
-    if scheduler is None or not name.endswith("Scheduler"):
-        raise ModelError(f"{file}: _class_name {name!r} is no scheduler of diffusers")
-    loaded = scheduler.from_pretrained(folder, subfolder="scheduler")
-    return scheduler.from_config(loaded.config, **{key: value for key, value in forced.items() if key in loaded.config})
 
 
 # Weights
