@@ -138,6 +138,11 @@ class Backbone(ABC):
         """The input of the keys and values with which the image attends to the text, [B, L, D]."""
         return cond.tokens
 
+    def pipeline_options(self) -> dict[str, Any]:
+        """What a call of the plain diffusers pipeline is given, so that it runs and draws as this program does."""
+        size = self.options.image_size
+        return {} if size is None else {"height": size, "width": size}
+
     def size_ids_of(self, height: int, width: int) -> tuple[int, ...] | None:
         """SDXL's size conditions of a user's image of this size, resized and cropped to a centred square."""
         return None

@@ -70,8 +70,8 @@ def export_trained(setup: RunSetup, form: Form, group: Group) -> Path:
     checkpoints.load(found[0], engine.shards, [])
     engine.publish()
     model = export_model(setup.config.model.dtype, backbone, engine.full_weights(), folder / "model", group)
-    if group.is_first and (folder / "report" / "report.json").is_file():
-        write_card(folder)
+    if group.is_first:
+        write_card(folder, backbone)
     if form.name in ADAPTERS:
         written = form.file(folder)
         group.together(lambda: _write_adapter(backbone, engine.full_weights(), written, form, group))
