@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sculpt_dist.backbones.formats.about import About
+from sculpt_dist.backbones.formats.about import metadata as metadata_of
 from sculpt_dist.backbones.formats.stored_net import StoredNet, refuse_pickles, sha256_of
 from sculpt_dist.backbones.io.folders import is_named, pipeline_index, weight_indices
 from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, write_tensors
@@ -54,12 +56,12 @@ class Delta(NamedTuple):
     card: str  # empty where the model had none
 
 
-def write_delta(base: Path, model: Path, file: Path, about: Mapping[str, str] | None = None) -> int:
+def write_delta(base: Path, model: Path, file: Path, about: About | None = None) -> int:
     """Write how the denoiser of the pipeline folder `model` differs from that of `base`; returns the changed tensors.
 
     A tensor that equals the base's in the dtype of either side is unchanged, so an export in another dtype counts only
     what the run changed. Changed tensors are cast to the base's dtype. A few tensors are in memory at a time. The file
-    is absent, as before, or complete. `about`: further metadata, for programs that show it. Raises ModelError when the
+    is absent, as before, or complete. `about`: goes into the metadata. Raises ModelError when the
     folders hold different classes or tensors, when nothing or something other than a float differs, or a changed value
     overflows the base's dtype.
     """
@@ -78,7 +80,7 @@ def write_delta(base: Path, model: Path, file: Path, about: Mapping[str, str] | 
             raise ModelError(f"{model}: its {before.name} equals that of {base}; give the unlearned model")
         planned = [Entry(name, _bits_dtype(change), before.held[name].shape) for name, change in changes.items()]
         metadata = {
-            **(about or {}),
+            **metadata_of(about, base, "diffusers", "delta"),
             "format": FORMAT,
             "version": VERSION,
             "net": before.name,

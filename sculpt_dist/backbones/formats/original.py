@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sculpt_dist.backbones.formats.about import About, metadata
 from sculpt_dist.backbones.formats.original_names import (
     PREFIXES,
     Original,
@@ -70,11 +71,11 @@ def check_single_file(folder: Path, file: Path | None) -> None:
         raise ModelError(f"{file}: ComfyUI and A1111 know the format by its ending; let it end in .safetensors")
 
 
-def write_single_file(folder: Path, file: Path) -> None:
+def write_single_file(folder: Path, file: Path, about: About | None = None) -> None:
     """Write a diffusers pipeline folder (SD 1.x or SDXL) as one .safetensors file, in its stored dtypes.
 
-    The file is absent, as before, or complete; about one tensor is in memory at a time. Raises ModelError when the
-    folder is no such pipeline, or its weights do not fit its configs.
+    The file is absent, as before, or complete; about one tensor is in memory at a time. `about`: goes into the
+    metadata. Raises ModelError when the folder is no such pipeline, or its weights do not fit its configs.
     """
     check_single_file(folder, file)
     plan = originals(folder, pipeline_kind(folder))
@@ -94,7 +95,8 @@ def write_single_file(folder: Path, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         marking = ((mark.name, torch.empty(0)) for mark in marks)
-        write_tensors(file, [*planned, *marks], chain(_converted(pieces, _fetcher(stack)), marking))
+        header = {"format": "pt"} | metadata(about, folder, "sgm")
+        write_tensors(file, [*planned, *marks], chain(_converted(pieces, _fetcher(stack)), marking), header)
 
 
 def _marks(folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from sculpt_dist.backbones.formats.original_names import plain_name
 from sculpt_dist.backbones.io.folders import (
     DENOISERS,
     has_weights,
@@ -57,13 +58,17 @@ class StoredNet:
     def surroundings(self, changed: Container[str]) -> dict[str, str]:
         """The sha256 over what stays as it is beside the changed tensors: the rest of the denoiser, VAE, text encoders.
 
-        Names, dtypes, shapes and bytes count, not the files that they lie in.
+        Names, dtypes and bytes count, not the files that they lie in, nor how a version of the libraries named or shaped
+        them.
         """
         index = pipeline_index(self.folder)
         others = [part.name for part in self.folder.iterdir() if part.is_dir() and is_named(index, part.name)]
         others = sorted(name for name in others if name == "vae" or name.startswith("text_encoder"))
         found = {self.name: _over((name, self[name]) for name in self.held if name not in changed)}
-        return found | {name: _over(stored_weights(self.folder, name)) for name in others}
+        for part in others:
+            stored = stored_weights(self.folder, part)
+            found[part] = _over((plain_name(part, name), t) for name, t in stored if not name.endswith("position_ids"))
+        return found
 
 
 def sha256_of(tensor: Tensor) -> str:
@@ -73,7 +78,7 @@ def sha256_of(tensor: Tensor) -> str:
 
 def _over(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The sha256 over named tensors, in any order."""
-    lines = [f"{name} {LABELS[tensor.dtype]} {list(tensor.shape)} {sha256_of(tensor)}" for name, tensor in tensors]
+    lines = [f"{name} {LABELS[tensor.dtype]} {sha256_of(tensor)}" for name, tensor in tensors]
     return text_sha256("\n".join(sorted(lines)))
 
 
