@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sculpt_dist.backbones.io.checking import check_folder
-from sculpt_dist.backbones.io.folders import component_config, load_scheduler, stored_entries, stored_weights
+from sculpt_dist.backbones.io.folders import component_config, stored_entries, stored_weights
+from sculpt_dist.backbones.io.scheduler import load_scheduler
 from sculpt_dist.backbones.io.tensorfile import Entry
 from sculpt_dist.backbones.parts.components import Components, forces_upcast, model_class
+from sculpt_dist.backbones.parts.conditions import Passed, check_channels, check_conditions
 from sculpt_dist.backbones.parts.embeddings import PromptEmbeddings
 from sculpt_dist.backbones.parts.groups import attention_role, parameter_groups
 from sculpt_dist.backbones.parts.guidance import Guided, classifier_free
@@ -38,6 +40,7 @@ class Backbone(ABC):
     net_name: str  # the denoiser's subfolder in a pipeline folder: "unet", "transformer"
     net_class: str  # dotted, as that of every component: opening a folder need not import diffusers' models
     pipeline_class: str  # the diffusers class that loads an exported folder
+    conditions: Passed = {}  # settings of the net that decide what it takes, and the values that this kind serves
     parts: Mapping[str, str]  # the frozen components, subfolder -> dotted class name; one of them is "vae"
     schedule_class: type[Schedule]
     forced_settings: Mapping[str, Any] = {}  # scheduler settings that the pipeline class overrides
@@ -56,7 +59,10 @@ class Backbone(ABC):
         check_folder(folder, self.pipeline_class, names, settings_only=device.type == "meta")
         self.folder, self.dtype, self.device, self.options = folder, dtype, device, options
         self.net_settings = component_config(folder, self.net_name)
+        net_file = folder / self.net_name / "config.json"
+        check_conditions(self.net_settings, self.conditions, net_file)
         self.image_size, self.latent_shape = self.sizes()
+        check_channels(self.latent_shape[0], component_config(folder, "vae").get("latent_channels"), net_file)
         self.schedule = self.open_schedule()
         self.passes = 0  # samples through the denoiser; a forward with gradient counts as 3, its backward costs 2
         self._components = Components(folder, classes, device, self.part_dtype, self._watch)
@@ -134,6 +140,11 @@ class Backbone(ABC):
     def cross_attention_input(self, net: nn.Module, cond: TextCond) -> Tensor:
         """The input of the keys and values with which the image attends to the text, [B, L, D]."""
         return cond.tokens
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """What a call of the plain diffusers pipeline is given, so that it runs and draws as this program does."""
+        size = self.options.image_size
+        return {} if size is None else {"height": size, "width": size}
 
     def size_ids_of(self, height: int, width: int) -> tuple[int, ...] | None:
         """SDXL's size conditions of a user's image of this size, resized and cropped to a centred square."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import Gemma2Model, GemmaTokenizer
 
 MAX_TOKENS = 300  # per prompt, the pipeline's own limit
+DEFAULT_SIZE = 1024  # of the pipeline's images, whatever its net was made for
+BINNED = (16, 32, 64, 128)  # latent sizes that the pipeline rounds an image's size to; others it refuses
 TINY_TOKENS = 10  # per prompt of the tiny model
 SPACE = "\u2581"  # Gemma's normalizer turns spaces into it
 
@@ -32,6 +34,7 @@ class Backbone(Base):
     """
 
     net_name, net_class = "transformer", "diffusers.SanaTransformer2DModel"
+    conditions = {"guidance_embeds": (None,)}
     pipeline_class = "SanaPipeline"
     parts = {"vae": "diffusers.AutoencoderDC", "text_encoder": "transformers.Gemma2Model"}
     schedule_class = FlowSchedule
@@ -49,12 +52,28 @@ class Backbone(Base):
         prefix, window = "", self.length
         if not negative:
             instruction = default_instruction()
-            instructed = len(tokenizer.encode(instruction)) - 2 + self.length
-            room = component_config(self.folder, "text_encoder")["max_position_embeddings"]
-            if instructed <= room:  # the tiny encoder has none, and never saw the instruction
+            instructed = self._instructed(tokenizer, instruction)
+            if instructed <= self._room:
                 prefix, window = instruction, instructed
         texts = [prompt.lower().strip() for prompt in prompts]
         return padded_tokens(tokenizer, texts, window, self.options.cut_prompts, prefix)
+
+    @property
+    def _room(self) -> int:
+        """Positions of the text encoder; the tiny one has none for the instruction, and never saw it."""
+        return component_config(self.folder, "text_encoder")["max_position_embeddings"]
+
+    def _instructed(self, tokenizer: Any, instruction: str) -> int:
+        """Tokens of the instruction and a prompt."""
+        return len(tokenizer.encode(instruction)) - 2 + self.length
+
+    def pipeline_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        if self.image_size != DEFAULT_SIZE or self.net_settings["sample_size"] not in BINNED:
+            options = {"height": self.image_size, "width": self.image_size, "use_resolution_binning": False}
+        if self._instructed(load_tokenizer(self.folder, "tokenizer"), default_instruction()) > self._room:
+            options["complex_human_instruction"] = None
+        return options if self.length == MAX_TOKENS else options | {"max_sequence_length": self.length}
 
     @property
     def length(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sculpt_dist.backbones.base import Backbone as Base
 from sculpt_dist.backbones.io.folders import component_config, load_tokenizer
+from sculpt_dist.backbones.parts.conditions import UNET
 from sculpt_dist.backbones.parts.schedules import DiscreteSchedule
 from sculpt_dist.backbones.parts.stable import kl_autoencode, kl_decode, kl_encode
 from sculpt_dist.backbones.parts.text import padded_tokens
@@ -21,6 +22,7 @@ class Backbone(Base):
     """The Stable Diffusion 1.x/2.x pipeline. Shapes: latents [B, 4, h/8, w/8] at full size, tokens [B, 77, D]."""
 
     net_name, net_class = "unet", "diffusers.UNet2DConditionModel"
+    conditions = UNET
     pipeline_class = "StableDiffusionPipeline"
     parts = {"vae": "diffusers.AutoencoderKL", "text_encoder": "transformers.CLIPTextModel"}
     schedule_class = DiscreteSchedule

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sculpt_dist.backbones.base import Backbone as Base
 from sculpt_dist.backbones.io.folders import component_config, load_tokenizer, pipeline_index
+from sculpt_dist.backbones.parts.conditions import UNET
 from sculpt_dist.backbones.parts.schedules import DiscreteSchedule
 from sculpt_dist.backbones.parts.stable import kl_autoencode, kl_decode, kl_encode
 from sculpt_dist.backbones.parts.text import padded_tokens
@@ -27,6 +28,7 @@ class Backbone(Base):
     """
 
     net_name, net_class = "unet", "diffusers.UNet2DConditionModel"
+    conditions = UNET | {"addition_embed_type": ("text_time",)}
     pipeline_class = "StableDiffusionXLPipeline"
     parts = {
         "vae": "diffusers.AutoencoderKL",

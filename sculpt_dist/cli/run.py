@@ -90,7 +90,7 @@ def apply(
     delta: Path = typer.Argument(help="A file that export --as delta wrote."),
     model: Path = typer.Argument(help="The pipeline folder to change; it stays as it is."),
     output: Path = typer.Argument(help="The new pipeline folder."),
-    remove: bool = typer.Option(False, help="Take the delta out again, which restores the base model bit for bit."),
+    remove: bool = typer.Option(False, help="Take the delta out again; the base's weights return bit for bit."),
 ) -> None:
     """Apply a delta to the base model that it was made from."""
     from sculpt_dist.backbones.formats.delta import apply_delta

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def progress(items: Sequence[Item], label: str, shown: bool, start: int = 0) -> Iterator[Item]:
-    """Yield the items and, if `shown`, draw a bar on stderr; `start` items were done before."""
+def progress(
+    items: Iterable[Item], label: str, shown: bool, start: int = 0, total: int | None = None
+) -> Iterator[Item]:
+    """Yield the items and, if `shown`, draw a bar on stderr; `start` items were done before.
+
+    `total`: how many there are at most, where the items have no length.
+    """
     if not shown:
         yield from items
         return
@@ -31,7 +36,8 @@ def progress(items: Sequence[Item], label: str, shown: bool, start: int = 0) -> 
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
-        task = bar.add_task(label, total=start + len(items), completed=start)
+        known = len(items) if isinstance(items, Sized) else total
+        task = bar.add_task(label, total=None if known is None else start + known, completed=start)
         for item in items:
             yield item
             bar.advance(task)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(up [m, r], down [r, n]) with up @ down the nearest to `matrix` [m, n] in Frobenius norm; r = min(rank, m, n).
+def low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(up [m, r], down [r, n], squares [min(m, n)]) with up @ down the nearest to `matrix` [m, n] in Frobenius norm.
+
+    r = min(rank, m, n). `squares` are the squared singular values of the matrix, largest first.
 
     Truncates M = U S V^T to its r largest singular values: up = U S^1/2 and down = S^1/2 V^T (Eckart and Young,
     Psychometrika 1, 1936). U comes from the eigenvectors of the smaller Gram matrix. Its eigenvalues are squared
@@ -15,10 +17,11 @@ def low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Deterministic.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        up, down = low_rank_factors(matrix.T, rank)
-        return down.T, up.T
+        up, down, squares = low_rank_factors(matrix.T, rank)
+        return down.T, up.T, squares
     wide = matrix.double()  # [m, n], m <= n
-    vectors = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:].flip(1)  # [m, r], largest first
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)  # smallest first
+    vectors = vectors[:, -rank:].flip(1)  # [m, r], largest first
     down = vectors.T @ wide  # [r, n]: the singular values are the norms of its rows
     root = torch.linalg.vector_norm(down, dim=1).sqrt()  # [r]
-    return vectors * root, down / root.clamp_min(torch.finfo(root.dtype).tiny)[:, None]
+    return vectors * root, down / root.clamp_min(torch.finfo(root.dtype).tiny)[:, None], squares.clamp_min(0).flip(0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.backbones.io.checking import check_finite
 from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
@@ -27,13 +28,14 @@ from sculpt_dist.run.setup import RunSetup, resolve
 def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
     """Try one step with shapes alone, and count what a run on `ranks` ranks would train.
 
-    Only settings and headers of a model folder are read. Weights may be missing; if they exist, their names and shapes
-    are compared. A hub id is fetched and a single file is unpacked, as for a run. The evaluation is not checked, and a
+    Weights may be missing; if they exist, their names and shapes are compared, and their values must be finite. A hub
+    id is fetched and a single file is unpacked, as for a run. The evaluation is not checked, and a
     closed form makes no edit. Raises ConfigError and ModelError for what would stop a run.
     """
     setup = resolve(config)
     micro_batch = setup.micro_batch(ranks)
     backbone = open_on_meta(setup)
+    check_finite(backbone.folder, (backbone.net_name, *backbone.parts))
     net = backbone.net
     found = {
         "net": type(net).__name__,

@@ -11,32 +11,60 @@ from sculpt_dist.report.render import render
 from sculpt_dist.report.summary import SCORES
 
 SECTIONS = ("method", "train", "mask", "engine")  # sections of the configuration that the card lists as settings
+PIPELINE = "text-to-image"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
 
-def model_card(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    """The README.md of the exported folder.
+def model_card(
+    config: Mapping[str, Any],
+    report: Mapping[str, Any],
+    options: Mapping[str, Any] = {},
+    licence: Mapping[str, str] = {},
+    adapter: str | None = None,
+) -> str:
+    """The README.md of the exported folder, or of the folder of an adapter.
 
-    `config`: the resolved configuration; `report`: the content of report.json, which may be empty.
+    `config`: the resolved configuration; `report`: the content of report.json, which may be empty. `options`: what a
+    call of the pipeline is given beside the prompt. `licence`: see `licence_of`. `adapter`: of one, what it lacks.
     """
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub.utils import yaml_dump
 
-    model, evaluate = config.get("model") or {}, config.get("evaluate") or {}
-    path = model.get("path")
+    evaluate = config.get("evaluate") or {}
+    path, name = (config.get("model") or {}).get("path"), title(config)
     is_hub_id = path is not None and HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+    after = report.get("after") or {}
+    results = [
+        EvalResult(
+            task_type=PIPELINE,
+            dataset_type="generated",
+            dataset_name=f"images of the evaluation, judged by {str(evaluate.get('classifier')).split(':')[0]}",
+            metric_type=score,
+            metric_value=round(after[score], 4),
+        )
+        for score in SCORES
+        if adapter is None and after.get(score) is not None
+    ]
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["unlearning", "sculpt-dist"],
+        pipeline_tag=PIPELINE,
+        tags=["unlearning", "sculpt-dist", *(["lora"] if adapter else [])],
         base_model=path if is_hub_id else None,
+        model_name=" ".join(name.split()),
+        eval_results=results or None,
+        **licence,
     )
     concepts = [{"superclass": None, "kind": "object", **concept} for concept in config["concepts"]]
     body = render(
         "card.md",
         {"plain": _plain, "code": _code},
-        base=path or f"canvas-{model.get('arch')}",
+        title=name,
+        base=base_name(config),
+        is_hub_id=is_hub_id,
+        adapter=adapter,
         concepts=concepts,
         example=next((concept["superclass"] for concept in concepts if concept["superclass"]), "house"),
+        options="".join(f", {name}={value!r}" for name, value in options.items()),
         method=config["method"]["name"],
         settings={
             f"{name}.{key}": value
@@ -48,10 +76,38 @@ def model_card(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         report=report,
         before_is_scored=_is_scored(report.get("before")),
         after_is_scored=_is_scored(report.get("after")),
-        images=(report.get("after") or {}).get("images"),
+        images=after.get("images"),
         classifier=evaluate.get("classifier"),
     )
-    return f"---\n{data.to_yaml().strip()}\n---\n\n{body}"
+    front = {"model_name": " ".join(name.split())} | data.to_dict()
+    return f"---\n{yaml_dump(front, sort_keys=False).strip()}\n---\n\n{body}"
+
+
+def base_name(config: Mapping[str, Any]) -> str:
+    """The base model's hub id, or the last part of its place."""
+    model = config.get("model") or {}
+    path = model.get("path") or f"canvas-{model.get('arch')}"
+    return path if path.count("/") == 1 and path[0] not in "./~" else path.rstrip("/").split("/")[-1]
+
+
+def title(config: Mapping[str, Any]) -> str:
+    """The name of the result: that of the base, without the concepts."""
+    *first, last = [concept["target"] for concept in config["concepts"]]
+    return f"{base_name(config)} without {' and '.join([', '.join(first), last] if first else [last])}"
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """What the model card in a folder says of its licence, by the keys of a card; empty where it says nothing."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        found = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, YAMLError, RecursionError):
+        return {}
+    return {
+        key: str(found[key]) for key in ("license", "license_name", "license_link") if isinstance(found.get(key), str)
+    }
 
 
 def _is_scored(record: Mapping[str, Any] | None) -> bool:

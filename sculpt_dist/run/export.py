@@ -80,13 +80,18 @@ def _write(dtype: torch.dtype, backbone: Backbone, weights: Iterator[tuple[str, 
     record_model(folder)
 
 
-def write_card(run: Path) -> None:
-    """README.md of the exported folder, from the run's configuration and report."""
+def write_card(run: Path, backbone: Backbone, into: Path | None = None, adapter: str | None = None) -> None:
+    """README.md of the exported folder, or of the folder `into` of an `adapter`, from the run's settings and report.
+
+    A run that is not finished has no report yet.
+    """
     from omegaconf import OmegaConf
 
     from sculpt_dist.core.files import write_atomically
-    from sculpt_dist.report.card import model_card
+    from sculpt_dist.report.card import licence_of, model_card
 
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
-    report = read_object(run / "report" / "report.json", "run `sculpt-dist report` on the run folder")
-    write_atomically(run / "model" / "README.md", model_card(config, report).encode())
+    file = run / "report" / "report.json"
+    report = read_object(file, "run `sculpt-dist report` on the run folder") if file.is_file() else {}
+    card = model_card(config, report, backbone.pipeline_options(), licence_of(backbone.folder), adapter)
+    write_atomically((into or run / "model") / "README.md", card.encode())

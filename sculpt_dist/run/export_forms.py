@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.backbones.formats.about import About
 from sculpt_dist.backbones.formats.adapter import FORMS as ADAPTERS
-from sculpt_dist.backbones.formats.adapter import WEIGHT_NAME, check_adapter, write_adapter, write_adapter_of
+from sculpt_dist.backbones.formats.adapter import WEIGHT_NAME, check_adapter, read_lost, write_adapter, write_adapter_of
 from sculpt_dist.backbones.formats.original import check_single_file
+from sculpt_dist.config.load import plain_values
 from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.engine import checkpoints
 from sculpt_dist.engine.group import Group
@@ -70,13 +73,15 @@ def export_trained(setup: RunSetup, form: Form, group: Group) -> Path:
     checkpoints.load(found[0], engine.shards, [])
     engine.publish()
     model = export_model(setup.config.model.dtype, backbone, engine.full_weights(), folder / "model", group)
-    if group.is_first and (folder / "report" / "report.json").is_file():
-        write_card(folder)
+    if group.is_first:
+        write_card(folder, backbone)
     if form.name in ADAPTERS:
         written = form.file(folder)
-        group.together(lambda: _write_adapter(backbone, engine.full_weights(), written, form, group))
+        about = about_result(setup, backbone)
+        group.together(lambda: _write_adapter(backbone, engine.full_weights(), written, form, about, group))
+        group.on_first(lambda: _describe_lora(form, folder, backbone))
     else:
-        written = group.on_first(lambda: _write_form(form, backbone.folder, model))
+        written = group.on_first(lambda: _write_form(form, backbone.folder, model, about_result(setup, backbone)))
     release_folder(folder)
     return written
 
@@ -87,34 +92,64 @@ def export_edited(setup: RunSetup, form: Form, group: Group) -> Path:
     if not (model / "model_index.json").is_file():
         raise RunFolderError(f"{setup.folder}: has no model yet; run unlearn first")
     folder = claim_folder(setup.config, group)
-    base, file = open_backbone(setup.config.model, group, folder).folder, form.file(folder)
+    backbone, file = open_backbone(setup.config.model, group, folder), form.file(folder)
 
     def write() -> None:
+        about = about_result(setup, backbone)
         if form.name in ADAPTERS:
-            write_adapter(base, model, file, form.name, form.rank)
+            write_adapter(backbone.folder, model, file, form.name, form.rank, about, shown=True)
+            _describe_lora(form, folder, backbone)
         else:
-            _write_form(form, base, model)
+            _write_form(form, backbone.folder, model, about)
 
     group.on_first(write)
     release_folder(folder)
     return file
 
 
-def _write_form(form: Form, base: Path, model: Path) -> Path:
+def about_result(setup: RunSetup, backbone: Backbone) -> About:
+    """What the files of a run say of themselves."""
+    from sculpt_dist.report.card import base_name, licence_of, title
+
+    config = plain_values(setup.config)
+    return About(
+        title(config),
+        tuple(concept.target for concept in setup.concepts),
+        setup.method_name,
+        base_name(config),
+        version("sculpt-dist"),
+        backbone.image_size,
+        licence_of(backbone.folder).get("license"),
+    )
+
+
+def _describe_lora(form: Form, run: Path, backbone: Backbone) -> None:
+    """A model card beside the adapter, where that has a folder of its own."""
+    if form.name == "lora" and form.output is None:
+        file = form.file(run)
+        write_card(run, backbone, file.parent, str(read_lost(file)))
+
+
+def _write_form(form: Form, base: Path, model: Path, about: About) -> Path:
     """The exported folder in another form."""
     from sculpt_dist.backbones.formats.delta import write_delta
     from sculpt_dist.backbones.formats.original import write_single_file
 
     output = form.file(model.parent)
     if form.name == "single":
-        write_single_file(model, output)
+        write_single_file(model, output, about)
     elif form.name == "delta":
-        write_delta(base, model, output)
+        write_delta(base, model, output, about)
     return output
 
 
 def _write_adapter(
-    backbone: Backbone, weights: Iterator[tuple[str, Tensor | None]], file: Path, form: Form, group: Group
+    backbone: Backbone,
+    weights: Iterator[tuple[str, Tensor | None]],
+    file: Path,
+    form: Form,
+    about: About | None,
+    group: Group,
 ) -> None:
     """All ranks enter, the first writes.
 
@@ -122,7 +157,8 @@ def _write_adapter(
     """
     try:
         if group.is_first:
-            write_adapter_of(backbone.folder, backbone.merged(weights), file, form.name, form.rank)
+            merged = backbone.merged(weights)
+            write_adapter_of(backbone.folder, merged, file, form.name, form.rank, about, shown=True)
     finally:
         for _ in weights:  # each is summed over all ranks; the others would wait for a rank that stops early
             pass

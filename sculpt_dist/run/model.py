@@ -36,24 +36,38 @@ def open_backbone(model: ModelConfig, group: Group, run: Path, folder: Path | No
 
 
 def _pipeline_folder(model: ModelConfig, kind: type[Backbone], group: Group, run: Path) -> Path:
-    """The folder of `model.path`; a single file is unpacked into the run folder, once."""
+    """The folder of `model.path`. A single file, or weights with a wrapper's names, are copied into the run once."""
     from sculpt_dist.backbones.formats.original import check_single_kind, read_single_file
     from sculpt_dist.backbones.io.find import find_folder, find_settings
+    from sculpt_dist.backbones.io.folders import weight_files
+    from sculpt_dist.backbones.io.writing import copy_unwrapped, is_wrapped
 
-    if model.path is None or not Path(model.path).expanduser().is_file():
-        return find_folder(model.path, model.arch, model.revision)
-    file = Path(model.path).expanduser()
-    about = file.stat()
-    key = text_sha256(f"{file.absolute()} {about.st_size} {about.st_mtime_ns} {model.config}")[:12]
+    file = Path(model.path).expanduser() if model.path is not None else Path()
+    is_file = model.path is not None and file.is_file()
+    place = file if is_file else find_folder(model.path, model.arch, model.revision)
+    if not is_file and not is_wrapped(place):
+        return place
+    sources = (
+        [place]
+        if is_file
+        else [source for part in sorted(place.iterdir()) if part.is_dir() for source in weight_files(part)]
+    )
+    about = " ".join(f"{source.absolute()} {source.stat().st_size} {source.stat().st_mtime_ns}" for source in sources)
+    key = text_sha256(f"{about} {model.config}")[:12]
     unpacked = run / f".base-{key}"
 
     def unpack() -> None:
-        if not unpacked.is_dir():
-            check_single_kind(file)  # report a damaged file before missing settings
-            unpacked.parent.mkdir(parents=True, exist_ok=True)
-            for debris in unpacked.parent.glob(f".{unpacked.name}.*.tmp"):
-                shutil.rmtree(debris)
-            read_single_file(file, find_settings(model.config, kind.public_settings, model.revision), unpacked)
+        if unpacked.is_dir():
+            return
+        if is_file:
+            check_single_kind(place)  # report a damaged file before missing settings
+        unpacked.parent.mkdir(parents=True, exist_ok=True)
+        for debris in unpacked.parent.glob(f".{unpacked.name}.*.tmp"):
+            shutil.rmtree(debris)
+        if is_file:
+            read_single_file(place, find_settings(model.config, kind.public_settings, model.revision), unpacked)
+        else:
+            copy_unwrapped(place, unpacked)
 
     group.on_first(unpack)
     return unpacked

@@ -54,7 +54,7 @@ def run_sequence(config: RunConfig) -> Run:
 
             mark_finished(session.folder)
             write_report(session.folder)
-            write_card(session.folder)
+            write_card(session.folder, session.backbone)
         group.barrier()
         session.tracker.finish()  # uploading the model may take long; the other ranks are done
     release_folder(session.folder)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import version
+
 import pytest
 import torch
 from harness import PROJECT, SMALL, TINY_RUN, sculpt, weights
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sculpt_dist.backbones.formats.original import write_single_file
@@ -82,9 +86,27 @@ def test_the_result_of_a_closed_form_exports_in_every_form(tmp_path):
         ("single", "model.safetensors"),
         ("delta", "delta.safetensors"),
         ("lora", "lora/pytorch_lora_weights.safetensors"),
+        ("kohya", "kohya.safetensors"),
     ):
         sculpt("export", *arguments, "--as", form)
-        assert (run / file).is_file()
+        with safe_open(run / file, "pt") as content:
+            says = content.metadata()
+        adapter = {"single": "", "delta": "/delta"}.get(form, "/lora")
+        assert says["modelspec.architecture"] == f"stable-diffusion-v1{adapter}"
+        assert says["modelspec.title"] == says["ss_output_name"] == "canvas-sd15 without bird and boat"
+        assert says["modelspec.resolution"] == "32x32" and says["ss_sd_model_name"] == "canvas-sd15"
+        assert json.loads(says["sculpt_dist.concepts"]) == ["bird", "boat"] and says["sculpt_dist.method"] == "uce"
+        assert says["sculpt_dist.version"] == version("sculpt-dist") and "modelspec.license" not in says
+    assert sorted(path.name for path in (run / "lora").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "pytorch_lora_weights.safetensors",
+    ]
+    card = (run / "lora" / "README.md").read_text()
+    assert "- lora\n" in card and 'pipeline.load_lora_weights("path/to/this/folder")' in card
+    assert "The adapter of rank 16: " in card
+    sculpt("apply", str(run / "delta.safetensors"), str(PROJECT / "sculpt_dist/assets/canvas/sd15"), str(run / "out"))
+    assert (run / "out" / "README.md").read_text() == (run / "model" / "README.md").read_text()
     base = load_file(PROJECT / "sculpt_dist/assets/canvas/sd15/unet/diffusion_pytorch_model.safetensors")
     changed = {name for name, tensor in weights(run).items() if not torch.equal(tensor, base[name].float())}
     held = load_file(run / "lora" / "pytorch_lora_weights.safetensors")

@@ -120,13 +120,15 @@ def models(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for arch, parts in MODELS.items():
         folder = root / arch
+        named = [*parts, *(name.replace("text_encoder", "tokenizer") for name in parts)]
         for name, settings in parts.items():
             if not isinstance(settings, dict):
                 settings.save_pretrained(folder / name)
                 continue
             file = folder / name / "config.json" if name != "model_index" else folder / "model_index.json"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(settings))
+            components = {part: ["library", "Class"] for part in named} if name == "model_index" else {}
+            file.write_text(json.dumps(components | settings))
         for name in [name.replace("text_encoder", "tokenizer") for name in parts if name.startswith("text_encoder")]:
             tokenizer = _word_tokenizer(["photo"]) if arch == "sana" else word_tokenizer(["photo"], max_length=77)
             if arch == "sana":

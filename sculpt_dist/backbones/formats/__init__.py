@@ -1,8 +1,8 @@
 """Models in forms that other programs read, made from pipeline folders.
 
 `original` is a single file in Stability's layout (`original_names` maps the names), `delta` holds only the changed
-tensors, `adapter` a LoRA of the change; `stored_net` reads a folder's denoiser for the last two. `run` and `cli` import
-this.
+tensors, `adapter` a LoRA of the change (`adapter_names` names it); `stored_net` reads a folder's denoiser for the last
+two. `about` is what the files say of themselves. `run` and `cli` import this.
 """
 
 from typing import TYPE_CHECKING

@@ -27,21 +27,28 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sculpt_dist.backbones.formats.original_names import unet_originals
+from sculpt_dist.backbones.formats.about import About, metadata
+from sculpt_dist.backbones.formats.adapter_names import (
+    KOHYA,
+    kohya_about,
+    kohya_keys,
+    lora_about,
+    lora_keys,
+    peft_options,
+)
 from sculpt_dist.backbones.formats.stored_net import StoredNet
 from sculpt_dist.backbones.io.folders import component_config, empty_component
 from sculpt_dist.backbones.io.tensorfile import Entry, raw_bytes, write_tensors
 from sculpt_dist.backbones.parts.components import model_class
+from sculpt_dist.backbones.parts.lora import write_lora_config
 from sculpt_dist.core.errors import ConfigError, ModelError
+from sculpt_dist.core.progress import progress
 from sculpt_dist.maths.low_rank import low_rank_factors
 
 FORMS = ("lora", "kohya")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # the file that diffusers looks for in a folder
 ABOUT = "sculpt_dist"  # our key of the metadata
-KOHYA = {  # kohya's name for the version of the base
-    "StableDiffusionPipeline": "sd_v1",
-    "StableDiffusionXLPipeline": "sdxl_base_v1-0",
-}
+ENOUGH = 0.05  # a share of the change that may be lost
 
 
 class Lost(NamedTuple):
@@ -51,10 +58,13 @@ class Lost(NamedTuple):
     share: float  # of all matrices together
     worst: float  # of the matrix that loses most
     name: str  # of that matrix
+    enough: int | None = None  # the smallest rank that would lose at most ENOUGH; earlier versions did not write it
 
     def __str__(self) -> str:
         share, worst = 100 * self.share, 100 * self.worst
-        return f"rank {self.rank}: {share:.2g} % of the change is lost (worst: {self.name} {worst:.2g} %)"
+        text = f"rank {self.rank}: {share:.2g} % of the change is lost (worst: {self.name} {worst:.2g} %)"
+        more = self.share > ENOUGH and self.enough is not None
+        return text + (f"; --rank {self.enough} would lose at most {100 * ENOUGH:.0f} %" if more else "")
 
 
 class Pair(NamedTuple):
@@ -65,6 +75,7 @@ class Pair(NamedTuple):
     rank: int  # at most the requested one, and the matrix's own
     change: float  # squared Frobenius norms
     rest: float
+    squares: Tensor  # [min(out, in * kh * kw)] squared singular values of the change, largest first
 
 
 def check_adapter(base: Path, form: str, rank: int, file: Path) -> None:
@@ -73,12 +84,21 @@ def check_adapter(base: Path, form: str, rank: int, file: Path) -> None:
         _check(StoredNet(base, stack), form, rank, file)
 
 
-def write_adapter(base: Path, model: Path, file: Path, form: str = "lora", rank: int = 16) -> Lost:
+def write_adapter(
+    base: Path,
+    model: Path,
+    file: Path,
+    form: str = "lora",
+    rank: int = 16,
+    about: About | None = None,
+    shown: bool = False,
+) -> Lost:
     """Write how the denoiser of the pipeline folder `model` differs from that of `base`, as an adapter.
 
     The change is between the stored values, both in the dtype of `model`. A folder in half precision has rounded its
     weights; the rounding is part of the change, and has full rank. `write_adapter_of` takes fp32 weights instead. About
-    one matrix is in memory at a time; the file is absent, as before, or complete.
+    one matrix is in memory at a time; the file is absent, as before, or complete. `about`: goes into the metadata;
+    `shown`: whether to show the progress.
 
     Raises ModelError when the folders hold different models, nothing differs, or a parameter differs that no adapter
     can carry (a bias, a norm, a grouped convolution), ConfigError as `check_adapter`.
@@ -93,15 +113,21 @@ def write_adapter(base: Path, model: Path, file: Path, form: str = "lora", rank:
             )
         if file.resolve() in {weights.resolve() for weights in after.files}:
             raise ConfigError(f"{file}: is a weight file of the model; name another file")
-        return _write(before, ((name, after[name]) for name in after.held), file, form, rank)
+        return _write(before, ((name, after[name]) for name in after.held), file, form, rank, about, shown)
 
 
 def write_adapter_of(
-    base: Path, weights: Iterable[tuple[str, Tensor]], file: Path, form: str = "lora", rank: int = 16
+    base: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    file: Path,
+    form: str = "lora",
+    rank: int = 16,
+    about: About | None = None,
+    shown: bool = False,
 ) -> Lost:
     """As `write_adapter`, from whole parameters under their names in the folder; unchanged ones are left out."""
     with ExitStack() as stack:
-        return _write(StoredNet(base, stack), weights, file, form, rank)
+        return _write(StoredNet(base, stack), weights, file, form, rank, about, shown)
 
 
 def read_lost(file: Path) -> Lost:
@@ -125,27 +151,41 @@ def _check(net: StoredNet, form: str, rank: int, file: Path) -> None:
         raise ConfigError(f"{file}: is a weight file of the base; name another file")
 
 
-def _write(net: StoredNet, weights: Iterable[tuple[str, Tensor]], file: Path, form: str, rank: int) -> Lost:
+def _write(
+    net: StoredNet,
+    weights: Iterable[tuple[str, Tensor]],
+    file: Path,
+    form: str,
+    rank: int,
+    about: About | None,
+    shown: bool,
+) -> Lost:
     """Factorise matrix by matrix into a spool, then write the file: its header comes first, and says what is lost."""
     _check(net, form, rank, file)
     file.parent.mkdir(parents=True, exist_ok=True)
     carried = _carried(net)
     with TemporaryFile(dir=file.parent) as spool:
-        pairs = [_spooled(spool, name, change, rank) for name, change in _changes(net, carried, weights)]
+        changes = progress(_changes(net, carried, weights), "factorise", shown)
+        pairs = [_spooled(spool, name, change, rank) for name, change in changes]
         if not pairs:
             raise ModelError(f"{net.part}: nothing changed, so there is nothing to write; give the unlearned model")
         rank = max(pair.rank for pair in pairs)
         lost = _lost(pairs, rank)
-        keys = _kohya_keys(net, pairs) if form == "kohya" else _lora_keys(net, pairs)
+        names = [pair.name for pair in pairs]
+        keys = kohya_keys(net, names) if form == "kohya" else lora_keys(net, names)
         planned = [
             Entry(key, torch.float32, shape)
             for pair in pairs
             for key, shape in zip(keys[pair.name], _shapes(pair.shape, rank))
         ]
-        about = _kohya_about(net, rank) if form == "kohya" else _lora_about(net, pairs, rank)
-        metadata = {"format": "pt", ABOUT: json.dumps(lost._asdict())} | about
+        options = peft_options(names, rank)
+        own = kohya_about(net, rank) if form == "kohya" else lora_about(net, options)
+        spec = metadata(about, net.folder, "diffusers", "lora")
+        header = {"format": "pt", ABOUT: json.dumps(lost._asdict())} | spec | own
         spool.seek(0)
-        write_tensors(file, planned, _padded(spool, pairs, keys, rank), metadata)
+        write_tensors(file, planned, _padded(spool, pairs, keys, rank), header)
+    if file.name == WEIGHT_NAME:
+        write_lora_config(file.parent, options, about.base if about else None)
     return lost
 
 
@@ -185,18 +225,29 @@ def _changes(net: StoredNet, carried: set[str], weights: Iterable[tuple[str, Ten
 def _spooled(spool: IO[bytes], name: str, change: Tensor, rank: int) -> Pair:
     """Factorise a change [out, in] or [out, in, kh, kw]; append B [out, r] and A [r, in * kh * kw] to the spool."""
     matrix = change.flatten(1)
-    up, down = (factor.float().contiguous() for factor in low_rank_factors(matrix, rank))
+    *factors, singular = low_rank_factors(matrix, rank)
+    up, down = (factor.float().contiguous() for factor in factors)
     for factor in (up, down):
         spool.write(raw_bytes(factor))
     rest = matrix.double() - up.double() @ down.double()
     squares = [part.double().square().sum().item() for part in (matrix, rest)]
-    return Pair(name, tuple(change.shape), len(down), *squares)
+    return Pair(name, tuple(change.shape), len(down), *squares, singular)
 
 
 def _lost(pairs: list[Pair], rank: int) -> Lost:
     worst = max(pairs, key=lambda pair: pair.rest / pair.change)
-    share = sum(pair.rest for pair in pairs) / sum(pair.change for pair in pairs)
-    return Lost(rank, share**0.5, (worst.rest / worst.change) ** 0.5, worst.name)
+    whole = sum(pair.change for pair in pairs)
+    share = sum(pair.rest for pair in pairs) / whole
+    return Lost(rank, share**0.5, (worst.rest / worst.change) ** 0.5, worst.name, _enough(pairs, whole))
+
+
+def _enough(pairs: list[Pair], whole: float) -> int:
+    """The smallest rank at which the singular values that are cut off are at most ENOUGH of the change."""
+    cut = torch.zeros(max(len(pair.squares) for pair in pairs), dtype=torch.float64)  # by rank, what it would lose
+    for pair in pairs:
+        kept = pair.squares.cumsum(0)
+        cut[: len(kept)] += (kept[-1] - kept).cpu()
+    return int((cut > ENOUGH**2 * whole).sum()) + 1
 
 
 def _shapes(shape: tuple[int, ...], rank: int) -> list[tuple[int, ...]]:
@@ -219,37 +270,3 @@ def _padded(
 
 def _read(spool: IO[bytes], rows: int, columns: int) -> Tensor:
     return torch.frombuffer(bytearray(spool.read(4 * rows * columns)), dtype=torch.float32).view(rows, columns)
-
-
-def _lora_keys(net: StoredNet, pairs: list[Pair]) -> dict[str, tuple[str, ...]]:
-    """Of B and A, as diffusers and peft name them; alpha is in the metadata."""
-    modules = {pair.name: f"{net.name}.{pair.name.removesuffix('.weight')}" for pair in pairs}
-    return {name: (f"{module}.lora_B.weight", f"{module}.lora_A.weight") for name, module in modules.items()}
-
-
-def _lora_about(net: StoredNet, pairs: list[Pair], rank: int) -> dict[str, str]:
-    """The arguments of peft.LoraConfig, under the key and prefix of diffusers' save_lora_weights."""
-    modules = [pair.name.removesuffix(".weight") for pair in pairs]
-    options = {"r": rank, "lora_alpha": rank, "target_modules": modules}
-    return {"lora_adapter_metadata": json.dumps({f"{net.name}.{key}": value for key, value in options.items()})}
-
-
-def _kohya_keys(net: StoredNet, pairs: list[Pair]) -> dict[str, tuple[str, ...]]:
-    """Of B, A and alpha."""
-    originals = unet_originals(net.folder) if net.pipeline == "StableDiffusionXLPipeline" else {}
-    ends = ("lora_up.weight", "lora_down.weight", "alpha")
-    keys = {}
-    for pair in pairs:
-        module = originals.get(pair.name, pair.name).removesuffix(".weight").replace(".", "_")
-        keys[pair.name] = tuple(f"lora_unet_{module}.{end}" for end in ends)
-    return keys
-
-
-def _kohya_about(net: StoredNet, rank: int) -> dict[str, str]:
-    """The metadata of kohya's trainer; A1111 lists a file under the version it finds here, and for no other model."""
-    linear = component_config(net.folder, net.name).get("use_linear_projection")
-    if net.pipeline == "StableDiffusionPipeline" and linear:
-        version = {"ss_base_model_version": "sd_v2", "ss_v2": "True"}
-    else:
-        version = {"ss_base_model_version": KOHYA[net.pipeline]}
-    return version | {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}

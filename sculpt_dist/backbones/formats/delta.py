@@ -1,15 +1,17 @@
-"""Delta files: the denoiser's tensors that a run changed. A delta is applied to the base, or removed, bit for bit.
+"""Delta files: the denoiser's tensors that a run changed, to be applied to the base, or removed again.
 
 A delta is a safetensors file. Per changed tensor it holds the XOR of the base's and the result's bits, both in the
 base's stored dtype, as integers of that width (U8, I16, I32, I64) in the tensor's shape. Applying and removing are the
-same operation, exact for every pattern, NaN and -0 included. The header's metadata: format, version, net ("unet" or
-"transformer"), pipeline (its class), and tensors: a JSON object {name: {dtype, base, result}} with the sha256 of the
-bytes on both sides.
+same operation, exact for every pattern of that dtype, NaN and -0 included; a result in a finer dtype is rounded first.
+
+The header's metadata: format, version, net ("unet" or "transformer"), pipeline (its class), tensors: a JSON object
+{name: {dtype, base, result}} with the sha256 of the bytes on both sides, surroundings: a JSON object {component:
+sha256} of what the delta depends on and does not change, card: the model card of the result. The last two are missing
+in deltas of earlier versions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,13 +24,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sculpt_dist.backbones.formats.stored_net import StoredNet, refuse_pickles
+from sculpt_dist.backbones.formats.about import About
+from sculpt_dist.backbones.formats.about import metadata as metadata_of
+from sculpt_dist.backbones.formats.stored_net import StoredNet, refuse_pickles, sha256_of
 from sculpt_dist.backbones.io.folders import is_named, pipeline_index, weight_indices
-from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, raw_bytes, write_tensors
-from sculpt_dist.backbones.io.writing import settings_files
+from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, write_tensors
+from sculpt_dist.backbones.io.writing import settings_files, write_checksums
 from sculpt_dist.core.errors import ModelError
 
 FORMAT, VERSION = "sculpt-dist delta", "1"
+CARD, BASE_CARD = "README.md", "README-base.md"
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by width in bytes; these dtypes have XOR
 
 
@@ -47,15 +52,18 @@ class Delta(NamedTuple):
     pipeline: str
     net: str
     changes: dict[str, Change]
+    surroundings: dict[str, str]  # by component; empty in deltas of earlier versions
+    card: str  # empty where the model had none
 
 
-def write_delta(base: Path, model: Path, file: Path) -> int:
+def write_delta(base: Path, model: Path, file: Path, about: About | None = None) -> int:
     """Write how the denoiser of the pipeline folder `model` differs from that of `base`; returns the changed tensors.
 
     A tensor that equals the base's in the dtype of either side is unchanged, so an export in another dtype counts only
     what the run changed. Changed tensors are cast to the base's dtype. A few tensors are in memory at a time. The file
-    is absent, as before, or complete. Raises ModelError when the folders hold different classes or tensors, when
-    nothing or something other than a float differs, or a changed value overflows the base's dtype.
+    is absent, as before, or complete. `about`: goes into the metadata. Raises ModelError when the
+    folders hold different classes or tensors, when nothing or something other than a float differs, or a changed value
+    overflows the base's dtype.
     """
     with ExitStack() as stack:
         before, after = StoredNet(base, stack), StoredNet(model, stack)
@@ -67,16 +75,19 @@ def write_delta(base: Path, model: Path, file: Path) -> int:
         for name in before.held:
             result = _changed(name, before, after)
             if result is not None:
-                changes[name] = Change(LABELS[result.dtype], _sha256(before[name]), _sha256(result))
+                changes[name] = Change(LABELS[result.dtype], sha256_of(before[name]), sha256_of(result))
         if not changes:
             raise ModelError(f"{model}: its {before.name} equals that of {base}; give the unlearned model")
         planned = [Entry(name, _bits_dtype(change), before.held[name].shape) for name, change in changes.items()]
         metadata = {
+            **metadata_of(about, base, "diffusers", "delta"),
             "format": FORMAT,
             "version": VERSION,
             "net": before.name,
             "pipeline": before.pipeline,
             "tensors": json.dumps({name: change._asdict() for name, change in changes.items()}),
+            "surroundings": json.dumps(before.surroundings(changes)),
+            "card": (model / CARD).read_text() if (model / CARD).is_file() else "",
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         differences = ((name, _bits(before[name]) ^ _bits(after[name].to(before.held[name].dtype))) for name in changes)
@@ -88,9 +99,10 @@ def apply_delta(folder: Path, file: Path, output: Path, remove: bool = False) ->
     """Write `output`: the base `folder` with the delta applied, or (`remove`) the base of a `folder` that has it.
 
     The denoiser keeps the names, sharding and dtypes of its files. The other components that model_index.json names are
-    copied byte for byte, without pickles. `output` must not exist; it is absent or complete. About one tensor is in
-    memory at a time. Raises ModelError, before anything is written, when the delta is damaged, of another version or
-    another base, or is applied already (`remove`: is not applied).
+    copied byte for byte, without pickles. The model card is that of the unlearned model; the base's own is kept beside
+    it, and comes back with `remove`. `output` must not exist; it is absent or complete. About one tensor is in memory
+    at a time. Raises ModelError, before anything is written, when the delta is damaged, of another version or another
+    base, or is applied already (`remove`: is not applied).
     """
     if output.exists():
         raise ModelError(f"{output}: exists already; name a folder that does not")
@@ -111,6 +123,9 @@ def apply_delta(folder: Path, file: Path, output: Path, remove: bool = False) ->
                 planned = entries(source)
                 tensors = _applied(net, planned, delta, change)
                 write_tensors(aside / net.name / source.name, planned, tensors, _metadata(source))
+            if delta.card:
+                _change_card(aside, delta.card, remove)
+            write_checksums(aside)
             aside.rename(output)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -136,7 +151,8 @@ def read_delta(file: Path) -> Delta:
     try:
         changes = {name: Change(**change) for name, change in json.loads(metadata["tensors"]).items()}
         planned = {name: _bits_dtype(change) for name, change in changes.items()}
-        delta = Delta(file, metadata["pipeline"], metadata["net"], changes)
+        surroundings = {str(name): str(sha) for name, sha in json.loads(metadata.get("surroundings", "{}")).items()}
+        delta = Delta(file, metadata["pipeline"], metadata["net"], changes, surroundings, metadata.get("card", ""))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{file}: its metadata is damaged ({type(error).__name__}: {error}); copy or download it again"
@@ -205,11 +221,11 @@ def _check_fits(net: StoredNet, delta: Delta, change: Any, remove: bool) -> None
                 "the model that the delta was made from, as it was stored"
             )
         start, end = (result, base) if remove else (base, result)
-        found = _sha256(net[name])
+        found = sha256_of(net[name])
         if found != start:
             unexpected.append(name)
             turned += found == end
-        elif _sha256(_bits(net[name]) ^ change.get_tensor(name)) != end:
+        elif sha256_of(_bits(net[name]) ^ change.get_tensor(name)) != end:
             raise ModelError(
                 f"{delta.file}: is damaged, {name} does not give what its metadata promises; copy or download it again"
             )
@@ -222,6 +238,13 @@ def _check_fits(net: StoredNet, delta: Delta, change: Any, remove: bool) -> None
             f"{other_base} in {net.part}, {len(unexpected)} of its {len(delta.changes)} tensors hold other values "
             f"({', '.join(unexpected[:3])}); give the model that it {wanted}; if another delta was applied since, "
             "remove that one first"
+        )
+    found_around = net.surroundings(delta.changes) if delta.surroundings else {}
+    other = [name for name, sha256 in delta.surroundings.items() if sha256 != found_around.get(name)]
+    if other:
+        raise ModelError(
+            f"{other_base} in {net.folder}, {' and '.join(other)} hold other values where the delta changes none; give "
+            "the base that it was made for; if another delta was applied since, remove that one first"
         )
 
 
@@ -238,6 +261,18 @@ def _copied(net: StoredNet) -> list[Path]:
             files += [file for file in part.iterdir() if file.suffix == ".md" or file.name in documents]
     files += [net.part / "config.json", *weight_indices(net.part)]
     return sorted(file for file in files if file.is_file())
+
+
+def _change_card(folder: Path, card: str, remove: bool) -> None:
+    """Put the unlearned model's card in place of the base's, or (`remove`) the base's back."""
+    own, kept = folder / CARD, folder / BASE_CARD
+    if remove:
+        own.unlink(missing_ok=True)
+    now, later = (kept, own) if remove else (own, kept)
+    if now.exists():
+        now.rename(later)
+    if not remove:
+        own.write_text(card)
 
 
 def _applied(net: StoredNet, planned: list[Entry], delta: Delta, change: Any) -> Iterator[tuple[str, Tensor]]:
@@ -262,7 +297,3 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _same(left: Tensor, right: Tensor) -> bool:
     return torch.equal(_bits(left), _bits(right))
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(raw_bytes(tensor)).hexdigest()

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sculpt_dist.backbones.formats.about import About, metadata
 from sculpt_dist.backbones.formats.original_names import (
     PREFIXES,
     Original,
@@ -27,7 +28,7 @@ from sculpt_dist.backbones.formats.original_names import (
     settings,
 )
 from sculpt_dist.backbones.io.folders import is_named, weight_files
-from sculpt_dist.backbones.io.tensorfile import Entry, entries, write_tensors
+from sculpt_dist.backbones.io.tensorfile import Entry, entries, unwrapped, write_tensors
 from sculpt_dist.backbones.io.writing import set_dtype, settings_files
 from sculpt_dist.core.errors import ModelError
 
@@ -70,11 +71,11 @@ def check_single_file(folder: Path, file: Path | None) -> None:
         raise ModelError(f"{file}: ComfyUI and A1111 know the format by its ending; let it end in .safetensors")
 
 
-def write_single_file(folder: Path, file: Path) -> None:
+def write_single_file(folder: Path, file: Path, about: About | None = None) -> None:
     """Write a diffusers pipeline folder (SD 1.x or SDXL) as one .safetensors file, in its stored dtypes.
 
-    The file is absent, as before, or complete; about one tensor is in memory at a time. Raises ModelError when the
-    folder is no such pipeline, or its weights do not fit its configs.
+    The file is absent, as before, or complete; about one tensor is in memory at a time. `about`: goes into the
+    metadata. Raises ModelError when the folder is no such pipeline, or its weights do not fit its configs.
     """
     check_single_file(folder, file)
     plan = originals(folder, pipeline_kind(folder))
@@ -94,7 +95,8 @@ def write_single_file(folder: Path, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         marking = ((mark.name, torch.empty(0)) for mark in marks)
-        write_tensors(file, [*planned, *marks], chain(_converted(pieces, _fetcher(stack)), marking))
+        header = {"format": "pt"} | metadata(about, folder, "sgm")
+        write_tensors(file, [*planned, *marks], chain(_converted(pieces, _fetcher(stack)), marking), header)
 
 
 def _marks(folder: Path) -> list[str]:
@@ -157,7 +159,7 @@ def _converted(pieces: Iterable[Piece], fetch: Fetch) -> Iterator[tuple[str, Ten
 
 def check_single_kind(file: Path) -> None:
     """Raises ModelError when a single file is damaged, or of a kind that is not read; only its header is needed."""
-    looks = looks_like(entry.name for entry in entries(file))
+    looks = looks_like(unwrapped(entry.name) for entry in entries(file))
     if looks not in PREFIXES:
         readable = " and ".join(NAMES[kind] for kind in PREFIXES)
         raise ModelError(f"{file}: looks like {NAMES[looks]}; single files of {readable} are read")
@@ -175,7 +177,7 @@ def read_single_file(file: Path, template: Path, folder: Path) -> None:
         raise ModelError(f"{folder}: exists already; name a folder that does not")
     kind = pipeline_kind(template)
     held = entries(file)
-    looks = looks_like(entry.name for entry in held)
+    looks = looks_like(unwrapped(entry.name) for entry in held)
     if looks != kind:
         first = ", ".join(entry.name for entry in held[:3])
         raise ModelError(
@@ -212,11 +214,12 @@ def _found(file: Path, held: list[Entry], prefixes: dict[str, str]) -> dict[str,
     found = {}
     head = prefixes["text_encoder"]
     bare = tuple(head + part for part in ("embeddings.", "encoder.", "final_layer_norm."))
-    for name, dtype, shape in held:
+    for stored, dtype, shape in held:
+        name = unwrapped(stored)
         if name.startswith(tuple(prefixes.values())) and not IGNORED.search(name):
             # Some merges were saved by a transformers that drops `text_model.` from the names.
             full = f"{head}text_model.{name.removeprefix(head)}" if name.startswith(bare) else name
-            found[full] = Stored(file, name, dtype, shape)
+            found[full] = Stored(file, stored, dtype, shape)
     return found
 
 
@@ -238,10 +241,10 @@ def _check(file: Path, template: Path, plan: list[Original], found: dict[str, St
         shape = found[entry.name].shape
         as_matrix = entry.change == "conv" and shape == entry.shape[:2]  # some tools save these kernels as matrices
         if shape != entry.shape and not as_matrix:
-            raise ModelError(
-                f"{file}: {entry.name} is {shape}, {template} asks for {entry.shape}; give a template of the file's "
-                "size"
-            )
+            remedy = "give a template of the file's size"
+            if entry.name.endswith("input_blocks.0.0.weight") and shape[1:2] == (9,):
+                remedy = "this is an inpainting model: give the text-to-image model that it was made from"
+            raise ModelError(f"{file}: {entry.name} is {shape}, {template} asks for {entry.shape}; {remedy}")
 
 
 def _copy_settings(template: Path, folder: Path, plan: dict[str, list[Original]]) -> None:

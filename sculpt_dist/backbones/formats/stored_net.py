@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Container, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,18 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from sculpt_dist.backbones.io.folders import DENOISERS, has_weights, is_named, pipeline_index, weight_files
-from sculpt_dist.backbones.io.tensorfile import PICKLED, Entry, entries, pickled
+from sculpt_dist.backbones.formats.original_names import plain_name
+from sculpt_dist.backbones.io.folders import (
+    DENOISERS,
+    has_weights,
+    is_named,
+    pipeline_index,
+    stored_weights,
+    weight_files,
+)
+from sculpt_dist.backbones.io.tensorfile import LABELS, PICKLED, Entry, entries, pickled, raw_bytes
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.files import text_sha256
 
 
 class StoredNet:
@@ -43,6 +54,32 @@ class StoredNet:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._readers[name].get_tensor(name)
+
+    def surroundings(self, changed: Container[str]) -> dict[str, str]:
+        """The sha256 over what stays as it is beside the changed tensors: the rest of the denoiser, VAE, text encoders.
+
+        Names, dtypes and bytes count, not the files that they lie in, nor how a version of the libraries named or shaped
+        them.
+        """
+        index = pipeline_index(self.folder)
+        others = [part.name for part in self.folder.iterdir() if part.is_dir() and is_named(index, part.name)]
+        others = sorted(name for name in others if name == "vae" or name.startswith("text_encoder"))
+        found = {self.name: _over((name, self[name]) for name in self.held if name not in changed)}
+        for part in others:
+            stored = stored_weights(self.folder, part)
+            found[part] = _over((plain_name(part, name), t) for name, t in stored if not name.endswith("position_ids"))
+        return found
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """Of the tensor's bytes."""
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+
+def _over(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The sha256 over named tensors, in any order."""
+    lines = [f"{name} {LABELS[tensor.dtype]} {sha256_of(tensor)}" for name, tensor in tensors]
+    return text_sha256("\n".join(sorted(lines)))
 
 
 def refuse_pickles(part: Path) -> None:

@@ -1,7 +1,7 @@
 """Pipeline folders on disk: `find` locates them, `checking` refuses damaged ones, `folders` loads, `writing` exports.
 
-`tensorfile` reads the headers of safetensors files, and writes them tensor by tensor. Every layer above may import
-these.
+`scheduler` loads the noise scheduler; `tensorfile` reads the headers of safetensors files, and writes them tensor by
+tensor. Every layer above may import these.
 """
 
 from typing import TYPE_CHECKING

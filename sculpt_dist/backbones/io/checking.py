@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from sculpt_dist.backbones.io.folders import (
     pipeline_index,
     read_json,
     stored_entries,
+    stored_weights,
     weight_files,
     weight_indices,
 )
@@ -30,6 +32,13 @@ def check_folder(folder: Path, pipeline_class: str, classes: Mapping[str, str], 
     for part in folder.iterdir():
         if is_named(index, part.name) and part.name not in classes and (part / "config.json").is_file():
             _refuse_pickles(part)  # an unused component too: exports copy it
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in classes if name.startswith("text_encoder")]
+    for name in (*classes, *tokenizers, "scheduler"):
+        if not is_named(index, name):
+            raise ModelError(
+                f"{folder / 'model_index.json'}: {name} is {json.dumps(index.get(name))}, so an export could not be "
+                "loaded; it names a library and a class: fetch it again"
+            )
     for name, expected in classes.items():
         part = folder / name
         if not (part / "config.json").is_file():
@@ -44,7 +53,7 @@ def check_folder(folder: Path, pipeline_class: str, classes: Mapping[str, str], 
             files = ", ".join(sorted(path.name for path in part.iterdir()))
             raise ModelError(f"{part}: no .safetensors weights (found {files}): fetch the component again")
         _check_index(part)
-        _check_one_dtype(part)
+        _check_dtypes(part)
 
 
 def _refuse_pickles(part: Path) -> None:
@@ -70,12 +79,28 @@ def _check_index(part: Path) -> None:
             )
 
 
-def _check_one_dtype(part: Path) -> None:
-    """Raises ModelError for weights in several float dtypes: such a component was put together from two."""
+def check_finite(folder: Path, names: Iterable[str]) -> None:
+    """Read the stored weights of components. Raises ModelError for a value that is NaN or infinite."""
+    for name in names:
+        for tensor_name, tensor in stored_weights(folder, name):
+            # float8 has no isfinite of its own
+            if tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
+                raise ModelError(
+                    f"{folder / name}: {tensor_name} holds values that are not finite; the checkpoint is damaged"
+                )
+
+
+def _check_dtypes(part: Path) -> None:
+    """Raises ModelError for integers as weights, and for several float dtypes: such a component is one of two."""
     by_dtype: dict[torch.dtype, list[str]] = {}
     for entry in stored_entries(part):
         if entry.dtype.is_floating_point:
             by_dtype.setdefault(entry.dtype, []).append(entry.name)
+        elif entry.name.endswith((".weight", ".bias")):  # CLIP's position_ids are integers rightly
+            raise ModelError(
+                f"{part}: {entry.name} is stored as {str(entry.dtype).removeprefix('torch.')}: quantised or damaged "
+                "weights are not read; give the checkpoint in float32, bfloat16 or float16"
+            )
     if len(by_dtype) > 1:
         found = "; ".join(
             f"{len(names)} in {str(dtype).removeprefix('torch.')} ({names[0]}, ...)"

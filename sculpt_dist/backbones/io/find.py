@@ -9,7 +9,7 @@ from pathlib import Path
 from sculpt_dist.core.errors import ModelError
 
 SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
-WANTED = [*SETTINGS, "*/*.safetensors"]  # no pickles, and no original single file beside the components
+WANTED = [*SETTINGS, "*/*.safetensors", "README.md"]  # no pickles, and no original single file beside the components
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SECONDS = 5.0  # to wait for an answer of the hub
 

@@ -5,7 +5,6 @@ No pickle is ever read.
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from sculpt_dist.core.errors import ModelError
 DENOISERS = ("unet", "transformer")  # diffusers' names for a pipeline's denoiser
 CHECKSUMS = "CHECKSUMS"  # a file in the pipeline folders that we write
 WEIGHT_NAME = re.compile(r"(\.\w+(-\d+-of-\d+)?|-\d+-of-\d+(\.\w+)?)?\.safetensors")  # after the stem
-STOCHASTIC = ("Ancestral", "SDE", "sde", "LCM", "TCD", "DDPM", "SASolver")
+PLACES = ("*", "snapshots/*", "models--*/snapshots/*")  # of a pipeline in a folder around it, such as the hub's cache
 
 # Settings
 
@@ -44,16 +43,16 @@ def pipeline_index(folder: Path, expected: str | None = None) -> dict[str, Any]:
     """The folder's model_index.json. Raises ModelError when there is none, or it names another class than expected."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(
-            f"{folder}: is no diffusers pipeline folder (no model_index.json); save one with pipeline.save_pretrained()"
-        )
+        inside = [file.parent for pattern in PLACES for file in sorted(folder.glob(f"{pattern}/model_index.json"))]
+        remedy = f"give {' or '.join(map(str, inside[:3]))}" if inside else "save one with pipeline.save_pretrained()"
+        raise ModelError(f"{folder}: is no diffusers pipeline folder (no model_index.json); {remedy}")
     content = read_json(index)
     found = content.get("_class_name")
     if expected is not None and found != expected:
-        raise ModelError(
-            f"{folder}: holds a {found}, model.arch expects {expected}; set model.arch to the kind of this model, if "
-            "there is one"
-        )
+        remedy = "set model.arch to the kind of this model, if there is one"
+        if "Inpaint" in str(found):
+            remedy = "this is an inpainting model: give the text-to-image model that it was made from"
+        raise ModelError(f"{folder}: holds a {found}, model.arch expects {expected}; {remedy}")
     return content
 
 
@@ -154,29 +153,6 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     if isinstance(positions, int):
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
-
-
-def load_scheduler(folder: Path, forced: Mapping[str, Any]) -> Any:
-    """The pipeline's own scheduler class and settings; `forced`: settings that the pipeline class overrides.
-
-    Raises ModelError when the scheduler is missing, unknown, or adds noise of its own.
-    """
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        raise ModelError(f"{file}: the pipeline lacks its scheduler")
-    settings = read_json(file)
-    name = settings.get("_class_name", "")
-    kind = name + str(settings.get("algorithm_type"))
-    if any(word in kind for word in STOCHASTIC) or settings.get("stochastic_sampling"):
-        raise ModelError(
-            f"{file}: {name} adds noise of its own, so equal seeds would not give equal images; save the pipeline with "
-            "a deterministic scheduler such as DPMSolverMultistepScheduler"
-        )
-    scheduler = getattr(importlib.import_module("diffusers"), name, None)
-    if scheduler is None or not name.endswith("Scheduler"):
-        raise ModelError(f"{file}: _class_name {name!r} is no scheduler of diffusers")
-    loaded = scheduler.from_pretrained(folder, subfolder="scheduler")
-    return scheduler.from_config(loaded.config, **{key: value for key, value in forced.items() if key in loaded.config})
 
 
 # Weights

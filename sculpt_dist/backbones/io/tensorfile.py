@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ DTYPES = {
 }
 LABELS = {dtype: label for label, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.")  # what DataParallel and torch.compile put into a weight's name
 PICKLED = (".ckpt", ".bin", ".pt", ".pth")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # of files of torch.save: zip, pickle
 
@@ -85,6 +87,11 @@ def entries(file: Path) -> list[Entry]:
         state = "is cut short" if size < expected else "is damaged"
         raise ModelError(f"{file}: {state}: it has {size} bytes, its header says {expected}; copy or download it again")
     return [Entry(name, DTYPES[dtype], shape) for _, _, name, dtype, shape in found]
+
+
+def unwrapped(name: str) -> str:
+    """A weight's name without what DataParallel and torch.compile put into it."""
+    return WRAPPERS.sub("", name)
 
 
 def _placed(name: str, value: dict[str, Any]) -> tuple[int, int, str, str, tuple[int, ...]]:

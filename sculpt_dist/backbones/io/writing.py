@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from sculpt_dist.backbones.io.folders import (
     weight_files,
     weight_indices,
 )
-from sculpt_dist.backbones.io.tensorfile import Entry, TensorWriter, entries, write_tensors
+from sculpt_dist.backbones.io.tensorfile import Entry, TensorWriter, entries, unwrapped, write_tensors
 from sculpt_dist.core.errors import ModelError
 from sculpt_dist.core.files import file_sha256
 
@@ -56,6 +57,29 @@ def write_pipeline(
     write_checksums(folder)
 
 
+def is_wrapped(folder: Path) -> bool:
+    """Whether weights of a pipeline folder are named by DataParallel or torch.compile; only headers are read."""
+    parts = [part for part in sorted(folder.iterdir()) if (part / "config.json").is_file()]
+    return any(unwrapped(entry.name) != entry.name for part in parts for entry in stored_entries(part))
+
+
+def copy_unwrapped(folder: Path, output: Path) -> None:
+    """Copy a pipeline folder, without what DataParallel and torch.compile put into the names of its weights.
+
+    `output` must not exist; it is absent or complete. About one tensor is in memory at a time.
+    """
+    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        shutil.copy(folder / "model_index.json", aside)
+        index = read_json(folder / "model_index.json")
+        for part in sorted(path for path in folder.iterdir() if path.is_dir() and is_named(index, path.name)):
+            _copy_component(part, aside / part.name, None)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _write_shards(part: Path, planned: list[Entry], weights: Iterator[tuple[str, Tensor]]) -> None:
     """Write a denoiser's weights as one file, or as several with an index."""
     shards = _cut(planned)
@@ -75,9 +99,9 @@ def _write_shards(part: Path, planned: list[Entry], weights: Iterator[tuple[str,
         (part / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _in_dtype(stored: Sequence[Entry], dtype: torch.dtype) -> list[Entry]:
-    """The entries with every float in `dtype`."""
-    return [Entry(e.name, dtype if e.dtype.is_floating_point else e.dtype, e.shape) for e in stored]
+def _in_dtype(stored: Sequence[Entry], dtype: torch.dtype | None) -> list[Entry]:
+    """The entries with every float in `dtype`; None: as they are."""
+    return [Entry(e.name, dtype if dtype and e.dtype.is_floating_point else e.dtype, e.shape) for e in stored]
 
 
 def _cut(planned: Sequence[Entry]) -> list[list[Entry]]:
@@ -118,20 +142,22 @@ def settings_files(part: Path) -> list[Path]:
     return files
 
 
-def _copy_component(part: Path, into: Path, dtype: torch.dtype) -> None:
-    """Copy a component, its weights in `dtype` and under names without a variant."""
+def _copy_component(part: Path, into: Path, dtype: torch.dtype | None) -> None:
+    """Copy a component, its weights in `dtype` (None: as they are) and under names without a variant or wrapper."""
     into.mkdir()
     variant = variant_of(part)
     for file in settings_files(part):
         shutil.copy(file, into)
     for file in weight_files(part):
-        planned = _in_dtype(entries(file), dtype)
+        planned = [entry._replace(name=unwrapped(entry.name)) for entry in _in_dtype(entries(file), dtype)]
         kept = {entry.name: entry.dtype for entry in planned}
-        converted = ((name, tensor.to(kept[name])) for name, tensor in file_tensors(file))
-        write_tensors(into / _plain(file.name, variant), planned, converted)
+        named = ((unwrapped(name), tensor) for name, tensor in file_tensors(file))
+        write_tensors(into / _plain(file.name, variant), planned, ((name, t.to(kept[name])) for name, t in named))
     for index in weight_indices(part):
-        (into / _plain(index.name, variant)).write_text(_plain(index.read_text(), variant))
-    if (into / "config.json").is_file():
+        content = json.loads(_plain(index.read_text(), variant))
+        content["weight_map"] = {unwrapped(name): file for name, file in content["weight_map"].items()}
+        (into / _plain(index.name, variant)).write_text(json.dumps(content, indent=2) + "\n")
+    if dtype and (into / "config.json").is_file():
         set_dtype(into / "config.json", dtype)
 
 

@@ -1,8 +1,8 @@
 """What backbones are composed of, one concern per file.
 
 `components` loads a folder's models, `embeddings` keeps prompt embeddings, `schedules` corrupts latents; `guidance`,
-`sampling` and `trajectory` draw; `sizes` and `groups` describe the net; `lora` adds and merges adapters; `text` and
-`stable` are shared by several kinds; `tiny` builds models for a CPU. Every layer above may import these.
+`sampling` and `trajectory` draw; `sizes`, `conditions` and `groups` describe the net; `lora` adds and merges adapters;
+`text` and `stable` are shared by several kinds; `tiny` builds models for a CPU. Every layer above may import these.
 """
 
 from typing import TYPE_CHECKING

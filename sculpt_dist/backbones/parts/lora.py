@@ -1,8 +1,10 @@
-"""LoRA adapters on the denoiser: added through peft, and merged into the stored weights."""
+"""LoRA adapters on the denoiser: added and described through peft, and merged into the stored weights."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,17 @@ def add_lora(net: Any, options: Mapping[str, Any], seed: int) -> list[str]:
         torch.manual_seed(seed)
         net.add_adapter(LoraConfig(**options))
     return [name for name, _ in net.named_parameters() if ".lora_" in name]
+
+
+def write_lora_config(folder: Path, options: Mapping[str, Any], base: str | None) -> None:
+    """Write adapter_config.json, from which peft builds the layers (peft.LoraConfig with these options)."""
+    from peft import LoraConfig
+
+    LoraConfig(**options, base_model_name_or_path=base).save_pretrained(str(folder))
+    file = folder / "adapter_config.json"
+    content = json.loads(file.read_text())
+    content["target_modules"] = sorted(content["target_modules"])  # peft keeps a set
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def merged_lora(

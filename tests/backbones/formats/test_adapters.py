@@ -127,7 +127,8 @@ def test_plain_diffusers_loads_it_and_predicts_as_the_changed_net(models, tmp_pa
     lost = write_adapter(CANVAS / arch, model, file, form, rank=2)
     assert lost.rank == 2 and 0 <= lost.share <= lost.worst < 1e-5
     assert read_lost(file) == lost
-    assert sorted(path.name for path in file.parent.iterdir()) == [file.name]
+    beside = ["adapter_config.json"] if form == "lora" else []
+    assert sorted(path.name for path in file.parent.iterdir()) == [*beside, file.name]
     assert_loads(file, model, arch)
 
 
@@ -174,16 +175,16 @@ def test_kohya_keys_are_those_that_comfyui_and_a1111_read(models, tmp_path):
 @pytest.mark.parametrize("rank", [1, 3, 20])
 def test_the_factors_are_the_best_of_their_rank(shape, rank):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    up, down = low_rank_factors(matrix, rank)
+    up, down, squares = low_rank_factors(matrix, rank)
     kept = min(rank, *shape)
     assert up.shape == (shape[0], kept) and down.shape == (kept, shape[1])
     u, s, vt = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
     np.testing.assert_allclose(up @ down, (u[:, :kept] * s[:kept]) @ vt[:kept], atol=1e-10)
-    assert all(torch.equal(*pair) for pair in zip((up, down), low_rank_factors(matrix, rank)))  # deterministic
+    assert all(torch.equal(*pair) for pair in zip((up, down, squares), low_rank_factors(matrix, rank)))  # deterministic
 
 
 def test_a_zero_change_has_zero_factors():
-    up, down = low_rank_factors(torch.zeros(3, 4), 2)
+    up, down, _ = low_rank_factors(torch.zeros(3, 4), 2)
     assert not up.any() and not down.any()
 
 
@@ -195,8 +196,32 @@ def test_the_loss_of_a_change_of_higher_rank_agrees_with_numpy(models, tmp_path)
     shares = {name: np.sqrt((s[1:] ** 2).sum() / (s**2).sum()) for name, s in values.items()}
     worst = max(shares, key=shares.get)
     together = np.sqrt(sum((s[1:] ** 2).sum() for s in values.values()) / sum((s**2).sum() for s in values.values()))
-    assert lost == Lost(1, pytest.approx(together, rel=1e-4), pytest.approx(shares[worst], rel=1e-4), worst)
+    assert lost == Lost(1, pytest.approx(together, rel=1e-4), pytest.approx(shares[worst], rel=1e-4), worst, 2)
     assert str(lost._replace(share=0.032, worst=0.08)) == f"rank 1: 3.2 % of the change is lost (worst: {worst} 8 %)"
+
+
+def test_the_rank_that_would_lose_at_most_five_percent_is_named_and_keeps_its_word(tmp_path):
+    model, _ = changed(tmp_path / "model", "sd15", ATTENTION["sd15"], rank=None)
+    lost = write_adapter(CANVAS / "sd15", model, tmp_path / "a.safetensors", rank=4)
+    assert lost.enough is not None and f"; --rank {lost.enough} would lose at most 5 %" in str(lost)
+    enough, less = (
+        write_adapter(CANVAS / "sd15", model, tmp_path / "b.safetensors", rank=lost.enough - fewer) for fewer in (0, 1)
+    )
+    assert enough.share <= 0.05 < less.share and "would lose" not in str(enough)
+
+
+def test_the_folder_of_an_adapter_is_one_that_peft_reads(models, tmp_path):
+    from peft import LoraConfig
+
+    model, changes = models["sd15"]
+    write_adapter(CANVAS / "sd15", model, tmp_path / WEIGHT_NAME, rank=2)
+    config = LoraConfig.from_pretrained(str(tmp_path))
+    assert (config.r, config.lora_alpha) == (2, 2)
+    assert {f"{module}.weight" for module in config.target_modules} == changes.keys()
+    net = pipeline_of(CANVAS / "sd15", "sd15").unet
+    net.add_adapter(config)
+    built = {name.replace(".default", "") for name, _ in net.named_parameters() if ".lora_" in name}
+    assert built == {key.removeprefix("unet.") for key in load_file(tmp_path / WEIGHT_NAME)}
 
 
 def test_a_change_of_full_rank_is_complete_at_full_rank_and_the_file_has_no_higher_rank(tmp_path):
@@ -327,7 +352,7 @@ def test_a_refusal_leaves_no_rank_waiting(tmp_path):
             yield name, torch.full((base_weights("sd15")[name].shape), 9.0)
 
     with pytest.raises(ModelError, match=BIAS):
-        _write_adapter(Plain(), gathered(), tmp_path / "a.safetensors", Form("lora", rank=2), First())
+        _write_adapter(Plain(), gathered(), tmp_path / "a.safetensors", Form("lora", rank=2), None, First())
     assert len(taken) == 3
 
 

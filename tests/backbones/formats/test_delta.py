@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sculpt_dist.backbones.formats.delta import BITS, FORMAT, apply_delta, read_delta, write_delta
-from sculpt_dist.backbones.io.folders import stored_weights, weight_files
+from sculpt_dist.backbones.io.folders import CHECKSUMS, stored_weights, weight_files
 from sculpt_dist.backbones.io.tensorfile import DTYPES
 from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.run.model import base_fingerprint
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -40,7 +41,9 @@ def weights(folder: Path, net: str = "unet") -> Tensors:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """All but the checksums, which every folder that is written gets."""
+    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    return {name: file.read_bytes() for name, file in found.items() if name != CHECKSUMS}
 
 
 def unlearned(tensors: Tensors) -> tuple[Tensors, set[str]]:
@@ -144,7 +147,7 @@ def test_a_sharded_denoiser_keeps_its_shards(canvas, tmp_path):
 
     base, half, _, names = canvas
     folder = tmp_path / "base"
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns(WEIGHTS))
+    shutil.copytree(base, folder)
     shutil.rmtree(folder / "unet")
     UNet2DConditionModel.from_pretrained(base / "unet", torch_dtype=torch.float16).save_pretrained(
         folder / "unet", max_shard_size="1MB"
@@ -339,6 +342,52 @@ def test_a_delta_of_another_base_is_refused(tmp_path):
     with pytest.raises(ModelError, match="exists already"):
         apply_delta(folder, file, tmp_path / "applied")
     assert not output.exists() and not list(tmp_path.glob(".*"))
+
+
+def untouched_differs(base: Path, folder: Path, part: str) -> Path:
+    """A copy of the base in which one value differs that no delta of the cross-attention changes."""
+    shutil.copytree(base, folder)
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if tensors[name].is_floating_point() and "attn2" not in name)
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_base_that_differs_where_the_delta_changes_nothing_is_refused(canvas, tmp_path, part):
+    base, half, _, _ = canvas
+    file = tmp_path / "delta.safetensors"
+    write_delta(base, half, file)
+    other = untouched_differs(base, tmp_path / "other", part)
+    with pytest.raises(ModelError, match=f"another base: in .*other, {part} hold other values where"):
+        apply_delta(other, file, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata()
+    old = {key: metadata[key] for key in ("format", "version", "net", "pipeline", "tensors")}
+    save_file(load_file(file), tmp_path / "old.safetensors", old)  # as earlier versions wrote it
+    apply_delta(other, tmp_path / "old.safetensors", tmp_path / "output")
+    assert (tmp_path / "output" / CHECKSUMS).is_file()
+
+
+def test_the_written_folder_has_the_card_of_the_unlearned_model_and_whole_checksums(canvas, tmp_path):
+    base, half, _, _ = canvas
+    shutil.copytree(base, tmp_path / "base"), shutil.copytree(half, tmp_path / "model")
+    (tmp_path / "base" / "README.md").write_text("the base")
+    (tmp_path / "model" / "README.md").write_text("without a bird")
+    file = tmp_path / "delta.safetensors"
+    write_delta(tmp_path / "base", tmp_path / "model", file)
+    apply_delta(tmp_path / "base", file, tmp_path / "applied")
+    apply_delta(tmp_path / "applied", file, tmp_path / "removed", remove=True)
+    assert (tmp_path / "applied" / "README.md").read_text() == "without a bird"
+    assert (tmp_path / "applied" / "README-base.md").read_text() == "the base"
+    assert files(tmp_path / "removed") == files(tmp_path / "base")
+    for folder in (tmp_path / "applied", tmp_path / "removed"):
+        lines = (folder / CHECKSUMS).read_text().splitlines()
+        assert {line.partition("  ")[2] for line in lines} == files(folder).keys()
+        base_fingerprint(folder)  # compares them
 
 
 def test_damaged_files_and_files_of_other_formats_are_no_delta(tmp_path):
