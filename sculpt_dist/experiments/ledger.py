@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.core.files import derived_seed, read_object, write_atomically
+from sculpt_dist.core.locks import Lock
 from sculpt_dist.experiments.compare import finished_report
 from sculpt_dist.experiments.trials import Sweep, Trial
 from sculpt_dist.maths.comparison import harmonic
@@ -40,7 +39,7 @@ def claim_sweep(sweep: Sweep) -> None:
     """Record the sweep in its folder. Raises RunFolderError if the folder holds another sweep."""
     (sweep.folder / "trials").mkdir(parents=True, exist_ok=True)
     file, plan = sweep.folder / "plan.json", json.dumps(sweep.identity, indent=1, default=str) + "\n"
-    with FileLock(sweep.folder / "plan.lock"):
+    with Lock(sweep.folder / "plan.lock"):
         if not file.is_file():
             write_atomically(file, plan.encode())
         recorded = read_object(file, "remove it if the trials beside it are of this sweep")
@@ -50,13 +49,10 @@ def claim_sweep(sweep: Sweep) -> None:
         raise RunFolderError(f"{sweep.folder} holds another sweep ({details}): choose another --folder, or remove it")
 
 
-def claim_trial(sweep: Sweep, index: int) -> FileLock | None:
-    """Lock a trial for this process. Returns the lock to release, or None while another process holds it."""
-    lock = FileLock(sweep.folder / "trials" / f"{index:04d}.lock", thread_local=False)
-    try:
-        return lock.acquire(timeout=0).lock
-    except Timeout:
-        return None
+def claim_trial(sweep: Sweep, index: int) -> Lock | str:
+    """Lock a trial for this process. Returns the lock to release, or who holds it."""
+    lock = Lock(sweep.folder / "trials" / f"{index:04d}.lock")
+    return lock.acquire() or lock
 
 
 def outcome(trial: Trial) -> Outcome:
@@ -101,7 +97,7 @@ def trial_of(sweep: Sweep, index: int) -> Trial:
     """A trial with its point. Under bayes, a trial without a point gets a new one."""
     if sweep.settings.method != "bayes":
         return sweep.trial(index, sweep.point(index))
-    with FileLock(sweep.folder / "points.lock"):
+    with Lock(sweep.folder / "points.lock"):
         entries = _read_entries(sweep)
         if index not in entries:
             shares = _new_shares(sweep, index, entries)
@@ -120,7 +116,7 @@ def record_outcome(sweep: Sweep, ended: Outcome) -> None:
     """Record for bayes how a trial ended; recording it twice has no further effect. Other methods need no record."""
     if sweep.settings.method != "bayes":
         return
-    with FileLock(sweep.folder / "points.lock"):
+    with Lock(sweep.folder / "points.lock"):
         entries = _read_entries(sweep)
         entries[ended.trial.index] |= {"state": ended.state, "value": ended.scores.get(sweep.settings.metric.name)}
         _write_entries(sweep, entries)

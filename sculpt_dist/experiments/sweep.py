@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from sculpt_dist.core.errors import ConfigError, NonFiniteError, RunFolderError
+from sculpt_dist.core.locks import Lock
 from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
 from sculpt_dist.experiments.ledger import (
     DONE,
@@ -100,16 +100,16 @@ class SweepWorker:
 
     def __init__(self, plan: Sweep) -> None:
         self.plan = plan
-        self.elsewhere: list[int] = []  # trials that another process holds
+        self.elsewhere: dict[int, str] = {}  # trials that another process holds, and which
         self.failed_before: list[str] = []
-        self._held: dict[str, tuple[Trial, Any]] = {}  # trial and its lock, by the job's label
+        self._held: dict[str, tuple[Trial, Lock]] = {}  # trial and its lock, by the job's label
 
     def jobs(self, indices: Sequence[int]) -> Iterator[Job]:
         """Jobs for the open trials that no process holds; each is claimed when it is taken."""
         for index in indices:
             lock = claim_trial(self.plan, index)
-            if lock is None:
-                self.elsewhere.append(index)
+            if isinstance(lock, str):
+                self.elsewhere[index] = lock
                 continue
             trial = trial_of(self.plan, index)
             ended = outcome(trial)
@@ -152,6 +152,6 @@ def _check_metric(plan: Sweep, outcomes: Sequence[Outcome]) -> None:
 
 def _check_index(worker: SweepWorker, index: int) -> None:
     if index in worker.elsewhere:
-        note = worker.plan.folder / "trials" / f"{index:04d}" / ".holder"
-        holder = note.read_text() if note.is_file() else "another process"
-        raise RunFolderError(f"trial {index} is being run by {holder}: wait for it, or run another trial")
+        raise RunFolderError(
+            f"trial {index} is being run by {worker.elsewhere[index]}: wait for it, or run another trial"
+        )

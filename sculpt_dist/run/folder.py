@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -19,12 +18,11 @@ from sculpt_dist.config.load import plain_values, to_yaml
 from sculpt_dist.config.schema import EvaluateConfig, ModelConfig, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.core.files import read_object, write_atomically
+from sculpt_dist.core.locks import Lock
 from sculpt_dist.run.fingerprint import config_fingerprint, deciding_keys, list_checksums
 from sculpt_dist.run.owned import make_room
 
 if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
     from sculpt_dist.engine.group import Group
 
 CONTENTS = (
@@ -133,7 +131,7 @@ def _unusable(folder: Path, is_ours: bool) -> str | None:
     return None
 
 
-_locks: dict[str, BaseFileLock] = {}  # keeps the objects alive: a lock is released with its object
+_locks: dict[str, Lock] = {}
 
 
 def _is_strange(name: str) -> bool:
@@ -142,18 +140,11 @@ def _is_strange(name: str) -> bool:
 
 def _lock(folder: Path) -> str | None:
     """Lock the folder until this process ends; returns an error message if another process holds the lock."""
-    from filelock import FileLock, Timeout
-
-    note = folder / ".holder"
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = note.read_text() if note.is_file() else "another process"
-        return f"run.folder={folder} is in use by {holder}: wait for it, or choose another folder"
+    lock = Lock(folder / ".lock")
+    holder = lock.acquire()
+    if holder is not None:
+        return f"run.folder={folder} is in use by {holder} ({lock.file}): wait for it, or choose another folder"
     _locks[str(folder.absolute())] = lock
-    job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-    note.write_text(f"process {os.getpid()} on {platform.node()}{job}")
     return None
 
 

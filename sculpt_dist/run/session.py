@@ -21,7 +21,7 @@ from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_prompts, evaluate
 from sculpt_dist.run.costs import Costs
-from sculpt_dist.run.folder import claim_folder
+from sculpt_dist.run.folder import claim_folder, release_folder
 from sculpt_dist.run.model import base_fingerprint, open_backbone
 from sculpt_dist.run.preflight import check_model
 from sculpt_dist.run.setup import RunSetup
@@ -81,6 +81,17 @@ def open_session(setup: RunSetup, group: Group, scores: bool = True) -> Iterator
     """
     config = setup.config
     folder = claim_folder(config, group)
+    try:
+        with _session_in(folder, setup, group, scores) as session:
+            yield session
+    except BaseException:
+        release_folder(folder)  # for another call in this process
+        raise
+
+
+@contextmanager
+def _session_in(folder: Path, setup: RunSetup, group: Group, scores: bool) -> Iterator[Session]:
+    config = setup.config
     with (
         Tracker(config.track, plain_values(config), folder, group.is_first) as tracker,
         watched(group, folder, config.engine.grace) as stop,
