@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ CHOICES = {
     "engine.precision": ("fp32", "bf16"),
     "engine.moments": ("all", "open"),
     "engine.kernel": ("auto", "plain", "fused"),
+    "evaluate.keep_images": ("all", "some", "none", None),
     "track.artifact": ("none", "reference", "files"),
 }
 POSITIVE = (
@@ -44,7 +46,7 @@ def check(config: RunConfig) -> None:
     check_numbers(config, "")
     for key, choices in CHOICES.items():
         if _value(config, key) not in choices:
-            raise ConfigError(f"{key}={_value(config, key)}: choose one of {', '.join(map(str, choices))}")
+            raise ConfigError(f"{key}={_value(config, key)}: choose one of {_listed(choices)}")
     for key in POSITIVE:
         if _value(config, key) <= 0:
             raise ConfigError(f"{key}={_value(config, key)}: must be greater than 0")
@@ -193,6 +195,10 @@ def check_numbers(section: Any, prefix: str) -> None:
                 and (number < 0 or not math.isfinite(number))
             ):
                 raise ConfigError(f"{key}={number}: must be a finite number, not negative")
+
+
+def _listed(choices: Iterable[Any]) -> str:
+    return ", ".join(str(choice) for choice in choices if choice is not None)
 
 
 def _value(config: RunConfig, key: str) -> Any:
