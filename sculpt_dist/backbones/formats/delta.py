@@ -4,7 +4,8 @@ A delta is a safetensors file. Per changed tensor it holds the XOR of the base's
 base's stored dtype, as integers of that width (U8, I16, I32, I64) in the tensor's shape. Applying and removing are the
 same operation, exact for every pattern, NaN and -0 included. The header's metadata: format, version, net ("unet" or
 "transformer"), pipeline (its class), and tensors: a JSON object {name: {dtype, base, result}} with the sha256 of the
-bytes on both sides.
+bytes on both sides. "checksums" (of the tensors in the file) and "sha256" (of the other metadata) let it be verified
+alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from sculpt_dist.backbones.io.folders import is_named, pipeline_index, weight_in
 from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, raw_bytes, write_tensors
 from sculpt_dist.backbones.io.writing import settings_files
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.files import is_intact, sealed
 
 FORMAT, VERSION = "sculpt-dist delta", "1"
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by width in bytes; these dtypes have XOR
@@ -63,11 +65,12 @@ def write_delta(base: Path, model: Path, file: Path) -> int:
         if file.is_dir() or file.resolve() in {weights.resolve() for weights in before.files + after.files}:
             found = "a folder" if file.is_dir() else "a weight file of one of the two models"
             raise ModelError(f"{file}: is {found}; name another file")
-        changes = {}
+        changes, checksums = {}, {}
         for name in before.held:
             result = _changed(name, before, after)
             if result is not None:
                 changes[name] = Change(LABELS[result.dtype], _sha256(before[name]), _sha256(result))
+                checksums[name] = _sha256(_bits(before[name]) ^ _bits(result))
         if not changes:
             raise ModelError(f"{model}: its {before.name} equals that of {base}; give the unlearned model")
         planned = [Entry(name, _bits_dtype(change), before.held[name].shape) for name, change in changes.items()]
@@ -77,10 +80,11 @@ def write_delta(base: Path, model: Path, file: Path) -> int:
             "net": before.name,
             "pipeline": before.pipeline,
             "tensors": json.dumps({name: change._asdict() for name, change in changes.items()}),
+            "checksums": json.dumps(checksums),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         differences = ((name, _bits(before[name]) ^ _bits(after[name].to(before.held[name].dtype))) for name in changes)
-        write_tensors(file, planned, differences, metadata)
+        write_tensors(file, planned, differences, sealed(metadata))
     return len(changes)
 
 
@@ -144,6 +148,20 @@ def read_delta(file: Path) -> Delta:
     if not changes or planned != {name: entry.dtype for name, entry in held.items()}:
         raise ModelError(f"{file}: is damaged, its tensors are not those of its metadata; copy or download it again")
     return delta
+
+
+def is_delta_intact(file: Path) -> bool | None:
+    """Whether a delta's metadata and tensors are as they were written.
+
+    None where the file is no delta, or an earlier version wrote it without checksums.
+    """
+    metadata = _metadata(file) or {}
+    intact = is_intact(metadata)
+    if metadata.get("format") != FORMAT or not intact:
+        return intact
+    checksums = json.loads(metadata["checksums"])
+    with safe_open(file, "pt") as content:
+        return all(_sha256(content.get_tensor(name)) == checksums.get(name) for name in content.keys())  # noqa: SIM118
 
 
 def _check_comparable(before: StoredNet, after: StoredNet) -> None:
