@@ -6,14 +6,24 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a test that forks must find no threads of it
 
+from pathlib import Path
+
 import pytest
 from gpus import has_gpu, in_gpu_process, run_in_gpu_process
-from harness import PROJECT
+from harness import PROJECT, TINIEST, sculpt
 
 
 @pytest.fixture(scope="session")
 def canvas_config() -> str:
     return str(PROJECT / "configs" / "canvas" / "dm_cal.yaml")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, canvas_config: str) -> Path:
+    """The smallest finished run; tests change copies of it only."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    sculpt("unlearn", canvas_config, *TINIEST, f"run.folder={folder}")
+    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -47,7 +47,7 @@ canvas_app = typer.Typer(
     help="The embedded benchmark: a drawn world and tiny models trained on it.", no_args_is_help=True
 )
 COMMANDS = {
-    "A run and its stages": (run.unlearn, run.prepare, run.evaluate, run.export, run.report, run.apply),
+    "A run and its stages": (run.unlearn, run.prepare, run.evaluate, run.export, run.report, run.verify, run.apply),
     "Before a run": (plan.check, plan.plan, plan.folder, run.submit),
     "Many runs": (experiments.compare, experiments.sweep, experiments.localize),
     "What there is": (reference.config, reference.methods, reference.models, reference.metrics),

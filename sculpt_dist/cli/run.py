@@ -54,8 +54,8 @@ def evaluate(
 
     scores, where = evaluate_only(loaded, model, output)
     if is_first():
-        for kind, part in scores.items():
-            if part:
+        for kind in ("plain", "paraphrased"):
+            if part := scores[kind]:
                 named = ((name, part[name]) for name in ("UA", "IRA", "CRA", "SA"))
                 print(kind, *(f"{name} {value:.3f}" for name, value in named if value is not None))
         print(f"scores: {where / 'scores.json'}")
@@ -107,6 +107,18 @@ def report(folder: Path = typer.Argument(help="A run folder.")) -> None:
     if not (folder / "config.yaml").is_file():
         raise RunFolderError(f"{folder}: is not a run folder (no config.yaml)")
     print(f"report: {write_report(folder)}")
+
+
+def verify(place: Path = typer.Argument(help="A run folder, a model folder or a delta file.")) -> None:
+    """Compare the files of a run, model or delta with the checksums that were written with them; changes nothing."""
+    from sculpt_dist.run.verify import verify_place
+
+    found = verify_place(place)
+    print(f"{found.num_files:,} file{'s are as they were' if found.num_files > 1 else ' is as it was'} written")
+    if found.without:
+        named = ", ".join(str(file) for file in found.without[:5])
+        more = f" and {len(found.without) - 5:,} more" if len(found.without) > 5 else ""
+        print(f"not compared, for lack of a checksum: {named}{more}")
 
 
 def submit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ CHOICES = {
     "engine.precision": ("fp32", "bf16"),
     "engine.moments": ("all", "open"),
     "engine.kernel": ("auto", "plain", "fused"),
+    "evaluate.keep_images": ("all", "some", "none", None),
     "track.artifact": ("none", "reference", "files"),
 }
 POSITIVE = (
@@ -46,7 +48,7 @@ def check(config: RunConfig) -> None:
     check_numbers(config, "")
     for key, choices in CHOICES.items():
         if _value(config, key) not in choices:
-            raise ConfigError(f"{key}={_value(config, key)}: choose one of {', '.join(map(str, choices))}")
+            raise ConfigError(f"{key}={_value(config, key)}: choose one of {_listed(choices)}")
     for key in POSITIVE:
         if _value(config, key) <= 0:
             raise ConfigError(f"{key}={_value(config, key)}: must be greater than 0")
@@ -210,6 +212,10 @@ def check_numbers(section: Any, prefix: str) -> None:
                 and (number < 0 or not math.isfinite(number))
             ):
                 raise ConfigError(f"{key}={number}: must be a finite number, not negative")
+
+
+def _listed(choices: Iterable[Any]) -> str:
+    return ", ".join(str(choice) for choice in choices if choice is not None)
 
 
 def _value(config: RunConfig, key: str) -> Any:

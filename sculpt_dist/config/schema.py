@@ -209,6 +209,10 @@ class EvaluateConfig:
     """File (.txt or .csv) of prompts without a target; FID, KID and CLIPScore then use only their images."""
     members: dict[str, list[str]] = field(default_factory=dict)
     """Superclass -> the objects that belong to it, for SA."""
+    keep_images: str | None = None
+    """Images to keep as PNG: all, some (the first of each object and style) or none; null keeps all of a stage if they
+    are fewer than 2,000. images.csv lists all that were drawn.
+    """
     bootstrap: int = 2000
     """Bootstrap resamples for the 95 % intervals."""
     reference: str | None = None

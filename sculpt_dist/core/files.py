@@ -1,4 +1,9 @@
-"""Atomic writes, append-only logs, checksums and seeds."""
+"""Atomic writes, append-only logs, checksums and seeds.
+
+A sealed record is a json object that holds its own checksum under the key "sha256". The checksum covers the content as
+json with sorted keys, so spaces and line breaks do not matter. Records of earlier versions have none, and are taken as
+they are.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,13 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from sculpt_dist.core.errors import RunFolderError, WriteError
+
+SEAL = "sha256"  # the key of a sealed record, and the last line of a sealed text
 
 
 def file_sha256(path: Path) -> str:
@@ -27,19 +34,57 @@ def file_sha256(path: Path) -> str:
 
 
 def read_object(path: Path, remedy: str, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """The object in a json file that we wrote, with at least these keys.
+    """The object in a json file that we wrote, with at least these keys, and without its checksum (see seals.py).
 
     Raises RunFolderError for one that is damaged, which names the file and ends with the `remedy`.
     """
     try:
         content = json.loads(path.read_bytes())
         fault = None if isinstance(content, dict) else f"it holds a {type(content).__name__}"
+        if fault is None and is_intact(content) is False:
+            fault = "its values differ from its checksum"
     except (OSError, ValueError, RecursionError) as error:
         content, fault = {}, str(error)[:200] or type(error).__name__
     lacking = [key for key in keys if fault is None and key not in content]
     if fault is not None or lacking:
         raise RunFolderError(f"{path} is damaged ({fault or f'it lacks {lacking[0]}'}): {remedy}")
-    return cast(dict[str, Any], content)
+    return unsealed(cast(dict[str, Any], content))
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content as json would give it back, with its checksum."""
+    plain = json.loads(json.dumps(dict(content)))
+    return {**plain, SEAL: _record_sha256(plain)}
+
+
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content without its checksum."""
+    return {key: value for key, value in content.items() if key != SEAL}
+
+
+def is_intact(content: Mapping[str, Any]) -> bool | None:
+    """Whether a record is as it was sealed; None where it has no checksum."""
+    return content[SEAL] == _record_sha256(unsealed(content)) if SEAL in content else None
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a sealed json file; after a crash it holds the old content or the new."""
+    write_atomically(path, json.dumps(sealed(content), indent=1).encode())
+
+
+def sealed_text(text: str) -> str:
+    """A text of whole lines, and a comment with their checksum."""
+    return f"{text}# {SEAL}: {text_sha256(text)}\n"
+
+
+def is_text_intact(text: str) -> bool | None:
+    """Whether a text is as it was sealed; None where it has no checksum."""
+    body, comment, checksum = text.rpartition(f"# {SEAL}: ")
+    return text_sha256(body) == checksum.strip() if comment else None
+
+
+def _record_sha256(content: Mapping[str, Any]) -> str:
+    return text_sha256(json.dumps(content, sort_keys=True))
 
 
 def is_folder_name(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 
 from sculpt_dist.config.schema import Concept, EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.files import text_sha256, write_atomically, write_record
 from sculpt_dist.core.progress import progress
 from sculpt_dist.evaluation.classifiers.base import Classifier, load_classifier
+from sculpt_dist.evaluation.kept_images import images_csv, kept_names, save_image
 from sculpt_dist.evaluation.metrics.base import Metric, build_metrics
 from sculpt_dist.evaluation.requests import Evaluation, ImageRequest, as_batches
 from sculpt_dist.evaluation.scoring import (
@@ -65,7 +65,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Draw, recognise and score; returns the scores on every rank. All ranks enter.
 
-    Writes scores.json, answers.json and the first image of each pair into `folder`. `forgotten` are the concepts that
+    Writes scores.json, answers.json, images.csv and the images to keep into `folder`. `forgotten` are the concepts that
     the model should have forgotten by now; `label` names the evaluation in the progress bar and in a stop message.
     """
     settings, world = evaluation.settings, evaluation.world
@@ -77,15 +77,20 @@ def evaluate(
     num_images = _num_rounds(batches, group) * settings.batch  # that one rank draws at most
     metrics = build_metrics(settings, num_images * group.size, num_images * group.rank)
     verdicts: list[BatchVerdict] = []
+    names, checksums = kept_names(evaluation), dict[str, str]()
+    passes = backbone.passes
     for number, images in _draw_batches(evaluation, backbone, net, group, batches, label, stop):
         batch = batches[number]
         if batch[0].judged:
             verdicts.append((number, *_recognise(classifier, images)))
-        _save_shown(folder, batch, images)
+        for request, image in zip(batch, images):
+            if name := names.get(request):
+                checksums[name] = save_image(folder / "images" / name, image, request, evaluation)
         counted = [i for i, request in enumerate(batch) if evaluation.counts_for_metrics(request)]
         for metric in metrics if counted else ():
             metric.update(images[counted], [batch[i].prompt for i in counted])
-    all_verdicts = [verdict for of_rank in group.to_all(verdicts) for verdict in of_rank]
+    of_ranks = group.to_all((verdicts, checksums, backbone.passes - passes))
+    all_verdicts = [verdict for of_rank, _, _ in of_ranks for verdict in of_rank]
     extra = _metric_results(metrics, group)
     scores: dict[str, Any] = {}
     if group.is_first:
@@ -94,8 +99,11 @@ def evaluate(
         scores = compute_scores(evaluation, judged, answers, forgotten)
         scores["plain"] |= {"extra": extra, "made_by": evaluation.fingerprint}
         plain = select_answers(answers, np.array([not request.paraphrased for request in judged]))
-        write_atomically(folder / "answers.json", json.dumps(answers_as_lists(plain, world)).encode())
-        write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())
+        write_record(folder / "answers.json", answers_as_lists(plain, world))
+        listed = images_csv(evaluation, names, dict(item for _, found, _ in of_ranks for item in found.items()))
+        write_atomically(folder / "images.csv", listed.encode())
+        scores |= {"passes": sum(count for _, _, count in of_ranks), "files": {"images.csv": text_sha256(listed)}}
+        write_record(folder / "scores.json", scores)
     return group.from_first(scores)
 
 
@@ -136,9 +144,12 @@ def _draw_batches(
         number = round_ * group.size + group.rank
         batch = batches[min(number, len(batches) - 1)]
         with backbone.temporary_embeddings() if batch[0].listed else nullcontext():
+            counted = backbone.passes
             images = draw(evaluation.settings, backbone, net, batch)
         if number < len(batches):
             yield number, images
+        else:
+            backbone.passes = counted
 
 
 def _metric_results(metrics: Sequence[Metric], group: Group) -> dict[str, float]:
@@ -154,11 +165,3 @@ def _metric_results(metrics: Sequence[Metric], group: Group) -> dict[str, float]
 def _recognise(classifier: Classifier, images: Tensor) -> tuple[list[int], list[int] | None]:
     verdict = classifier.classify(images)
     return verdict.objects.tolist(), None if verdict.styles is None else verdict.styles.tolist()
-
-
-def _save_shown(folder: Path, batch: Sequence[ImageRequest], images: Tensor) -> None:
-    from PIL import Image
-
-    for request, image in zip(batch, images):
-        if request.shown:
-            Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(folder / "images" / request.shown)

@@ -41,7 +41,7 @@ class ImageRequest:
     style: int  # index into the world's styles; -1 when the prompt asks for none
     seed: int
     guidance: float
-    shown: str | None  # file name of the saved image; only the first image of each pair is saved
+    shown: str | None  # file name of the first image of each pair, which reports show
     listed: bool = False  # the prompt comes from the user's file
 
     @property

@@ -21,7 +21,7 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import is_folder_name, read_object, write_atomically
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.requests import resolve_evaluation
-from sculpt_dist.experiments.jobs import Failure, Job, run_jobs
+from sculpt_dist.experiments.jobs import FEW_IMAGES, Failure, Job, run_jobs
 from sculpt_dist.experiments.table_files import write_tables
 from sculpt_dist.experiments.tables import finished_cell
 from sculpt_dist.run.fingerprint import config_fingerprint
@@ -210,7 +210,7 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
     return {
         "key": cell.key,
         "config": content["config"],
-        "answers": json.loads((last / "answers.json").read_bytes()),
+        "answers": read_object(last / "answers.json", f"remove {last}; the cell then scores it again"),
         "extra": content["after"]["extra"],
     } | {name: content[name] for name in costs}
 
@@ -244,5 +244,5 @@ def _run(cells: Sequence[Cell], parallel: int, ranks: int, gpus: int | None) -> 
         done.append(job.label)
         print(f"[{len(done)}/{len(cells)}] {job.label}: {failure or 'done'}", flush=True)
 
-    jobs = [Job(cell.key, ("unlearn", str(cell.file), *cell.overrides), cell.folder) for cell in cells]
+    jobs = [Job(cell.key, ("unlearn", str(cell.file), FEW_IMAGES, *cell.overrides), cell.folder) for cell in cells]
     return run_jobs(jobs, parallel, ranks, report, gpus)

@@ -30,6 +30,9 @@ TYPED = {name for name, kind in vars(errors).items() if isinstance(kind, type) a
 SHUTDOWN = "300"  # seconds that torchrun gives its ranks to save a checkpoint
 
 
+FEW_IMAGES = "evaluate.keep_images=some"  # unless the experiment's own overrides say otherwise
+
+
 @dataclass(frozen=True)
 class Job:
     """One call of `sculpt-dist`."""

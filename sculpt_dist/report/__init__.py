@@ -1,10 +1,10 @@
 """What people read of a run: the report page, its figures, and the model card.
 
-`report` writes the report of a run folder: `record` reads the folder, `summary` computes the numbers, `figures` and
-`grid` draw, `page` renders the HTML. `render` fills in the templates. `card` writes the README of an exported model.
-The templates of the reports of comparisons and sweeps live here as well. Only this package imports matplotlib and
-jinja2. matplotlib, PIL and jinja2 are imported inside functions only. Layers above (`track`, `run`, `experiments`,
-`cli`) may import it.
+`report` writes the report of a run folder: `record` reads the folder, with the lines of metrics.jsonl from `steps`, and
+`shapes` checks the values; `listed` reads images.csv. `summary` computes the numbers, `figures` and `grid` draw, and
+`page` renders the HTML. `render` fills in the templates. `card` writes the README of an exported model. The templates
+of the reports of comparisons and sweeps live here as well. Only this package imports matplotlib and jinja2. matplotlib,
+PIL and jinja2 are imported inside functions only. Layers above (`track`, `run`, `experiments`, `cli`) may import it.
 """
 
 from typing import TYPE_CHECKING
@@ -14,8 +14,9 @@ from sculpt_dist.core.exports import lazy_exports
 if TYPE_CHECKING:
     from sculpt_dist.report.card import model_card
     from sculpt_dist.report.figures import draw_front, draw_parameters, draw_pngs
-    from sculpt_dist.report.record import RunRecord, read_metrics, read_run
+    from sculpt_dist.report.record import RunRecord, read_run
     from sculpt_dist.report.report import draw_stage, write_report
+    from sculpt_dist.report.steps import read_metrics
     from sculpt_dist.report.summary import seen_counts, summarise
 
 __getattr__, __dir__ = lazy_exports(
@@ -23,8 +24,9 @@ __getattr__, __dir__ = lazy_exports(
     {
         "card": ["model_card"],
         "figures": ["draw_front", "draw_parameters", "draw_pngs"],
-        "record": ["RunRecord", "read_metrics", "read_run"],
+        "record": ["RunRecord", "read_run"],
         "report": ["draw_stage", "write_report"],
+        "steps": ["read_metrics"],
         "summary": ["seen_counts", "summarise"],
     },
 )

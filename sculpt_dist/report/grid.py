@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sculpt_dist.core.errors import RunFolderError
-from sculpt_dist.core.files import file_part
+from sculpt_dist.core.files import file_part, file_sha256
 from sculpt_dist.report.figures import shorten
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 INK, MUTED, ACCENT = "#1d1f23", "#70747c", "#c4512d"  # as in page.css
 THUMB = 192  # side of a thumbnail in pixels; the page shows it at half that size or less
 TINY = 64  # images up to this side are enlarged without smoothing
+MAX_PIXELS = 25_000_000
 MAX_ROWS, MAX_STYLES = 12, 6
 NUM_BANDS = {1: 3, 2: 2}  # by number of styles: with few styles, rows are split into bands side by side
 
@@ -54,10 +55,16 @@ class Grid:
         return row.is_target or self.style_is_target[column]
 
 
-def read_grid(before: Path, after: Path | None, names: Sequence[str], targets: Sequence[str]) -> Grid | None:
+def read_grid(
+    before: Path,
+    after: Path | None,
+    names: Sequence[str],
+    targets: Sequence[str],
+    checksums: Mapping[Path, str] | None = None,
+) -> Grid | None:
     """Read `<object>--<style>.png` from two folders, targets first, then in the order of `names`.
 
-    Returns None if there is no image. Raises RunFolderError if an image is damaged.
+    Returns None if there is no image. Raises RunFolderError if an image is damaged, or differs from its checksum.
     """
     sides = [_find_images(before), _find_images(after) if after else {}]
     found = [*sides[0], *sides[1]]
@@ -70,7 +77,9 @@ def read_grid(before: Path, after: Path | None, names: Sequence[str], targets: S
         sorted({pair[at] for pair in found}, key=lambda slug: (order.get(slug, len(order)), slug)) for at in (0, 1)
     )
     objects, styles = _selection(all_objects, is_target, MAX_ROWS), _selection(all_styles, is_target, MAX_STYLES)
-    images = [[[_open(side.get((name, style))) for style in styles] for side in sides] for name in objects]
+    images = [
+        [[_open(side.get((name, style)), checksums or {}) for style in styles] for side in sides] for name in objects
+    ]
     is_tiny = all(max(image.size) <= TINY for row in images for side in row for image in side if image)
     rows = [
         GridRow(
@@ -134,7 +143,7 @@ def encode(image: Image, kind: str) -> bytes:
 
 def _find_images(folder: Path) -> Mapping[tuple[str, str], Path]:
     """The images of a folder by (object, style), both as slugs."""
-    parts = {path: path.stem.rpartition("--") for path in sorted(folder.glob("*--*.png"))}
+    parts = {path: path.stem.rpartition("--") for path in sorted(folder.glob("*--*.png")) if path.is_file()}
     return {(_slug(name), _slug(style)): path for path, (name, _, style) in parts.items()}
 
 
@@ -145,16 +154,22 @@ def _selection(slugs: Sequence[str], is_target: Container[str], most: int) -> li
     return (targets[:num_targets] + others)[:most]
 
 
-def _open(path: Path | None) -> Image | None:
+def _open(path: Path | None, checksums: Mapping[Path, str]) -> Image | None:
     from PIL import Image
 
     if path is None:
         return None
+    remedy = f"remove {path.parents[1]}, and repeat the command that scores it"
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise RunFolderError(f"{path} is damaged ({error}): delete it and run `sculpt-dist evaluate` again") from error
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, over the limit of {MAX_PIXELS:,}")
+            pixels = image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them raise
+        raise RunFolderError(f"{path} is damaged ({error}): {remedy}") from error
+    if path in checksums and file_sha256(path) != checksums[path]:
+        raise RunFolderError(f"{path} is damaged (it differs from its checksum): {remedy}")
+    return pixels
 
 
 def _thumbnail(image: Image | None, is_tiny: bool) -> Image | None:

@@ -16,22 +16,20 @@ if TYPE_CHECKING:
 
 def render_page(run: RunRecord, report: Mapping[str, Any], figures: Mapping[str, bytes], grid: Grid | None) -> str:
     """The page with all images inlined and all text of the user escaped. `figures`: PNGs by name."""
-    from omegaconf import OmegaConf
+    from yaml import safe_dump
 
     is_tiny = grid is not None and grid.is_tiny
     return render(
         "page.html",
         {"thumbnail": lambda image: _thumbnail_uri(image, is_tiny)},
         report=report,
-        config=OmegaConf.to_yaml(OmegaConf.create(run.config)),
+        config=safe_dump(run.config, sort_keys=False, allow_unicode=True),
         scores=SCORES,
         steps=[concept["target"] for concept in report["concepts"]],
         num_scored=list(run.stages).index(run.last) if run.last else 0,
         accuracies=run.accuracies,
         losses=largest_losses(run),
         counts=seen_counts(report),
-        num_unreadable=run.num_unreadable,
-        outdated=run.outdated,
         manifest=run.manifest,
         figures=figures,
         grid=grid,

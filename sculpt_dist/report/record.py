@@ -1,8 +1,10 @@
-"""What a run folder holds: its configuration, metrics, scores, costs and manifest, read back from the files."""
+"""What a run folder holds: its configuration, metrics, scores, costs and manifest, read back from the files.
+
+Every value that the report uses is checked here once, so that what follows can rely on it.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sculpt_dist.config.checks import normal
+from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import RunFolderError
-from sculpt_dist.core.files import read_object
+from sculpt_dist.core.files import is_text_intact, read_object
+from sculpt_dist.report.shapes import CONFIG, COSTS, MANIFEST, SCORES, Shape, fault
+from sculpt_dist.report.steps import Steps, read_metrics, step_notes
+
+MOST_LINES = 100_000  # of metrics.jsonl that a report shows
 
 
 @dataclass(frozen=True)
@@ -21,13 +28,11 @@ class RunRecord:
     folder: Path
     config: dict[str, Any]
     lines: list[dict[str, Any]]
-    """Lines of metrics.jsonl in order, one per (concept, step)."""
-    num_unreadable: int
-    """Lines of metrics.jsonl that a kill cut off."""
+    """Steps, from the lines of metrics.jsonl, in order."""
+    notes: list[str]
+    """What is damaged, missing or left out, in sentences."""
     stages: dict[str, dict[str, Any]]
     """Content of scores.json by stage: "before", then "after-00" and on for every concept; empty where missing."""
-    outdated: list[str]
-    """Stages whose scores are left out of `stages`: they were made by other settings than those of the last stage."""
     costs: dict[str, Any]
     manifest: dict[str, Any]
 
@@ -50,45 +55,38 @@ class RunRecord:
         return [[stage.get(normal(target), {}).get("accuracy") for target in self.targets] for stage in found]
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Read a run folder; the run may still be going on.
+def read_run(folder: Path, with_steps: bool = True) -> RunRecord:
+    """Read a run folder, or all of it but its steps; the run may still be going on.
 
     Raises RunFolderError if the folder has no configuration or one of its files is damaged.
     """
-    config = _read_config(folder / "config.yaml")
+    config, is_changed = _read_config(folder / "config.yaml")
+    costs, manifest = _read_json(folder / "costs.json", COSTS), _read_json(folder / "manifest.json", MANIFEST)
     names = ["before", *(f"after-{k:02d}" for k in range(len(config["concepts"])))]
-    lines, num_unreadable = read_metrics(folder / "metrics.jsonl")
-    stages = {name: _read_json(folder / "evaluation" / name / "scores.json") for name in names}
+    stages = {name: _read_json(folder / "evaluation" / name / "scores.json", SCORES) for name in names}
     made_by = {name: scores["plain"].get("made_by") for name, scores in stages.items() if scores.get("plain")}
     last = next(reversed(made_by.values()), None)
     outdated = [name for name, made in made_by.items() if made != last]
+    steps = read_metrics(folder / "metrics.jsonl", MOST_LINES) if with_steps else Steps([])
+    notes = step_notes(steps, len(config["concepts"]) if manifest.get("finished") else 0)
+    if with_steps and manifest.get("finished") and manifest.get("shards") and not steps.lines:
+        notes.append("metrics.jsonl holds no step of the run.")
+    if is_changed:
+        notes.append("config.yaml was changed after the run wrote it.")
+    if outdated:
+        notes.append(
+            f"The scores of {', '.join(outdated)} were made with other settings of evaluate than the last ones, and "
+            "are left out."
+        )
     return RunRecord(
         folder=folder,
         config=config,
-        lines=lines,
-        num_unreadable=num_unreadable,
+        lines=steps.lines,
+        notes=notes,
         stages={name: {} if name in outdated else scores for name, scores in stages.items()},
-        outdated=outdated,
-        costs=_read_json(folder / "costs.json"),
-        manifest=_read_json(folder / "manifest.json"),
+        costs=costs,
+        manifest=manifest,
     )
-
-
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of metrics.jsonl in order of (concept, step), and the number of unreadable lines that a kill cut off.
-
-    If a step has two lines, the later one counts.
-    """
-    if not path.is_file():
-        return [], 0
-    lines, num_unreadable = {}, 0
-    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            line = json.loads(text)
-            lines[line["concept"], line["step"]] = line
-        except (ValueError, KeyError, TypeError):  # not only the last line: a resumed run appends after a partial one
-            num_unreadable += bool(text.strip())
-    return [lines[key] for key in sorted(lines)], num_unreadable
 
 
 def plain_scores(stage: Mapping[str, Any], member: str) -> Mapping[str, Any]:
@@ -96,26 +94,35 @@ def plain_scores(stage: Mapping[str, Any], member: str) -> Mapping[str, Any]:
     return (stage.get("plain") or {}).get(member) or {}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
+    """A run's configuration, and whether it was changed after the run wrote it."""
     from yaml import YAMLError
 
+    from sculpt_dist.config.scalars import read_text
+
+    remedy = "name the output folder of a run, or start the run again"
     try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise RunFolderError(
-            f"{path} is damaged ({error}): name the output folder of a run, or start the run again"
-        ) from error
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        config = read_text(text, RunConfig)
+    except (OSError, UnicodeDecodeError, YAMLError, RecursionError) as error:
+        raise RunFolderError(f"{path} is damaged ({' '.join(str(error).split())[:300]}): {remedy}") from error
     if not isinstance(config, dict) or not config.get("concepts"):
-        raise RunFolderError(f"{path} is missing or names no concepts: name the output folder of a run")
-    return config
+        raise RunFolderError(f"{path} is missing or names no concepts: {remedy}")
+    lacking = [key for key in ("model", "method") if not isinstance(config.get(key), dict)]
+    wrong = f"it lacks {lacking[0]}" if lacking else fault(config, CONFIG)
+    if wrong:
+        raise RunFolderError(f"{path} is damaged ({wrong}): {remedy}")
+    return config, is_text_intact(text) is False
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, shape: Shape) -> dict[str, Any]:
     if not path.exists():
         return {}
-    content: dict[str, Any] = _without_nan(read_object(path, "remove it and repeat the command that writes it"))
+    remedy = "remove it and repeat the command that writes it"
+    content: dict[str, Any] = _without_nan(read_object(path, remedy))
+    wrong = fault(content, shape)
+    if wrong:
+        raise RunFolderError(f"{path} is damaged ({wrong}): {remedy}")
     return content
 
 

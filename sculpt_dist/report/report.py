@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.report.figures import draw_loss, draw_mask, draw_pngs, draw_relapse
 from sculpt_dist.report.grid import Grid, draw_grid, encode, read_grid
+from sculpt_dist.report.listed import listed_images
 from sculpt_dist.report.page import render_page
 from sculpt_dist.report.record import RunRecord, plain_scores, read_run
 from sculpt_dist.report.summary import summarise
@@ -39,7 +40,7 @@ def write_report(folder: Path) -> Path:
 
 def draw_stage(folder: Path, stage: str) -> Image | None:
     """The sample grid of a run folder, before and at this stage; None if the evaluation kept no images."""
-    grid = _stage_grid(read_run(folder), None if stage == "before" else stage)
+    grid = _stage_grid(read_run(folder, with_steps=False), None if stage == "before" else stage)
     return draw_grid(grid) if grid else None
 
 
@@ -48,8 +49,14 @@ def _stage_grid(run: RunRecord, stage: str | None) -> Grid | None:
         name for kind in ("objects", "styles") for scores in run.stages.values() for name in plain_scores(scores, kind)
     ]
     evaluation = run.folder / "evaluation"
-    after = evaluation / stage / "images" if stage else None
-    return read_grid(evaluation / "before" / "images", after, names, run.targets)
+    sides = [evaluation / name for name in ("before", stage) if name]
+    checksums = {
+        side / "images" / name: sha256
+        for side in sides
+        for name, sha256 in listed_images(side, run.stages[side.name]).items()
+    }
+    before, *after = (side / "images" for side in sides)
+    return read_grid(before, after[0] if after else None, names, run.targets, checksums)
 
 
 def _draw_figures(run: RunRecord) -> dict[str, bytes]:

@@ -28,6 +28,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "method": config["method"]["name"],
         "config": run.manifest.get("config"),
         "finished": run.manifest.get("finished", False),
+        "notes": run.notes,
         "ranks": costs.get("ranks"),
         "before": _scores(run.stages["before"]),
         "after": _scores(run.stages[run.last] if run.last else {}),
@@ -42,12 +43,13 @@ def summarise(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def seen_counts(report: Mapping[str, Any]) -> list[tuple[str, int, int, int | None]]:
+def seen_counts(report: Mapping[str, Any]) -> list[tuple[str, int, int | None, int | None]]:
     """For each target that a detector counted: (target, images that show it at the end, its images, images before)."""
     before, after = ((report[stage]["targets"] or {}) for stage in ("before", "after"))
     counted = {name: target for name, target in after.items() if target.get("seen") is not None}
     return [
-        (name, target["seen"], target["images"], before.get(name, {}).get("seen")) for name, target in counted.items()
+        (name, target["seen"], target.get("images"), before.get(name, {}).get("seen"))
+        for name, target in counted.items()
     ]
 
 

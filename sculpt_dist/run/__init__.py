@@ -1,10 +1,10 @@
 """A run, from its configuration to its report.
 
 `sequence` is the whole run, `stages` its parts one by one. `setup` resolves a configuration once; `session` opens
-folder, ranks and model; `kinds` chooses `trainer` or `editor` by the method's kind; `prepare` draws samples,
-`training_loop` is the loop, `plan` its steps, `state` its checkpoints; `folder`, `fingerprint` and `costs` keep the
-books; `export` and `export_forms` write the result. Imported by `planning`, `experiments`, `slurm`, `bench` and
-`cli`.
+folder, ranks and model; `kinds` chooses `trainer` or `editor` by the method's kind; `prepare` draws samples, whose
+shards `shard_notes` keeps; `training_loop` is the loop, `plan` its steps, `state` its checkpoints; `folder`,
+`fingerprint` and `costs` keep the books; `verify` compares checksums; `export` and `export_forms` write the result.
+Imported by `planning`, `experiments`, `slurm`, `bench` and `cli`.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,12 @@
-"""The costs of a run: wall time, CPU time and passes of the net by part; memory; bytes sent."""
+"""The costs of a run: wall time, CPU time and passes of the net by part; memory; bytes sent.
+
+Times are all that was spent. Passes are counted once: what a kill made the run repeat is not in them, so that a resumed
+run has as many as an undisturbed one. Therefore shards, checkpoints and scores record the passes that made them, and a
+session starts from their numbers (`set_passes`), not from those of costs.json.
+"""
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -16,7 +20,7 @@ import torch
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.core.errors import RunFolderError
-from sculpt_dist.core.files import read_object, write_atomically
+from sculpt_dist.core.files import read_object, write_record
 from sculpt_dist.engine.group import Group
 
 REMEDY = "remove it and repeat the command; costs then count from there on"
@@ -77,6 +81,17 @@ class Costs:
         self.seconds, self.cpu_seconds = seconds, cpu_seconds
         self.passes = {part: int(count) for part, count in passes.items()}
 
+    def set_passes(self, part: str, total: int | None) -> None:
+        """Replace the passes of a part on all ranks by what its results record; None: an earlier version made them."""
+        self._flush()
+        if total is not None:
+            self.passes[part] = total if self.group.is_first else 0
+
+    def all_passes(self, part: str) -> int:
+        """The passes of a part so far, summed over ranks; all ranks enter."""
+        self._flush()
+        return sum(self.group.to_all(self.passes[part]))
+
     def write(self) -> None:
         """Write costs.json; all ranks enter.
 
@@ -99,7 +114,7 @@ class Costs:
                 "weights": self.weights,
                 "of_rank": ranks,
             }
-            write_atomically(self.folder / "costs.json", json.dumps(content, indent=1).encode())
+            write_record(self.folder / "costs.json", content)
 
     def _flush(self) -> None:
         wall, cpu, sent, passed = (

@@ -29,6 +29,7 @@ class EditorRun:
         assert isinstance(setup.method, Editor)
         net = session.backbone.net
         session.tracker.start()
+        session.costs.set_passes("train", 0)
         session.score(net, "before", setup.concepts)
         with session.costs.counting("train"), torch.no_grad():
             changed = setup.method.edit(session.backbone, setup.prompts)

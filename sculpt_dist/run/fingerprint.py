@@ -11,7 +11,8 @@ from sculpt_dist.core.files import text_sha256
 from sculpt_dist.data.prompt_files import read_prompts
 
 NEUTRAL = (  # keys that do not change the result
-    "run track engine.timeout engine.grace train.checkpoint_every train.background_save train.workers model.text_batch"
+    "run track engine.timeout engine.grace train.checkpoint_every train.background_save train.workers "
+    "model.text_batch evaluate.keep_images"
 ).split()
 LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour before the key existed
     "prepare.prompts.files": {},

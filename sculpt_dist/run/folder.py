@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -17,7 +16,7 @@ from yaml import YAMLError
 from sculpt_dist.config.load import plain_values, to_yaml
 from sculpt_dist.config.schema import EvaluateConfig, ModelConfig, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError, RunFolderError
-from sculpt_dist.core.files import read_object, write_atomically
+from sculpt_dist.core.files import read_object, sealed_text, write_atomically, write_record
 from sculpt_dist.core.locks import Lock
 from sculpt_dist.run.fingerprint import config_fingerprint, deciding_keys, list_checksums
 from sculpt_dist.run.owned import make_room
@@ -83,7 +82,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
         if changes:
             print(f"continuing with another configuration: {'; '.join(changes)}", flush=True)
             return None  # config.yaml is rewritten once the checkpoint is known to fit
-    write_atomically(file, to_yaml(config).encode())
+    write_atomically(file, sealed_text(to_yaml(config)).encode())
     return None
 
 
@@ -195,7 +194,7 @@ def code_versions() -> dict[str, str]:
 
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: Mapping[str, str]) -> None:
     """Write manifest.json, which lists what the run is made from and marks it unfinished; rewrite config.yaml."""
-    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    write_atomically(folder / "config.yaml", sealed_text(to_yaml(config)).encode())
     content = {
         "base": base,
         "config": config_fingerprint(config),
@@ -203,13 +202,13 @@ def write_manifest(folder: Path, config: RunConfig, base: str, shards: Mapping[s
         "prompts": list_checksums(config),
         "code": code_versions(),
     }
-    write_atomically(folder / "manifest.json", json.dumps(content | {"finished": False}, indent=1).encode())
+    write_record(folder / "manifest.json", content | {"finished": False})
 
 
 def mark_finished(folder: Path) -> None:
     """Record in manifest.json that the run has finished; comparisons and sweeps rely on it."""
     content = read_object(folder / "manifest.json", MANIFEST_REMEDY)
-    write_atomically(folder / "manifest.json", json.dumps(content | {"finished": True}, indent=1).encode())
+    write_record(folder / "manifest.json", content | {"finished": True})
 
 
 def check_checkpoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,18 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, PrepareConfig
-from sculpt_dist.core.errors import NonFiniteError, ShardError
-from sculpt_dist.core.files import derived_seed, file_sha256, text_sha256, write_atomically
+from sculpt_dist.core.errors import NonFiniteError
+from sculpt_dist.core.files import derived_seed, file_sha256, text_sha256
 from sculpt_dist.core.progress import progress
 from sculpt_dist.data.images import open_image, own_images
 from sculpt_dist.data.prompts import ConceptPrompts
-from sculpt_dist.data.shards import Sample, ShardRecord, damage, read_index, write_index, write_shard
+from sculpt_dist.data.shards import Sample, ShardRecord, read_index, write_shard
 from sculpt_dist.data.streams import EARLIER_TARGETS
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.methods.base import Method, Setup
 from sculpt_dist.run.setup import RunSetup
+from sculpt_dist.run.shard_notes import drawn_passes, index_shards, is_indexed, whole_shards, write_note
 
 if TYPE_CHECKING:
     from sculpt_dist.engine.zero import Engine
@@ -77,12 +78,13 @@ def drawn_sources(method: Method) -> frozenset[str]:
 
 def prepare_samples(
     setup: RunSetup, backbone: Backbone, engine: Engine | None, base: str, group: Group, stop: StopRequest
-) -> dict[str, str]:
-    """Make what is missing of the prompt embeddings and of the method's samples; returns each index's checksum.
+) -> tuple[dict[str, str], int | None]:
+    """Make what is missing of the prompt embeddings and of the method's samples.
 
-    Every rank draws its share, in batches that do not depend on the number of ranks, each sample from noise of its own
-    seed: with the engine's net, or without an engine with the backbone's, which is loaded only if something is missing.
-    `base` is the base model's checksum.
+    Returns each index's checksum, and how many passes all these samples took, in this session or before; None if an
+    earlier version drew some of them. Every rank draws its share, in batches that do not depend on the number of ranks,
+    each sample from noise of its own seed: with the engine's net, or without an engine with the backbone's, which is
+    loaded only if something is missing. `base` is the base model's checksum.
     """
     method, _ = setup.trained
     drawing = Drawing(setup.config.prepare, setup.config.train.seed, backbone, engine, base, group, stop)
@@ -95,12 +97,13 @@ def prepare_samples(
     _embed_once(backbone, setup.prompts, extras, base, setup.folder, group)
     if group.is_first:
         _name_images(setup.config.prepare, setup.concepts)
-    checksums = {}
+    checksums: dict[str, str] = {}
+    passes: list[int | None] = []
     for concept, prompts, extra in zip(setup.concepts, setup.prompts, extras):
         for plan in _plans(setup, drawn_sources(method), concept, prompts, extra):
-            drawing.make(plan)
+            passes.append(drawing.make(plan))
             checksums[str(plan.folder.relative_to(setup.folder))] = file_sha256(plan.folder / "index.json")
-    return checksums
+    return checksums, None if None in passes else sum(count or 0 for count in passes)
 
 
 def _plans(
@@ -151,30 +154,33 @@ class Drawing:
     group: Group
     stop: StopRequest
 
-    def make(self, plan: SourcePlan) -> None:
-        """Make the shards of one source that are missing or damaged, and its index; all ranks enter."""
+    def make(self, plan: SourcePlan) -> int | None:
+        """Make the shards of one source that are missing or damaged, and its index; all ranks enter.
+
+        Returns the passes that the source took, None if an earlier version drew some of it.
+        """
         recipe, group = self.recipe(plan), self.group
         starts = list(range(0, plan.count, self.prepare.batch))
-        whole: dict[int, ShardRecord] = group.from_first(_whole_shards(plan.folder, recipe) if group.is_first else {})
+        whole: dict[int, ShardRecord] = group.from_first(whole_shards(plan.folder, recipe) if group.is_first else {})
         todo = [start for start in starts if start not in whole]
-        if group.from_first(not todo and _is_indexed(plan.folder, recipe, whole) if group.is_first else None):
-            return
+        if group.from_first(not todo and is_indexed(plan.folder, recipe, whole) if group.is_first else None):
+            return group.from_first(drawn_passes(plan.folder, recipe) if group.is_first else None)
         plan.folder.mkdir(parents=True, exist_ok=True)
         for first in progress(range(0, len(todo), group.size), f"prepare {plan.label}", group.is_first):
             self.stop.check(f"the samples of {plan.label}")
             place = first + group.rank
             start = todo[min(place, len(todo) - 1)]  # a sharded net needs all ranks, even those without a batch
             ids = range(start, min(start + self.prepare.batch, plan.count))
+            before = self.backbone.passes
             samples = group.together(lambda: self.samples(plan, ids))  # noqa: B023 (called at once)
             if place < len(todo):
                 name = f"{start // self.prepare.batch:05d}.tar"
                 record = write_shard(plan.folder, name, samples)
-                note = json.dumps({"recipe": recipe, "record": asdict(record)})
-                write_atomically(plan.folder / f".{name}.json", note.encode())
+                write_note(plan.folder, record, recipe, self.backbone.passes - before)
         self.stop.check(f"the samples of {plan.label}")
         if group.is_first:
-            _write_index(plan.folder, recipe, starts)
-        group.barrier()
+            index_shards(plan.folder, recipe, starts)
+        return group.from_first(drawn_passes(plan.folder, recipe) if group.is_first else None)
 
     def recipe(self, plan: SourcePlan) -> dict[str, Any]:
         """Everything that decides the samples of a source."""
@@ -224,44 +230,6 @@ class Drawing:
         images = [read_image(plan.images[i], self.backbone.image_size) for i in ids]
         latents = self.backbone.encode(torch.stack([pixels for pixels, _ in images]))
         return latents, [self.backbone.size_ids_of(*size) for _, size in images]
-
-
-def _is_indexed(folder: Path, recipe: Mapping[str, Any], whole: Mapping[int, ShardRecord]) -> bool:
-    """Whether the index on disk is of this recipe and of exactly these shards."""
-    if not (folder / "index.json").is_file():
-        return False
-    try:
-        found, records = read_index(folder)
-    except ShardError:
-        return False
-    return found == recipe and records == [whole[first] for first in sorted(whole)]
-
-
-def _whole_shards(folder: Path, recipe: Mapping[str, Any]) -> dict[int, ShardRecord]:
-    """First sample id -> record, of the undamaged shards that were made by this recipe."""
-    whole = {}
-    for note in sorted(folder.glob(".*.tar.json")):
-        try:
-            content = json.loads(note.read_bytes())
-            record = ShardRecord(**content["record"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        if content["recipe"] == recipe and damage(folder, record) is None:
-            whole[record.first] = record
-    return whole
-
-
-def _write_index(folder: Path, recipe: Mapping[str, Any], starts: Sequence[int]) -> None:
-    """Index the shards and remove stray files. Raises ShardError when shards of other ranks are missing."""
-    records = _whole_shards(folder, recipe)
-    missing = [start for start in starts if start not in records]
-    if missing:
-        raise ShardError(f"{folder}: shards at samples {missing} are missing; call prepare again")
-    known = {record.name for record in records.values()}
-    for stray in folder.glob("*.tar"):
-        if stray.name not in known:
-            stray.unlink()
-    write_index(folder, recipe, records.values())
 
 
 def read_image(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +28,8 @@ from sculpt_dist.run.model import base_fingerprint, open_backbone
 from sculpt_dist.run.preflight import check_model
 from sculpt_dist.run.setup import RunSetup
 from sculpt_dist.track.tracker import Tracker
+
+STAGE = re.compile(r"before$|after-\d+$")
 
 
 @dataclass
@@ -49,8 +53,19 @@ class Session:
             # a compiled net would be compiled again for the shapes of these batches
             with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):
                 evaluate(self.setup.evaluation, self.backbone, net, self.group, where, concepts, stage, self.stop)
+            self.costs.set_passes("evaluate", self.evaluation_passes())
             self.costs.write()
         self.tracker.stage(stage)
+
+    def evaluation_passes(self) -> int | None:
+        """The passes of all stages that are scored; None if an earlier version scored one."""
+
+        def count() -> int | None:
+            files = [path / "scores.json" for path in (self.folder / "evaluation").glob("*") if STAGE.match(path.name)]
+            counts = [_read_scores(file).get("passes") for file in files if file.exists()]
+            return None if None in counts else sum(map(int, counts))
+
+        return self.group.on_first(count)
 
     def _lacks_scores(self, stage: Path) -> bool:
         """Whether a stage is to be scored. Scores that were made by other settings are removed."""
@@ -59,11 +74,15 @@ class Session:
         file, wanted = stage / "scores.json", self.setup.evaluation.fingerprint
         if not file.exists():
             return True
-        plain = read_object(file, f"remove {stage}, which is then scored again", ("plain",))["plain"]
+        plain = _read_scores(file)["plain"]
         made_by = plain.get("made_by", wanted) if isinstance(plain, dict) else None  # earlier versions did not write it
         if made_by != wanted:
             shutil.rmtree(stage)
         return bool(made_by != wanted)
+
+
+def _read_scores(file: Path) -> dict[str, Any]:
+    return read_object(file, f"remove {file.parent}, which is then scored again", ("plain",))
 
 
 def _name_unloaded(folder: Path) -> None:
@@ -105,4 +124,6 @@ def _session_in(folder: Path, setup: RunSetup, group: Group, scores: bool) -> It
         costs.read()
         if scores and setup.scores:
             group.together(lambda: check_prompts(setup.evaluation, backbone))
-        yield Session(setup, folder, group, backbone, base, costs, stop, tracker)
+        session = Session(setup, folder, group, backbone, base, costs, stop, tracker)
+        costs.set_passes("evaluate", session.evaluation_passes())
+        yield session

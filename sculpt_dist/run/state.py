@@ -45,6 +45,7 @@ class TrainingState:
     engine: Engine
     saver: Saver
     fingerprints: dict[str, str]  # of what a checkpoint must belong to
+    passes_before: int | None = 0  # of all concepts before the present one; None: a checkpoint did not record them
 
     def save(self, run: ConceptRun) -> None:
         """A checkpoint within a concept."""
@@ -65,6 +66,7 @@ class TrainingState:
 
     def save_between(self, finished: int) -> None:
         """A checkpoint between two concepts, where only the weights matter."""
+        self.passes_before = self.session.costs.all_passes("train")
         self._write((finished, 0), {}, {"candidate": False}, {})
 
     def _write(
@@ -80,6 +82,7 @@ class TrainingState:
         about = {"concept": concept, "step": step, "finished": finished, "code": code_versions()}
         # replicas are written once
         held = self.engine.shards if self.session.group.is_first or not self.engine.replicated else []
+        about["passes"] = {"train": self.session.costs.all_passes("train"), "before": self.passes_before}
         self.saver.save(place, held, extra, about | state | self.fingerprints, trajectories)
         self.session.costs.write()
 
@@ -89,6 +92,7 @@ class TrainingState:
         Returns the concept's number and its saved state, which is None if the concept starts from its first step.
         """
         if found is None:
+            self.session.costs.set_passes("train", 0)
             return 0, None
         (path, state), session = found, self.session
         changed = session.setup.check_checkpoint(path, state, self.fingerprints)
@@ -100,6 +104,9 @@ class TrainingState:
             append_line(log, f"resumes from {path.name}, {finished} finished")
             if restarts:
                 append_line(log, "restarts this concept, because the mask's settings have changed")
+        passes = state.get("passes", {})  # not in checkpoints of earlier versions
+        self.passes_before = passes.get("before" if within else "train")
+        session.costs.set_passes("train", self.passes_before if restarts else passes.get("train"))
         extra = ["teacher"] if within else []
         filled = session.group.together(lambda: checkpoints.load(path, self.engine.shards, extra))
         if within:

@@ -48,7 +48,8 @@ class Trainer:
             if self.setup.config.engine.stage == 3:
                 self.engine = build_engine(self.setup, self.backbone, self.group)
             base, stop = self.session.base, self.session.stop
-            self.shards = prepare_samples(self.setup, self.backbone, self.engine, base, self.group, stop)
+            self.shards, passes = prepare_samples(self.setup, self.backbone, self.engine, base, self.group, stop)
+        self.session.costs.set_passes("prepare", passes)
         return self.shards
 
     def unlearn(self) -> Iterator[tuple[str, Tensor | None]]:
@@ -136,6 +137,7 @@ class Trainer:
             reference=None,
             clip=None,
             metrics={},
+            keep_images="none",
         )
         evaluation, where = resolve_evaluation(few, concepts), self.session.folder / "evaluation" / "calibrate"
         forgotten = concepts[: number + 1]

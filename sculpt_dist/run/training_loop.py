@@ -180,12 +180,14 @@ def _entry(
     mask_entry: Mapping[str, Any],
     clock: Clock,
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl; all ranks call this. `global_step` counts across concepts."""
+    """One line of metrics.jsonl; all ranks call this. `steps` are those of a concept, and `global_step`
+    counts across concepts."""
     entry: dict[str, Any] = {
         "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "concept": run.number,
         "target": run.target,
         "step": step,
+        "steps": run.plan.steps,
         "global_step": run.number * run.plan.steps + step,
         "phase": "collect" if step < run.plan.collect else "train",
         "loss": sum(terms.values()),

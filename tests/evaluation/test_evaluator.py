@@ -1,20 +1,24 @@
 """The evaluator: ranks share the images, and the scores do not depend on how."""
 
-import json
+import csv
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import PROJECT
+from PIL import Image
 
 from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.config.load import load_config
+from sculpt_dist.core.files import file_sha256, read_object
 from sculpt_dist.evaluation import evaluator
 from sculpt_dist.evaluation.evaluator import evaluate
 from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
+from sculpt_dist.report.listed import listed_images
 
 
 class StubRank(SimpleNamespace):
@@ -73,12 +77,44 @@ def test_two_ranks_share_the_images_and_give_the_scores_of_one(
     (tmp_path / "2" / "images").mkdir(parents=True)
     nothing, second = run(1, 2, [])
     assert nothing == {} and drawn == ["a photo of a fish in neon style", "a photo of a car in neon style"]
-    assert [number for number, *_ in second] == [1]  # the third batch was only drawn along with the first rank
+    verdicts, checksums, passes = second
+    assert [number for number, *_ in verdicts] == [1]  # the third batch was only drawn along with the first rank
+    assert list(checksums) == ["fish--neon.png"] and passes == 2 * 4  # guidance, steps; none for the third batch
     scores, _ = run(0, 2, [second])
     assert scores == run(0, 1, [])[0] and scores["plain"]["images"] == {"target": 1, "other": 2}
     files = [{file.name: file.read_bytes() for file in (tmp_path / size).rglob("*.*")} for size in "12"]
-    assert files[0] == files[1] and len(files[0]) == 5
-    assert json.loads(files[0]["scores.json"]) == scores
+    assert files[0] == files[1] and len(files[0]) == 6
+    assert read_object(tmp_path / "2" / "scores.json", "") == scores and scores["passes"] == 3 * passes
+
+
+def test_every_kept_image_tells_how_to_draw_and_judge_it_again(
+    evaluation: Evaluation, backbone: Backbone, tmp_path: Path
+) -> None:
+    settings = replace(evaluation.settings, images=2, styles=["neon"], paraphrases=["a {object}"])
+    listed = replace(evaluation, settings=replace(settings, paraphrase_images=1))
+    group = StubRank(rank=0, size=1, others=[])
+    for keep, count in ((None, 9), ("some", 3), ("none", 0)):
+        chosen, folder = replace(listed, settings=replace(listed.settings, keep_images=keep)), tmp_path / str(keep)
+        evaluate(chosen, backbone, backbone.net, group, folder, chosen.concepts, "test", None)
+        with (folder / "images.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        kept = {row["file"]: row for row in rows if row["file"]}
+        assert len(rows) == 9 and set(kept) == {path.name for path in (folder / "images").iterdir()}
+        found = {path.name: file_sha256(path) for path in (folder / "images").iterdir()}
+        assert len(kept) == count and found == listed_images(folder, read_object(folder / "scores.json", ""))
+    assert list(rows[0]) == ["file", "prompt", "seed", "guidance", "object", "style", "judged", "sha256"]
+    assert [(row["prompt"], row["object"], row["style"], row["judged"]) for row in rows[::3]] == [
+        ("a photo of a cat in neon style", "cat", "neon", "yes"),
+        ("a photo of a fish in neon style", "fish", "neon", "yes"),
+        ("a cat", "cat", "neon", "yes"),
+    ]
+    rows = list(csv.DictReader((tmp_path / "None" / "images.csv").read_text().splitlines()))
+    for row, request in zip(rows, listed.requests):
+        with Image.open(tmp_path / "None" / "images" / row["file"]) as image:
+            assert image.text == {key: value for key, value in row.items() if key not in ("file", "sha256")}
+            again = replace(request, seed=int(row["seed"]), prompt=row["prompt"], guidance=float(row["guidance"]))
+            drawn = evaluator.draw(settings, backbone, backbone.net, [again])[0]
+            assert np.array_equal(np.asarray(image), drawn.permute(1, 2, 0).numpy())
 
 
 def test_two_metrics_never_report_the_same_name() -> None:

@@ -26,6 +26,7 @@ def test_report_json_holds_the_scores_and_costs_of_the_run(finished: Path) -> No
         "method": "dm_cal",
         "config": "c" * 64,
         "finished": True,
+        "notes": [],
         "ranks": 2,
         "before": expected_scores(0),
         "after": expected_scores(2),

@@ -5,25 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
-from pathlib import Path
 
 import pytest
-from harness import SMALL, sculpt
+from harness import TINIEST, sculpt
 
 from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.core.files import read_object, write_atomically
+from sculpt_dist.report.record import read_run
+from sculpt_dist.report.report import write_report
 
-TINY = [*SMALL, "train.steps=1", "mask.collect=1", "prepare.samples=2", "train.batch=2", "evaluate.objects=[bird,boat]"]
-TINY += ["evaluate.paraphrase_images=0", "evaluate.styles=[neon]", "concepts=[{target: bird, superclass: animal}]"]
 CONTENTS = {"cut": b'{"ranks": 1, "of_', "empty": b"", "list": b"[1, 2]", "lacking": b"{}", "deep": b"[" * 100_000}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, canvas_config) -> Path:
-    folder = tmp_path_factory.mktemp("records") / "run"
-    sculpt("unlearn", canvas_config, *TINY, f"run.folder={folder}")
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -38,25 +31,66 @@ def finished(tmp_path_factory, canvas_config) -> Path:
         ("evaluation/before/scores.json", "deep"),
     ],
 )
-def test_a_damaged_record_is_named_with_its_cure_and_the_cure_works(finished, canvas_config, tmp_path, name, damage):
+def test_a_damaged_record_is_named_with_its_cure_and_the_cure_works(
+    finished_run, canvas_config, tmp_path, name, damage
+):
     run, file = tmp_path / "run", tmp_path / "run" / name
-    shutil.copytree(finished, run)
+    shutil.copytree(finished_run, run)
     file.unlink()
     file.mkdir() if damage == "folder" else file.write_bytes(CONTENTS[damage])
-    given = ["unlearn", canvas_config, *TINY, f"run.folder={run}"]
+    given = ["unlearn", canvas_config, *TINIEST, f"run.folder={run}"]
     printed = sculpt(*given, code=2)
     assert f"RunFolderError: {file} is damaged (" in printed and "remove " in printed and "Traceback" not in printed
     file.rmdir() if damage == "folder" else file.unlink()
     sculpt(*given)
 
 
-def test_scores_of_other_settings_are_made_anew_or_left_out(finished, canvas_config, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    given = ["unlearn", canvas_config, *TINY, "evaluate.images=3", "--override", f"run.folder={tmp_path / 'run'}"]
+def test_scores_of_other_settings_are_made_anew_or_left_out(finished_run, canvas_config, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    given = ["unlearn", canvas_config, *TINIEST, "evaluate.images=3", "--override", f"run.folder={tmp_path / 'run'}"]
     sculpt(*given)
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert report["before"]["UA"] is None and report["after"]["images"] == {"target": 3, "other": 3}
     assert "The scores of before were made with other settings" in (tmp_path / "run/report/report.html").read_text()
+
+
+def test_a_changed_digit_is_refused_and_a_missing_or_changed_step_is_said(finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    steps = (run / "metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 2
+    for kept, note in (
+        ([steps[0]], "metrics.jsonl lacks 1 step of the run."),
+        (
+            [steps[0], changed_digit(steps[1])],
+            "1 line of metrics.jsonl changed after the run",
+        ),
+        ([], "metrics.jsonl holds no step of the run."),
+    ):
+        (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
+        notes = json.loads(write_report(run).with_name("report.json").read_text())["notes"]
+        assert any(note in one for one in notes) and note in (run / "report" / "report.html").read_text()
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("lr: 0.001", "lr: 0.002"))
+    assert "config.yaml was changed after the run wrote it." in read_run(run).notes
+    for name in ("evaluation/after-00/scores.json", "costs.json", "manifest.json"):
+        whole = (run / name).read_text()
+        (run / name).write_text(changed_digit(whole))
+        printed = sculpt("report", str(run), code=2)
+        assert f"RunFolderError: {run / name} is damaged (its values differ from its checksum): remove " in printed
+        (run / name).write_text(whole)
+    image = run / "evaluation" / "after-00" / "images" / "bird--neon.png"
+    shutil.copy(run / "evaluation" / "before" / "images" / "boat--neon.png", image)
+    with pytest.raises(RunFolderError, match=r"bird--neon\.png is damaged \(it differs from its checksum\)"):
+        write_report(run)
+
+
+def changed_digit(text: str) -> str:
+    """The text with another last digit of the first number after a point."""
+    place = re.search(r"\d\.\d+", text)
+    assert place is not None
+    at = place.end() - 1
+    return text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
 
 
 @pytest.mark.parametrize("damage", CONTENTS)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from harness import PROJECT, SMALL, TINY_RUN, Ranks, python, rank_environment, sculpt, weights
-from runs import LONGER, lines, start, wait_for_step
+from runs import LONGER, lines, passes, start, wait_for_step
 from safetensors.torch import load_file
 
 from sculpt_dist.config.checks import is_scored
@@ -177,6 +177,7 @@ def test_a_killed_run_resumes_to_the_same_weights(canvas_config, tmp_path, arch,
     (tmp_path / "straight" / "config.yaml").write_text((tmp_path / "killed" / "config.yaml").read_text())
     sculpt(*arguments, f"run.folder={tmp_path / 'straight'}", ranks=2)
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "straight"))
+    assert passes(tmp_path / "killed") == passes(tmp_path / "straight"), "a repeated step was counted twice"
 
 
 @pytest.mark.slow
@@ -245,6 +246,8 @@ def test_an_interrupted_run_saves_reports_it_and_resumes(canvas_config, tmp_path
     shutil.copytree(tmp_path / "run" / "data", tmp_path / "straight" / "data")
     sculpt(*arguments[2:-1], f"run.folder={tmp_path / 'straight'}")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+    assert passes(tmp_path / "run") == passes(tmp_path / "straight")
+    assert passes(tmp_path / "run")["train"] > 0 < passes(tmp_path / "run")["prepare"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

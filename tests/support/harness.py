@@ -51,6 +51,18 @@ SMALL = [  # of dm_cal: pins what the tests count on, whatever the shipped confi
     "method.distill_weight=1.0",
 ]
 
+TINIEST = [  # of dm_cal: one concept in two steps, scored on two images
+    *SMALL,
+    "train.steps=1",
+    "train.batch=2",
+    "mask.collect=1",
+    "prepare.samples=2",
+    "evaluate.objects=[bird,boat]",
+    "evaluate.styles=[neon]",
+    "evaluate.paraphrase_images=0",
+    "concepts=[{target: bird, superclass: animal}]",
+]
+
 
 def free_port() -> int:
     with socket.socket() as probe:

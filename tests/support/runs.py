@@ -16,6 +16,12 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def passes(folder: Path) -> dict[str, int]:
+    """Samples through the net by part of the run, from costs.json."""
+    found: dict[str, int] = json.loads((folder / "costs.json").read_text())["passes"]
+    return found
+
+
 def start(arguments: list[str], ranks: int = 2) -> subprocess.Popen:
     command = rank_command(ranks, "-m", "sculpt_dist", *arguments)
     return subprocess.Popen(

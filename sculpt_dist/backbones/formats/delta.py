@@ -6,8 +6,8 @@ same operation, exact for every pattern of that dtype, NaN and -0 included; a re
 
 The header's metadata: format, version, net ("unet" or "transformer"), pipeline (its class), tensors: a JSON object
 {name: {dtype, base, result}} with the sha256 of the bytes on both sides, surroundings: a JSON object {component:
-sha256} of what the delta depends on and does not change, card: the model card of the result. The last two are missing
-in deltas of earlier versions.
+sha256} of what the delta depends on and does not change, card: the model card of the result, checksums: of the tensors
+in the file, sha256: of the other metadata. The last four are missing in deltas of earlier versions.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sculpt_dist.backbones.io.folders import is_named, pipeline_index, weight_in
 from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, write_tensors
 from sculpt_dist.backbones.io.writing import settings_files, write_checksums
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.files import is_intact, sealed
 
 FORMAT, VERSION = "sculpt-dist delta", "1"
 CARD, BASE_CARD = "README.md", "README-base.md"
@@ -71,11 +72,12 @@ def write_delta(base: Path, model: Path, file: Path, about: About | None = None)
         if file.is_dir() or file.resolve() in {weights.resolve() for weights in before.files + after.files}:
             found = "a folder" if file.is_dir() else "a weight file of one of the two models"
             raise ModelError(f"{file}: is {found}; name another file")
-        changes = {}
+        changes, checksums = {}, {}
         for name in before.held:
             result = _changed(name, before, after)
             if result is not None:
                 changes[name] = Change(LABELS[result.dtype], sha256_of(before[name]), sha256_of(result))
+                checksums[name] = sha256_of(_bits(before[name]) ^ _bits(result))
         if not changes:
             raise ModelError(f"{model}: its {before.name} equals that of {base}; give the unlearned model")
         planned = [Entry(name, _bits_dtype(change), before.held[name].shape) for name, change in changes.items()]
@@ -88,10 +90,11 @@ def write_delta(base: Path, model: Path, file: Path, about: About | None = None)
             "tensors": json.dumps({name: change._asdict() for name, change in changes.items()}),
             "surroundings": json.dumps(before.surroundings(changes)),
             "card": (model / CARD).read_text() if (model / CARD).is_file() else "",
+            "checksums": json.dumps(checksums),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         differences = ((name, _bits(before[name]) ^ _bits(after[name].to(before.held[name].dtype))) for name in changes)
-        write_tensors(file, planned, differences, metadata)
+        write_tensors(file, planned, differences, sealed(metadata))
     return len(changes)
 
 
@@ -160,6 +163,20 @@ def read_delta(file: Path) -> Delta:
     if not changes or planned != {name: entry.dtype for name, entry in held.items()}:
         raise ModelError(f"{file}: is damaged, its tensors are not those of its metadata; copy or download it again")
     return delta
+
+
+def is_delta_intact(file: Path) -> bool | None:
+    """Whether a delta's metadata and tensors are as they were written.
+
+    None where the file is no delta, or an earlier version wrote it without checksums.
+    """
+    metadata = _metadata(file) or {}
+    intact = is_intact(metadata)
+    if metadata.get("format") != FORMAT or not intact:
+        return intact
+    checksums = json.loads(metadata["checksums"])
+    with safe_open(file, "pt") as content:
+        return all(sha256_of(content.get_tensor(name)) == checksums.get(name) for name in content.keys())  # noqa: SIM118
 
 
 def _check_comparable(before: StoredNet, after: StoredNet) -> None:

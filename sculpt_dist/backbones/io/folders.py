@@ -246,19 +246,27 @@ def file_tensors(file: Path, wanted: Container[str] | None = None) -> Iterator[t
                 yield entry.name, content.get_tensor(entry.name)
 
 
+def listed_checksums(folder: Path) -> dict[Path, str]:
+    """The sha256 of the files that CHECKSUMS lists; empty without one."""
+    file = folder / CHECKSUMS
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return {folder / name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+
+
+def hub_checksum(file: Path) -> str | None:
+    """The sha256 by which the hub's cache names a large file; None for others."""
+    stored = file.resolve()
+    return stored.name if re.fullmatch(".*/blobs/[0-9a-f]{64}", str(stored)) else None
+
+
 def expected_checksums(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
     """The known sha256 of files: from CHECKSUMS, or from the hub's cache, which names large files by it.
 
     Raises ModelError when CHECKSUMS lacks one of the files, or lists one that is gone.
     """
-    known = {}
-    for file in files:
-        stored = file.resolve()
-        if stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", stored.name):
-            known[file] = stored.name
+    known = {file: checksum for file in files if (checksum := hub_checksum(file)) is not None}
     if (folder / CHECKSUMS).is_file():
-        lines = (folder / CHECKSUMS).read_text().splitlines()
-        named = {folder / name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+        named = listed_checksums(folder)
         for file in [*(f for f in named if not f.is_file()), *(f for f in files if f not in named)]:
             fault = "is not in CHECKSUMS" if file.is_file() else "is missing, but CHECKSUMS lists it"
             raise ModelError(

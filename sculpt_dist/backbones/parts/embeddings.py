@@ -102,6 +102,19 @@ class PromptEmbeddings:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
+def is_embeddings_intact(file: Path) -> bool | None:
+    """Whether a file of embeddings is as it was written; None where an earlier version wrote it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as content:
+            expected = (content.metadata() or {}).get("sha256")
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not iterable)
+    except (SafetensorError, OSError):
+        return False
+    return None if expected is None else expected == _digest(tensors)
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """A checksum over names, types, shapes and values."""
     digest = hashlib.sha256()

@@ -50,6 +50,8 @@ def numbers(entry: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of an entry under flat names: `loss/forget`, `time/forward`, `saliency/0.5`."""
     flat: dict[str, float] = {}
     for key, value in entry.items():
+        if key == "steps":  # the same in all entries
+            continue
         if isinstance(value, Mapping):
             flat |= {f"{GROUPS.get(key, key)}/{name}": member for name, member in value.items()}
         elif isinstance(value, (int, float)):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.config.schema import TrackConfig
-from sculpt_dist.core.files import write_atomically
-from sculpt_dist.report.record import read_metrics
+from sculpt_dist.core.files import sealed, write_atomically
+from sculpt_dist.report.steps import read_metrics
 from sculpt_dist.track.sinks import base
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Sink(base.Sink):
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(dict(entry)) + "\n")
+        self._file.write(json.dumps(sealed(entry)) + "\n")
 
     def stage(self, step: int, stage: str, scores: Mapping[str, Any], picture: Image | None) -> None:
         """Nothing: the run folder already holds them."""
@@ -36,12 +36,12 @@ class Sink(base.Sink):
 
 
 def truncate_metrics(file: Path, position: tuple[int, int]) -> list[dict[str, Any]]:
-    """Remove partial lines and the lines from `position` (concept, step) on, which will be repeated.
+    """Remove damaged lines and the lines from `position` (concept, step) on, which will be repeated.
 
     Returns the remaining lines in order.
     """
-    lines, num_unreadable = read_metrics(file)
-    kept = [line for line in lines if (line["concept"], line["step"]) < position]
-    if num_unreadable or len(kept) < len(lines):
-        write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    steps = read_metrics(file)
+    kept = [line for line in steps.lines if (line["concept"], line["step"]) < position]
+    if not steps.is_whole or len(kept) < len(steps.lines):
+        write_atomically(file, "".join(json.dumps(sealed(line)) + "\n" for line in kept).encode())
     return kept

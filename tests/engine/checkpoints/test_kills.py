@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import PROJECT, SMALL, Ranks, sculpt, weights
+from runs import passes
 
 RUN = [*SMALL, "model.arch=sana", "evaluate.enabled=false", "train.steps=10", "prepare.samples=4", "prepare.steps=2"]
 CELLS = [(ranks, stage) for ranks in (1, 2) for stage in range(4)]
@@ -27,17 +28,17 @@ def arguments(canvas_config: str, folder: Path, stage: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, canvas_config):
-    """For each number of ranks and stage: the weights of an undisturbed run, and its seconds."""
+    """For each number of ranks and stage: the weights of an undisturbed run, its passes and its seconds."""
     folder = tmp_path_factory.mktemp("straight")
     sculpt("prepare", canvas_config, *RUN, f"run.folder={folder / 'drawn'}")
 
-    def run(cell: tuple[int, int]) -> tuple[dict[str, torch.Tensor], float]:
+    def run(cell: tuple[int, int]) -> tuple[dict[str, torch.Tensor], dict[str, int], float]:
         ranks, stage = cell
         place = folder / f"{ranks}-{stage}"
         shutil.copytree(folder / "drawn" / "data", place / "data")
         began = time.monotonic()
         sculpt(*arguments(canvas_config, place, stage), ranks=ranks)
-        return weights(place), time.monotonic() - began
+        return weights(place), passes(place), time.monotonic() - began
 
     return folder / "drawn" / "data", dict(zip(CELLS, on_both_cores(run, CELLS, lambda cell: cell[0])))
 
@@ -68,7 +69,7 @@ def test_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config
 
     def kill_and_resume(number: int) -> tuple[str, list[int], str]:
         (ranks, stage), way = CELLS[number % len(CELLS)], WAYS[number % len(WAYS)]
-        rng, (expected, seconds) = random.Random(f"kill {number}"), done[ranks, stage]
+        rng, (expected, counted, seconds) = random.Random(f"kill {number}"), done[ranks, stage]
         folder = tmp_path / str(number)
         shutil.copytree(drawn, folder / "data")
         call = [*arguments(canvas_config, folder, stage), f"train.checkpoint_every={rng.choice([0, 0.01, 0.5])}"]
@@ -106,6 +107,7 @@ def test_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config
         assert set(steps) == {(concept, step) for concept in range(2) for step in range(12)}
         if way in ("TERM", "USR1", "STOP file") and 75 in codes:
             assert len(steps) == len(set(steps)), "a step saved on a signal was repeated"
+        assert passes(folder) == counted, (place, ranks, stage)
         shutil.rmtree(folder)
         return place
 

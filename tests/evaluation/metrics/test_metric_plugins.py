@@ -13,6 +13,7 @@ from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.config.load import load_config
 from sculpt_dist.config.schema import EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.files import read_object
 from sculpt_dist.evaluation import metrics
 from sculpt_dist.evaluation.evaluator import check_evaluation, evaluate
 from sculpt_dist.evaluation.metrics.base import build_metrics
@@ -138,6 +139,6 @@ def test_the_result_of_a_new_metric_reaches_the_scores(tmp_path):
     backbone = Backbone(PROJECT / "sculpt_dist/assets/canvas/sd15", torch.float32, torch.device("cpu"))
     scores = evaluate(evaluation, backbone, backbone.net, OneRank(), tmp_path, config.concepts, "test", None)
     assert 0 < scores["plain"]["extra"]["brightness"] < 255
-    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert read_object(tmp_path / "scores.json", "") == scores
     assert json.loads((tmp_path / "answers.json").read_text())["objects"] == ["cat", "fish"]
     assert sorted(file.name for file in (tmp_path / "images").iterdir()) == ["cat--neon.png", "fish--neon.png"]
