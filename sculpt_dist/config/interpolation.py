@@ -8,8 +8,9 @@ variable, the reference is restricted in the same way.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.config.values import PLACES, texts
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.messages import hide, shown
 
-PLACES = (
-    "model.path model.config prepare.images evaluate.classifier evaluate.reference evaluate.clip run.folder".split()
-)
 VARIABLE = re.compile(r"\$\{(oc\.env:\s*[A-Za-z_]\w*\s*(?:,[^${}]*)?\})")
 KEY = re.compile(r"\$\{\.*[A-Za-z_][\w.\[\]]*\}")
+SHORTEST_HIDDEN = 4  # characters: / and the like stay
 MARK = "\x00"  # stands for the `${` of a variable while keys are resolved
 
 
@@ -39,41 +40,54 @@ def environment_texts(content: Any) -> dict[str, str]:
     Looks up no variable. Raises ConfigError for a variable outside PLACES, for any other resolver, and for `\\${`,
     which would be resolved when the written configuration is read again.
     """
-    for key, text in _texts(content, ""):
+    if not any("${" in text for _, text in texts(content, "")):
+        return {}
+    for key, text in texts(content, ""):
         if "\\${" in text or "${" in KEY.sub("", VARIABLE.sub("", text)):
             raise ConfigError(
-                f"{key}: {text!r} contains "
+                f"{key}: {shown(text)!r} contains "
                 f"'${{', but only ${{oc.env:NAME}}, ${{oc.env:NAME,default}} and ${{section.key}} "
                 "are resolved; remove it"
             )
     resolved = OmegaConf.to_container(OmegaConf.create(_marked(content)), resolve=True)
-    found = {key: text.replace(MARK, "${") for key, text in _texts(resolved, "") if MARK in text}
+    found = {key: text.replace(MARK, "${") for key, text in texts(resolved, "") if MARK in text}
     for key, text in found.items():
         if key not in PLACES:
             raise ConfigError(
-                f"{key}: {text!r} reads an environment variable, whose value would be written into files and trackers; "
-                f"only {', '.join(PLACES)} may do that. Write the value itself, or pass it on the command line"
+                f"{key}: {shown(text)!r} reads an environment variable, whose value would be written into files and "
+                f"trackers; only {', '.join(PLACES)} may do that. Write the value itself, or pass it as an override"
             )
     return found
 
 
-def with_places(config: RunConfig, texts: Mapping[str, str]) -> RunConfig:
+def with_places(config: RunConfig, written: Mapping[str, str]) -> RunConfig:
     """Expand `~` in all PLACES, and make those that differ from their text remember it.
 
-    `texts`: the text of the keys that use an environment variable. Raises ConfigError for an unknown user.
+    `written`: the text of the keys that use an environment variable, which messages then show.
+    Raises ConfigError for an unknown user.
     """
     for key in PLACES:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        if value is None or not (key in texts or value.startswith("~")):
+        if value is None or not (key in written or value.startswith("~")):
             continue
         try:
             place = Place(Path(value).expanduser() if value.startswith("~") else value)
         except RuntimeError as error:
-            raise ConfigError(f"{key}={value}: there is no such user; write the whole path") from error
-        place.written = texts.get(key, value)
+            raise ConfigError(f"{key}={shown(value)}: there is no such user; write the whole path") from error
+        place.written = written.get(key, value)
+        if key in written:
+            _hide(value, written[key])
         config = replace(config, **{section: replace(getattr(config, section), **{name: place})})
     return config
+
+
+def _hide(value: str, written: str) -> None:
+    """Keep the values of the variables in a text out of messages, and the whole value, too."""
+    hide(value, written)
+    for name in re.findall(r"oc\.env:\s*(\w+)", written):
+        if len(os.environ.get(name, "")) >= SHORTEST_HIDDEN:
+            hide(os.environ[name], f"${{oc.env:{name}}}")
 
 
 def without_values(config: RunConfig) -> RunConfig:
@@ -84,17 +98,6 @@ def without_values(config: RunConfig) -> RunConfig:
         if isinstance(value, Place):
             config = replace(config, **{section: replace(getattr(config, section), **{name: value.written})})
     return config
-
-
-def _texts(content: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(content, str):
-        yield key, content
-    elif isinstance(content, dict):
-        for name, member in content.items():
-            yield from _texts(member, f"{key}.{name}" if key else str(name))
-    elif isinstance(content, (list, tuple)):
-        for i, member in enumerate(content):
-            yield from _texts(member, f"{key}[{i}]")
 
 
 def _marked(content: Any) -> Any:

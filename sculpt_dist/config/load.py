@@ -21,10 +21,12 @@ from sculpt_dist.config.checks import check, check_numbers
 from sculpt_dist.config.interpolation import environment_texts, with_places, without_values
 from sculpt_dist.config.scalars import is_collection, is_mapping, read_scalar, read_text, type_at
 from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.config.values import check_passwords, check_paths, check_types
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.messages import shown
 
 Section = TypeVar("Section")
-MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, IndexError)
+MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, IndexError, OverflowError)
 
 
 def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -> RunConfig:
@@ -39,13 +41,17 @@ def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -
     if isinstance(overrides, DictConfig):
         updates.append(("arguments", overrides))
     else:
-        updates += [(f"override {_shortened(override)!r}", parse_override(override)) for override in overrides]
+        updates += [(f"override {shown(override)!r}", parse_override(override)) for override in overrides]
     merged = _merged(_defaults(RunConfig), updates)
     try:
-        texts = environment_texts(OmegaConf.to_container(merged))
-        config = with_places(cast(RunConfig, OmegaConf.to_object(merged)), texts)
+        content = OmegaConf.to_container(merged)
+        check_passwords(content)
+        written = environment_texts(content)
+        config = with_places(cast(RunConfig, OmegaConf.to_object(merged)), written)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file or 'configuration'}: {_first_line(error)}") from error
+    check_types(config, "")
+    check_paths(config)
     check(config)
     return config
 
@@ -59,6 +65,7 @@ def merge_section(section: type[Section], values: Mapping[str, Any], where: str,
         filled = cast(Section, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from error
+    check_types(filled, prefix)
     check_numbers(filled, prefix)
     return filled
 
@@ -118,7 +125,7 @@ KEY_PART = re.compile(r"""\.?(?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|\[(?P<in
 
 def parse_override(override: str) -> Update:
     """`key=value` by the type of the key. Raises ConfigError that shows the working form."""
-    where = f"override {_shortened(override)!r}"
+    where = f"override {shown(override)!r}"
     keys, text = _split_override(override, where)
     kind = type_at(RunConfig, keys)
     try:
@@ -167,10 +174,6 @@ def _form(keys: Sequence[str | int], kind: Any) -> str:
     if key == "concepts":
         return f"'{key}=[{{target: cat, superclass: animal}}]'"
     return f"'{key}={{name: value}}'" if is_mapping(kind) else f"""'{key}=["first", "second"]'"""
-
-
-def _shortened(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _merged(base: DictConfig, updates: Sequence[tuple[str, Update]], prefix: str = "") -> DictConfig:
@@ -225,7 +228,7 @@ def _merge(base: DictConfig, update: Update, where: str, prefix: str) -> DictCon
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return _shortened(lines[0].rstrip("."), 500) if lines else type(error).__name__
+    return shown(lines[0].rstrip(".")) if lines else type(error).__name__
 
 
 def _dotted(node: DictConfig, prefix: str) -> Iterable[str]:

@@ -71,7 +71,7 @@ def read_scalar(text: str, kind: Any) -> Any:
             node = _Loader(text).get_single_node()
         except yaml.YAMLError:
             return text
-        return node.value if isinstance(node, yaml.ScalarNode) else text
+        return _whole(node.value, node) if isinstance(node, yaml.ScalarNode) else text
     return text
 
 
@@ -166,7 +166,7 @@ def _core(text: str) -> Any:
         return TRUTHS[text]
     if INTEGER.fullmatch(text):
         return int(text) if len(text) < 400 else text
-    if OTHER_BASE.fullmatch(text):
+    if OTHER_BASE.fullmatch(text) and len(text) < 400:
         return int(text, 0)
     if FLOAT.fullmatch(text):
         return float(text)

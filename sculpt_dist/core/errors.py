@@ -1,8 +1,16 @@
 """Errors that a user can act on: each message names the file or key, what was found, and what to do."""
 
+from sculpt_dist.core.messages import one_line
+
 
 class SculptError(Exception):
-    """Base of every error that the user can fix; the command line prints it without a traceback (exit code 2)."""
+    """Base of every error that the user can fix; the command line prints it without a traceback (exit code 2).
+
+    The message becomes one line without passwords.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class ConfigError(SculptError):

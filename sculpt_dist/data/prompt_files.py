@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.messages import shown
 
 Number = TypeVar("Number", int, float)
 
@@ -39,13 +40,18 @@ def read_prompts(file: str | Path) -> tuple[ListedPrompt, ...]:
     Empty lines are skipped. Raises ConfigError with the file and line for text that is not UTF-8, control characters, a
     missing column or prompt, too many fields, and an invalid seed or guidance.
     """
-    path = Path(file).expanduser()
+    named = shown(file)
+    try:
+        path = Path(file).expanduser()
+        exists = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, an unknown user
+        raise ConfigError(f"{named}: is no file that can be read ({shown(error)})") from error
     if path.suffix.lower() not in (".txt", ".csv"):
         raise ConfigError(
-            f"{file}: a list of prompts must be a .txt file, one prompt per line, or a .csv file with a column prompt"
+            f"{named}: a list of prompts must be a .txt file, one prompt per line, or a .csv file with a column prompt"
         )
-    if not path.is_file():
-        raise ConfigError(f"{file}: this list of prompts does not exist")
+    if not exists:
+        raise ConfigError(f"{named}: this list of prompts does not exist")
     text = _read_text(path)
     found = _from_csv(path, text) if path.suffix.lower() == ".csv" else tuple(map(ListedPrompt, _lines(text)))
     if not found:
@@ -81,7 +87,9 @@ def _from_csv(path: Path, text: str) -> tuple[ListedPrompt, ...]:
     try:
         columns = _columns(rows.fieldnames or ())
         if "prompt" not in columns:
-            raise ConfigError(f"{path}, line 1: has no column prompt; its columns are: {', '.join(columns) or 'none'}")
+            raise ConfigError(
+                f"{path}, line 1: has no column prompt; its columns are: {shown(', '.join(columns)) or 'none'}"
+            )
         rows.fieldnames, num_read = columns, 1
         seed, guidance = (next((name for name in names if name in columns), "") for names in (SEEDS, GUIDANCES))
         for row in rows:
@@ -123,5 +131,5 @@ def _number(where: str, column: str, text: str | None, kind: Callable[[str], Num
         value = kind("-1")
     if not 0 <= value < end:
         expected = "an integer from 0 to 2**63 - 1" if kind is int else "a finite number of 0 or more"
-        raise ConfigError(f"{where}: {column}={text.strip()!r} is not {expected}")
+        raise ConfigError(f"{where}: {column}={shown(text.strip())!r} is not {expected}")
     return value

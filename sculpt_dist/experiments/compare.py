@@ -19,6 +19,7 @@ from sculpt_dist.config.load import load_config, merge_section, read_yaml
 from sculpt_dist.config.schema import Concept, EvaluateConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import is_folder_name, read_object, write_atomically
+from sculpt_dist.core.messages import shown
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.experiments.jobs import FEW_IMAGES, Failure, Job, run_jobs
@@ -100,7 +101,7 @@ def read_comparison(file: Path) -> Comparison:
     names = [row.name for row in comparison.rows]
     for name in (*names, *comparison.sequences):
         if not is_folder_name(name):
-            raise ConfigError(f"{file}: {name!r} becomes a folder's name, so write one without slashes")
+            raise ConfigError(f"{file}: {shown(name)!r} becomes a folder's name, so write one without slashes")
     if len(set(names)) < len(names) or not comparison.tables:
         raise ConfigError(f"{file}: define at least one table, and give every row a name of its own")
     for key, given, defined in (
@@ -109,7 +110,9 @@ def read_comparison(file: Path) -> Comparison:
         ("against", comparison.against, names),
     ):
         if given not in defined:
-            raise ConfigError(f"{file}: {key} {given!r} is not defined; choose one of: {', '.join(defined)}")
+            raise ConfigError(
+                f"{file}: {key} {shown(given)!r} is not defined; choose one of: {shown(', '.join(defined))}"
+            )
     return comparison
 
 

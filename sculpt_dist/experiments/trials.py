@@ -18,6 +18,7 @@ from sculpt_dist.config.load import merge_section
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed, is_folder_name
+from sculpt_dist.core.messages import shown
 from sculpt_dist.experiments.compare import checked_config
 from sculpt_dist.experiments.tables import SCORES
 from sculpt_dist.maths.sweep_points import KINDS, Parameter, value_at
@@ -142,7 +143,7 @@ def read_sweep(
     _check(file, settings, parameters)
     name = settings.name or file.stem
     if not is_folder_name(name):
-        raise ConfigError(f"{file}: name={name!r}: becomes a folder's name, so write one without slashes")
+        raise ConfigError(f"{file}: name={shown(name)!r}: becomes a folder's name, so write one without slashes")
     count = settings.run_cap
     if settings.method == "grid":
         size = math.prod(len(parameter.choices or ()) for parameter in parameters)
@@ -159,13 +160,15 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: there is no such sweep file")
     try:
         return dict(_mapping(file, "a sweep", yaml.safe_load(file.read_text(encoding="utf-8"))))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # PyYAML leaks what the conversion of a scalar raises, such as of !!int x
+        raise ConfigError(f"{file}: cannot be read as YAML: {shown(error)}") from error
 
 
 def _mapping(file: Path, name: str, found: Any) -> dict[str, Any]:
     if not isinstance(found, dict) or not found or not all(isinstance(key, str) for key in found):
-        raise ConfigError(f"{file}: {name} is {found!r}; expected keys with values")
+        raise ConfigError(f"{file}: {name} is {shown(repr(found))}; expected keys with values")
     return found
 
 
@@ -174,7 +177,7 @@ def _command(file: Path, command: Any) -> tuple[Path, list[str]]:
     words = [str(word) for word in command or ()]
     if "unlearn" not in words or ARGUMENTS not in words:
         raise ConfigError(
-            f"{file}: command is {command!r}; "
+            f"{file}: command is {shown(repr(command))}; "
             f"write it as [${{env}}, python, -m, sculpt_dist, unlearn, CONFIG, {ARGUMENTS}] "
             "(W&B's agent runs this command; a local sweep uses its configuration and overrides)"
         )
@@ -183,7 +186,7 @@ def _command(file: Path, command: Any) -> tuple[Path, list[str]]:
     if len(files) != 1:
         raise ConfigError(
             f"{file}: command names {len(files)} configuration files after unlearn "
-            f"({', '.join(files) or 'none'}); name exactly one"
+            f"({shown(', '.join(files)) or 'none'}); name exactly one"
         )
     return Path(files[0]), [word for word in after if "=" in word and not word.startswith(AGENT_OVERRIDES)]
 
@@ -197,7 +200,7 @@ def _check(file: Path, settings: SweepFile, parameters: Sequence[Parameter]) -> 
     ):
         if found not in choices:
             missing = "; no report has it" if key == "metric.name" else ""
-            raise ConfigError(f"{file}: {key}={found}{missing}: choose one of {', '.join(choices)}")
+            raise ConfigError(f"{file}: {key}={shown(found)}{missing}: choose one of {', '.join(choices)}")
     if settings.early_terminate is not None:
         raise ConfigError(f"{file}: early_terminate needs W&B's server: remove it, or use `wandb sweep`")
     if settings.run_cap is None and settings.method != "grid":
@@ -226,12 +229,12 @@ def _parameter(file: Path, name: str, given: Any) -> Parameter:
         raise ConfigError(f"{where}: is set by the sweep itself: remove it")
     kind = given.pop("distribution", None) or _kind(given)
     if kind not in KINDS:
-        raise ConfigError(f"{where}: unknown distribution {kind!r}; choose one of: {', '.join(KINDS)}")
+        raise ConfigError(f"{where}: unknown distribution {shown(repr(kind))}; choose one of: {', '.join(KINDS)}")
     required, optional = KINDS[kind]
     if required - set(given) or set(given) - required - set(optional):
         needs = ", ".join(sorted(required)) or "nothing"
         may = f", and accepts {', '.join(optional)}" if optional else ""
-        raise ConfigError(f"{where}: {kind} needs {needs}{may}; found: {', '.join(given) or 'nothing'}")
+        raise ConfigError(f"{where}: {kind} needs {needs}{may}; found: {shown(', '.join(given)) or 'nothing'}")
     options = {**optional, **given}
     _check_values(where, kind, options)
     return Parameter(name, kind, options)
@@ -249,11 +252,11 @@ def _kind(given: Mapping[str, Any]) -> str:
 def _check_values(where: str, kind: str, options: Mapping[str, Any]) -> None:
     values = options.get("values", [options.get("value", "")])
     if not isinstance(values, list) or not values:
-        raise ConfigError(f"{where}: values is {values!r}; give a list of at least one")
+        raise ConfigError(f"{where}: values is {shown(repr(values))}; give a list of at least one")
     if any(value is None for value in values):
         raise ConfigError(f"{where}: null cannot be passed as key=value: remove it from the values")
     if any(a == b and type(a) is type(b) for a, b in itertools.combinations(values, 2)):
-        raise ConfigError(f"{where}: values {values} contains one value twice: remove the duplicate")
+        raise ConfigError(f"{where}: values {shown(values)} contains one value twice: remove the duplicate")
     numbers = {key: options[key] for key in ("min", "max", "mu", "sigma", "q") if key in options}
     probabilities = options.get("probabilities", [1.0])
     for key, number in [
@@ -264,7 +267,9 @@ def _check_values(where: str, kind: str, options: Mapping[str, Any]) -> None:
         ),
     ]:
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ConfigError(f"{where}: {key}={number!r} is not a number (in YAML 1e-4 is a string, 1.0e-4 a number)")
+            raise ConfigError(
+                f"{where}: {key}={shown(repr(number))} is not a number (in YAML 1e-4 is a string, 1.0e-4 a number)"
+            )
     if kind == "int_uniform" and not all(_is_whole(number) for number in numbers.values()):
         raise ConfigError(f"{where}: int_uniform from {numbers['min']} to {numbers['max']}: both must be whole numbers")
     if "min" in numbers and numbers["min"] >= numbers["max"]:
@@ -279,7 +284,7 @@ def _check_values(where: str, kind: str, options: Mapping[str, Any]) -> None:
         or not math.isclose(sum(probabilities), 1.0, abs_tol=1e-8)
     ):
         raise ConfigError(
-            f"{where}: probabilities {probabilities}: give one for each of the {len(values)} values, with sum 1"
+            f"{where}: probabilities {shown(probabilities)}: give one for each of the {len(values)} values, with sum 1"
         )
 
 

@@ -32,6 +32,7 @@ from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, 
 from sculpt_dist.backbones.io.writing import settings_files, write_checksums
 from sculpt_dist.core.errors import ModelError
 from sculpt_dist.core.files import is_intact, sealed
+from sculpt_dist.core.messages import shown
 
 FORMAT, VERSION = "sculpt-dist delta", "1"
 CARD, BASE_CARD = "README.md", "README-base.md"
@@ -143,13 +144,13 @@ def read_delta(file: Path) -> Delta:
     metadata = _metadata(file) or {}
     if metadata.get("format") != FORMAT:
         raise ModelError(
-            f"{file}: is no delta (its format is {metadata.get('format')!r}, not {FORMAT!r}); give a file that was "
-            "written as one"
+            f"{file}: is no delta (its format is {shown(metadata.get('format'))!r}, not {FORMAT!r}); give a file "
+            "that was written as one"
         )
     if metadata.get("version") != VERSION:
         raise ModelError(
-            f"{file}: is a delta of version {metadata.get('version')}, this program reads version {VERSION}; update "
-            "sculpt-dist"
+            f"{file}: is a delta of version {shown(metadata.get('version'))}, this program reads version {VERSION}; "
+            "update sculpt-dist"
         )
     try:
         changes = {name: Change(**change) for name, change in json.loads(metadata["tensors"]).items()}
@@ -158,7 +159,7 @@ def read_delta(file: Path) -> Delta:
         delta = Delta(file, metadata["pipeline"], metadata["net"], changes, surroundings, metadata.get("card", ""))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
-            f"{file}: its metadata is damaged ({type(error).__name__}: {error}); copy or download it again"
+            f"{file}: its metadata is damaged ({type(error).__name__}: {shown(error)}); copy or download it again"
         ) from error
     if not changes or planned != {name: entry.dtype for name, entry in held.items()}:
         raise ModelError(f"{file}: is damaged, its tensors are not those of its metadata; copy or download it again")

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.messages import shown
 
 # The format (github.com/huggingface/safetensors, README "Format"): 8 bytes of header length, little-endian; a JSON
 # header {name: {dtype, shape, data_offsets}}, padded with spaces; then the tensors' bytes, row-major, without gaps.
@@ -74,9 +76,8 @@ def entries(file: Path) -> list[Entry]:
     try:
         found = sorted(_placed(name, value) for name, value in json.loads(text).items() if name != "__metadata__")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(
-            f"{file}: its safetensors header is damaged ({type(error).__name__}: {error}); copy or download it again"
-        ) from error
+        cause = f"{type(error).__name__}: {shown(error)}"
+        raise ModelError(f"{file}: its safetensors header is damaged ({cause}); copy or download it again") from error
     end = 0
     for begin, stop, name, dtype, shape in found:
         if begin != end or stop - begin != Entry(name, DTYPES[dtype], shape).size:
@@ -86,6 +87,11 @@ def entries(file: Path) -> list[Entry]:
     if size != expected:
         state = "is cut short" if size < expected else "is damaged"
         raise ModelError(f"{file}: {state}: it has {size} bytes, its header says {expected}; copy or download it again")
+    try:
+        with safe_open(file, "pt"):  # the library refuses more, such as metadata that is not text
+            pass
+    except SafetensorError as error:
+        raise ModelError(f"{file}: is damaged ({shown(error)}); copy or download it again") from error
     return [Entry(name, DTYPES[dtype], shape) for _, _, name, dtype, shape in found]
 
 
