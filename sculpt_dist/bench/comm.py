@@ -27,7 +27,8 @@ def bench_comm(group: Group, megabytes: Sequence[float], repeats: int = 10) -> d
     """
     if group.size < 2:
         raise ConfigError(
-            "bench comm: this job has one rank; start several, for example with bash launch/local.sh 2 bench comm"
+            "bench comm: this job has one rank; start several, for example with torchrun --nproc-per-node 2 -m "
+            "sculpt_dist bench comm"
         )
     if not megabytes or min(megabytes) <= 0:
         raise ConfigError(f"--megabytes {list(megabytes)}: every size must be above 0")

@@ -13,7 +13,7 @@ ONLY_SUMMARY = typer.Option(True, help="Run what is missing; --no-run only summa
 
 
 def compare(
-    config: Path = typer.Argument(help="A comparison file, for example configs/compare/canvas.yaml."),
+    config: Path = typer.Argument(help="A comparison file, or a packaged one, for example compare/canvas."),
     overrides: list[str] | None = OVERRIDES,
     jobs: int = JOBS,
     ranks: int = RANKS,
@@ -53,7 +53,7 @@ def localize(
 
 
 def sweep(
-    file: Path = typer.Argument(help="A sweep in W&B's schema, for example configs/sweeps/canvas-grid.yaml."),
+    file: Path = typer.Argument(help="A sweep in W&B's schema, or a packaged one, for example sweeps/canvas-grid."),
     overrides: list[str] | None = OVERRIDES,
     backend: str = typer.Option(
         "local", help="local needs no server; with one use `wandb sweep FILE` and `wandb agent --count 1 SWEEP_ID`."

@@ -50,7 +50,7 @@ COMMANDS = {
     "A run and its stages": (run.unlearn, run.prepare, run.evaluate, run.export, run.report, run.verify, run.apply),
     "Before a run": (plan.check, plan.plan, plan.folder, run.submit),
     "Many runs": (experiments.compare, experiments.sweep, experiments.localize),
-    "What there is": (reference.config, reference.methods, reference.models, reference.metrics),
+    "What there is": (reference.config, reference.configs, reference.methods, reference.models, reference.metrics),
 }
 for panel, commands in COMMANDS.items():
     for command in commands:

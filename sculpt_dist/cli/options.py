@@ -34,7 +34,7 @@ def complete_override(incomplete: str) -> list[str]:
     return [f"{name}=" for name in keys if name.startswith(key)]
 
 
-CONFIG = typer.Argument(help="A yaml file, for example configs/canvas/dm_cal.yaml.")
+CONFIG = typer.Argument(help="A yaml file, or the name of a packaged one, for example canvas/dm_cal.")
 OVERRIDES = typer.Argument(None, help="key=value, for example train.lr=1e-5.", autocompletion=complete_override)
 JOBS = typer.Option(1, help="Runs at a time on this machine.")
 RANKS = typer.Option(1, help="Processes of each run.")
@@ -50,6 +50,8 @@ def load(config: Path, overrides: list[str] | None) -> RunConfig:
     from sculpt_dist.config.load import load_config
 
     loaded = load_config(config, overrides or [])
+    if config.suffix and not config.exists() and is_first():
+        print(f"{config}: is not here, so the packaged configuration of that name is used", file=sys.stderr)
     check_plugin(NAMED["model.arch"], loaded.model.arch, "model.arch")
     _check_method(loaded.method)
     check_path(loaded.model.path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from sculpt_dist.config.packaged import copy_config, packaged_configs
 from sculpt_dist.config.reference import reference, summaries
 from sculpt_dist.core.errors import ConfigError
 
@@ -20,6 +23,20 @@ def config(
     table = Table("key", "default", "meaning", show_lines=False)
     for key in keys:
         table.add_row(key.name, key.default or "required", f"{key.meaning} ({key.type})")
+    _print(table)
+
+
+def configs(
+    name: str = typer.Argument("", help="Copy this one and what it builds on, for example canvas/dm_cal."),
+    folder: Path = typer.Argument(Path("configs"), help="Where to."),
+) -> None:
+    """List the configurations that come with the program, or copy one, to change it."""
+    if name:
+        print("\n".join(map(str, copy_config(name, folder))))
+        return
+    table = Table("configuration", "")
+    for packaged, line in packaged_configs().items():
+        table.add_row(packaged, line)
     _print(table)
 
 

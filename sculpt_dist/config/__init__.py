@@ -1,9 +1,9 @@
 """The configuration of a run: its keys, how files and overrides become one, and the reference of all keys.
 
 `schema` declares the keys of a run, `experiments` those of comparison and sweep files. `load` merges defaults, yaml
-files and overrides; `checks` refuses what cannot work; `interpolation` keeps values of the environment out of all
-files; `reference` reads the documentation of keys from the source. All packages above may import it; it imports only
-`core`.
+files and overrides; `packaged` finds the files that come with the program; `checks` refuses what cannot work;
+`interpolation` keeps values of the environment out of all files; `reference` reads the documentation of keys from the
+source. All packages above may import it; it imports only `core`.
 """
 
 from typing import TYPE_CHECKING

@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from sculpt_dist.config.checks import check, check_numbers
 from sculpt_dist.config.interpolation import environment_texts, with_places, without_values
+from sculpt_dist.config.packaged import find_config
 from sculpt_dist.config.scalars import is_collection, is_mapping, read_scalar, read_text, type_at
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.config.values import check_passwords, check_paths, check_types
@@ -32,12 +33,12 @@ MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, IndexError, Overf
 def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -> RunConfig:
     """Merge the defaults, the yaml file (after the file that its `include` names), and the overrides.
 
-    `overrides`: `key=value` strings or a nested mapping. Raises ConfigError that names the file or override, the key,
-    what was found and what there is.
+    `file` may be the name of a packaged configuration. `overrides`: `key=value` strings or a nested mapping. Raises
+    ConfigError that names the file or override, the key, what was found and what there is.
     """
     updates: list[tuple[str, Update]] = []
     if file is not None:
-        updates += [(str(source), content) for source, content in _with_included(file, ())]
+        updates += [(str(source), content) for source, content in _with_included(find_config(file), ())]
     if isinstance(overrides, DictConfig):
         updates.append(("arguments", overrides))
     else:
@@ -101,7 +102,8 @@ def _with_included(file: Path, includers: Sequence[Path]) -> Iterator[tuple[Path
 def read_yaml(file: Path, kind: type) -> DictConfig:
     """A configuration file's sections, which are those of the dataclass `kind`. Raises ConfigError that names it."""
     if not file.is_file():
-        raise ConfigError(f"{file}: there is no such configuration file")
+        hint = "" if file.suffix else "; `sculpt-dist configs` lists those that come with the program"
+        raise ConfigError(f"{file}: there is no such configuration file{hint}")
     try:
         content = OmegaConf.create(read_text(file.read_text(encoding="utf-8"), kind) or {})
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from sculpt_dist.config.experiments import Comparison, Row, Table
 from sculpt_dist.config.load import load_config, merge_section, read_yaml
+from sculpt_dist.config.packaged import PACKAGED, find_config
 from sculpt_dist.config.schema import Concept, EvaluateConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import is_folder_name, read_object, write_atomically
@@ -66,10 +67,14 @@ def run_comparison(
     Raises ConfigError before anything runs if the configuration of a cell is invalid, and at the end, after the tables
     of the other cells are written, if a cell failed. Raises StopRequested after a signal.
     """
+    file = find_config(file)
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, overrides))
     configs = checked_configs(cells, ranks)
-    record = read_record(file.parent / comparison.record if comparison.record else None)
+    place = file.parent / comparison.record if comparison.record else None
+    if place is not None and file.is_relative_to(PACKAGED) and not place.parent.is_dir():
+        place = None  # the record of the project, which an installed program does not have
+    record = read_record(place)
     results = {cell.key: finished(cell, configs[cell.key], record) for cell in cells}
     todo = [cell for cell in cells if results[cell.key] is None]
     if shard is not None:
@@ -81,9 +86,9 @@ def run_comparison(
     page = Path(comparison.folder)
     if shard is None:
         results |= {cell.key: finished(cell, configs[cell.key], record) for cell in todo}
-        if comparison.record:
+        if place is not None:
             _write_record(
-                file.parent / comparison.record,
+                place,
                 record | {key: result for key, result in results.items() if result is not None},
             )
         done = {key: finished_cell(configs[key], result) for key, result in results.items() if result is not None}

@@ -15,6 +15,7 @@ import yaml
 
 from sculpt_dist.config.experiments import SweepFile
 from sculpt_dist.config.load import merge_section
+from sculpt_dist.config.packaged import find_config
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed, is_folder_name
@@ -133,6 +134,7 @@ def read_sweep(
 
     Raises ConfigError, which names the file and the wrong key or value.
     """
+    file = find_config(file)
     content = _read(file)
     parameters = [
         _parameter(file, name, given)

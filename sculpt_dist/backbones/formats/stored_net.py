@@ -58,8 +58,8 @@ class StoredNet:
     def surroundings(self, changed: Container[str]) -> dict[str, str]:
         """The sha256 over what stays as it is beside the changed tensors: the rest of the denoiser, VAE, text encoders.
 
-        Names, dtypes and bytes count, not the files that they lie in, nor how a version of the libraries named or shaped
-        them.
+        Names, dtypes and bytes count, not the files that they lie in, nor how a library named or
+        shaped them.
         """
         index = pipeline_index(self.folder)
         others = [part.name for part in self.folder.iterdir() if part.is_dir() and is_named(index, part.name)]
