@@ -102,7 +102,8 @@ class Tracker:
         sinks = [sink for sink in self._sinks if sink.shows and (sink.replays or not replayed)]
         if sinks and file.is_file():
             content = read_object(file, f"remove {file.parent}, which is then scored again", ("plain",))
-            scores, picture = content["plain"], draw_stage(self._folder, stage)
+            scores = {**(content["plain"] or {}), "paraphrased": content.get("paraphrased")}
+            picture = draw_stage(self._folder, stage)
             for sink in sinks:
                 sink.stage(step, stage, scores, picture)
 

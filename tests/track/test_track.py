@@ -51,6 +51,13 @@ def rows(folder: Path) -> list[dict]:
     return [record["item"] for record in of(records(folder), "history")]
 
 
+SCORES = ("UA", "IRA", "CRA", "SA")
+
+
+def read_report(run: Path) -> dict:
+    return json.loads((run / "report" / "report.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory, canvas_config):
     """A finished run with every tracker, its model path taken from the environment; and its output."""
@@ -99,7 +106,8 @@ def test_wandb_holds_every_step_once_and_scores_and_samples_of_every_stage(track
         assert row["loss"] == pytest.approx(entry["loss"]) and row["global_step"] == entry["global_step"]
         assert row["time/forward"] == entry["time_shares"]["forward"]
     assert "saliency/0.5" in found[1] and found[3]["swapped"] == recorded[3]["swapped"]
-    assert [row["_step"] for row in found if "score/UA" in row] == [0, 8, 16]
+    for name in ("score/UA", "score/paraphrased/UA"):
+        assert [row["_step"] for row in found if name in row] == [0, 8, 16]
     captions = [row["samples.caption"] for row in found if "samples.caption" in row]
     assert (
         captions == ["before", "after-00", "after-01"]
@@ -120,11 +128,9 @@ def test_wandb_ends_with_the_score_table_the_summary_and_the_model_by_reference(
     assert about["config"]["update"]["model"]["path"] == "${oc.env:MODELS}/sd15"
     (table,) = (folder / "files" / "media" / "table").glob("*.json")
     table = json.loads(table.read_text())
-    assert table["columns"] == ["stage", "UA", "IRA", "CRA", "SA"] and [row[0] for row in table["data"]] == [
-        "before",
-        "after bird",
-        "after boat",
-    ]
+    assert table["columns"] == ["stage", *SCORES, *(f"{name}, paraphrased" for name in SCORES)]
+    assert [row[0] for row in table["data"]] == ["before", "after bird", "after boat"]
+    assert table["data"][2][5:] == pytest.approx([report["after"]["paraphrased"][name] for name in SCORES])
     summary = {key: value for record in of(found, "summary") for key, value in record["update"].items()}
     assert summary["H"] == pytest.approx(harmonic(report["after"]))
     assert {name: summary[name] for name in ("UA", "IRA", "CRA", "SA")} == pytest.approx(
@@ -151,6 +157,21 @@ def test_tensorboard_holds_every_step_and_the_samples(tracked):
         event.step for event in events.Images("samples")
     ] == [0, 8, 16]
     assert events.Scalars("loss/forget")[-1].value == pytest.approx(lines(tracked[0])[-1]["terms"]["forget"])
+
+
+def test_tensorboard_holds_the_scores_of_paraphrased_prompts_and_the_settings_beside_the_final_scores(tracked):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    events, after = EventAccumulator(str(tracked[0] / "tensorboard")), read_report(tracked[0])["after"]
+    events.Reload()
+    assert events.Scalars("score/paraphrased/IRA")[-1].value == pytest.approx(after["paraphrased"]["IRA"])
+    assert not {"steps", "sha256"} & set(events.Tags()["scalars"])
+    found = [HParamsPluginData.FromString(content) for content in events.PluginTagToContent("hparams").values()]
+    (start,) = [one.session_start_info for one in found if one.HasField("session_start_info")]
+    (experiment,) = [one.experiment for one in found if one.HasField("experiment")]
+    assert start.hparams["train.lr"].number_value == 1e-3 and start.hparams["method.name"].string_value == "dm_cal"
+    assert {metric.name.tag for metric in experiment.metric_infos} >= {"score/UA", "score/paraphrased/UA"}
 
 
 def test_no_file_and_no_output_holds_secrets_or_values_of_the_environment(tracked):

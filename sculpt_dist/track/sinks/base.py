@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,10 @@ class Sink(ABC):
 
     @abstractmethod
     def stage(self, step: int, stage: str, scores: Mapping[str, Any], picture: Image | None) -> None:
-        """Record the scores of a stage by name, and its sample grid."""
+        """Record the scores of a stage by name, and its sample grid.
+
+        `scores["paraphrased"]` holds those of paraphrased prompts, None without such prompts.
+        """
 
     @abstractmethod
     def finish(self, step: int, report: Mapping[str, Any], model: Path) -> None:
@@ -60,5 +64,22 @@ def numbers(entry: Mapping[str, Any]) -> dict[str, float]:
 
 
 def score_numbers(scores: Mapping[str, Any]) -> dict[str, float]:
-    """The measured scores, as `score/UA`."""
-    return {f"score/{name}": scores[name] for name in SCORES if scores.get(name) is not None}
+    """The measured scores, as `score/UA`, and those of paraphrased prompts, as `score/paraphrased/UA`."""
+    parts = {"score": scores, "score/paraphrased": scores.get("paraphrased") or {}}
+    return {
+        f"{prefix}/{name}": part[name]
+        for prefix, part in parts.items()
+        for name in SCORES
+        if part.get(name) is not None
+    }
+
+
+def settings(values: Mapping[str, Any]) -> dict[str, bool | str | float]:
+    """A configuration under flat dotted names, each value as a number, a truth value or text."""
+    flat: dict[str, bool | str | float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= {f"{key}.{name}": member for name, member in settings(value).items()}
+        else:
+            flat[key] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+    return flat

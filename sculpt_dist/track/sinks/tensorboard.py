@@ -19,6 +19,7 @@ class Sink(base.Sink):
     def __init__(self, track: TrackConfig, values: Mapping[str, Any], folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._values = values
         # TensorBoard drops events from purge_step on: those steps are repeated.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
 
@@ -35,7 +36,12 @@ class Sink(base.Sink):
             self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
 
     def finish(self, step: int, report: Mapping[str, Any], model: Path) -> None:
-        """Nothing: the last stage already recorded these scores."""
+        """Record the settings beside the final scores, which the last stage already recorded."""
+        from torch.utils.tensorboard.summary import hparams
+
+        final = base.score_numbers(report["after"])
+        for summary in hparams(base.settings(self._values), final):
+            self._writer.file_writer.add_summary(summary)
 
     def close(self, outcome: str) -> None:
         self._writer.close()

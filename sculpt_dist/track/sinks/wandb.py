@@ -62,8 +62,12 @@ class Sink(base.Sink):
         stages = {"before": report["before"]} | {
             f"after {concept['target']}": concept for concept in report["concepts"]
         }
-        rows = [[stage, *(scores.get(name) for name in base.SCORES)] for stage, scores in stages.items()]
-        self._log({"scores": wandb.Table(columns=["stage", *base.SCORES], data=rows)}, step)
+        rows = [
+            [stage, *(part.get(name) for part in (scores, scores.get("paraphrased") or {}) for name in base.SCORES)]
+            for stage, scores in stages.items()
+        ]
+        columns = ["stage", *base.SCORES, *(f"{name}, paraphrased" for name in base.SCORES)]
+        self._log({"scores": wandb.Table(columns=columns, data=rows)}, step)
         final = {name: report["after"][name] for name in base.SCORES if report["after"][name] is not None}
         balance = harmonic(final)  # the metric of sweeps
         final |= {} if balance is None else {"H": balance}
