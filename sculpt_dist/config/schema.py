@@ -87,6 +87,10 @@ class PrepareConfig:
     """Folder with a subfolder of your own images per concept name, to use instead of drawn samples."""
     images_missing: str = "refuse"
     """What to do where `images` has none of a target: refuse, or draw them with the model."""
+    folder: str | None = None
+    """Folder in which runs share samples and scores of the base model; null: each run draws its own. Comparisons,
+    sweeps and localisations have one in their folder.
+    """
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     """Prompt templates."""
 

@@ -23,7 +23,7 @@ from sculpt_dist.core.files import is_folder_name, read_object, write_atomically
 from sculpt_dist.core.messages import shown
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.requests import resolve_evaluation
-from sculpt_dist.experiments.jobs import FEW_IMAGES, Failure, Job, run_jobs
+from sculpt_dist.experiments.jobs import Failure, Job, run_jobs, settings_of_many
 from sculpt_dist.experiments.table_files import write_tables
 from sculpt_dist.experiments.tables import finished_cell
 from sculpt_dist.run.fingerprint import config_fingerprint
@@ -82,8 +82,8 @@ def run_comparison(
         if not 0 <= index < count:
             raise ConfigError(f"shard {index}/{count}: the first number must be at least 0 and below the second")
         todo = [cell for i, cell in enumerate(cells) if i % count == index and cell in todo]
-    failed = _run(todo, parallel, ranks, gpus) if run else {}
     page = Path(comparison.folder)
+    failed = _run(todo, page, parallel, ranks, gpus) if run else {}
     if shard is None:
         results |= {cell.key: finished(cell, configs[cell.key], record) for cell in todo}
         if place is not None:
@@ -245,12 +245,13 @@ def _write_record(file: Path, results: Mapping[str, Any]) -> None:
     write_atomically(file, ("\n".join(lines) + "\n").encode())
 
 
-def _run(cells: Sequence[Cell], parallel: int, ranks: int, gpus: int | None) -> dict[str, Failure]:
+def _run(cells: Sequence[Cell], folder: Path, parallel: int, ranks: int, gpus: int | None) -> dict[str, Failure]:
     done: list[str] = []
+    common = settings_of_many(folder)
 
     def report(job: Job, failure: Failure | None) -> None:
         done.append(job.label)
         print(f"[{len(done)}/{len(cells)}] {job.label}: {failure or 'done'}", flush=True)
 
-    jobs = [Job(cell.key, ("unlearn", str(cell.file), FEW_IMAGES, *cell.overrides), cell.folder) for cell in cells]
+    jobs = [Job(cell.key, ("unlearn", str(cell.file), *common, *cell.overrides), cell.folder) for cell in cells]
     return run_jobs(jobs, parallel, ranks, report, gpus)

@@ -30,7 +30,12 @@ TYPED = {name for name, kind in vars(errors).items() if isinstance(kind, type) a
 SHUTDOWN = "300"  # seconds that torchrun gives its ranks to save a checkpoint
 
 
-FEW_IMAGES = "evaluate.keep_images=some"  # unless the experiment's own overrides say otherwise
+def settings_of_many(folder: Path) -> tuple[str, str]:
+    """What the runs of an experiment have in common, unless its own overrides say otherwise.
+
+    They keep few images, and share samples and scores of the base model in a folder of the experiment.
+    """
+    return "evaluate.keep_images=some", f"prepare.folder={folder.absolute() / 'shared'}"
 
 
 @dataclass(frozen=True)

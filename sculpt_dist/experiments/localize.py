@@ -18,7 +18,7 @@ from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed, write_atomically
 from sculpt_dist.experiments.compare import finished_report
-from sculpt_dist.experiments.jobs import FEW_IMAGES, Failure, Job, run_jobs
+from sculpt_dist.experiments.jobs import Failure, Job, run_jobs, settings_of_many
 from sculpt_dist.methods.base import Method, load_method
 from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.model import open_backbone
@@ -75,11 +75,12 @@ def run_localization(
         if not chosen:
             raise ConfigError(f"index={index}: no such block; there are: {', '.join(str(run.block) for run in runs)}")
     todo = [run for run in (runs if index is None else chosen) if run.scores is None]
-    jobs = [Job(f"block {run.block}", ("unlearn", str(file), FEW_IMAGES, *run.overrides), run.folder) for run in todo]
+    folder = runs[0].folder.parent
+    common = settings_of_many(folder)
+    jobs = [Job(f"block {run.block}", ("unlearn", str(file), *common, *run.overrides), run.folder) for run in todo]
     failed = run_jobs(jobs, parallel, ranks, _print_end, gpus)
     if failed:
         raise ConfigError("; ".join(f"{label}: {failure}" for label, failure in failed.items()))
-    folder = runs[0].folder.parent
     if index is not None:
         return folder, []
     ranked = sorted((scores for run in runs if (scores := run.scores)), key=lambda scores: -scores["score"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sculpt_dist.core.errors import ConfigError, NonFiniteError, RunFolderError
 from sculpt_dist.core.locks import Lock
-from sculpt_dist.experiments.jobs import FEW_IMAGES, Failure, Job, run_jobs
+from sculpt_dist.experiments.jobs import Failure, Job, run_jobs, settings_of_many
 from sculpt_dist.experiments.ledger import (
     DONE,
     FAILED,
@@ -92,7 +92,7 @@ def _claimed(
 
 
 def _arguments(plan: Sweep, trial: Trial) -> tuple[str, ...]:
-    return ("unlearn", str(plan.config), FEW_IMAGES, *trial.overrides)
+    return ("unlearn", str(plan.config), *settings_of_many(plan.folder), *trial.overrides)
 
 
 class SweepWorker:

@@ -92,6 +92,7 @@ def check_inputs(folder: str, model: ModelConfig, prepare: PrepareConfig, evalua
         "model.path": model.path,
         "model.config": model.config,
         "prepare.images": prepare.images,
+        "prepare.folder": prepare.folder,
         "evaluate.reference": evaluate.reference,
         "evaluate.clip": evaluate.clip,
         "evaluate.retain_prompts": evaluate.retain_prompts,

@@ -21,13 +21,13 @@ from sculpt_dist.core.files import derived_seed, file_sha256, text_sha256
 from sculpt_dist.core.progress import progress
 from sculpt_dist.data.images import open_image, own_images
 from sculpt_dist.data.prompts import ConceptPrompts
-from sculpt_dist.data.shards import Sample, ShardRecord, read_index, write_shard
+from sculpt_dist.data.shards import Sample, read_index, write_shard
 from sculpt_dist.data.streams import EARLIER_TARGETS
 from sculpt_dist.engine.group import Group
-from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.methods.base import Method, Setup
 from sculpt_dist.run.setup import RunSetup
 from sculpt_dist.run.shard_notes import drawn_passes, index_shards, is_indexed, whole_shards, write_note
+from sculpt_dist.run.store import Store
 
 if TYPE_CHECKING:
     from sculpt_dist.engine.zero import Engine
@@ -45,6 +45,9 @@ class SourcePlan:
     negative: str
     count: int
     images: tuple[Path, ...]  # the user's own, instead of drawing
+
+
+Source = tuple[SourcePlan, dict[str, Any]]  # with its recipe
 
 
 def data_folder(run: Path, concept: Concept, source: str) -> Path:
@@ -77,17 +80,18 @@ def drawn_sources(method: Method) -> frozenset[str]:
 
 
 def prepare_samples(
-    setup: RunSetup, backbone: Backbone, engine: Engine | None, base: str, group: Group, stop: StopRequest
+    setup: RunSetup, backbone: Backbone, engine: Engine | None, base: str, store: Store
 ) -> tuple[dict[str, str], int | None]:
     """Make what is missing of the prompt embeddings and of the method's samples.
 
     Returns each index's checksum, and how many passes all these samples took, in this session or before; None if an
     earlier version drew some of them. Every rank draws its share, in batches that do not depend on the number of ranks,
     each sample from noise of its own seed: with the engine's net, or without an engine with the backbone's, which is
-    loaded only if something is missing. `base` is the base model's checksum.
+    loaded only if something is missing. `base` is the base model's checksum. What the store has is taken from it, and
+    what was drawn is kept there.
     """
-    method, _ = setup.trained
-    drawing = Drawing(setup.config.prepare, setup.config.train.seed, backbone, engine, base, group, stop)
+    (method, _), group = setup.trained, store.group
+    drawing = Drawing(setup.config.prepare, setup.config.train.seed, backbone, engine, base, store)
     updates = setup.config.train.steps
     setups = [Setup(i, backbone, updates, prompts, setup.concepts) for i, prompts in enumerate(setup.prompts)]
     extras = []
@@ -97,13 +101,13 @@ def prepare_samples(
     _embed_once(backbone, setup.prompts, extras, base, setup.folder, group)
     if group.is_first:
         _name_images(setup.config.prepare, setup.concepts)
-    checksums: dict[str, str] = {}
-    passes: list[int | None] = []
-    for concept, prompts, extra in zip(setup.concepts, setup.prompts, extras):
-        for plan in _plans(setup, drawn_sources(method), concept, prompts, extra):
-            passes.append(drawing.make(plan))
-            checksums[str(plan.folder.relative_to(setup.folder))] = file_sha256(plan.folder / "index.json")
-    return checksums, None if None in passes else sum(count or 0 for count in passes)
+    plans = [
+        plan
+        for concept, prompts, extra in zip(setup.concepts, setup.prompts, extras)
+        for plan in _plans(setup, drawn_sources(method), concept, prompts, extra)
+    ]
+    passes = drawing.make(plans)
+    return {str(p.folder.relative_to(setup.folder)): file_sha256(p.folder / "index.json") for p in plans}, passes
 
 
 def _plans(
@@ -151,36 +155,52 @@ class Drawing:
     backbone: Backbone
     engine: Engine | None
     base: str
-    group: Group
-    stop: StopRequest
+    store: Store
 
-    def make(self, plan: SourcePlan) -> int | None:
-        """Make the shards of one source that are missing or damaged, and its index; all ranks enter.
+    def make(self, plans: Sequence[SourcePlan]) -> int | None:
+        """Make the shards that are missing or damaged, and the indices; all ranks enter.
 
-        Returns the passes that the source took, None if an earlier version drew some of it.
+        Returns the passes that all sources took, None if an earlier version drew some of them.
         """
-        recipe, group = self.recipe(plan), self.group
-        starts = list(range(0, plan.count, self.prepare.batch))
-        whole: dict[int, ShardRecord] = group.from_first(whole_shards(plan.folder, recipe) if group.is_first else {})
-        todo = [start for start in starts if start not in whole]
-        if group.from_first(not todo and is_indexed(plan.folder, recipe, whole) if group.is_first else None):
-            return group.from_first(drawn_passes(plan.folder, recipe) if group.is_first else None)
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        for first in progress(range(0, len(todo), group.size), f"prepare {plan.label}", group.is_first):
-            self.stop.check(f"the samples of {plan.label}")
+        group = self.store.group
+        recipes = [self.recipe(plan) for plan in plans]
+        sources = list(zip(plans, recipes))
+        made = group.on_first(lambda: [is_indexed(plan.folder, recipe) for plan, recipe in sources])
+        todo = [source for source, is_made in zip(sources, made) if not is_made]
+        if todo:
+            with self.store.held("drawing", [self.base, self.seed]):
+                self._draw_all(
+                    [(p, recipe) for p, recipe in todo if self.store.take("samples", recipe, p.folder) is None]
+                )
+        passes = group.on_first(lambda: [drawn_passes(plan.folder, recipe) for plan, recipe in sources])
+        return None if None in passes else sum(count or 0 for count in passes)
+
+    def _draw_all(self, sources: Sequence[Source]) -> None:
+        """Draw the shards of all sources in one queue, which the ranks share; then index and keep them."""
+        group, stop, batch = self.store.group, self.store.stop, self.prepare.batch
+        whole = group.on_first(lambda: [set(whole_shards(plan.folder, recipe)) for plan, recipe in sources])
+        queue = [
+            (plan, recipe, start)
+            for (plan, recipe), starts in zip(sources, whole)
+            for start in range(0, plan.count, batch)
+            if start not in starts
+        ]
+        for first in progress(range(0, len(queue), group.size), "prepare samples", group.is_first):
             place = first + group.rank
-            start = todo[min(place, len(todo) - 1)]  # a sharded net needs all ranks, even those without a batch
-            ids = range(start, min(start + self.prepare.batch, plan.count))
+            plan, recipe, start = queue[min(place, len(queue) - 1)]  # a sharded net needs all ranks in each forward
+            stop.check(f"the samples of {queue[first][0].label}")
+            ids = range(start, min(start + batch, plan.count))
             before = self.backbone.passes
             samples = group.together(lambda: self.samples(plan, ids))  # noqa: B023 (called at once)
-            if place < len(todo):
-                name = f"{start // self.prepare.batch:05d}.tar"
-                record = write_shard(plan.folder, name, samples)
+            if place < len(queue):
+                plan.folder.mkdir(parents=True, exist_ok=True)
+                record = write_shard(plan.folder, f"{start // batch:05d}.tar", samples)
                 write_note(plan.folder, record, recipe, self.backbone.passes - before)
-        self.stop.check(f"the samples of {plan.label}")
-        if group.is_first:
-            index_shards(plan.folder, recipe, starts)
-        return group.from_first(drawn_passes(plan.folder, recipe) if group.is_first else None)
+        if queue:
+            stop.check(f"the samples of {queue[-1][0].label}")
+        for plan, recipe in sources:
+            group.on_first(lambda: index_shards(plan.folder, recipe, range(0, plan.count, batch)))  # noqa: B023
+            self.store.keep("samples", recipe, plan.folder, {})
 
     def recipe(self, plan: SourcePlan) -> dict[str, Any]:
         """Everything that decides the samples of a source."""

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sculpt_dist.run.folder import claim_folder, release_folder
 from sculpt_dist.run.model import base_fingerprint, open_backbone
 from sculpt_dist.run.preflight import check_model
 from sculpt_dist.run.setup import RunSetup
+from sculpt_dist.run.store import Store
 from sculpt_dist.track.tracker import Tracker
 
 STAGE = re.compile(r"before$|after-\d+$")
@@ -45,17 +46,42 @@ class Session:
     stop: StopRequest
     tracker: Tracker
 
+    @property
+    def store(self) -> Store:
+        """What this run shares with others."""
+        folder = self.setup.config.prepare.folder
+        return Store(None if folder is None else Path(folder), self.group, self.stop)
+
     def score(self, net: nn.Module, stage: str, concepts: Sequence[Concept]) -> None:
         """Score the present weights, unless evaluation is off or their scores are on disk, made by these settings."""
         where = self.folder / "evaluation" / stage
         lacking = self.group.on_first(lambda: self._lacks_scores(where))
         if lacking:
-            # a compiled net would be compiled again for the shapes of these batches
-            with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):
-                evaluate(self.setup.evaluation, self.backbone, net, self.group, where, concepts, stage, self.stop)
+            if stage == "before":
+                self._score_base(net, where, concepts)
+            else:
+                self._score(net, where, concepts)
             self.costs.set_passes("evaluate", self.evaluation_passes())
             self.costs.write()
         self.tracker.stage(stage)
+
+    def _score_base(self, net: nn.Module, where: Path, concepts: Sequence[Concept]) -> None:
+        """The base's scores are the same in all runs with these settings, whatever their method."""
+        settings, store = self.setup.config.evaluate, self.store
+        key = [
+            *(self.base, self.setup.evaluation.fingerprint, str(next(net.parameters()).dtype), settings.keep_images),
+            *(settings.batch, self.backbone.image_size, list(self.backbone.size_ids or ())),
+            [asdict(concept) for concept in concepts],
+        ]
+        with store.held("scores", key):
+            if store.take("scores", key, where) is None:
+                self._score(net, where, concepts)
+                store.keep("scores", key, where, {})
+
+    def _score(self, net: nn.Module, where: Path, concepts: Sequence[Concept]) -> None:
+        # a compiled net would be compiled again for the shapes of these batches
+        with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):
+            evaluate(self.setup.evaluation, self.backbone, net, self.group, where, concepts, where.name, self.stop)
 
     def evaluation_passes(self) -> int | None:
         """The passes of all stages that are scored; None if an earlier version scored one."""

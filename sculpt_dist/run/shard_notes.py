@@ -16,14 +16,15 @@ from sculpt_dist.core.files import write_atomically
 from sculpt_dist.data.shards import ShardRecord, damage, read_index, write_index
 
 
-def is_indexed(folder: Path, recipe: Mapping[str, Any], whole: Mapping[int, ShardRecord]) -> bool:
-    """Whether the index on disk is of this recipe and of exactly these shards."""
+def is_indexed(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether the index on disk is of this recipe, and all of its shards are whole."""
     if not (folder / "index.json").is_file():
         return False
     try:
         found, records = read_index(folder)
     except ShardError:
         return False
+    whole = whole_shards(folder, recipe)
     return found == recipe and records == [whole[first] for first in sorted(whole)]
 
 

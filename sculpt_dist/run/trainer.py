@@ -47,8 +47,8 @@ class Trainer:
         with self.session.costs.counting("prepare"):
             if self.setup.config.engine.stage == 3:
                 self.engine = build_engine(self.setup, self.backbone, self.group)
-            base, stop = self.session.base, self.session.stop
-            self.shards, passes = prepare_samples(self.setup, self.backbone, self.engine, base, self.group, stop)
+            base, store = self.session.base, self.session.store
+            self.shards, passes = prepare_samples(self.setup, self.backbone, self.engine, base, store)
         self.session.costs.set_passes("prepare", passes)
         return self.shards
 

@@ -22,6 +22,7 @@ from harness import PROJECT, python, rank_environment, sculpt
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.core.locks import Lock
+from sculpt_dist.experiments.jobs import settings_of_many
 from sculpt_dist.experiments.ledger import (
     _new_shares,
     claim_sweep,
@@ -234,6 +235,7 @@ def test_a_trial_has_the_configuration_that_its_command_line_gives(tmp_path):
     assert trial_arguments(file, ["train.clip=0.5", "train.lr=7"], tmp_path / "out", 0, 3) == (
         "unlearn",
         str(plan.config),
+        *settings_of_many(tmp_path / "out"),
         *trial.overrides,
     )
 
