@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sculpt_dist.config.schema import Concept, EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.files import make_folder, write_atomically, writing
 from sculpt_dist.core.progress import progress
 from sculpt_dist.evaluation.classifiers.base import Classifier, load_classifier
 from sculpt_dist.evaluation.metrics.base import Metric, build_metrics
@@ -71,9 +71,7 @@ def evaluate(
     settings, world = evaluation.settings, evaluation.world
     classifier = load_classifier(settings.classifier, world.objects, world.styles)
     batches = as_batches(evaluation.requests, settings.batch)
-    if group.is_first:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-    group.barrier()
+    group.on_first(lambda: make_folder(folder / "images"))
     num_images = _num_rounds(batches, group) * settings.batch  # that one rank draws at most
     metrics = build_metrics(settings, num_images * group.size, num_images * group.rank)
     verdicts: list[BatchVerdict] = []
@@ -87,8 +85,8 @@ def evaluate(
             metric.update(images[counted], [batch[i].prompt for i in counted])
     all_verdicts = [verdict for of_rank in group.to_all(verdicts) for verdict in of_rank]
     extra = _metric_results(metrics, group)
-    scores: dict[str, Any] = {}
-    if group.is_first:
+
+    def score() -> dict[str, Any]:
         judged = [request for batch in batches for request in batch if request.judged]
         answers = collect_answers(judged, all_verdicts)
         scores = compute_scores(evaluation, judged, answers, forgotten)
@@ -96,7 +94,9 @@ def evaluate(
         plain = select_answers(answers, np.array([not request.paraphrased for request in judged]))
         write_atomically(folder / "answers.json", json.dumps(answers_as_lists(plain, world)).encode())
         write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())
-    return group.from_first(scores)
+        return scores
+
+    return group.on_first(score)
 
 
 def draw(settings: EvaluateConfig, backbone: Backbone, net: nn.Module, batch: Sequence[ImageRequest]) -> Tensor:
@@ -161,4 +161,6 @@ def _save_shown(folder: Path, batch: Sequence[ImageRequest], images: Tensor) -> 
 
     for request, image in zip(batch, images):
         if request.shown:
-            Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(folder / "images" / request.shown)
+            file = folder / "images" / request.shown
+            with writing(file):
+                Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sculpt_dist.config.schema import ModelConfig
 from sculpt_dist.core.errors import ModelError
-from sculpt_dist.core.files import file_sha256, text_sha256
+from sculpt_dist.core.files import file_sha256, make_folder, text_sha256
 from sculpt_dist.core.plugins import plugin
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def _pipeline_folder(model: ModelConfig, kind: type[Backbone], group: Group, run
     def unpack() -> None:
         if not unpacked.is_dir():
             check_single_kind(file)  # report a damaged file before missing settings
-            unpacked.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(unpacked.parent)
             for debris in unpacked.parent.glob(f".{unpacked.name}.*.tmp"):
-                shutil.rmtree(debris)
+                shutil.rmtree(debris, ignore_errors=True)
             read_single_file(file, find_settings(model.config, kind.public_settings, model.revision), unpacked)
 
     group.on_first(unpack)

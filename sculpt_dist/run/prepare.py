@@ -17,7 +17,7 @@ from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import NonFiniteError, ShardError
-from sculpt_dist.core.files import derived_seed, file_sha256, text_sha256, write_atomically
+from sculpt_dist.core.files import derived_seed, file_sha256, make_folder, text_sha256, write_atomically
 from sculpt_dist.core.progress import progress
 from sculpt_dist.data.images import open_image, own_images
 from sculpt_dist.data.prompts import ConceptPrompts
@@ -159,22 +159,25 @@ class Drawing:
         todo = [start for start in starts if start not in whole]
         if group.from_first(not todo and _is_indexed(plan.folder, recipe, whole) if group.is_first else None):
             return
-        plan.folder.mkdir(parents=True, exist_ok=True)
+        group.together(lambda: make_folder(plan.folder))
         for first in progress(range(0, len(todo), group.size), f"prepare {plan.label}", group.is_first):
             self.stop.check(f"the samples of {plan.label}")
             place = first + group.rank
             start = todo[min(place, len(todo) - 1)]  # a sharded net needs all ranks, even those without a batch
             ids = range(start, min(start + self.prepare.batch, plan.count))
-            samples = group.together(lambda: self.samples(plan, ids))  # noqa: B023 (called at once)
-            if place < len(todo):
-                name = f"{start // self.prepare.batch:05d}.tar"
-                record = write_shard(plan.folder, name, samples)
-                note = json.dumps({"recipe": recipe, "record": asdict(record)})
-                write_atomically(plan.folder / f".{name}.json", note.encode())
+            written = start if place < len(todo) else None
+            group.together(lambda: self._make_shard(plan, recipe, ids, written))  # noqa: B023 (called at once)
         self.stop.check(f"the samples of {plan.label}")
-        if group.is_first:
-            _write_index(plan.folder, recipe, starts)
-        group.barrier()
+        group.on_first(lambda: _write_index(plan.folder, recipe, starts))
+
+    def _make_shard(self, plan: SourcePlan, recipe: Mapping[str, Any], ids: Sequence[int], start: int | None) -> None:
+        """Draw samples, and write them unless `start` is None."""
+        samples = self.samples(plan, ids)
+        if start is not None:
+            name = f"{start // self.prepare.batch:05d}.tar"
+            record = write_shard(plan.folder, name, samples)
+            note = json.dumps({"recipe": recipe, "record": asdict(record)})
+            write_atomically(plan.folder / f".{name}.json", note.encode())
 
     def recipe(self, plan: SourcePlan) -> dict[str, Any]:
         """Everything that decides the samples of a source."""
@@ -291,7 +294,7 @@ def _embed_once(
 
     def embed() -> None:
         if not backbone.read_embeddings(file, key):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             backbone.write_embeddings(file, key, prompts, negatives)
 
     group.on_first(embed)

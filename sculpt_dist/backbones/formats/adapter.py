@@ -33,6 +33,7 @@ from sculpt_dist.backbones.io.folders import component_config, empty_component
 from sculpt_dist.backbones.io.tensorfile import Entry, raw_bytes, write_tensors
 from sculpt_dist.backbones.parts.components import model_class
 from sculpt_dist.core.errors import ConfigError, ModelError
+from sculpt_dist.core.files import make_folder, writing
 from sculpt_dist.maths.low_rank import low_rank_factors
 
 FORMS = ("lora", "kohya")
@@ -128,9 +129,9 @@ def _check(net: StoredNet, form: str, rank: int, file: Path) -> None:
 def _write(net: StoredNet, weights: Iterable[tuple[str, Tensor]], file: Path, form: str, rank: int) -> Lost:
     """Factorise matrix by matrix into a spool, then write the file: its header comes first, and says what is lost."""
     _check(net, form, rank, file)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     carried = _carried(net)
-    with TemporaryFile(dir=file.parent) as spool:
+    with writing(file), TemporaryFile(dir=file.parent) as spool:
         pairs = [_spooled(spool, name, change, rank) for name, change in _changes(net, carried, weights)]
         if not pairs:
             raise ModelError(f"{net.part}: nothing changed, so there is nothing to write; give the unlearned model")

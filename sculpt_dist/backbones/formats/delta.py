@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from sculpt_dist.backbones.io.folders import is_named, pipeline_index, weight_in
 from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, raw_bytes, write_tensors
 from sculpt_dist.backbones.io.writing import settings_files
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.files import make_folder, written_aside
 from sculpt_dist.core.messages import shown
 
 FORMAT, VERSION = "sculpt-dist delta", "1"
@@ -79,7 +79,7 @@ def write_delta(base: Path, model: Path, file: Path) -> int:
             "pipeline": before.pipeline,
             "tensors": json.dumps({name: change._asdict() for name, change in changes.items()}),
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         differences = ((name, _bits(before[name]) ^ _bits(after[name].to(before.held[name].dtype))) for name in changes)
         write_tensors(file, planned, differences, metadata)
     return len(changes)
@@ -101,8 +101,8 @@ def apply_delta(folder: Path, file: Path, output: Path, remove: bool = False) ->
         change = stack.enter_context(safe_open(file, "pt"))
         _check_fits(net, delta, change, remove)
         copied = _copied(net)
-        aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        try:
+        make_folder(output.parent)
+        with written_aside(output) as aside:
             (aside / net.name).mkdir(parents=True)
             for source in copied:
                 target = aside / source.relative_to(folder)
@@ -112,9 +112,6 @@ def apply_delta(folder: Path, file: Path, output: Path, remove: bool = False) ->
                 planned = entries(source)
                 tensors = _applied(net, planned, delta, change)
                 write_tensors(aside / net.name / source.name, planned, tensors, _metadata(source))
-            aside.rename(output)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_delta(file: Path) -> Delta:

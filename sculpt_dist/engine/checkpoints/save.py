@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sculpt_dist.core.errors import NonFiniteError, RunFolderError, StopRequested
-from sculpt_dist.core.files import file_sha256, free_space, sync, write_atomically
+from sculpt_dist.core.files import file_sha256, free_space, sync, write_atomically, writing
 from sculpt_dist.engine.checkpoints.restore import LATEST, MANIFEST, SCHEMA, written
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.sharding.shards import Shard
@@ -86,10 +86,11 @@ class Saver:
         self.group.together(lambda: _raise_if_failed(failed))
 
     def _create(self, partial: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        partial.mkdir()
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)  # a run folder that was deleted does not come back
+            for leftover in self.folder.glob(".writing-*"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
 
     def _write(self, partial: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write this rank's file, and on rank 0 everything else; a failure is kept for `finish` to raise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from sculpt_dist.core.errors import StopRequested
-from sculpt_dist.core.files import append_line
+from sculpt_dist.core.files import append_line, writing
 from sculpt_dist.core.signals import STOPPING, early, is_ignored
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.heartbeat import Heartbeat, describe_silent
@@ -63,7 +64,8 @@ class StopRequest:
         if kind is StopRequested:  # on all ranks
             # Write the mark first: once a rank exits, its launcher ends the others.
             if self.group.is_first:
-                (self.folder / REQUEUE_FILE).touch()
+                with writing(self.folder / REQUEUE_FILE):
+                    (self.folder / REQUEUE_FILE).touch()
             self.group.barrier()
         self._closing.set()
         if self._before:
@@ -126,8 +128,10 @@ class StopRequest:
         message = (
             f"rank {self.group.rank}: asked to stop, and exited without saving: {why}; the last checkpoint is kept"
         )
-        append_line(self.folder / LOG_FILE, f"{CAUSE}{message}" if silent else message)
+        with contextlib.suppress(OSError):  # it ends in any case
+            append_line(self.folder / LOG_FILE, f"{CAUSE}{message}" if silent else message)
         if silent:
             os._exit(CRASHED)
-        (self.folder / REQUEUE_FILE).touch()
+        with contextlib.suppress(OSError):
+            (self.folder / REQUEUE_FILE).touch()
         os._exit(STOPPED)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sculpt_dist.core.errors import SculptError, StopRequested
-from sculpt_dist.core.files import append_line
+from sculpt_dist.core.files import append_line, writing
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.launch import job_name
 from sculpt_dist.engine.stopping.heartbeat import is_lost_connection
@@ -23,12 +24,7 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
     hangs, and logs that unless another rank has given a cause by then.
     """
     log = folder / LOG_FILE
-    if group.is_first:
-        job = f", job {job_name()}" if job_name() else ""
-        append_line(log, f"began on {group.size} rank(s), {platform.node()}{job}")
-        (folder / REQUEUE_FILE).unlink(missing_ok=True)
-    group.barrier()
-    began = log.stat().st_size
+    began = group.on_first(lambda: _begin(log, group.size))
     try:
         with StopRequest(group, folder, grace) as stop:
             try:
@@ -47,7 +43,7 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
                     _log_cause(log, began, f"{culprit}; seen by rank {group.rank}: {_first_line(error)}")
                 else:
                     what = f"{type(error).__name__}: {_first_line(error)}"
-                    append_line(log, f"{CAUSE}rank {group.rank} on {platform.node()}: {what}")
+                    _append(log, f"{CAUSE}rank {group.rank} on {platform.node()}: {what}")
                 raise
     except StopRequested as stopped:
         if group.is_first:
@@ -57,12 +53,28 @@ def watched(group: Group, folder: Path, grace: float) -> Iterator[StopRequest]:
         append_line(log, "done")
 
 
+def _begin(log: Path, ranks: int) -> int:
+    """Log the beginning; returns the size of the log then."""
+    job = f", job {job_name()}" if job_name() else ""
+    append_line(log, f"began on {ranks} rank(s), {platform.node()}{job}")
+    with writing(log):
+        (log.parent / REQUEUE_FILE).unlink(missing_ok=True)
+        return log.stat().st_size
+
+
 def _log_cause(log: Path, began: int, cause: str) -> None:
     """Log a cause unless another rank has logged one since the run began."""
-    with log.open("rb") as file:
+    with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(began)
-        if CAUSE.encode() not in file.read():
-            append_line(log, CAUSE + cause)
+        if CAUSE.encode() in file.read():
+            return
+    _append(log, CAUSE + cause)
+
+
+def _append(log: Path, text: str) -> None:
+    """Log while an error is raised, which may be that the disk is full: nothing hides it."""
+    with contextlib.suppress(OSError):
+        append_line(log, text)
 
 
 def _first_line(error: Exception) -> str:
