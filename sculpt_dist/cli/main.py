@@ -16,7 +16,7 @@ import typer
 from sculpt_dist.cli import experiments, plan, reference, run
 from sculpt_dist.cli.bench import bench_app
 from sculpt_dist.cli.options import is_first, num_ranks
-from sculpt_dist.core.errors import LaunchError, NonFiniteError, SculptError, StopRequested
+from sculpt_dist.core.errors import LaunchError, NonFiniteError, SculptError, StopRequested, WriteError
 
 DONE, CRASHED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
@@ -24,6 +24,8 @@ REFUSED_BY_DISK = (  # what a user mends: room, permissions, a file where a fold
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
+
+OF_ONE_RANK = (LaunchError, NonFiniteError, WriteError)
 
 app = typer.Typer(
     help="Make a text-to-image diffusion model forget concepts.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -67,7 +69,7 @@ def main() -> NoReturn:
     try:
         run_command()
     except SculptError as error:
-        if is_first() or isinstance(error, (LaunchError, NonFiniteError)):  # other errors are the same on every rank
+        if is_first() or isinstance(error, OF_ONE_RANK):  # other errors are the same on every rank
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # a launcher ends all ranks when one ends, and the first rank prints the message

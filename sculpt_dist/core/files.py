@@ -15,11 +15,13 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from sculpt_dist.core.errors import RunFolderError, WriteError
+from sculpt_dist.core.messages import redacted
 
 SEAL = "sha256"  # the key of a sealed record, and the last line of a sealed text
 
@@ -109,39 +111,89 @@ def by_number(path: Path) -> tuple[tuple[int, ...], str]:
     return tuple(int(digits) for digits in re.findall(r"\d+", path.name)), path.name
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes `path`: turns what the disk refuses into a WriteError with the place and the free room."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        cause = error.strerror or error
+        raise WriteError(f"{path}: cannot be written: {cause} ({free_space(path.parent)})") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it where they are missing. Raises WriteError."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` for the block to write a file or folder under, which is then renamed to `path`.
+
+    After a crash `path` is as before or complete. When the block fails, nothing is left. Raises WriteError when the
+    disk refuses.
+    """
+    aside = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            yield aside
+            if aside.is_file():
+                sync(aside)
+            os.replace(aside, path)
+    except BaseException:
+        _remove(aside)
+        raise
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; after a crash it holds the old content or the new, never part of either.
 
     Raises WriteError, which is an OSError too, and leaves nothing behind, when the disk refuses.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
+    with written_aside(path) as aside:
+        aside.write_bytes(content)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in a folder under a name of `written_aside`."""
+    for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+        process = re.search(r"\.(\d+)\.tmp$", path.name)
+        if process and (int(process[1]) == os.getpid() or not Path(f"/proc/{process[1]}").exists()):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise WriteError(f"{path}: cannot be written: {error.strerror or error} ({free_space(path.parent)})") from error
+            path.unlink(missing_ok=True)
 
 
 def free_space(folder: Path) -> str:
     """How much room the disk of a folder has, for messages."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free"
+    with contextlib.suppress(OSError):
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free"
+    return "its disk does not answer"
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append one line with a timestamp to a log. A single write keeps it whole when several processes append."""
-    line = f"{datetime.datetime.now().isoformat(' ', 'seconds')} {' '.join(text.splitlines())}\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode(errors="backslashreplace"))
-    finally:
-        os.close(descriptor)
+    """Append one line with a timestamp to a log, without passwords. Raises WriteError.
+
+    A single write keeps it whole when several processes append.
+    """
+    line = f"{datetime.datetime.now().isoformat(' ', 'seconds')} {' '.join(redacted(text).splitlines())}\n"
+    with writing(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode(errors="backslashreplace"))
+        finally:
+            os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.core.errors import ShardError
-from sculpt_dist.core.files import file_sha256, write_atomically
+from sculpt_dist.core.files import file_sha256, write_atomically, written_aside
 
 MEMBERS = ("latent.npy", "json")  # the files of each sample; a shard must not contain anything else
 INDEX = "index.json"
@@ -53,25 +53,25 @@ class Sample:
 
 
 def write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> ShardRecord:
-    """Write one tar under a temporary name, then rename it. The samples must have consecutive ids."""
+    """Write one tar aside, then rename it. The samples must have consecutive ids. Raises WriteError."""
     import webdataset
 
-    aside = folder / f".{name}.{os.getpid()}.tmp"
-    with webdataset.TarWriter(str(aside), encoder=False, mtime=0, user="", group="") as writer:
-        for sample in samples:
-            buffer = io.BytesIO()
-            np.save(buffer, sample.latent.float().cpu().numpy(), allow_pickle=False)
-            content: dict[str, Any] = {"key": sample.key, "prompt": sample.prompt}
-            if sample.size_ids is not None:
-                content["size_ids"] = list(sample.size_ids)
-            writer.write(
-                {"__key__": f"{sample.key:08d}", "latent.npy": buffer.getvalue(), "json": json.dumps(content).encode()}
-            )
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    record = scan_shard(aside, name, samples[0].key)
-    os.replace(aside, folder / name)
-    return record
+    with written_aside(folder / name) as aside:
+        with webdataset.TarWriter(str(aside), encoder=False, mtime=0, user="", group="") as writer:
+            for sample in samples:
+                buffer = io.BytesIO()
+                np.save(buffer, sample.latent.float().cpu().numpy(), allow_pickle=False)
+                content: dict[str, Any] = {"key": sample.key, "prompt": sample.prompt}
+                if sample.size_ids is not None:
+                    content["size_ids"] = list(sample.size_ids)
+                writer.write(
+                    {
+                        "__key__": f"{sample.key:08d}",
+                        "latent.npy": buffer.getvalue(),
+                        "json": json.dumps(content).encode(),
+                    }
+                )
+        return scan_shard(aside, name, samples[0].key)
 
 
 def scan_shard(path: Path, name: str, first: int) -> ShardRecord:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sculpt_dist.config.schema import Concept, EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import text_sha256, write_atomically, write_record
+from sculpt_dist.core.files import make_folder, text_sha256, write_atomically, write_record
 from sculpt_dist.core.progress import progress
 from sculpt_dist.evaluation.classifiers.base import Classifier, load_classifier
 from sculpt_dist.evaluation.kept_images import images_csv, kept_names, save_image
@@ -71,9 +71,7 @@ def evaluate(
     settings, world = evaluation.settings, evaluation.world
     classifier = load_classifier(settings.classifier, world.objects, world.styles)
     batches = as_batches(evaluation.requests, settings.batch)
-    if group.is_first:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-    group.barrier()
+    group.on_first(lambda: make_folder(folder / "images"))
     num_images = _num_rounds(batches, group) * settings.batch  # that one rank draws at most
     metrics = build_metrics(settings, num_images * group.size, num_images * group.rank)
     verdicts: list[BatchVerdict] = []
@@ -92,8 +90,8 @@ def evaluate(
     of_ranks = group.to_all((verdicts, checksums, backbone.passes - passes))
     all_verdicts = [verdict for of_rank, _, _ in of_ranks for verdict in of_rank]
     extra = _metric_results(metrics, group)
-    scores: dict[str, Any] = {}
-    if group.is_first:
+
+    def score() -> dict[str, Any]:
         judged = [request for batch in batches for request in batch if request.judged]
         answers = collect_answers(judged, all_verdicts)
         scores = compute_scores(evaluation, judged, answers, forgotten)
@@ -104,7 +102,9 @@ def evaluate(
         write_atomically(folder / "images.csv", listed.encode())
         scores |= {"passes": sum(count for _, _, count in of_ranks), "files": {"images.csv": text_sha256(listed)}}
         write_record(folder / "scores.json", scores)
-    return group.from_first(scores)
+        return scores
+
+    return group.on_first(score)
 
 
 def draw(settings: EvaluateConfig, backbone: Backbone, net: nn.Module, batch: Sequence[ImageRequest]) -> Tensor:

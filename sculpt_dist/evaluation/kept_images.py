@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sculpt_dist.core.files import writing
 from sculpt_dist.evaluation.requests import Evaluation, ImageRequest
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def save_image(file: Path, image: Tensor, request: ImageRequest, evaluation: Eva
         about.add_text(key, value)
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, "PNG", pnginfo=about)
-    file.write_bytes(buffer.getvalue())
+    with writing(file):
+        file.write_bytes(buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 

@@ -19,7 +19,7 @@ from sculpt_dist.config.load import load_config, merge_section, read_yaml
 from sculpt_dist.config.packaged import PACKAGED, find_config
 from sculpt_dist.config.schema import Concept, EvaluateConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import is_folder_name, read_object, write_atomically
+from sculpt_dist.core.files import is_folder_name, make_folder, read_object, write_atomically
 from sculpt_dist.core.messages import shown
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.requests import resolve_evaluation
@@ -241,7 +241,7 @@ def read_record(file: Path | None) -> dict[str, dict[str, Any]]:
 def _write_record(file: Path, results: Mapping[str, Any]) -> None:
     """Write one line per cell, sorted by key."""
     lines = [json.dumps(results[key], sort_keys=True) for key in sorted(results)]
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_atomically(file, ("\n".join(lines) + "\n").encode())
 
 

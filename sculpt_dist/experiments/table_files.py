@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sculpt_dist.config.experiments import Comparison
-from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.files import make_folder, write_atomically
 from sculpt_dist.experiments.tables import SCORES, FinishedCell, Line, extra_names, table_lines
 from sculpt_dist.report.render import render
 
@@ -30,7 +30,7 @@ def write_tables(folder: Path, comparison: Comparison, finished: Mapping[str, Fi
         for table in comparison.tables
         for backbone in table.backbones
     ]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     plain = [vars(block) | {"lines": [_as_json(line) for line in block.lines]} for block in blocks]
     write_atomically(folder / "compare.json", (json.dumps(plain, indent=1) + "\n").encode())
     write_atomically(folder / "compare.md", as_markdown(comparison, blocks).encode())

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.files import make_folder, write_atomically
 from sculpt_dist.report.figures import draw_loss, draw_mask, draw_pngs, draw_relapse
 from sculpt_dist.report.grid import Grid, draw_grid, encode, read_grid
 from sculpt_dist.report.listed import listed_images
@@ -30,7 +30,7 @@ def write_report(folder: Path) -> Path:
     if grid:
         figures["grid"] = encode(draw_grid(grid), "PNG")
     out = run.folder / "report"
-    out.mkdir(exist_ok=True)
+    make_folder(out)
     for name, png in figures.items():
         write_atomically(out / f"{name}.png", png)
     write_atomically(out / "report.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())

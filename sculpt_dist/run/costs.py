@@ -105,7 +105,8 @@ class Costs:
             "bytes_communicated": self.bytes_communicated,
         }
         ranks = self.group.to_all(costs | {"peak_memory_bytes": peak_memory(self.group.device)})
-        if self.group.is_first:
+
+        def write() -> None:
             content = {name: ranks[0][name] for name in ("seconds", "bytes_communicated")} | {
                 "cpu_seconds": {part: sum(rank["cpu_seconds"][part] for rank in ranks) for part in self.cpu_seconds},
                 "passes": {part: sum(rank["passes"][part] for rank in ranks) for part in self.passes},
@@ -115,6 +116,8 @@ class Costs:
                 "of_rank": ranks,
             }
             write_record(self.folder / "costs.json", content)
+
+        self.group.on_first(write)
 
     def _flush(self) -> None:
         wall, cpu, sent, passed = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.io.writing import write_pipeline
-from sculpt_dist.core.errors import NonFiniteError, RunFolderError
-from sculpt_dist.core.files import free_space, read_object
+from sculpt_dist.core.errors import NonFiniteError
+from sculpt_dist.core.files import read_object, write_atomically, written_aside
 from sculpt_dist.engine.group import Group
 from sculpt_dist.run.owned import make_room, record_model
 
@@ -27,7 +26,7 @@ def export_model(
 
     `weights` are the changed parameters, whole on the first rank; the rest is streamed from the base. An adapter is
     merged. Everything is written in `dtype`, such as float32. Raises, on all ranks, NonFiniteError for a weight that is
-    not finite in that type, and RunFolderError when the disk refuses.
+    not finite in that type, and WriteError when the disk refuses.
     """
     weights = iter(weights)
 
@@ -45,9 +44,8 @@ def export_model(
 
 def _write(dtype: torch.dtype, backbone: Backbone, weights: Iterator[tuple[str, Tensor | None]], folder: Path) -> None:
     place = folder.resolve()  # a link leads to another disk, as a rule
-    aside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     for debris in place.parent.glob(f".{place.name}.*.tmp"):
-        shutil.rmtree(debris)
+        shutil.rmtree(debris, ignore_errors=True)
     written: set[str] = set()
 
     def changed() -> Iterator[tuple[str, Tensor]]:
@@ -65,18 +63,10 @@ def _write(dtype: torch.dtype, backbone: Backbone, weights: Iterator[tuple[str, 
             if name not in written:
                 yield name, tensor
 
-    try:
+    with written_aside(place) as aside:
         write_pipeline(backbone.folder, aside, backbone.net_name, dtype, chain(changed(), unchanged()))
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise RunFolderError(f"{folder}: cannot be written: {error} ({free_space(place.parent)})") from error
-        raise
-    if folder.exists():
-        make_room(folder)
-    if place.is_dir():  # emptied, behind a link
-        place.rmdir()
-    os.rename(aside, place)
+        if folder.exists():
+            make_room(folder)
     record_model(folder)
 
 
@@ -87,7 +77,6 @@ def write_card(run: Path, backbone: Backbone, into: Path | None = None, adapter:
     """
     from omegaconf import OmegaConf
 
-    from sculpt_dist.core.files import write_atomically
     from sculpt_dist.report.card import licence_of, model_card
 
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))

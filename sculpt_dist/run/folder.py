@@ -16,7 +16,7 @@ from yaml import YAMLError
 from sculpt_dist.config.load import plain_values, to_yaml
 from sculpt_dist.config.schema import EvaluateConfig, ModelConfig, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError, RunFolderError
-from sculpt_dist.core.files import read_object, sealed_text, write_atomically, write_record
+from sculpt_dist.core.files import read_object, remove_leftovers, sealed_text, write_atomically, write_record
 from sculpt_dist.core.locks import Lock
 from sculpt_dist.run.fingerprint import config_fingerprint, deciding_keys, list_checksums
 from sculpt_dist.run.owned import make_room
@@ -66,6 +66,19 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
     held = _lock(folder)
     if held:
         return held
+    refused = "an error"
+    try:
+        refused = _claim_locked(folder, config, before)
+    finally:
+        if refused:
+            release_folder(folder)
+    return refused
+
+
+def _claim_locked(folder: Path, config: RunConfig, before: dict[Any, Any] | None) -> str | None:
+    inside = (place for name in ("data", "evaluation", "report") for place in (folder / name).rglob("**"))
+    for place in (folder, folder / "checkpoints", *inside):
+        remove_leftovers(place)
     strangers = [path.name for path in folder.iterdir() if before is not None and _is_strange(path.name)]
     if strangers:
         print(f"run.folder={folder} also holds {', '.join(sorted(strangers)[:5])}: not of this run, left alone")
@@ -82,7 +95,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
         if changes:
             print(f"continuing with another configuration: {'; '.join(changes)}", flush=True)
             return None  # config.yaml is rewritten once the checkpoint is known to fit
-    write_atomically(file, sealed_text(to_yaml(config)).encode())
+    write_atomically(folder / "config.yaml", sealed_text(to_yaml(config)).encode())
     return None
 
 

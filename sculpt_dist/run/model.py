@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sculpt_dist.config.schema import ModelConfig
 from sculpt_dist.core.errors import ModelError
-from sculpt_dist.core.files import file_sha256, text_sha256
+from sculpt_dist.core.files import file_sha256, make_folder, text_sha256
 from sculpt_dist.core.plugins import plugin
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ def _pipeline_folder(model: ModelConfig, kind: type[Backbone], group: Group, run
             return
         if is_file:
             check_single_kind(place)  # report a damaged file before missing settings
-        unpacked.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(unpacked.parent)
         for debris in unpacked.parent.glob(f".{unpacked.name}.*.tmp"):
-            shutil.rmtree(debris)
+            shutil.rmtree(debris, ignore_errors=True)
         if is_file:
             read_single_file(place, find_settings(model.config, kind.public_settings, model.revision), unpacked)
         else:

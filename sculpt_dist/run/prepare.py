@@ -17,7 +17,7 @@ from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import NonFiniteError
-from sculpt_dist.core.files import derived_seed, file_sha256, text_sha256
+from sculpt_dist.core.files import derived_seed, file_sha256, make_folder, text_sha256
 from sculpt_dist.core.progress import progress
 from sculpt_dist.data.images import open_image, own_images
 from sculpt_dist.data.prompts import ConceptPrompts
@@ -190,17 +190,22 @@ class Drawing:
             plan, recipe, start = queue[min(place, len(queue) - 1)]  # a sharded net needs all ranks in each forward
             stop.check(f"the samples of {queue[first][0].label}")
             ids = range(start, min(start + batch, plan.count))
-            before = self.backbone.passes
-            samples = group.together(lambda: self.samples(plan, ids))  # noqa: B023 (called at once)
-            if place < len(queue):
-                plan.folder.mkdir(parents=True, exist_ok=True)
-                record = write_shard(plan.folder, f"{start // batch:05d}.tar", samples)
-                write_note(plan.folder, record, recipe, self.backbone.passes - before)
+            written = start if place < len(queue) else None
+            group.together(lambda: self._make_shard(plan, recipe, ids, written))  # noqa: B023 (called at once)
         if queue:
             stop.check(f"the samples of {queue[-1][0].label}")
         for plan, recipe in sources:
             group.on_first(lambda: index_shards(plan.folder, recipe, range(0, plan.count, batch)))  # noqa: B023
             self.store.keep("samples", recipe, plan.folder, {})
+
+    def _make_shard(self, plan: SourcePlan, recipe: Mapping[str, Any], ids: Sequence[int], start: int | None) -> None:
+        """Draw samples, and write them unless `start` is None."""
+        before = self.backbone.passes
+        samples = self.samples(plan, ids)
+        if start is not None:
+            make_folder(plan.folder)
+            record = write_shard(plan.folder, f"{start // self.prepare.batch:05d}.tar", samples)
+            write_note(plan.folder, record, recipe, self.backbone.passes - before)
 
     def recipe(self, plan: SourcePlan) -> dict[str, Any]:
         """Everything that decides the samples of a source."""
@@ -279,7 +284,7 @@ def _embed_once(
 
     def embed() -> None:
         if not backbone.read_embeddings(file, key):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             backbone.write_embeddings(file, key, prompts, negatives)
 
     group.on_first(embed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.run.export import export_model, write_card
@@ -44,18 +45,19 @@ def run_sequence(config: RunConfig) -> Run:
     with open_session(setup, group) as session:
         runner = KINDS[setup.method.kind].runner(session)
         shards = runner.prepare()
-        if group.is_first:
-            write_manifest(session.folder, config, session.base, shards)
+        group.on_first(lambda: write_manifest(session.folder, config, session.base, shards))
         weights = runner.unlearn()
         export_model(config.model.dtype, session.backbone, weights, session.folder / "model", group)
         session.costs.write()
-        if group.is_first:
-            from sculpt_dist.report.report import write_report
-
-            mark_finished(session.folder)
-            write_report(session.folder)
-            write_card(session.folder, session.backbone)
-        group.barrier()
+        group.on_first(lambda: _finish(session.folder, session.backbone))
         session.tracker.finish()  # uploading the model may take long; the other ranks are done
     release_folder(session.folder)
     return Run(session.folder, json.loads((session.folder / "report" / "report.json").read_text()))
+
+
+def _finish(folder: Path, backbone: Backbone) -> None:
+    from sculpt_dist.report.report import write_report
+
+    mark_finished(folder)
+    write_report(folder)
+    write_card(folder, backbone)

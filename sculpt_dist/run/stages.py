@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.core.files import make_folder
 from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_evaluation, check_prompts, evaluate
 from sculpt_dist.run.export_forms import Form
@@ -34,7 +35,7 @@ def evaluate_only(config: RunConfig, model: Path | None, output: Path | None) ->
     where = output or folder / "evaluation" / "model"
     check_evaluation(setup.evaluation)
     group = setup.join_ranks()
-    group.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    group.on_first(lambda: make_folder(folder))
     with watched(group, folder, config.engine.grace) as stop:
         backbone = open_backbone(config.model, group, folder, model)
         group.on_first(lambda: base_fingerprint(backbone.folder))  # compares the weights with the export's checksums

@@ -42,6 +42,7 @@ from sculpt_dist.backbones.io.tensorfile import Entry, raw_bytes, write_tensors
 from sculpt_dist.backbones.parts.components import model_class
 from sculpt_dist.backbones.parts.lora import write_lora_config
 from sculpt_dist.core.errors import ConfigError, ModelError
+from sculpt_dist.core.files import make_folder, writing
 from sculpt_dist.core.progress import progress
 from sculpt_dist.maths.low_rank import low_rank_factors
 
@@ -162,9 +163,9 @@ def _write(
 ) -> Lost:
     """Factorise matrix by matrix into a spool, then write the file: its header comes first, and says what is lost."""
     _check(net, form, rank, file)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     carried = _carried(net)
-    with TemporaryFile(dir=file.parent) as spool:
+    with writing(file), TemporaryFile(dir=file.parent) as spool:
         changes = progress(_changes(net, carried, weights), "factorise", shown)
         pairs = [_spooled(spool, name, change, rank) for name, change in changes]
         if not pairs:

@@ -13,7 +13,6 @@ in the file, sha256: of the other metadata. The last four are missing in deltas 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -31,7 +30,7 @@ from sculpt_dist.backbones.io.folders import is_named, pipeline_index, weight_in
 from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, write_tensors
 from sculpt_dist.backbones.io.writing import settings_files, write_checksums
 from sculpt_dist.core.errors import ModelError
-from sculpt_dist.core.files import is_intact, sealed
+from sculpt_dist.core.files import is_intact, make_folder, sealed, written_aside
 from sculpt_dist.core.messages import shown
 
 FORMAT, VERSION = "sculpt-dist delta", "1"
@@ -93,7 +92,7 @@ def write_delta(base: Path, model: Path, file: Path, about: About | None = None)
             "card": (model / CARD).read_text() if (model / CARD).is_file() else "",
             "checksums": json.dumps(checksums),
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         differences = ((name, _bits(before[name]) ^ _bits(after[name].to(before.held[name].dtype))) for name in changes)
         write_tensors(file, planned, differences, sealed(metadata))
     return len(changes)
@@ -116,8 +115,8 @@ def apply_delta(folder: Path, file: Path, output: Path, remove: bool = False) ->
         change = stack.enter_context(safe_open(file, "pt"))
         _check_fits(net, delta, change, remove)
         copied = _copied(net)
-        aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        try:
+        make_folder(output.parent)
+        with written_aside(output) as aside:
             (aside / net.name).mkdir(parents=True)
             for source in copied:
                 target = aside / source.relative_to(folder)
@@ -130,9 +129,6 @@ def apply_delta(folder: Path, file: Path, output: Path, remove: bool = False) ->
             if delta.card:
                 _change_card(aside, delta.card, remove)
             write_checksums(aside)
-            aside.rename(output)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_delta(file: Path) -> Delta:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -31,6 +30,7 @@ from sculpt_dist.backbones.io.folders import is_named, weight_files
 from sculpt_dist.backbones.io.tensorfile import Entry, entries, unwrapped, write_tensors
 from sculpt_dist.backbones.io.writing import set_dtype, settings_files
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.files import make_folder, written_aside
 
 __all__ = ["looks_like", "read_single_file", "write_single_file"]
 
@@ -92,7 +92,7 @@ def write_single_file(folder: Path, file: Path, about: About | None = None) -> N
             )
     planned = [Entry(entry.name, sources[0].dtype, entry.shape) for entry, sources in pieces]
     marks = [Entry(mark, torch.float32, (0,)) for mark in _marks(folder)]
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with ExitStack() as stack:
         marking = ((mark.name, torch.empty(0)) for mark in marks)
         header = {"format": "pt"} | metadata(about, folder, "sgm")
@@ -187,18 +187,15 @@ def read_single_file(file: Path, template: Path, folder: Path) -> None:
     plan = originals(template, kind)
     found = _found(file, held, PREFIXES[kind])
     _check(file, template, [entry for part in plan.values() for entry in part], found)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir(parents=True)
+    make_folder(folder.parent)
+    with written_aside(folder) as aside:
+        aside.mkdir()
         _copy_settings(template, aside, plan)
         with ExitStack() as stack:
             fetch = _fetcher(stack)
             for part, content in plan.items():
                 _write_part(aside / part, content, found, fetch)
         _apply_marks(aside, {entry.name for entry in held})
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _apply_marks(folder: Path, names: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.files import writing
 from sculpt_dist.core.messages import shown
 
 # The format (github.com/huggingface/safetensors, README "Format"): 8 bytes of header length, little-endian; a JSON
@@ -149,34 +151,39 @@ class TensorWriter:
             raise ValueError(f"{file}: the plan names a tensor twice")
         header, self._places = _header(planned, metadata)
         self._start = len(header)
-        self._aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        self._out = self._aside.open("wb")
-        self._out.write(header)
+        self._aside = file.with_name(f".{file.name[:200]}.{os.getpid()}.tmp")
+        with writing(file):
+            self._out = self._aside.open("wb")
+            self._out.write(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Raises ValueError when the tensor differs from the plan, or is written already."""
+        """Raises ValueError when the tensor differs from the plan, or is written already; WriteError."""
         given = Entry(name, tensor.dtype, tuple(tensor.shape))
         if self._missing.get(name) != given:
             raise ValueError(f"{self.file}: planned {self._missing.get(name)}, got {given}")
-        self._out.seek(self._start + self._places[name])
-        self._out.write(raw_bytes(tensor))
+        with writing(self.file):
+            self._out.seek(self._start + self._places[name])
+            self._out.write(raw_bytes(tensor))
         del self._missing[name]
 
     def finish(self) -> None:
-        """Move the file into place. Raises ValueError when a planned tensor is missing."""
+        """Move the file into place. Raises ValueError when a planned tensor is missing; WriteError."""
         if self._missing:
             raise ValueError(
                 f"{self.file}: {len(self._missing)} planned tensors are missing, first {next(iter(self._missing))}"
             )
-        self._out.flush()
-        os.fsync(self._out.fileno())
-        self._out.close()
-        os.replace(self._aside, self.file)
+        with writing(self.file):
+            self._out.flush()
+            os.fsync(self._out.fileno())
+            self._out.close()
+            os.replace(self._aside, self.file)
 
     def abandon(self) -> None:
         """Remove the temporary file, if `finish` did not move it."""
-        self._out.close()
-        self._aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is buffered may not fit
+            self._out.close()
+        with contextlib.suppress(OSError):
+            self._aside.unlink(missing_ok=True)
 
 
 def write_tensors(

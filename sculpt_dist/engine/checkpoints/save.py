@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sculpt_dist.core.errors import NonFiniteError, RunFolderError, StopRequested
-from sculpt_dist.core.files import file_sha256, free_space, sync, write_atomically
+from sculpt_dist.core.files import file_sha256, free_space, sync, write_atomically, writing
 from sculpt_dist.engine.checkpoints.restore import LATEST, MANIFEST, SCHEMA, written
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.sharding.shards import Shard
@@ -89,9 +89,10 @@ class Saver:
         self.group.together(lambda: _raise_if_failed(failed))
 
     def _create(self, partial: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_partial()
-        partial.mkdir()
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)  # a run folder that was deleted does not come back
+            self._remove_partial()
+            partial.mkdir()
 
     def _remove_partial(self) -> None:
         for partial in self.folder.glob(".writing-*"):

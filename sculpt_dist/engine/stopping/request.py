@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from sculpt_dist.core.errors import StopRequested
-from sculpt_dist.core.files import append_line
+from sculpt_dist.core.files import append_line, writing
 from sculpt_dist.core.signals import STOPPING, early, is_ignored
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.heartbeat import Heartbeat, describe_late, describe_silent
@@ -68,7 +69,8 @@ class StopRequest:
         if kind is StopRequested:  # on all ranks
             # Write the mark first: once a rank exits, its launcher ends the others.
             if self.group.is_first:
-                (self.folder / REQUEUE_FILE).touch()
+                with writing(self.folder / REQUEUE_FILE):
+                    (self.folder / REQUEUE_FILE).touch()
             self.group.barrier()
         self._closing.set()
         self.group.wait_for_work = None
@@ -100,10 +102,12 @@ class StopRequest:
     def log_cause(self, cause: str) -> None:
         """Log the cause of a failure unless another rank has logged one since the work began."""
         log = self.folder / LOG_FILE
-        with log.open("ab+") as file:
+        with contextlib.suppress(OSError), log.open("rb") as file:
             file.seek(self._log_began)
-            if CAUSE.encode() not in file.read():
-                append_line(log, CAUSE + cause)
+            if CAUSE.encode() in file.read():
+                return
+        with contextlib.suppress(OSError):  # a full disk, say, which may be the cause: nothing hides it
+            append_line(log, CAUSE + cause)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Python's signal handler; by the time it runs, the thread has noted the signal already."""
@@ -146,6 +150,8 @@ class StopRequest:
         if silent:
             self.log_cause(message)
             os._exit(CRASHED)
-        append_line(self.folder / LOG_FILE, message)
-        (self.folder / REQUEUE_FILE).touch()
+        with contextlib.suppress(OSError):  # it ends in any case
+            append_line(self.folder / LOG_FILE, message)
+        with contextlib.suppress(OSError):
+            (self.folder / REQUEUE_FILE).touch()
         os._exit(STOPPED)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sculpt_dist.core.errors import SculptError, StopRequested
-from sculpt_dist.core.files import append_line
+from sculpt_dist.core.files import append_line, writing
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.launch import job_name
 from sculpt_dist.engine.stopping.heartbeat import is_lost_connection
@@ -24,11 +25,7 @@ def watched(group: Group, folder: Path, grace: float, late_after: float | None =
     group's time limit, as NCCL gives no chance to log anything after its own.
     """
     log = folder / LOG_FILE
-    if group.is_first:
-        job = f", job {job_name()}" if job_name() else ""
-        append_line(log, f"began on {group.size} rank(s), {platform.node()}{job}")
-        (folder / REQUEUE_FILE).unlink(missing_ok=True)
-    group.barrier()
+    group.on_first(lambda: _begin(log, group.size))
     if late_after is None and group.device.type == "cuda":
         late_after = group.timeout
     try:
@@ -49,7 +46,7 @@ def watched(group: Group, folder: Path, grace: float, late_after: float | None =
                     stop.log_cause(f"{culprit}; seen by rank {group.rank}: {_first_line(error)}")
                 else:
                     what = f"{type(error).__name__}: {_first_line(error)}"
-                    append_line(log, f"{CAUSE}rank {group.rank} on {platform.node()}: {what}")
+                    _append(log, f"{CAUSE}rank {group.rank} on {platform.node()}: {what}")
                 raise
     except StopRequested as stopped:
         if group.is_first:
@@ -57,6 +54,19 @@ def watched(group: Group, folder: Path, grace: float, late_after: float | None =
         raise
     if group.is_first:
         append_line(log, "done")
+
+
+def _begin(log: Path, ranks: int) -> None:
+    job = f", job {job_name()}" if job_name() else ""
+    append_line(log, f"began on {ranks} rank(s), {platform.node()}{job}")
+    with writing(log):
+        (log.parent / REQUEUE_FILE).unlink(missing_ok=True)
+
+
+def _append(log: Path, text: str) -> None:
+    """Log while an error is raised, which may be that the disk is full: nothing hides it."""
+    with contextlib.suppress(OSError):
+        append_line(log, text)
 
 
 def _first_line(error: Exception) -> str:

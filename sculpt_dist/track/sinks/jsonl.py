@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.config.schema import TrackConfig
-from sculpt_dist.core.files import sealed, write_atomically
+from sculpt_dist.core.files import sealed, write_atomically, writing
 from sculpt_dist.report.steps import read_metrics
 from sculpt_dist.track.sinks import base
 
@@ -20,10 +21,13 @@ class Sink(base.Sink):
     shows = False
 
     def __init__(self, track: TrackConfig, values: Mapping[str, Any], folder: Path, step: int) -> None:
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._path = folder / "metrics.jsonl"
+        with writing(self._path):
+            self._file = self._path.open("a", buffering=1)
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(sealed(entry)) + "\n")
+        with writing(self._path):
+            self._file.write(json.dumps(sealed(entry)) + "\n")
 
     def stage(self, step: int, stage: str, scores: Mapping[str, Any], picture: Image | None) -> None:
         """Nothing: the run folder already holds them."""
@@ -32,7 +36,8 @@ class Sink(base.Sink):
         """Nothing: the run folder already holds them."""
 
     def close(self, outcome: str) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # `log` has told
+            self._file.close()
 
 
 def truncate_metrics(file: Path, position: tuple[int, int]) -> list[dict[str, Any]]:
