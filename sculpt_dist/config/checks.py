@@ -10,8 +10,12 @@ from typing import Any
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 
-CHOICES = {
-    "model.dtype": ("float32", "bfloat16", "float16"),
+DTYPES = ("float32", "bfloat16", "float16")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.dtype": DTYPES,
+    "model.text_dtype": (*DTYPES, None),
+    "model.vae_dtype": (*DTYPES, None),
+    "model.export_dtype": (*DTYPES, "source", None),
     "prepare.images_missing": ("refuse", "draw"),
     "train.schedule": ("one_cycle", "cosine", "linear", "constant"),
     "mask.scope": ("matrix", "global"),
@@ -44,7 +48,7 @@ def check(config: RunConfig) -> None:
     check_numbers(config, "")
     for key, choices in CHOICES.items():
         if _value(config, key) not in choices:
-            raise ConfigError(f"{key}={_value(config, key)}: choose one of {', '.join(map(str, choices))}")
+            raise ConfigError(f"{key}={_value(config, key)}: choose one of {', '.join(map(_shown, choices))}")
     for key in POSITIVE:
         if _value(config, key) <= 0:
             raise ConfigError(f"{key}={_value(config, key)}: must be greater than 0")
@@ -193,6 +197,10 @@ def check_numbers(section: Any, prefix: str) -> None:
                 and (number < 0 or not math.isfinite(number))
             ):
                 raise ConfigError(f"{key}={number}: must be a finite number, not negative")
+
+
+def _shown(choice: Any) -> str:
+    return "null" if choice is None else str(choice)
 
 
 def _value(config: RunConfig, key: str) -> Any:

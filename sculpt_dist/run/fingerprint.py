@@ -14,6 +14,9 @@ NEUTRAL = (  # keys that do not change the result
     "run track engine.timeout engine.grace train.checkpoint_every train.background_save train.workers"
 ).split()
 LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour before the key existed
+    "model.text_dtype": None,
+    "model.vae_dtype": None,
+    "model.export_dtype": None,
     "prepare.prompts.files": {},
     "prepare.images_missing": "refuse",
     "evaluate.prompts": {},

@@ -47,7 +47,8 @@ def run_sequence(config: RunConfig) -> Run:
         if group.is_first:
             write_manifest(session.folder, config, session.base, shards)
         weights = runner.unlearn()
-        export_model(config.model.dtype, session.backbone, weights, session.folder / "model", group)
+        dtype = config.model.export_dtype or config.model.dtype
+        export_model(dtype, session.backbone, weights, session.folder / "model", group)
         session.costs.write()
         if group.is_first:
             from sculpt_dist.report.report import write_report

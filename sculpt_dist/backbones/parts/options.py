@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass(frozen=True)
 class Options:
@@ -15,6 +17,8 @@ class Options:
     crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     cut_prompts: bool = False  # cut a prompt that is too long for the text encoder, instead of refusing it
+    text_dtype: torch.dtype | None = None  # of the text encoders; None = that of the pipeline
+    vae_dtype: torch.dtype | None = None  # of the autoencoder; None = that of the pipeline, or fp32 where it needs it
 
 
 @dataclass(frozen=True)
