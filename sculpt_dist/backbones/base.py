@@ -288,6 +288,6 @@ class Backbone(ABC):
         return sampled_latents(self.schedule, self.guided(denoiser, cond, negative, guidance), noise, steps)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, C, H, W] -> uint8 images [B, 3, h, w]."""
+        """[B, C, H, W] -> uint8 images [B, 3, h, w]. Raises NonFiniteError where the autoencoder overflows."""
         with torch.no_grad():
-            return images_of(self.decode_pixels(latents))
+            return images_of(self.decode_pixels(latents), latents)

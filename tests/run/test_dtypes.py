@@ -56,6 +56,23 @@ def test_a_text_encoder_that_overflows_in_half_precision_is_refused_with_the_cur
     assert cured.denoise(cured.net, noisy, cured.sample_time(torch.full((1,), 0.5)), cond).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("arch", "kind"), [("sd15", Backbone), ("sana", Sana)])
+def test_an_autoencoder_that_overflows_in_half_precision_draws_no_black_images(tmp_path, arch, kind):
+    shutil.copytree(ASSETS / arch, tmp_path / "model")
+    file = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    held = load_file(file)
+    held["decoder.conv_in.weight"] = torch.full_like(held["decoder.conv_in.weight"], 60_000)
+    save_file(held, file, {"format": "pt"})
+    half = kind(tmp_path / "model", torch.float16, CPU, Options(vae_dtype=torch.float16))
+    latents = torch.ones(1, *half.latent_shape)
+    with pytest.raises(NonFiniteError, match=r"decodes values .* in torch.float16: set model.vae_dtype=float32"):
+        half.decode(latents)
+    with pytest.raises(NonFiniteError, match="the net draws values that are not finite"):
+        half.decode(latents * float("nan"))
+    cured = kind(tmp_path / "model", torch.float16, CPU, Options(vae_dtype=torch.float32))
+    assert cured.decode(latents).shape == (1, 3, 32, 32)
+
+
 @pytest.mark.parametrize("dtype", ["source", "bfloat16", None])
 def test_the_export_has_the_dtype_of_its_key(tmp_path, dtype):
     keys = [] if dtype is None else [f"model.export_dtype={dtype}", "model.text_dtype=bfloat16"]
