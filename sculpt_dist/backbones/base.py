@@ -120,9 +120,21 @@ class Backbone(ABC):
         return self.schedule_class(load_scheduler(self.folder, self.forced_settings), self.device)
 
     def part_dtype(self, name: str) -> torch.dtype:
-        """The dtype of a component: `dtype`, but fp32 for an autoencoder that overflows in fp16."""
+        """The dtype of a component: as the options say, else `dtype`, but fp32 for a VAE that overflows in fp16."""
+        chosen = self.options.vae_dtype if name == "vae" else self.options.text_dtype
+        if chosen is not None and name != self.net_name:
+            return chosen
         may_overflow = self.dtype == torch.float16 and name != self.net_name
         return torch.float32 if may_overflow and forces_upcast(self.folder, name, self.parts[name]) else self.dtype
+
+    @property
+    def frozen_dtypes(self) -> list[str]:
+        """The pipeline's dtype, and those that the options set otherwise: frozen parts give other values then."""
+        options = {"vae": self.options.vae_dtype, "text": self.options.text_dtype}
+        return [
+            str(self.dtype),
+            *(f"{part} {dtype}" for part, dtype in options.items() if dtype not in (None, self.dtype)),
+        ]
 
     def attention_role(self, name: str) -> tuple[str | None, str | None]:
         """(role, part) of a parameter in an attention module, such as ("text_to_image", "k"); see `parts.groups`."""
@@ -279,6 +291,6 @@ class Backbone(ABC):
         return sampled_latents(self.schedule, self.guided(denoiser, cond, negative, guidance), noise, steps)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, C, H, W] -> uint8 images [B, 3, h, w]."""
+        """[B, C, H, W] -> uint8 images [B, 3, h, w]. Raises NonFiniteError where the autoencoder overflows."""
         with torch.no_grad():
-            return images_of(self.decode_pixels(latents))
+            return images_of(self.decode_pixels(latents), latents)

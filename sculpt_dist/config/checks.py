@@ -13,8 +13,12 @@ from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.messages import shown
 
-CHOICES = {
-    "model.dtype": ("float32", "bfloat16", "float16"),
+DTYPES = ("float32", "bfloat16", "float16")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.dtype": DTYPES,
+    "model.text_dtype": (*DTYPES, None),
+    "model.vae_dtype": (*DTYPES, None),
+    "model.export_dtype": (*DTYPES, "source", None),
     "prepare.images_missing": ("refuse", "draw"),
     "train.schedule": ("one_cycle", "cosine", "linear", "constant"),
     "mask.scope": ("matrix", "global"),
@@ -213,7 +217,7 @@ def check_numbers(section: Any, prefix: str) -> None:
 
 
 def _listed(choices: Iterable[Any]) -> str:
-    return ", ".join(str(choice) for choice in choices if choice is not None)
+    return ", ".join("null" if choice is None else str(choice) for choice in choices)
 
 
 def _value(config: RunConfig, key: str) -> Any:

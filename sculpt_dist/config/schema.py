@@ -28,6 +28,14 @@ class ModelConfig:
     dtype: str = "float32"
     """Data type of the frozen parts, of sampling (except on stage 3, where the sharded net samples) and of the export:
     float32, bfloat16 or float16."""
+    text_dtype: str | None = None
+    """Data type of the text encoders: float32, bfloat16 or float16; null uses `dtype`."""
+    vae_dtype: str | None = None
+    """Data type of the autoencoder: float32, bfloat16 or float16; null uses `dtype`, or float32 where the checkpoint
+    asks for it in place of float16."""
+    export_dtype: str | None = None
+    """Data type of the export: float32, bfloat16 or float16; source keeps that of each part of the base; null uses
+    `dtype`."""
     image_size: int | None = None
     """Height and width in pixels; null uses the size that the net was trained for."""
     original_size: tuple[int, int] | None = None

@@ -25,15 +25,15 @@ def export_model(
     """Write `folder` aside and rename it into place; all ranks enter, the first writes, one tensor in memory at a time.
 
     `weights` are the changed parameters, whole on the first rank; the rest is streamed from the base. An adapter is
-    merged. Everything is written in `dtype`, such as float32. Raises, on all ranks, NonFiniteError for a weight that is
-    not finite in that type, and WriteError when the disk refuses.
+    merged. Everything is written in `dtype`, such as float32, or ("source") as the base stores it. Raises, on all
+    ranks, NonFiniteError for a weight that is not finite in that type, and WriteError when the disk refuses.
     """
     weights = iter(weights)
 
     def work() -> None:
         try:
             if group.is_first:
-                _write(getattr(torch, dtype), backbone, weights, folder)
+                _write(None if dtype == "source" else getattr(torch, dtype), backbone, weights, folder)
         finally:
             for _ in weights:  # each is summed over all ranks, which would wait for a rank that stops early
                 pass
@@ -42,18 +42,21 @@ def export_model(
     return folder
 
 
-def _write(dtype: torch.dtype, backbone: Backbone, weights: Iterator[tuple[str, Tensor | None]], folder: Path) -> None:
+def _write(
+    dtype: torch.dtype | None, backbone: Backbone, weights: Iterator[tuple[str, Tensor | None]], folder: Path
+) -> None:
     place = folder.resolve()  # a link leads to another disk, as a rule
     for debris in place.parent.glob(f".{place.name}.*.tmp"):
         shutil.rmtree(debris, ignore_errors=True)
     written: set[str] = set()
+    dtypes = {entry.name: dtype or entry.dtype for entry in backbone.stored_entries()}
 
     def changed() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in backbone.merged(weights):
-            if not bool(torch.isfinite(tensor.to(dtype)).all()):
+            if not bool(torch.isfinite(tensor.to(dtypes[name])).all()):
                 raise NonFiniteError(
-                    f"{name}: a weight is not finite in {dtype}, so nothing is exported; lower train.lr, or choose a "
-                    "model.dtype with a wider range"
+                    f"{name}: a weight is not finite in {dtypes[name]}, so nothing is exported; lower train.lr, or "
+                    "choose a model.export_dtype with a wider range"
                 )
             written.add(name)
             yield name, tensor

@@ -72,7 +72,8 @@ def export_trained(setup: RunSetup, form: Form, group: Group) -> Path:
     engine = build_engine(setup, backbone, group)
     checkpoints.load(found[0], engine.shards, [])
     engine.publish()
-    model = export_model(setup.config.model.dtype, backbone, engine.full_weights(), folder / "model", group)
+    dtype = setup.config.model.export_dtype or setup.config.model.dtype
+    model = export_model(dtype, backbone, engine.full_weights(), folder / "model", group)
     if group.is_first:
         write_card(folder, backbone)
     if form.name in ADAPTERS:
@@ -153,7 +154,7 @@ def _write_adapter(
 ) -> None:
     """All ranks enter, the first writes.
 
-    The source is not the exported folder: its `model.dtype` may have rounded small changes away.
+    The source is not the exported folder: its dtype may have rounded small changes away.
     """
     try:
         if group.is_first:

@@ -15,6 +15,9 @@ NEUTRAL = (  # keys that do not change the result
     "model.text_batch evaluate.keep_images prepare.folder"
 ).split()
 LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour before the key existed
+    "model.text_dtype": None,
+    "model.vae_dtype": None,
+    "model.export_dtype": None,
     "prepare.prompts.files": {},
     "prepare.images_missing": "refuse",
     "evaluate.at": "all",

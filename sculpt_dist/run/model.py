@@ -28,7 +28,14 @@ def open_backbone(model: ModelConfig, group: Group, run: Path, folder: Path | No
     from sculpt_dist.backbones.parts.options import Options
 
     options = Options(
-        model.image_size, model.original_size, model.crop, model.target_size, model.cut_prompts, model.text_batch
+        model.image_size,
+        model.original_size,
+        model.crop,
+        model.target_size,
+        model.cut_prompts,
+        text_batch=model.text_batch,
+        text_dtype=getattr(torch, model.text_dtype) if model.text_dtype else None,
+        vae_dtype=getattr(torch, model.vae_dtype) if model.vae_dtype else None,
     )
     place = folder if folder is not None else _pipeline_folder(model, kind, group, run)
     backbone: Backbone = kind(place, getattr(torch, model.dtype), group.device, options)

@@ -215,7 +215,7 @@ class Drawing:
         own = {"images": text_sha256(" ".join(file_sha256(image) for image in plan.images))}
         return {
             "base": self.base,
-            "dtypes": [str(backbone.dtype), str(drawn_in)],
+            "dtypes": [*backbone.frozen_dtypes, str(drawn_in)],
             "image": [backbone.image_size, backbone.size_ids and list(backbone.size_ids)],
             "label": plan.label,
             "prompts": list(plan.prompts),
@@ -280,7 +280,7 @@ def _embed_once(
     prompts = list(dict.fromkeys([*known, *further]))
     negatives = list(dict.fromkeys(["", *(concept.negative for concept in concepts)]))
     file = run / "data" / "embeddings.safetensors"
-    key = text_sha256(json.dumps([base, str(backbone.dtype), prompts, negatives]))
+    key = text_sha256(json.dumps([base, *backbone.frozen_dtypes, prompts, negatives]))
 
     def embed() -> None:
         if not backbone.read_embeddings(file, key):

@@ -47,7 +47,8 @@ def run_sequence(config: RunConfig) -> Run:
         shards = runner.prepare()
         group.on_first(lambda: write_manifest(session.folder, config, session.base, shards))
         weights = runner.unlearn()
-        export_model(config.model.dtype, session.backbone, weights, session.folder / "model", group)
+        dtype = config.model.export_dtype or config.model.dtype
+        export_model(dtype, session.backbone, weights, session.folder / "model", group)
         session.costs.write()
         group.on_first(lambda: _finish(session.folder, session.backbone))
         session.tracker.finish()  # uploading the model may take long; the other ranks are done

@@ -36,9 +36,11 @@ COPIED = (  # files of a component beside its weights, as diffusers and transfor
 
 
 def write_pipeline(
-    base: Path, folder: Path, net_name: str, dtype: torch.dtype, weights: Iterator[tuple[str, Tensor]]
+    base: Path, folder: Path, net_name: str, dtype: torch.dtype | None, weights: Iterator[tuple[str, Tensor]]
 ) -> None:
-    """Write a pipeline folder like `base`, in one dtype, with the denoiser's `weights`, which may come in any order.
+    """Write a pipeline folder like `base` with the denoiser's `weights`, which may come in any order.
+
+    Everything is in `dtype`; None: as in `base`.
 
     Copies only the components that model_index.json names, and of each only the weights that are loaded: no other
     variants, no pickles, no single file of the whole model. About one tensor is in memory at a time. `folder` must not

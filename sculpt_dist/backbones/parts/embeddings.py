@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.io.tensorfile import raw_bytes
+from sculpt_dist.core.errors import NonFiniteError
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.core.types import TextCond
 
@@ -42,12 +43,17 @@ class PromptEmbeddings:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def embed(self, prompts: Sequence[str], negative: bool) -> TextCond:
-        """Embeddings of the prompts, [B, ...]; each distinct prompt passes the text encoders once."""
+        """Embeddings of the prompts, [B, ...]; each distinct prompt passes the text encoders once.
+
+        Raises NonFiniteError where a text encoder overflows.
+        """
         missing = [prompt for prompt in dict.fromkeys(prompts) if (prompt, negative) not in self._known]
         for first in range(0, len(missing), self.batch):
             batch = missing[first : first + self.batch]
             with torch.no_grad():
-                self._remember(batch, self._encode(batch, negative), negative)
+                cond = self._encode(batch, negative)
+            self._check_finite(batch, cond)
+            self._remember(batch, cond, negative)
         cond = TextCond.cat([self._known[prompt, negative] for prompt in prompts])
         return cond.map(self._to_device) if self.device.type == "cuda" else cond
 
@@ -93,6 +99,16 @@ class PromptEmbeddings:
         self._remember(prompts, cond, negative=False)
         self._remember(negatives, cond[len(prompts) :], negative=True)
         return True
+
+    def _check_finite(self, prompts: Sequence[str], cond: TextCond) -> None:
+        for values in (cond.tokens, cond.pooled):
+            finite = None if values is None or self.device.type == "meta" else values.flatten(1).isfinite().all(1)
+            if finite is not None and not bool(finite.all()):
+                prompt = prompts[int((~finite).nonzero()[0, 0])]
+                raise NonFiniteError(
+                    f"the text encoder gives values that are not finite for the prompt {prompt!r}, in "
+                    f"{cond.tokens.dtype}: set model.text_dtype=bfloat16 or float32"
+                )
 
     def _remember(self, prompts: Sequence[str], cond: TextCond, negative: bool) -> None:
         kept = cond.map(Tensor.cpu) if self.device.type == "cuda" else cond

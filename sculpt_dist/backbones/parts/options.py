@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass(frozen=True)
 class Options:
@@ -16,6 +18,8 @@ class Options:
     target_size: tuple[int, int] | None = None
     cut_prompts: bool = False  # cut a prompt that is too long for the text encoder, instead of refusing it
     text_batch: int = 16  # prompts that the text encoders take at once
+    text_dtype: torch.dtype | None = None  # of the text encoders; None = that of the pipeline
+    vae_dtype: torch.dtype | None = None  # of the autoencoder; None = that of the pipeline, or fp32 where it needs it
 
 
 @dataclass(frozen=True)

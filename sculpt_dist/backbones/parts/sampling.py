@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sculpt_dist.backbones.parts.guidance import Guided
 from sculpt_dist.backbones.parts.schedules import Schedule
+from sculpt_dist.core.errors import NonFiniteError
 
 
 def sampled_latents(schedule: Schedule, predict: Guided, noise: Tensor, steps: int) -> Tensor:
@@ -20,6 +21,17 @@ def sampled_latents(schedule: Schedule, predict: Guided, noise: Tensor, steps: i
     return latents
 
 
-def images_of(pixels: Tensor) -> Tensor:
-    """[B, 3, h, w] in about [-1, 1] -> uint8 of the same shape."""
+def images_of(pixels: Tensor, latents: Tensor) -> Tensor:
+    """[B, 3, h, w] in about [-1, 1], decoded from the latents -> uint8 of the same shape.
+
+    Raises NonFiniteError: a cast would turn what is not finite into black.
+    """
+    if pixels.device.type != "meta" and not bool(pixels.isfinite().all()):
+        if bool(latents.isfinite().all()):
+            raise NonFiniteError(
+                f"the autoencoder decodes values that are not finite, in {pixels.dtype}: set model.vae_dtype=float32"
+            )
+        raise NonFiniteError(
+            "the net draws values that are not finite: choose a lower guidance, or a model.dtype with a wider range"
+        )
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
