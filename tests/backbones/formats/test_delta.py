@@ -110,7 +110,7 @@ def test_a_delta_of_the_shipped_model_applies_and_comes_off_bit_for_bit(canvas, 
     expected = {name: tensor.half() for name, tensor in weights(model).items()}
     assert not same(expected, weights(base))
     raw = sum(tensor.nbytes for name, tensor in expected.items() if name in names)
-    assert raw < file.stat().st_size < raw + 400 * len(names) + 1000 < (base / "unet" / WEIGHTS).stat().st_size / 2
+    assert raw < file.stat().st_size < raw + 600 * len(names) + 1000 < (base / "unet" / WEIGHTS).stat().st_size / 2
 
     apply_delta(base, file, tmp_path / "applied")
     assert same(weights(tmp_path / "applied"), expected)
