@@ -34,15 +34,19 @@ def write_tables(folder: Path, comparison: Comparison, finished: Mapping[str, Fi
     plain = [vars(block) | {"lines": [_as_json(line) for line in block.lines]} for block in blocks]
     write_atomically(folder / "compare.json", (json.dumps(plain, indent=1) + "\n").encode())
     write_atomically(folder / "compare.md", as_markdown(comparison, blocks).encode())
-    page = render(
+    write_atomically(folder / "compare.html", as_page(comparison, blocks).encode())
+    return folder / "compare.html"
+
+
+def as_page(comparison: Comparison, blocks: Sequence[Block]) -> str:
+    """The tables as a self-contained page."""
+    return render(
         "compare.html",
         {"number": _number, "extra_names": lambda block: extra_names(block.lines)},
         comparison=comparison,
         blocks=blocks,
         names=SCORES,
     )
-    write_atomically(folder / "compare.html", page.encode())
-    return folder / "compare.html"
 
 
 def as_markdown(comparison: Comparison, blocks: Sequence[Block]) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-from handmade_run import Page, write_run
+import pytest
+import yaml
+from comparison_page import write_comparison
+from handmade_run import Page, edit_config, edit_json, write_run
 
 from sculpt_dist.report.report import write_report
 
@@ -51,6 +55,70 @@ def test_the_page_loads_nothing_from_outside(finished: Path) -> None:
     assert all(re.fullmatch(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", source) for source in sources)
     text = (finished / "report" / "report.html").read_text()
     assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
+
+
+HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> onload=1 {{ 7*7 }} ${oc.env:HOME} & </style>"
+
+
+def shape(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """The tags of a page with the names of their attributes."""
+    return [(tag, tuple(attributes)) for tag, attributes in Page(path).tags]
+
+
+def renamed(folder: Path, name: str) -> Path:
+    """The report of a run in which everything that can be named has this name: concepts, keys, values, files."""
+    write_run(folder, targets=(name, "car"), styles=("natural", "neon"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["concepts"][0]["superclass"] = name
+    edit_config(folder, concepts=config["concepts"], method={"name": name, name: name}, model={"path": f"/a/{name}"})
+    edit_json(folder / "manifest.json", base=name, **{name: name, "shards": {name: name}})
+    for stage in ("before", "after-00", "after-01"):
+        place = folder / "evaluation" / stage
+        part = json.loads((place / "scores.json").read_text())["plain"]
+        part |= {"extra": {name: 1.0}, "objects": {**part["objects"], name: 0.5}, "styles": {name: 0.9}}
+        part["targets"][name]["seen"] = part["targets"][name]["images"] = 3
+        edit_json(place / "scores.json", plain=part)
+        (place / "images" / "cat--natural.png").rename(place / "images" / f"x{name.replace('/', '_')}--natural.png")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"terms": {name: line["loss"]}, "target": name}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return write_report(folder)
+
+
+def test_no_tag_or_attribute_of_a_report_is_made_from_names_keys_or_values(tmp_path: Path) -> None:
+    plain, hostile = renamed(tmp_path / "plain", "dog"), renamed(tmp_path / "hostile", HOSTILE)
+    assert shape(hostile) == shape(plain) and len(shape(plain)) > 100
+    page = Page(hostile)
+    assert page.count("script") == 0 and page.words.count("<script>alert(1)</script>") > 10
+    assert not [name for _, names in shape(hostile) for name in names if name.startswith("on") or name == "href"]
+
+
+def test_no_tag_or_attribute_of_a_comparison_is_made_from_names(tmp_path: Path) -> None:
+    plain, hostile = write_comparison(tmp_path / "plain", "dog"), write_comparison(tmp_path / "hostile", HOSTILE)
+    assert shape(hostile) == shape(plain)
+    assert Page(hostile).count("script") == 0 and "<script>alert(1)</script>" in Page(hostile).words
+
+
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_tables_can_be_read_and_scrolled_without_eyes_or_mouse(finished: Path, tmp_path: Path, name: str) -> None:
+    image = finished / "evaluation" / "before" / "images" / "cat--neon.png"
+    place = finished / "report" / "report.html"
+    page = Page(place if name == "report" else write_comparison(tmp_path / "run", images=(image,)))
+    tags = page.tags
+    regions = [attributes for tag, attributes in tags if "scroll" in (attributes.get("class") or "").split()]
+    assert regions and all(
+        region["tabindex"] == "0" and region["role"] == "region" and region["aria-label"] for region in regions
+    )
+    assert page.count("caption") == page.count("table") > 0
+    heads = [attributes.get("scope") for tag, attributes in tags if tag == "th"]
+    assert len(heads) > 10 and set(heads) <= {"row", "col", "colgroup"}
+    alts = [attributes["alt"] for tag, attributes in tags if tag == "img"]
+    assert len(set(alts)) == len(alts) > 0 and all(alts)
+    policy = dict(tags[tags.index(("meta", {"charset": "utf-8"})) + 1][1])
+    assert policy["http-equiv"] == "Content-Security-Policy" and (policy["content"] or "").startswith(
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline';"
+    )
 
 
 def test_concept_names_are_text_and_never_markup(tmp_path: Path) -> None:
