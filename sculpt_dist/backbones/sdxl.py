@@ -28,7 +28,7 @@ class Backbone(Base):
     """
 
     net_name, net_class = "unet", "diffusers.UNet2DConditionModel"
-    conditions = UNET | {"addition_embed_type": ("text_time",)}
+    conditions = {**UNET, "addition_embed_type": ("text_time",)}
     pipeline_class = "StableDiffusionXLPipeline"
     parts = {
         "vae": "diffusers.AutoencoderKL",

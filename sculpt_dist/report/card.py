@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sculpt_dist.report.render import render
 from sculpt_dist.report.summary import SCORES
@@ -52,7 +52,7 @@ def model_card(
         base_model=path if is_hub_id else None,
         model_name=" ".join(name.split()),
         eval_results=results or None,
-        **licence,
+        **cast(dict[str, Any], dict(licence)),
     )
     concepts = [{"superclass": None, "kind": "object", **concept} for concept in config["concepts"]]
     body = render(

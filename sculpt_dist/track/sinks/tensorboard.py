@@ -39,9 +39,10 @@ class Sink(base.Sink):
         """Record the settings beside the final scores, which the last stage already recorded."""
         from torch.utils.tensorboard.summary import hparams
 
-        final = base.score_numbers(report["after"])
+        final, writer = base.score_numbers(report["after"]), self._writer.file_writer
+        assert writer is not None, "it exists until the end"
         for summary in hparams(base.settings(self._values), final):
-            self._writer.file_writer.add_summary(summary)
+            writer.add_summary(summary)
 
     def close(self, outcome: str) -> None:
         self._writer.close()
