@@ -109,6 +109,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
     if not isinstance(config, dict) or not config.get("concepts"):
         raise RunFolderError(f"{path} is missing or names no concepts: {remedy}")
     lacking = [key for key in ("model", "method") if not isinstance(config.get(key), dict)]
+    lacking += [] if lacking or config["method"].get("name") else ["method.name"]
     wrong = f"it lacks {lacking[0]}" if lacking else fault(config, CONFIG)
     if wrong:
         raise RunFolderError(f"{path} is damaged ({wrong}): {remedy}")
@@ -119,16 +120,19 @@ def _read_json(path: Path, shape: Shape) -> dict[str, Any]:
     if not path.exists():
         return {}
     remedy = "remove it and repeat the command that writes it"
-    content: dict[str, Any] = _without_nan(read_object(path, remedy))
+    content: dict[str, Any] = _plain(read_object(path, remedy))
     wrong = fault(content, shape)
     if wrong:
         raise RunFolderError(f"{path} is damaged ({wrong}): {remedy}")
     return content
 
 
-def _without_nan(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """The value with None for numbers that are not finite, and without halves of characters."""
     if isinstance(value, dict):
-        return {key: _without_nan(member) for key, member in value.items()}
+        return {_plain(key): _plain(member) for key, member in value.items()}
     if isinstance(value, list):
-        return [_without_nan(member) for member in value]
+        return [_plain(member) for member in value]
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ Check = Callable[[Any], bool]
 Shape = Mapping[str, Any]  # key -> Check, or the Shape of a mapping; a missing or null value always fits
 
 LARGEST = 1e18
+MOST_TERMS = 50  # of a loss
 
 
 def fault(content: Mapping[str, Any], shape: Shape) -> str | None:
@@ -45,7 +47,8 @@ def is_count(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """A text without halves of characters, which could not be written."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def is_interval(value: Any) -> bool:
@@ -72,7 +75,9 @@ def is_concept(value: Any) -> bool:
 def each(fits: Check, null: bool = True) -> Check:
     """A mapping in which every value fits, or may be null."""
     return lambda value: (
-        isinstance(value, dict) and all(fits(member) or (null and member is None) for member in value.values())
+        isinstance(value, dict)
+        and all(map(is_text, value))
+        and all(fits(member) or (null and member is None) for member in value.values())
     )
 
 
@@ -108,10 +113,11 @@ CONFIG: Shape = {
     "model": {"path": is_text, "arch": is_text},
     "method": {"name": is_text},
     "concepts": every(is_concept),
+    **{section: {} for section in ("train", "mask", "engine", "evaluate")},
 }
 STEP: Shape = {  # a line of metrics.jsonl
     **dict.fromkeys(("concept", "step", "global_step", "steps"), is_count),
     **dict.fromkeys(("loss", "open", "swapped", "overlap"), is_measured),
-    "terms": each(is_measured),
+    "terms": lambda value: each(is_measured)(value) and len(value) <= MOST_TERMS,
     "phase": is_text,
 }

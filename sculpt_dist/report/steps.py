@@ -11,7 +11,7 @@ from typing import Any
 from sculpt_dist.core.files import is_intact, unsealed
 from sculpt_dist.report.shapes import STEP, fault
 
-LONGEST = 1 << 20  # bytes of a line; longer ones are not read as a whole
+LONGEST = 1 << 16  # bytes of a line; longer ones are not read as a whole
 
 
 @dataclass(frozen=True)

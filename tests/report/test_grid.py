@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from handmade_run import draw
 from PIL import Image
 
+from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.report.grid import read_grid
 
 
@@ -34,6 +36,21 @@ def test_tiny_images_are_enlarged_without_smoothing_and_large_ones_are_smoothed(
     thumb = read_grid(tmp_path / "sharp", None, names=(), targets=()).bands[0][0].sides[0][0]
     with Image.open(tmp_path / "sharp" / "cat--none.png") as image:
         assert np.array_equal(np.asarray(thumb), np.asarray(image.convert("RGB")).repeat(6, 0).repeat(6, 1))
+
+
+def test_an_image_that_is_too_large_or_of_another_type_is_refused_and_a_link_to_a_device_is_no_image(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "boat--none.png").symlink_to("/dev/zero")
+    assert read_grid(tmp_path, None, names=(), targets=()) is None
+    Image.new("1", (6000, 5000)).save(tmp_path / "cat--none.png")
+    with pytest.raises(
+        RunFolderError, match=r"cat--none\.png is damaged \(6000 x 5000 pixels, over the limit of 25,000"
+    ):
+        read_grid(tmp_path, None, names=(), targets=())
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat--none.png", "TIFF")
+    with pytest.raises(RunFolderError, match=r"cat--none\.png is damaged \(cannot identify image"):
+        read_grid(tmp_path, None, names=(), targets=())
 
 
 def test_the_grid_limits_objects_and_styles_and_reserves_places_for_other_than_targets(tmp_path: Path) -> None:
