@@ -17,6 +17,7 @@ from sculpt_dist.cli import experiments, plan, reference, run
 from sculpt_dist.cli.bench import bench_app
 from sculpt_dist.cli.options import is_first, num_ranks
 from sculpt_dist.core.errors import LaunchError, NonFiniteError, SculptError, StopRequested, WriteError
+from sculpt_dist.core.messages import redacted
 
 DONE, CRASHED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
@@ -81,7 +82,7 @@ def main() -> NoReturn:
     except OSError as error:
         if error.errno not in REFUSED_BY_DISK:
             raise
-        place = error.filename or "the run folder"
+        place = redacted(str(error.filename or "the run folder"))
         print(f"WriteError: {place}: {error.strerror}; run the same command again once that is mended", file=sys.stderr)
         _end(USER_ERROR)
     except KeyboardInterrupt:  # before the run listens, or for the second time

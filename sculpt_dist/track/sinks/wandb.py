@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sculpt_dist.config.schema import TrackConfig
 from sculpt_dist.core.files import append_line
+from sculpt_dist.core.messages import redacted
 from sculpt_dist.maths.comparison import harmonic
 from sculpt_dist.track.sinks import base
 
@@ -99,7 +100,7 @@ class Sink(base.Sink):
             )
 
     def _announce(self, text: str) -> None:
-        print(text, flush=True)
+        print(redacted(text), flush=True)
         append_line(self._folder / "log.txt", text)
 
     def _open(self) -> Any:
