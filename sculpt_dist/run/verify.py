@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sculpt_dist.backbones.formats.delta import is_delta_intact
+from sculpt_dist.backbones.formats.delta_file import is_delta_intact
 from sculpt_dist.backbones.io.folders import CHECKSUMS, hub_checksum, listed_checksums
 from sculpt_dist.backbones.io.tensorfile import entries
 from sculpt_dist.backbones.parts.embeddings import is_embeddings_intact

@@ -1,13 +1,7 @@
-"""Delta files: the denoiser's tensors that a run changed, to be applied to the base, or removed again.
+"""Deltas: the denoiser's tensors that a run changed, to be applied to the base, or removed again (see `delta_file`).
 
-A delta is a safetensors file. Per changed tensor it holds the XOR of the base's and the result's bits, both in the
-base's stored dtype, as integers of that width (U8, I16, I32, I64) in the tensor's shape. Applying and removing are the
-same operation, exact for every pattern of that dtype, NaN and -0 included; a result in a finer dtype is rounded first.
-
-The header's metadata: format, version, net ("unet" or "transformer"), pipeline (its class), tensors: a JSON object
-{name: {dtype, base, result}} with the sha256 of the bytes on both sides, surroundings: a JSON object {component:
-sha256} of what the delta depends on and does not change, card: the model card of the result, checksums: of the tensors
-in the file, sha256: of the other metadata. The last four are missing in deltas of earlier versions.
+Applying and removing are the same operation, exact for every pattern of the base's dtype, NaN and -0 included; a result
+in a finer dtype is rounded first.
 """
 
 from __future__ import annotations
@@ -17,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,36 +19,24 @@ from torch import Tensor
 
 from sculpt_dist.backbones.formats.about import About
 from sculpt_dist.backbones.formats.about import metadata as metadata_of
+from sculpt_dist.backbones.formats.delta_file import (
+    BITS,
+    FORMAT,
+    VERSION,
+    Change,
+    Delta,
+    bits_dtype,
+    file_metadata,
+    read_delta,
+)
 from sculpt_dist.backbones.formats.stored_net import StoredNet, refuse_pickles, sha256_of
 from sculpt_dist.backbones.io.folders import is_named, pipeline_index, weight_indices
 from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, write_tensors
 from sculpt_dist.backbones.io.writing import settings_files, write_checksums
 from sculpt_dist.core.errors import ModelError
-from sculpt_dist.core.files import is_intact, make_folder, sealed, written_aside
-from sculpt_dist.core.messages import shown
+from sculpt_dist.core.files import make_folder, sealed, written_aside
 
-FORMAT, VERSION = "sculpt-dist delta", "1"
 CARD, BASE_CARD = "README.md", "README-base.md"
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by width in bytes; these dtypes have XOR
-
-
-class Change(NamedTuple):
-    """One changed tensor: the base's dtype (its safetensors label), and the sha256 of the bytes on both sides."""
-
-    dtype: str
-    base: str
-    result: str
-
-
-class Delta(NamedTuple):
-    """The metadata of a delta file."""
-
-    file: Path
-    pipeline: str
-    net: str
-    changes: dict[str, Change]
-    surroundings: dict[str, str]  # by component; empty in deltas of earlier versions
-    card: str  # empty where the model had none
 
 
 def write_delta(base: Path, model: Path, file: Path, about: About | None = None) -> int:
@@ -80,7 +62,7 @@ def write_delta(base: Path, model: Path, file: Path, about: About | None = None)
                 checksums[name] = sha256_of(_bits(before[name]) ^ _bits(result))
         if not changes:
             raise ModelError(f"{model}: its {before.name} equals that of {base}; give the unlearned model")
-        planned = [Entry(name, _bits_dtype(change), before.held[name].shape) for name, change in changes.items()]
+        planned = [Entry(name, bits_dtype(change), before.held[name].shape) for name, change in changes.items()]
         metadata = {
             **metadata_of(about, base, "diffusers", "delta"),
             "format": FORMAT,
@@ -125,55 +107,10 @@ def apply_delta(folder: Path, file: Path, output: Path, remove: bool = False) ->
             for source in net.files:
                 planned = entries(source)
                 tensors = _applied(net, planned, delta, change)
-                write_tensors(aside / net.name / source.name, planned, tensors, _metadata(source))
+                write_tensors(aside / net.name / source.name, planned, tensors, file_metadata(source))
             if delta.card:
                 _change_card(aside, delta.card, remove)
             write_checksums(aside)
-
-
-def read_delta(file: Path) -> Delta:
-    """The metadata of a delta file; only its header is read.
-
-    Raises ModelError when the file is no delta, of another version, or damaged.
-    """
-    held = {entry.name: entry for entry in entries(file)}
-    metadata = _metadata(file) or {}
-    if metadata.get("format") != FORMAT:
-        raise ModelError(
-            f"{file}: is no delta (its format is {shown(metadata.get('format'))!r}, not {FORMAT!r}); give a file "
-            "that was written as one"
-        )
-    if metadata.get("version") != VERSION:
-        raise ModelError(
-            f"{file}: is a delta of version {shown(metadata.get('version'))}, this program reads version {VERSION}; "
-            "update sculpt-dist"
-        )
-    try:
-        changes = {name: Change(**change) for name, change in json.loads(metadata["tensors"]).items()}
-        planned = {name: _bits_dtype(change) for name, change in changes.items()}
-        surroundings = {str(name): str(sha) for name, sha in json.loads(metadata.get("surroundings", "{}")).items()}
-        delta = Delta(file, metadata["pipeline"], metadata["net"], changes, surroundings, metadata.get("card", ""))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(
-            f"{file}: its metadata is damaged ({type(error).__name__}: {shown(error)}); copy or download it again"
-        ) from error
-    if not changes or planned != {name: entry.dtype for name, entry in held.items()}:
-        raise ModelError(f"{file}: is damaged, its tensors are not those of its metadata; copy or download it again")
-    return delta
-
-
-def is_delta_intact(file: Path) -> bool | None:
-    """Whether a delta's metadata and tensors are as they were written.
-
-    None where the file is no delta, or an earlier version wrote it without checksums.
-    """
-    metadata = _metadata(file) or {}
-    intact = is_intact(metadata)
-    if metadata.get("format") != FORMAT or not intact:
-        return intact
-    checksums = json.loads(metadata["checksums"])
-    with safe_open(file, "pt") as content:
-        return all(sha256_of(content.get_tensor(name)) == checksums.get(name) for name in content.keys())  # noqa: SIM118
 
 
 def _check_comparable(before: StoredNet, after: StoredNet) -> None:
@@ -293,15 +230,6 @@ def _applied(net: StoredNet, planned: list[Entry], delta: Delta, change: Any) ->
     for name, dtype, _ in planned:
         tensor = net[name]
         yield name, (_bits(tensor) ^ change.get_tensor(name)).view(dtype) if name in delta.changes else tensor
-
-
-def _metadata(file: Path) -> dict[str, str] | None:
-    with safe_open(file, "pt") as content:
-        return content.metadata()
-
-
-def _bits_dtype(change: Change) -> torch.dtype:
-    return BITS[DTYPES[change.dtype].itemsize]
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from harness import PROJECT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sculpt_dist.backbones.formats.delta import BITS, FORMAT, apply_delta, read_delta, write_delta
+from sculpt_dist.backbones.formats.delta import apply_delta, write_delta
+from sculpt_dist.backbones.formats.delta_file import BITS, FORMAT, read_delta
 from sculpt_dist.backbones.io.folders import CHECKSUMS, stored_weights, weight_files
 from sculpt_dist.backbones.io.tensorfile import DTYPES
 from sculpt_dist.backbones.io.writing import write_pipeline
