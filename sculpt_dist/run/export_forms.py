@@ -19,6 +19,7 @@ from sculpt_dist.run.build import build_engine
 from sculpt_dist.run.export import export_model, write_card
 from sculpt_dist.run.folder import claim_folder, release_folder
 from sculpt_dist.run.model import base_fingerprint, open_backbone
+from sculpt_dist.run.owned import make_room_for_file, record_file
 from sculpt_dist.run.setup import RunSetup
 
 FILES = {  # the file of each form, in the run folder
@@ -74,7 +75,9 @@ def export_trained(setup: RunSetup, form: Form, group: Group) -> Path:
         write_card(folder)
     if form.name in ADAPTERS:
         written = form.file(folder)
+        group.on_first(lambda: make_room_for_file(folder, written))
         group.together(lambda: _write_adapter(backbone, engine.full_weights(), written, form, group))
+        group.on_first(lambda: record_file(folder, written))
     else:
         written = group.on_first(lambda: _write_form(form, backbone.folder, model))
     release_folder(folder)
@@ -91,7 +94,9 @@ def export_edited(setup: RunSetup, form: Form, group: Group) -> Path:
 
     def write() -> None:
         if form.name in ADAPTERS:
+            make_room_for_file(folder, file)
             write_adapter(base, model, file, form.name, form.rank)
+            record_file(folder, file)
         else:
             _write_form(form, base, model)
 
@@ -105,11 +110,14 @@ def _write_form(form: Form, base: Path, model: Path) -> Path:
     from sculpt_dist.backbones.formats.delta import write_delta
     from sculpt_dist.backbones.formats.original import write_single_file
 
-    output = form.file(model.parent)
-    if form.name == "single":
-        write_single_file(model, output)
-    elif form.name == "delta":
-        write_delta(base, model, output)
+    output, run = form.file(model.parent), model.parent
+    if form.name in ("single", "delta"):
+        make_room_for_file(run, output)
+        if form.name == "single":
+            write_single_file(model, output)
+        else:
+            write_delta(base, model, output)
+        record_file(run, output)
     return output
 
 

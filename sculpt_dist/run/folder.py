@@ -20,7 +20,7 @@ from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.core.files import read_object, remove_leftovers, write_atomically
 from sculpt_dist.core.locks import Lock
 from sculpt_dist.run.fingerprint import config_fingerprint, deciding_keys, list_checksums
-from sculpt_dist.run.owned import make_room
+from sculpt_dist.run.owned import foreign_data, make_room, put_aside
 
 if TYPE_CHECKING:
     from sculpt_dist.engine.group import Group
@@ -96,8 +96,18 @@ def _claim_locked(folder: Path, config: RunConfig, before: dict[Any, Any] | None
         if changes:
             print(f"continuing with another configuration: {'; '.join(changes)}", flush=True)
             return None  # config.yaml is rewritten once the checkpoint is known to fit
-    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    _write_config(folder, config)
     return None
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.yaml; one that a user wrote or edited there is renamed, with its comments."""
+    file = folder / "config.yaml"
+    if file.is_file():
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if text != to_yaml(config) and OmegaConf.to_yaml(OmegaConf.load(file)) != text:
+            print(f"{file}: was edited, so it is kept as {put_aside(file)}", flush=True)
+    write_atomically(file, to_yaml(config).encode())
 
 
 def check_inputs(folder: str, model: ModelConfig, prepare: PrepareConfig, evaluate: EvaluateConfig) -> None:
@@ -136,6 +146,7 @@ def _unusable(folder: Path, is_ours: bool) -> str | None:
             (folder / name).resolve()  # raises RuntimeError for links in a circle
         return None
     foreign = [name for name in names if not (name in BEFORE_A_RUN or name[0] == "." or name.endswith(JOB_LOGS))]
+    foreign += [str(path.relative_to(folder)) for path in foreign_data(folder / "data")]
     if foreign and "config.yaml" not in foreign:  # that has a message of its own
         return (
             f"run.folder={folder} contains files of something else ({', '.join(sorted(foreign)[:3])}): "
@@ -208,7 +219,7 @@ def code_versions() -> dict[str, str]:
 
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: Mapping[str, str]) -> None:
     """Write manifest.json, which lists what the run is made from and marks it unfinished; rewrite config.yaml."""
-    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    _write_config(folder, config)
     content = {
         "base": base,
         "config": config_fingerprint(config),
