@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from sculpt_dist.config.scalars import hints
 from sculpt_dist.config.schema import RunConfig
@@ -24,7 +24,7 @@ LONGEST_PART, LONGEST_PATH = 255, 4095  # bytes, on every usual file system
 def check_types(section: Any, prefix: str) -> None:
     """Raises ConfigError for a value of another type than its key; OmegaConf does not look into lists and mappings."""
     for f in fields(section):
-        value, kind, key = getattr(section, f.name), hints(type(section))[f.name], prefix + f.name
+        value, kind, key = getattr(section, f.name), hints(cast(Any, type(section)))[f.name], prefix + f.name
         for part, member in [(key, value), *((f"{key}[{i}]", one) for i, one in enumerate(_listed(value)))]:
             if is_dataclass(member):
                 check_types(member, f"{part}.")
