@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import io
 import os
 import sys
 import time
@@ -67,6 +68,7 @@ canvas_app.command("build")(run.canvas_build)
 def main() -> NoReturn:
     """The entry point. Exit codes: 0 done, 75 stopped for requeue, 2 the user's error, 130 interrupted, 1 crash."""
     sys.excepthook = _crash
+    _use_utf8()
     try:
         run_command()
     except SculptError as error:
@@ -91,6 +93,19 @@ def main() -> NoReturn:
     except SystemExit as ended:  # typer's own way to end
         _end(int(ended.code or DONE))
     _end(DONE)
+
+
+def _use_utf8() -> None:
+    """Names and prompts are UTF-8 whatever the locale: start again in Python's UTF-8 mode where this is another one.
+
+    What cannot be shown is escaped.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and sys.platform != "win32":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "sculpt_dist", *sys.argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_command() -> None:

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -211,7 +211,10 @@ def _set_member(base: DictConfig, update: Indexed) -> None:
         at = OmegaConf.select(base, key)
         if OmegaConf.is_config(at):
             OmegaConf.set_readonly(at, False)  # as members of frozen dataclasses are
-    OmegaConf.update(base, key, update.value)
+    value, kind = update.value, OmegaConf.get_type(at) if OmegaConf.is_dict(at) else None
+    if isinstance(value, dict) and is_dataclass(kind):
+        value = OmegaConf.merge(_defaults(cast(type, kind)), value)  # what is not given takes its default
+    OmegaConf.update(base, key, value, merge=False)
 
 
 def _merge(base: DictConfig, update: Update, where: str, prefix: str) -> DictConfig:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
 from sculpt_dist.config.checks import normal
 from sculpt_dist.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGE_TYPES = ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff".split()
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF".split()  # by content: Pillow would hand others to outside programs
@@ -77,3 +81,13 @@ def open_image(path: Path) -> Image.Image:
         raise
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them raise
         raise ConfigError(f"{path}: cannot be read as an image ({error}): replace it, or remove it") from error
+
+
+def read_image(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
+    """An image as [3, side, side] in [-1, 1], and its original (height, width). Raises ConfigError naming the file."""
+    import numpy as np
+    import torch
+
+    image = open_image(path)
+    square = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1, (image.height, image.width)

@@ -116,8 +116,8 @@ def run_jobs(
     run folder first. `on_end` is called when a job ends, never for two jobs at once. Cores are divided evenly, unless
     OMP_NUM_THREADS is set, and GPUs in turn (see `share_machine`); the first job prints how.
 
-    On SIGINT, SIGTERM or SIGUSR1 the running jobs receive SIGTERM, save and stop, and StopRequested is raised. It is
-    also raised, after all other jobs have ended, if a job was stopped from outside.
+    On SIGINT, SIGTERM, SIGUSR1 or SIGHUP the running jobs receive SIGTERM, save and stop, and StopRequested is raised.
+    It is also raised, after all other jobs have ended, if a job was stopped from outside.
     """
     if parallel < 1 or ranks < 1:
         raise ConfigError(f"jobs={parallel}, ranks={ranks}: each must be at least 1")

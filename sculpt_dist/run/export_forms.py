@@ -22,6 +22,7 @@ from sculpt_dist.run.build import build_engine
 from sculpt_dist.run.export import export_model, write_card
 from sculpt_dist.run.folder import claim_folder, release_folder
 from sculpt_dist.run.model import base_fingerprint, open_backbone
+from sculpt_dist.run.owned import make_room_for_file, record_file
 from sculpt_dist.run.setup import RunSetup
 
 FILES = {  # the file of each form, in the run folder
@@ -79,8 +80,10 @@ def export_trained(setup: RunSetup, form: Form, group: Group) -> Path:
     if form.name in ADAPTERS:
         written = form.file(folder)
         about = about_result(setup, backbone)
+        group.on_first(lambda: make_room_for_file(folder, written))
         group.together(lambda: _write_adapter(backbone, engine.full_weights(), written, form, about, group))
         group.on_first(lambda: _describe_lora(form, folder, backbone))
+        group.on_first(lambda: record_file(folder, written))
     else:
         written = group.on_first(lambda: _write_form(form, backbone.folder, model, about_result(setup, backbone)))
     release_folder(folder)
@@ -98,8 +101,10 @@ def export_edited(setup: RunSetup, form: Form, group: Group) -> Path:
     def write() -> None:
         about = about_result(setup, backbone)
         if form.name in ADAPTERS:
+            make_room_for_file(folder, file)
             write_adapter(backbone.folder, model, file, form.name, form.rank, about, shown=True)
             _describe_lora(form, folder, backbone)
+            record_file(folder, file)
         else:
             _write_form(form, backbone.folder, model, about)
 
@@ -136,11 +141,14 @@ def _write_form(form: Form, base: Path, model: Path, about: About) -> Path:
     from sculpt_dist.backbones.formats.delta import write_delta
     from sculpt_dist.backbones.formats.original import write_single_file
 
-    output = form.file(model.parent)
-    if form.name == "single":
-        write_single_file(model, output, about)
-    elif form.name == "delta":
-        write_delta(base, model, output, about)
+    output, run = form.file(model.parent), model.parent
+    if form.name in ("single", "delta"):
+        make_room_for_file(run, output)
+        if form.name == "single":
+            write_single_file(model, output, about)
+        else:
+            write_delta(base, model, output, about)
+        record_file(run, output)
     return output
 
 

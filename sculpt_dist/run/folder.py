@@ -16,10 +16,17 @@ from yaml import YAMLError
 from sculpt_dist.config.load import plain_values, to_yaml
 from sculpt_dist.config.schema import EvaluateConfig, ModelConfig, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError, RunFolderError
-from sculpt_dist.core.files import read_object, remove_leftovers, sealed_text, write_atomically, write_record
+from sculpt_dist.core.files import (
+    is_text_intact,
+    read_object,
+    remove_leftovers,
+    sealed_text,
+    write_atomically,
+    write_record,
+)
 from sculpt_dist.core.locks import Lock
 from sculpt_dist.run.fingerprint import config_fingerprint, deciding_keys, list_checksums
-from sculpt_dist.run.owned import make_room
+from sculpt_dist.run.owned import foreign_data, make_room, put_aside
 
 if TYPE_CHECKING:
     from sculpt_dist.engine.group import Group
@@ -95,8 +102,21 @@ def _claim_locked(folder: Path, config: RunConfig, before: dict[Any, Any] | None
         if changes:
             print(f"continuing with another configuration: {'; '.join(changes)}", flush=True)
             return None  # config.yaml is rewritten once the checkpoint is known to fit
-    write_atomically(folder / "config.yaml", sealed_text(to_yaml(config)).encode())
+    _write_config(folder, config)
     return None
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.yaml; one that a user wrote or edited there is renamed, with its comments."""
+    file = folder / "config.yaml"
+    if file.is_file():
+        text = file.read_text(encoding="utf-8", errors="replace")
+        intact = is_text_intact(text)
+        if intact is None:  # an earlier version, or a user, wrote it
+            intact = OmegaConf.to_yaml(OmegaConf.load(file)) == text
+        if not intact:
+            print(f"{file}: was edited, so it is kept as {put_aside(file)}", flush=True)
+    write_atomically(file, sealed_text(to_yaml(config)).encode())
 
 
 def check_inputs(folder: str, model: ModelConfig, prepare: PrepareConfig, evaluate: EvaluateConfig) -> None:
@@ -136,6 +156,7 @@ def _unusable(folder: Path, is_ours: bool) -> str | None:
             (folder / name).resolve()  # raises RuntimeError for links in a circle
         return None
     foreign = [name for name in names if not (name in BEFORE_A_RUN or name[0] == "." or name.endswith(JOB_LOGS))]
+    foreign += [str(path.relative_to(folder)) for path in foreign_data(folder / "data")]
     if foreign and "config.yaml" not in foreign:  # that has a message of its own
         return (
             f"run.folder={folder} contains files of something else ({', '.join(sorted(foreign)[:3])}): "
@@ -208,7 +229,7 @@ def code_versions() -> dict[str, str]:
 
 def write_manifest(folder: Path, config: RunConfig, base: str, shards: Mapping[str, str]) -> None:
     """Write manifest.json, which lists what the run is made from and marks it unfinished; rewrite config.yaml."""
-    write_atomically(folder / "config.yaml", sealed_text(to_yaml(config)).encode())
+    _write_config(folder, config)
     content = {
         "base": base,
         "config": config_fingerprint(config),

@@ -6,14 +6,17 @@ to `NAME.kept-N`, never removed.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sculpt_dist.backbones.io.folders import CHECKSUMS
-from sculpt_dist.core.files import file_sha256, write_atomically
+from sculpt_dist.core.files import file_sha256, read_object, write_atomically
 
+EXPORTS = ".exports.json"  # in the run folder: size and time of the files that `export` wrote there
 RECORD = ".model-written"  # in the run folder: the sha256 of the CHECKSUMS of the model that the run wrote
 UNPROVEN = ("model.safetensors", "delta.safetensors", "kohya.safetensors", "lora")  # a user may have put them there
 CARD = "README.md"  # is written later than the checksums
@@ -27,16 +30,64 @@ def record_model(model: Path) -> None:
 def make_room(path: Path) -> None:
     """Remove a file or folder of the run; rename a model folder that the run did not write."""
     if path.name == "model" and path.exists() and not _wrote(path):
-        kept = _put_aside(path)
+        kept = put_aside(path)
         print(f"{path}: was not written by this run, so it is kept as {kept}", flush=True)
     elif path.is_symlink():
         _empty(path)
     elif path.name in UNPROVEN and path.exists():
-        print(f"{path}: is kept as {_put_aside(path)}", flush=True)
+        print(f"{path}: is kept as {put_aside(path)}", flush=True)
     elif path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def foreign_data(data: Path) -> list[Path]:
+    """The files in a folder of training data that no run wrote. Data of another run may be copied or linked there."""
+    found = (path for path in sorted(data.rglob("*")) if not path.is_dir())
+    return [path for path in found if not _is_data(path, path.relative_to(data).as_posix())]
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a run wrote this tar: then a note lies beside it."""
+    return path.with_name(f".{path.name}.json").is_file()
+
+
+def keep_foreign_embeddings(file: Path) -> None:
+    """Rename a file that stands where a run's embeddings go, and is none."""
+    if file.exists() and not _is_data(file, file.name):
+        print(f"{file}: was not written by a run, so it is kept as {put_aside(file)}", flush=True)
+
+
+def make_room_for_file(run: Path, file: Path) -> None:
+    """Rename a file in the run folder that stands where an export goes, unless the run wrote it."""
+    if file.is_relative_to(run) and file.exists() and _exports(run).get(file.name) != _stamp(file):
+        print(f"{file}: was not written by this run, so it is kept as {put_aside(file)}", flush=True)
+
+
+def record_file(run: Path, file: Path) -> None:
+    """Remember that the run wrote this export."""
+    if file.is_relative_to(run):
+        content = json.dumps(_exports(run) | {file.name: _stamp(file)})
+        write_atomically(run / EXPORTS, content.encode())
+
+
+def _exports(run: Path) -> dict[str, Any]:
+    return read_object(run / EXPORTS, "remove it") if (run / EXPORTS).is_file() else {}
+
+
+def _stamp(file: Path) -> list[int]:
+    about = file.stat()
+    return [about.st_size, about.st_mtime_ns]
+
+
+def _is_data(path: Path, name: str) -> bool:
+    if name == "embeddings.safetensors":
+        with path.open("rb") as file:
+            return b'"key"' in file.read(1_000_000)
+    if re.fullmatch(r"[^/]+/[^/]+/\d+\.tar", name):
+        return is_shard(path)
+    return bool(re.fullmatch(r"[^/]+/[^/]+/(index\.json|\.\d+\.tar\.json)|(.*/)?\..*\.tmp", name))
 
 
 def _wrote(model: Path) -> bool:
@@ -67,7 +118,8 @@ def _holds_checkpoints(folder: Path) -> bool:
     )
 
 
-def _put_aside(path: Path) -> Path:
+def put_aside(path: Path) -> Path:
+    """Rename a file or folder to the first free `NAME.kept-N`."""
     path, number = path.resolve(), 1  # a link to it stays
     while (kept := path.with_name(f"{path.name}.kept-{number}")).exists():
         number += 1

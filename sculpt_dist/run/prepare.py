@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +18,13 @@ from sculpt_dist.config.schema import Concept, PrepareConfig
 from sculpt_dist.core.errors import NonFiniteError
 from sculpt_dist.core.files import derived_seed, file_sha256, make_folder, text_sha256
 from sculpt_dist.core.progress import progress
-from sculpt_dist.data.images import open_image, own_images
+from sculpt_dist.data.images import own_images, read_image
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import Sample, read_index, write_shard
 from sculpt_dist.data.streams import EARLIER_TARGETS
 from sculpt_dist.engine.group import Group
 from sculpt_dist.methods.base import Method, Setup
+from sculpt_dist.run.owned import keep_foreign_embeddings
 from sculpt_dist.run.setup import RunSetup
 from sculpt_dist.run.shard_notes import drawn_passes, index_shards, is_indexed, whole_shards, write_note
 from sculpt_dist.run.store import Store
@@ -257,15 +257,6 @@ class Drawing:
         return latents, [self.backbone.size_ids_of(*size) for _, size in images]
 
 
-def read_image(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """An image as [3, side, side] in [-1, 1], and its original (height, width). Raises ConfigError naming the file."""
-    from PIL import Image, ImageOps
-
-    image = open_image(path)
-    square = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1, (image.height, image.width)
-
-
 def _embed_once(
     backbone: Backbone,
     concepts: Sequence[ConceptPrompts],
@@ -285,6 +276,7 @@ def _embed_once(
     def embed() -> None:
         if not backbone.read_embeddings(file, key):
             make_folder(file.parent)
+            keep_foreign_embeddings(file)
             backbone.write_embeddings(file, key, prompts, negatives)
 
     group.on_first(embed)

@@ -14,6 +14,7 @@ from typing import Any
 from sculpt_dist.core.errors import ShardError
 from sculpt_dist.core.files import write_atomically
 from sculpt_dist.data.shards import ShardRecord, damage, read_index, write_index
+from sculpt_dist.run.owned import is_shard
 
 
 def is_indexed(folder: Path, recipe: Mapping[str, Any]) -> bool:
@@ -65,6 +66,6 @@ def index_shards(folder: Path, recipe: Mapping[str, Any], starts: Sequence[int])
         raise ShardError(f"{folder}: shards at samples {missing} are missing; call prepare again")
     known = {record.name for record in records.values()}
     for stray in folder.glob("*.tar"):
-        if stray.name not in known:
+        if stray.name not in known and is_shard(stray):
             stray.unlink()
     write_index(folder, recipe, records.values())

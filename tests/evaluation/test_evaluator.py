@@ -1,6 +1,7 @@
 """The evaluator: ranks share the images, and the scores do not depend on how."""
 
 import csv
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +31,6 @@ class StubRank(SimpleNamespace):
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        pass
-
     def to_all(self, value: Any) -> list[Any]:
         self.sent = value
         return [value, *self.others]
@@ -40,8 +38,8 @@ class StubRank(SimpleNamespace):
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
-    def from_first(self, value: Any) -> Any:
-        return value
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        return work() if self.is_first else None
 
 
 @pytest.fixture
@@ -76,7 +74,7 @@ def test_two_ranks_share_the_images_and_give_the_scores_of_one(
 
     (tmp_path / "2" / "images").mkdir(parents=True)
     nothing, second = run(1, 2, [])
-    assert nothing == {} and drawn == ["a photo of a fish in neon style", "a photo of a car in neon style"]
+    assert nothing is None and drawn == ["a photo of a fish in neon style", "a photo of a car in neon style"]
     verdicts, checksums, passes = second
     assert [number for number, *_ in verdicts] == [1]  # the third batch was only drawn along with the first rank
     assert list(checksums) == ["fish--neon.png"] and passes == 2 * 4  # guidance, steps; none for the third batch

@@ -114,17 +114,14 @@ class OneRank(SimpleNamespace):
 
     rank, size, is_first, device = 0, 1, True, torch.device("cpu")
 
-    def barrier(self):
-        pass
-
     def to_all(self, value):
         return [value]
 
     def sum(self, values):
         return values
 
-    def from_first(self, value):
-        return value
+    def on_first(self, work):
+        return work()
 
 
 @pytest.mark.usefixtures("brightness")
