@@ -17,7 +17,7 @@ from sculpt_dist.backbones.io.folders import component_config, stored_entries, s
 from sculpt_dist.backbones.io.scheduler import load_scheduler
 from sculpt_dist.backbones.io.tensorfile import Entry
 from sculpt_dist.backbones.parts.components import Components, forces_upcast, model_class
-from sculpt_dist.backbones.parts.conditions import Passed, check_channels, check_conditions
+from sculpt_dist.backbones.parts.conditions import Passed, check_channels, check_conditions, check_scaling
 from sculpt_dist.backbones.parts.embeddings import PromptEmbeddings
 from sculpt_dist.backbones.parts.groups import attention_role, parameter_groups
 from sculpt_dist.backbones.parts.guidance import Guided, classifier_free
@@ -59,10 +59,12 @@ class Backbone(ABC):
         check_folder(folder, self.pipeline_class, names, settings_only=device.type == "meta")
         self.folder, self.dtype, self.device, self.options = folder, dtype, device, options
         self.net_settings = component_config(folder, self.net_name)
-        net_file = folder / self.net_name / "config.json"
+        net_file, vae_file = (folder / name / "config.json" for name in (self.net_name, "vae"))
+        vae_settings = component_config(folder, "vae")
         check_conditions(self.net_settings, self.conditions, net_file)
+        check_scaling(vae_settings, vae_file)
         self.image_size, self.latent_shape = self.sizes()
-        check_channels(self.latent_shape[0], component_config(folder, "vae").get("latent_channels"), net_file)
+        check_channels(self.latent_shape[0], vae_settings.get("latent_channels"), net_file)
         self.schedule = self.open_schedule()
         self.passes = 0  # samples through the denoiser; a forward with gradient counts as 3, its backward costs 2
         self._components = Components(folder, classes, device, self.part_dtype, self._watch)

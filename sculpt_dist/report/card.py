@@ -19,7 +19,7 @@ def model_card(
     config: Mapping[str, Any],
     report: Mapping[str, Any],
     options: Mapping[str, Any] = {},
-    licence: Mapping[str, str] = {},
+    licence: Mapping[str, Any] = {},
     adapter: str | None = None,
 ) -> str:
     """The README.md of the exported folder, or of the folder of an adapter.

@@ -231,8 +231,8 @@ def _spooled(spool: IO[bytes], name: str, change: Tensor, rank: int) -> Pair:
     for factor in (up, down):
         spool.write(raw_bytes(factor))
     rest = matrix.double() - up.double() @ down.double()
-    whole, lost = (float(part.double().square().sum()) for part in (matrix, rest))
-    return Pair(name, tuple(change.shape), len(down), whole, lost, singular)
+    whole, left = (part.double().square().sum().item() for part in (matrix, rest))
+    return Pair(name, tuple(change.shape), len(down), whole, left, singular)
 
 
 def _lost(pairs: list[Pair], rank: int) -> Lost:

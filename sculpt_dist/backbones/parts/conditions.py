@@ -1,7 +1,8 @@
-"""What a net takes beside the noisy latent, the time and the text: its settings say so; most of it is not passed."""
+"""What the settings of a net and an autoencoder ask for: conditions that are not passed, scales that cannot be."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ Passed = Mapping[
     str, tuple[Any, ...]
 ]  # settings that decide what a net takes -> the values that a kind of model serves
 
-UNET: Passed = {  # of diffusers' UNet2DConditionModel; None also stands for a setting that is off or missing
+UNET: dict[
+    str, tuple[Any, ...]
+] = {  # of diffusers' UNet2DConditionModel; None also stands for a setting that is off or missing
     "addition_embed_type": (None, "text"),
     "attention_type": (None, "default"),
     "class_embed_type": (None,),
@@ -53,3 +56,14 @@ def check_channels(channels: int, latent_channels: Any, file: Path) -> None:
             f"{file}: in_channels={channels}, but the vae's latents have {latent_channels}: this is {kind}; give the "
             "text-to-image model that it was made from"
         )
+
+
+def check_scaling(settings: Mapping[str, Any], file: Path) -> None:
+    """Raises ModelError, which names `file`, for an autoencoder whose latents cannot be scaled as its settings say."""
+    for key in ("scaling_factor", "latents_std", "latents_mean"):
+        value = settings.get(key)
+        values = value if isinstance(value, list) and key != "scaling_factor" else [value]
+        numbers = all(type(number) in (int, float) and math.isfinite(number) for number in values)
+        if value is not None and not (numbers and (key == "latents_mean" or min(values) > 0)):
+            wanted = "finite numbers" if key == "latents_mean" else "finite and above 0"
+            raise ModelError(f"{file}: {key}={str(value)[:200]}: must be {wanted}; fetch it again")

@@ -7,6 +7,7 @@ from typing import Any
 
 from sculpt_dist.core.errors import ConfigError, ModelError
 
+MOST_PIXELS = 16_384  # along a side; four times those of any published model
 Sizes = tuple[int, tuple[int, int, int]]  # image size in pixels, latent shape (C, H, W)
 
 
@@ -26,4 +27,7 @@ def square_sizes(
     needed = pixels * net_settings.get("patch_size", 1)
     if size % needed or size < needed:
         raise ConfigError(f"model.image_size={size}: this model needs a multiple of {needed}")
+    if size > MOST_PIXELS:
+        cause = f"model.image_size={size}" if image_size else f"{where} asks for images of {size} pixels"
+        raise ConfigError(f"{cause}: must be at most {MOST_PIXELS:,}")
     return size, (channels, size // pixels, size // pixels)

@@ -17,7 +17,7 @@ from sculpt_dist.backbones.io.folders import weight_files
 from sculpt_dist.backbones.sana import Backbone as Sana
 from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.config.load import load_config
-from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.planning.check import check_run
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"
@@ -71,6 +71,29 @@ def test_impossible_scheduler_settings_are_found_when_they_are_read(model, chang
     with pytest.raises(ModelError, match=f"scheduler_config.json: {found}") as raised:
         Backbone(model, torch.float32, CPU)
     assert one_line(raised)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"scaling_factor": float("nan")}, "scaling_factor=nan: must be finite and above 0"),
+        ({"scaling_factor": 0}, "scaling_factor=0: must be"),
+        ({"scaling_factor": "0.18"}, "scaling_factor=0.18: must be"),
+        ({"latents_mean": [0.0, float("inf")]}, r"latents_mean=.*: must be finite numbers"),
+        ({"latents_mean": [0, 0, 0, 0], "latents_std": [1, 1, 0, 1]}, r"latents_std=.*: must be finite and above 0"),
+    ],
+)
+def test_impossible_scales_of_the_autoencoder_are_found_when_they_are_read(model, changes, found):
+    edit(model / "vae" / "config.json", **changes)
+    with pytest.raises(ModelError, match=f"vae/config.json: {found}") as raised:
+        Backbone(model, torch.float32, CPU)
+    assert one_line(raised)
+
+
+def test_an_impossible_image_size_is_found_when_it_is_read(model):
+    edit(model / "unet" / "config.json", sample_size=10**12)
+    with pytest.raises(ConfigError, match=r"asks for images of 4000000000000 pixels: must be at most 16,384"):
+        Backbone(model, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("shift", [float("nan"), -1.0, "3", 1e30])

@@ -576,7 +576,8 @@ class Giving(Faltering):
         "model_index.json": b"{}",
         "unet/config.json": b'{"a": 1}',
         "unet/model.bin": b"pickled",
-        "README.md": b"text",
+        "README.md": b"---\nlicense: mit\n---\n",  # an exported model's card names the licence
+        "notes.md": b"text",
     }
 
     def do_GET(self):
@@ -615,7 +616,8 @@ def test_the_files_of_a_pipeline_are_fetched_and_found_again_offline(cache):
     server.shutdown()
     folder = cache / "models--a--b" / "snapshots" / REVISION
     assert found == str(folder) and (folder / "unet" / "config.json").read_text() == '{"a": 1}'
-    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["config.json", "model_index.json"]
+    fetched = sorted(path.name for path in folder.rglob("*") if path.is_file())
+    assert fetched == ["README.md", "config.json", "model_index.json"]
     assert find(cache, "a/b", None, HF_HUB_OFFLINE="1")[0] == str(folder)
 
 
