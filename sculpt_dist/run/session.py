@@ -63,7 +63,7 @@ class Session:
         def count() -> int | None:
             files = [path / "scores.json" for path in (self.folder / "evaluation").glob("*") if STAGE.match(path.name)]
             counts = [_read_scores(file).get("passes") for file in files if file.exists()]
-            return None if None in counts else sum(counts)
+            return None if None in counts else sum(count or 0 for count in counts)
 
         return self.group.on_first(count)
 

@@ -40,8 +40,9 @@ class Sink(base.Sink):
         from torch.utils.tensorboard.summary import hparams
 
         final = base.score_numbers(report["after"])
+        events: Any = self._writer.file_writer
         for summary in hparams(base.settings(self._values), final):
-            self._writer.file_writer.add_summary(summary)
+            events.add_summary(summary)
 
     def close(self, outcome: str) -> None:
         self._writer.close()

@@ -66,7 +66,7 @@ class Sink(base.Sink):
             [stage, *(part.get(name) for part in (scores, scores.get("paraphrased") or {}) for name in base.SCORES)]
             for stage, scores in stages.items()
         ]
-        columns = ["stage", *base.SCORES, *(f"{name}, paraphrased" for name in base.SCORES)]
+        columns: list[str | int] = ["stage", *base.SCORES, *(f"{name}, paraphrased" for name in base.SCORES)]
         self._log({"scores": wandb.Table(columns=columns, data=rows)}, step)
         final = {name: report["after"][name] for name in base.SCORES if report["after"][name] is not None}
         balance = harmonic(final)  # the metric of sweeps
