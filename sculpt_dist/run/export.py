@@ -15,7 +15,7 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.core.errors import NonFiniteError, RunFolderError
-from sculpt_dist.core.files import free_space, read_object
+from sculpt_dist.core.files import free_space
 from sculpt_dist.engine.group import Group
 from sculpt_dist.run.owned import make_room, record_model
 
@@ -86,7 +86,8 @@ def write_card(run: Path) -> None:
 
     from sculpt_dist.core.files import write_atomically
     from sculpt_dist.report.card import model_card
+    from sculpt_dist.report.report import read_report
 
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
-    report = read_object(run / "report" / "report.json", "run `sculpt-dist report` on the run folder")
+    report = read_report(run)
     write_atomically(run / "model" / "README.md", model_card(config, report).encode())

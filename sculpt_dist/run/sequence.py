@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.evaluation.evaluator import check_evaluation
+from sculpt_dist.report.report import read_report, write_report
 from sculpt_dist.run.export import export_model, write_card
 from sculpt_dist.run.folder import mark_finished, release_folder, write_manifest
 from sculpt_dist.run.kinds import KINDS
@@ -50,12 +50,10 @@ def run_sequence(config: RunConfig) -> Run:
         export_model(config.model.dtype, session.backbone, weights, session.folder / "model", group)
         session.costs.write()
         if group.is_first:
-            from sculpt_dist.report.report import write_report
-
             mark_finished(session.folder)
             write_report(session.folder)
             write_card(session.folder)
         group.barrier()
         session.tracker.finish()  # uploading the model may take long; the other ranks are done
     release_folder(session.folder)
-    return Run(session.folder, json.loads((session.folder / "report" / "report.json").read_text()))
+    return Run(session.folder, read_report(session.folder))
