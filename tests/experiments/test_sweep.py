@@ -232,6 +232,7 @@ def test_a_trial_has_the_configuration_that_its_command_line_gives(tmp_path):
     assert trial_arguments(file, ["train.clip=0.5", "train.lr=7"], tmp_path / "out", 0, 3) == (
         "unlearn",
         str(plan.config),
+        "evaluate.keep_images=some",
         *trial.overrides,
     )
 
