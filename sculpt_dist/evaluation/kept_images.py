@@ -60,7 +60,7 @@ def _columns(request: ImageRequest, evaluation: Evaluation) -> dict[str, str]:
     return {
         "prompt": request.prompt,
         "seed": str(request.seed),
-        "guidance": f"{request.guidance:g}",
+        "guidance": str(request.guidance),
         "object": world.objects[request.object] if request.object >= 0 else "",
         "style": world.styles[request.style] if request.style >= 0 else "",
         "judged": "yes" if request.judged else "no",

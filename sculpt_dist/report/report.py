@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sculpt_dist.core.files import make_folder, write_atomically
+from sculpt_dist.core.files import make_folder, read_object, write_atomically, write_record
 from sculpt_dist.report.figures import draw_loss, draw_mask, draw_pngs, draw_relapse
 from sculpt_dist.report.grid import Grid, draw_grid, encode, read_grid
 from sculpt_dist.report.listed import listed_images
@@ -33,9 +32,14 @@ def write_report(folder: Path) -> Path:
     make_folder(out)
     for name, png in figures.items():
         write_atomically(out / f"{name}.png", png)
-    write_atomically(out / "report.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    write_record(out / "report.json", report)
     write_atomically(out / "report.html", render_page(run, report, figures, grid).encode())
     return out / "report.html"
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The content of report.json of a run folder. Raises RunFolderError where it is missing or damaged."""
+    return read_object(folder / "report" / "report.json", "run `sculpt-dist report` on the run folder")
 
 
 def draw_stage(folder: Path, stage: str) -> Image | None:

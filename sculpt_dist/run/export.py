@@ -14,7 +14,7 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.core.errors import NonFiniteError
-from sculpt_dist.core.files import read_object, write_atomically, written_aside
+from sculpt_dist.core.files import write_atomically, written_aside
 from sculpt_dist.engine.group import Group
 from sculpt_dist.run.owned import make_room, record_model
 
@@ -81,9 +81,9 @@ def write_card(run: Path, backbone: Backbone, into: Path | None = None, adapter:
     from omegaconf import OmegaConf
 
     from sculpt_dist.report.card import licence_of, model_card
+    from sculpt_dist.report.report import read_report
 
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
-    file = run / "report" / "report.json"
-    report = read_object(file, "run `sculpt-dist report` on the run folder") if file.is_file() else {}
+    report = read_report(run) if (run / "report" / "report.json").is_file() else {}
     card = model_card(config, report, backbone.pipeline_options(), licence_of(backbone.folder), adapter)
     write_atomically((into or run / "model") / "README.md", card.encode())

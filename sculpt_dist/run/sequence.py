@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.evaluation.evaluator import check_evaluation
+from sculpt_dist.report.report import read_report, write_report
 from sculpt_dist.run.export import export_model, write_card
 from sculpt_dist.run.folder import mark_finished, release_folder, write_manifest
 from sculpt_dist.run.kinds import KINDS
@@ -53,12 +53,10 @@ def run_sequence(config: RunConfig) -> Run:
         group.on_first(lambda: _finish(session.folder, session.backbone))
         session.tracker.finish()  # uploading the model may take long; the other ranks are done
     release_folder(session.folder)
-    return Run(session.folder, json.loads((session.folder / "report" / "report.json").read_text()))
+    return Run(session.folder, read_report(session.folder))
 
 
 def _finish(folder: Path, backbone: Backbone) -> None:
-    from sculpt_dist.report.report import write_report
-
     mark_finished(folder)
     write_report(folder)
     write_card(folder, backbone)

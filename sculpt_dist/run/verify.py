@@ -85,6 +85,7 @@ def _run(folder: Path) -> Iterator[Finding]:
         yield from _model(folder / "model")
     if (folder / RECORD).is_file() and (folder / "model").is_dir():
         yield _compared(folder / "model" / CHECKSUMS, (folder / RECORD).read_text())
+    yield from _record(folder / "report" / "report.json")
     for file in sorted(folder.glob("*.safetensors")):
         yield from _tensors(file)
 

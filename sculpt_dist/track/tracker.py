@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -13,7 +12,7 @@ from sculpt_dist.config.schema import TrackConfig
 from sculpt_dist.core.errors import ConfigError, StopRequested
 from sculpt_dist.core.files import read_object
 from sculpt_dist.core.plugins import plugin
-from sculpt_dist.report.report import draw_stage
+from sculpt_dist.report.report import draw_stage, read_report
 from sculpt_dist.track.sinks.base import DONE, FAILED, STOPPED, Sink
 from sculpt_dist.track.sinks.jsonl import truncate_metrics
 
@@ -93,7 +92,7 @@ class Tracker:
     def finish(self) -> None:
         """Record the report and the model of the run folder."""
         if self._sinks:
-            report = json.loads((self._folder / "report" / "report.json").read_text())
+            report = read_report(self._folder)
             for sink in self._sinks:
                 sink.finish(self._step, report, self._folder / "model")
 

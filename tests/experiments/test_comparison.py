@@ -323,6 +323,8 @@ def test_a_comparison_runs_in_shards_continues_and_writes_its_tables(tmp_path):
         {name: scores[name] for name in ("UA", "IRA", "CRA")}
     )
     assert faster["targets"] == pytest.approx({name: target["UA"] for name, target in scores["targets"].items()})
+    kept = {path.name for path in (tmp_path / "runs").rglob("images/*.png")}
+    assert kept and all("--" in name for name in kept), "only the first image of each pair is kept"
     page = (tmp_path / "runs" / "compare.html").read_text()
     assert (
         "closed" in page

@@ -443,6 +443,8 @@ def test_the_summary_sorts_by_the_metric_and_marks_the_front(tmp_path):
     write_summary(plan, [outcome(trial) for trial in trials])
     page = (tmp_path / "out" / "sweep.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "3 of 4 trials are done" in page and "NonFiniteError" in page
+    assert '<div class="scroll" tabindex="0" role="region" aria-label="trials">' in page and "<caption>Trials" in page
+    assert "<th>" not in page and page.count('<th scope="row"') == 4 and "Content-Security-Policy" in page
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"] == rows
     with pytest.raises(
         ConfigError, match="1 of 4 trials failed: trial 2: NonFiniteError.*remove .*0002.failed to run it again"

@@ -160,4 +160,6 @@ def read_report(folder: Path) -> dict[str, Any]:
     def refuse(word: str) -> None:
         raise AssertionError(f"report.json holds {word}")
 
-    return json.loads((folder / "report" / "report.json").read_text(), parse_constant=refuse)
+    report: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text(), parse_constant=refuse)
+    assert len(report.pop("sha256")) == 64
+    return report

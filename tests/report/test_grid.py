@@ -44,9 +44,7 @@ def test_an_image_that_is_too_large_or_of_another_type_is_refused_and_a_link_to_
     (tmp_path / "boat--none.png").symlink_to("/dev/zero")
     assert read_grid(tmp_path, None, names=(), targets=()) is None
     Image.new("1", (6000, 5000)).save(tmp_path / "cat--none.png")
-    with pytest.raises(
-        RunFolderError, match=r"cat--none\.png is damaged \(6000 x 5000 pixels, over the limit of 25,000"
-    ):
+    with pytest.raises(RunFolderError, match=r"cat--none\.png is damaged \(6000 x 5000 pixels, over the limit"):
         read_grid(tmp_path, None, names=(), targets=())
     Image.new("RGB", (8, 8)).save(tmp_path / "cat--none.png", "TIFF")
     with pytest.raises(RunFolderError, match=r"cat--none\.png is damaged \(cannot identify image"):

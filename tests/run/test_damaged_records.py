@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 from harness import TINIEST, sculpt
+from runs import passes
 
 from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.core.files import read_object, write_atomically
@@ -43,6 +44,8 @@ def test_a_damaged_record_is_named_with_its_cure_and_the_cure_works(
     assert f"RunFolderError: {file} is damaged (" in printed and "remove " in printed and "Traceback" not in printed
     file.rmdir() if damage == "folder" else file.unlink()
     sculpt(*given)
+    if "before" not in name:  # which is not scored again
+        assert passes(run) == passes(finished_run) and min(passes(run).values()) > 0, "passes do not rest on costs.json"
 
 
 def test_scores_of_other_settings_are_made_anew_or_left_out(finished_run, canvas_config, tmp_path):

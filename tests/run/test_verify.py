@@ -14,8 +14,9 @@ from sculpt_dist.run.verify import verify_place
 
 BASE = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
 KINDS = (
-    "config.yaml manifest.json costs.json metrics.jsonl data/embeddings.safetensors delta.safetensors "
-    "data/*/target/index.json data/*/superclass/*.tar evaluation/before/scores.json evaluation/after-00/answers.json "
+    "config.yaml manifest.json costs.json report/report.json metrics.jsonl data/embeddings.safetensors "
+    "delta.safetensors data/*/target/index.json data/*/superclass/*.tar evaluation/before/scores.json "
+    "evaluation/after-00/answers.json "
     "evaluation/after-00/images.csv evaluation/before/images/boat--neon.png checkpoints/step-*/manifest.json "
     "checkpoints/step-*/rank-0.safetensors model/CHECKSUMS model/unet/*.safetensors model/tokenizer/tokenizer.json"
 ).split()

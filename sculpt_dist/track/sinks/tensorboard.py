@@ -39,10 +39,10 @@ class Sink(base.Sink):
         """Record the settings beside the final scores, which the last stage already recorded."""
         from torch.utils.tensorboard.summary import hparams
 
-        final, writer = base.score_numbers(report["after"]), self._writer.file_writer
-        assert writer is not None, "it exists until the end"
+        final = base.score_numbers(report["after"])
+        events: Any = self._writer.file_writer
         for summary in hparams(base.settings(self._values), final):
-            writer.add_summary(summary)
+            events.add_summary(summary)
 
     def close(self, outcome: str) -> None:
         self._writer.close()
