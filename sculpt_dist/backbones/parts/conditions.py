@@ -63,7 +63,7 @@ def check_scaling(settings: Mapping[str, Any], file: Path) -> None:
     for key in ("scaling_factor", "latents_std", "latents_mean"):
         value = settings.get(key)
         values: list[Any] = value if isinstance(value, list) and key != "scaling_factor" else [value]
-        numbers = all(type(number) in (int, float) and math.isfinite(number) for number in values)
+        numbers = bool(values) and all(type(number) in (int, float) and math.isfinite(number) for number in values)
         if value is not None and not (numbers and (key == "latents_mean" or min(values) > 0)):
             wanted = "finite numbers" if key == "latents_mean" else "finite and above 0"
             raise ModelError(f"{file}: {key}={str(value)[:200]}: must be {wanted}; fetch it again")
