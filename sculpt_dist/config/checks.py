@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import unicodedata
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -188,9 +188,9 @@ def check_numbers(section: Any, prefix: str) -> None:
             if (
                 isinstance(number, (int, float))
                 and not isinstance(number, bool)
-                and (number < 0 or not math.isfinite(number))
+                and not 0 <= number <= sys.float_info.max
             ):
-                raise ConfigError(f"{key}={number}: must be a finite number, not negative")
+                raise ConfigError(f"{key}={shown(number)}: must be a finite number, not negative")
 
 
 def _value(config: RunConfig, key: str) -> Any:
