@@ -57,6 +57,9 @@ NAMED = [  # what once ended in a traceback, or in a page of text
     ),
     *(
         "1" * 6000,
+        "9" * 399,
+        "0x" + "f" * 398,
+        "9" * 309,
         "-" + "9" * 6000,
         "1e999",
         "-1e999",
@@ -220,7 +223,7 @@ def as_yaml(content) -> bytes:
 
 def test_values_that_once_failed_are_taken_or_refused_in_a_line_by_each_kind_of_key():
     keys = itertools.cycle(
-        ["train.betas", "model.path", "concepts", "evaluate.prompts", "train", "model.crop", "train.lr"]
+        ["train.betas", "model.path", "concepts", "evaluate.prompts", "train", "train.steps", "train.lr"]
     )
     for value, key, other in zip(NAMED, keys, keys):
         answer(lambda value=value, key=key: begin(None, [CONCEPT, f"{key}={value}"]), value)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -211,9 +211,9 @@ def check_numbers(section: Any, prefix: str) -> None:
             if (
                 isinstance(number, (int, float))
                 and not isinstance(number, bool)
-                and (number < 0 or not math.isfinite(number))
+                and not 0 <= number <= sys.float_info.max
             ):
-                raise ConfigError(f"{key}={number}: must be a finite number, not negative")
+                raise ConfigError(f"{key}={shown(number)}: must be a finite number, not negative")
 
 
 def _listed(choices: Iterable[Any]) -> str:

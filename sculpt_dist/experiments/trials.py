@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +28,7 @@ from sculpt_dist.run.fingerprint import config_fingerprint
 
 ARGUMENTS = "${args_no_hyphens}"  # W&B's agent replaces it with the point, as key=value
 AGENT_OVERRIDES = ("run.folder=", "track.")  # in the command, for W&B's agent only
+MOST_VALUES = 100_000
 RESERVED = ("run.folder", "track.group")  # keys that the sweep sets for every trial
 Point = Mapping[str, Any]
 
@@ -212,6 +214,9 @@ def _check(file: Path, settings: SweepFile, parameters: Sequence[Parameter]) -> 
     if settings.run_cap is not None and settings.run_cap < 1:
         raise ConfigError(f"{file}: run_cap={settings.run_cap}: must be at least 1")
     for parameter in parameters:
+        span = parameter.options.get("max", 0) - parameter.options.get("min", 0)
+        if settings.method == "grid" and span > MOST_VALUES * parameter.options.get("q", 1):
+            raise ConfigError(f"{file}: {parameter.name}: a grid takes at most {MOST_VALUES:,} values of a range")
         if settings.method == "grid" and parameter.choices is None:
             raise ConfigError(
                 f"{file}: {parameter.name}: a grid takes values, a value, int_uniform or q_uniform, not "
@@ -268,7 +273,7 @@ def _check_values(where: str, kind: str, options: Mapping[str, Any]) -> None:
             for chance in (probabilities if isinstance(probabilities, list) else [probabilities])
         ),
     ]:
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= sys.float_info.max:
             raise ConfigError(
                 f"{where}: {key}={shown(repr(number))} is not a number (in YAML 1e-4 is a string, 1.0e-4 a number)"
             )

@@ -352,6 +352,8 @@ def test_bayes_raises_once_every_point_was_tried(tmp_path):
             "trial 0: train.batch=3 is not divisible by ranks 1 x train.accumulate 2",
         ),
         ("train.steps=4", "more.yaml", "names 2 configuration files"),
+        ("values: [1.0e-3, 1.0e-2]", "min: 1, max: 900000000", "a grid takes at most 100,000 values"),
+        ("values: [1.0e-3, 1.0e-2]", f"min: 1, max: {'9' * 400}", "is not a number"),
         ("train.steps=4", "evaluate.enabled=false", "its report has no metric H"),
         ("dm_cal_sana.yaml", "dm_kal.yaml", "no such configuration file"),
     ],
