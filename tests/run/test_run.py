@@ -68,7 +68,10 @@ def test_a_run_writes_all_files_that_other_commands_read(finished):
     assert report["weights"]["trained"] == 92160 and report["weights"]["open"] == 46080
     assert report["bytes_communicated"] > 0
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest) == {"base", "config", "shards", "prompts", "code", "finished"} and len(manifest["shards"]) == 4
+    assert (
+        set(manifest) == {"base", "config", "shards", "prompts", "code", "finished", "sha256"}
+        and len(manifest["shards"]) == 4
+    )
 
 
 @pytest.mark.two_ranks
