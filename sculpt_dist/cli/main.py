@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import io
 import os
@@ -105,7 +106,8 @@ def _use_utf8() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "sculpt_dist", *sys.argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # one that was replaced beneath Python
+                stream.reconfigure(errors="backslashreplace")
 
 
 def run_command() -> None:
