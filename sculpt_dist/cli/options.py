@@ -41,7 +41,7 @@ RANKS = typer.Option(1, help="Processes of each run.")
 GPUS = typer.Option(None, "--gpus-per-job", help="GPUs of each run, taken in turn; default: one per process.")
 
 
-def load(config: Path, overrides: list[str] | None) -> RunConfig:
+def load(config: Path | None, overrides: list[str] | None) -> RunConfig:
     """Read a configuration and check all names in it, then announce what takes seconds to load.
 
     Raises ConfigError and ModelError for a wrong key, name or path before torch is imported.
@@ -50,7 +50,7 @@ def load(config: Path, overrides: list[str] | None) -> RunConfig:
     from sculpt_dist.config.load import load_config
 
     loaded = load_config(config, overrides or [])
-    if config.suffix and not config.exists() and is_first():
+    if config is not None and config.suffix and not config.exists() and is_first():
         print(f"{config}: is not here, so the packaged configuration of that name is used", file=sys.stderr)
     check_plugin(NAMED["model.arch"], loaded.model.arch, "model.arch")
     _check_method(loaded.method)

@@ -20,7 +20,8 @@ from sculpt_dist.config.schema import TrackConfig
 from sculpt_dist.core.errors import RunFolderError, WriteError
 from sculpt_dist.core.files import append_line, make_folder, write_atomically, written_aside
 from sculpt_dist.data.shards import Sample, write_shard
-from sculpt_dist.evaluation.evaluator import _save_shown
+from sculpt_dist.evaluation.kept_images import save_image
+from sculpt_dist.evaluation.requests import ImageRequest, World
 from sculpt_dist.run.folder import claim_folder, release_folder
 from sculpt_dist.track.sinks.jsonl import Sink
 
@@ -53,8 +54,9 @@ def write_metrics(path: Path) -> None:
 
 def write_picture(path: Path) -> None:
     path.parent.mkdir()
-    pixels = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8)
-    _save_shown(path.parents[1], [SimpleNamespace(shown="cat.png")], pixels)
+    pixels = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8)
+    request = ImageRequest("a cat", 0, False, 0, -1, 1, 7.5, "cat.png")
+    save_image(path, pixels, request, SimpleNamespace(world=World(("cat",), (), {})))
 
 
 WRITERS = {
