@@ -169,9 +169,7 @@ class Drawing:
         todo = [source for source, is_made in zip(sources, made) if not is_made]
         if todo:
             with self.store.held("drawing", [self.base, self.seed]):
-                self._draw_all(
-                    [(p, recipe) for p, recipe in todo if self.store.take("samples", recipe, p.folder) is None]
-                )
+                self._draw_all([(p, recipe) for p, recipe in todo if not self.store.take("samples", recipe, p.folder)])
         passes = group.on_first(lambda: [drawn_passes(plan.folder, recipe) for plan, recipe in sources])
         return None if None in passes else sum(count or 0 for count in passes)
 
@@ -196,7 +194,7 @@ class Drawing:
             stop.check(f"the samples of {queue[-1][0].label}")
         for plan, recipe in sources:
             group.on_first(lambda: index_shards(plan.folder, recipe, range(0, plan.count, batch)))  # noqa: B023
-            self.store.keep("samples", recipe, plan.folder, {})
+            self.store.keep("samples", recipe, plan.folder)
 
     def _make_shard(self, plan: SourcePlan, recipe: Mapping[str, Any], ids: Sequence[int], start: int | None) -> None:
         """Draw samples, and write them unless `start` is None."""

@@ -74,9 +74,9 @@ class Session:
             [asdict(concept) for concept in concepts],
         ]
         with store.held("scores", key):
-            if store.take("scores", key, where) is None:
+            if not store.take("scores", key, where):
                 self._score(net, where, concepts)
-                store.keep("scores", key, where, {})
+                store.keep("scores", key, where)
 
     def _score(self, net: nn.Module, where: Path, concepts: Sequence[Concept]) -> None:
         # a compiled net would be compiled again for the shapes of these batches

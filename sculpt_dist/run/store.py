@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from sculpt_dist.core.errors import RunFolderError
-from sculpt_dist.core.files import file_sha256, read_object, text_sha256, write_atomically
+from sculpt_dist.core.files import (
+    file_sha256,
+    make_folder,
+    read_object,
+    text_sha256,
+    write_record,
+    writing,
+    written_aside,
+)
 from sculpt_dist.core.locks import Lock
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
@@ -49,28 +57,29 @@ class Store:
         finally:
             lock.release()  # nothing on the other ranks
 
-    def take(self, kind: str, key: Any, into: Path) -> dict[str, Any] | None:
-        """Link the entry's files into a folder; returns the note that was kept with it, None where there is no entry.
+    def take(self, kind: str, key: Any, into: Path) -> bool:
+        """Link the entry's files into a folder; returns whether there is an entry.
 
         A damaged entry is removed: it will be made anew.
         """
-        return self.group.on_first(lambda: self._take(kind, key, into)) if self.folder is not None else None
+        return self.folder is not None and self.group.on_first(lambda: self._take(kind, key, into))
 
-    def keep(self, kind: str, key: Any, source: Path, note: dict[str, Any]) -> None:
-        """Keep the files of a folder as the entry of this key, with a note on it; nothing if there is one."""
+    def keep(self, kind: str, key: Any, source: Path) -> None:
+        """Keep the files of a folder as the entry of this key; nothing if there is one."""
         if self.folder is not None:
-            self.group.on_first(lambda: self._keep(kind, key, source, note))
+            self.group.on_first(lambda: self._keep(kind, key, source))
 
     def _acquire(self, lock: Lock) -> bool:
-        lock.file.parent.mkdir(parents=True, exist_ok=True)
-        return lock.acquire() is None
+        make_folder(lock.file.parent)
+        with writing(lock.file):
+            return lock.acquire() is None
 
-    def _take(self, kind: str, key: Any, into: Path) -> dict[str, Any] | None:
+    def _take(self, kind: str, key: Any, into: Path) -> bool:
         entry = self._entry(kind, key)
         if not entry.is_dir():
-            return None
+            return False
         try:
-            content = read_object(entry / LIST, "it is made anew", ("files", "note"))
+            content = read_object(entry / LIST, "it is made anew", ("files",))
             files: dict[str, str] = content["files"]
             whole = all(file_sha256(entry / name) == sha256 for name, sha256 in files.items())
             whole = whole and not any(Path(name).is_absolute() or ".." in Path(name).parts for name in files)
@@ -78,26 +87,22 @@ class Store:
             whole = False
         if not whole:
             shutil.rmtree(entry)
-            return None
-        for name in files:
-            _link(entry / name, into / name)
-        note: dict[str, Any] = content["note"]
-        return note
+            return False
+        with writing(into):
+            for name in files:
+                _link(entry / name, into / name)
+        return True
 
-    def _keep(self, kind: str, key: Any, source: Path, note: dict[str, Any]) -> None:
+    def _keep(self, kind: str, key: Any, source: Path) -> None:
         entry = self._entry(kind, key)
         if entry.exists():
             return
-        aside = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
         files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-        try:
+        with written_aside(entry) as aside:
             for file in files:
                 _link(source / file, aside / file)
-            content = {"key": key, "note": note, "files": {str(file): file_sha256(aside / file) for file in files}}
-            write_atomically(aside / LIST, json.dumps(content, indent=1).encode())
-            os.rename(aside, entry)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            content = {"key": key, "files": {str(file): file_sha256(aside / file) for file in files}}
+            write_record(aside / LIST, content)
 
     def _entry(self, kind: str, key: Any) -> Path:
         assert self.folder is not None

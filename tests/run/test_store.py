@@ -32,18 +32,18 @@ def made(tmp_path):
     return tmp_path / "made"
 
 
-def test_what_one_run_keeps_another_takes_with_its_note(store, made, tmp_path):
-    assert store.take("scores", ["a", 1], tmp_path / "b") is None
-    store.keep("scores", ["a", 1], made, {"passes": 3})
-    assert store.take("scores", ["a", 2], tmp_path / "b") is None and not (tmp_path / "b").exists()
-    assert store.take("scores", ["a", 1], tmp_path / "b") == {"passes": 3}
+def test_what_one_run_keeps_another_takes(store, made, tmp_path):
+    assert not store.take("scores", ["a", 1], tmp_path / "b")
+    store.keep("scores", ["a", 1], made)
+    assert not store.take("scores", ["a", 2], tmp_path / "b") and not (tmp_path / "b").exists()
+    assert store.take("scores", ["a", 1], tmp_path / "b")
     assert (tmp_path / "b" / "images" / ".note").read_text() == "x"
     assert os.path.samefile(tmp_path / "b" / "scores.json", made / "scores.json")  # a link, not a copy
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing", "list", "outside"])
 def test_a_damaged_entry_is_not_taken_and_made_anew(store, made, tmp_path, damage):
-    store.keep("scores", "key", made, {})
+    store.keep("scores", "key", made)
     (entry,) = (path for path in (tmp_path / "shared").iterdir() if path.is_dir())
     if damage == "flip":
         (entry / "scores.json").unlink()  # the link of the run stays as it is
@@ -57,9 +57,9 @@ def test_a_damaged_entry_is_not_taken_and_made_anew(store, made, tmp_path, damag
         sha256 = content["files"].pop("scores.json")
         shutil.copy(made / "scores.json", tmp_path / "outside.json")
         (entry / LIST).write_text(json.dumps(content | {"files": {"../../outside.json": sha256}}))
-    assert store.take("scores", "key", tmp_path / "run" / "b") is None and not (tmp_path / "run").exists()
-    store.keep("scores", "key", made, {})
-    assert store.take("scores", "key", tmp_path / "run" / "b") == {}
+    assert not store.take("scores", "key", tmp_path / "run" / "b") and not (tmp_path / "run").exists()
+    store.keep("scores", "key", made)
+    assert store.take("scores", "key", tmp_path / "run" / "b")
 
 
 def test_another_run_waits_for_the_holder_and_can_be_stopped_meanwhile(store, tmp_path):
