@@ -1,4 +1,7 @@
-"""A dry run: try a configuration on a full-size model's settings, on the meta device, without weights or a GPU."""
+"""A dry run: try a configuration on a full-size model's settings, on the meta device, without a GPU.
+
+Weights may be missing; where they are there, they are only read for values that are not finite.
+"""
 
 from __future__ import annotations
 
