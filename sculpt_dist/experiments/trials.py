@@ -29,6 +29,7 @@ from sculpt_dist.run.fingerprint import config_fingerprint
 ARGUMENTS = "${args_no_hyphens}"  # W&B's agent replaces it with the point, as key=value
 AGENT_OVERRIDES = ("run.folder=", "track.")  # in the command, for W&B's agent only
 MOST_VALUES = 100_000
+MOST_CHECKED = 1000  # trials whose configuration is read before the first one runs
 RESERVED = ("run.folder", "track.group")  # keys that the sweep sets for every trial
 Point = Mapping[str, Any]
 
@@ -107,10 +108,12 @@ class Sweep:
     def check(self) -> None:
         """Raises ConfigError if the configuration of a trial is invalid.
 
-        Checks every trial of a grid or a random search; under bayes, the middle and both ends of the space.
+        Checks all trials, or, of more than MOST_CHECKED, so many drawn ones; the others when they start. Under bayes,
+        the middle and both ends of the space.
         """
         if self.settings.method != "bayes":
-            for index in range(self.count):
+            drawn = np.random.default_rng(0).integers(0, self.count, MOST_CHECKED)
+            for index in range(self.count) if self.count <= MOST_CHECKED else sorted(set(drawn.tolist())):
                 self.trial(index, self.point(index))
             return
         for share in (0.5, 0.0, 1.0):

@@ -22,6 +22,7 @@ from harness import PROJECT, python, rank_environment, sculpt
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.core.locks import Lock
+from sculpt_dist.experiments import trials
 from sculpt_dist.experiments.jobs import settings_of_many
 from sculpt_dist.experiments.ledger import (
     _new_shares,
@@ -184,6 +185,23 @@ def test_a_grid_orders_parameters_by_name_and_the_last_changes_fastest(tmp_path)
     )
     assert [plan.point(i) for i in range(4)] == [swapped.point(i) for i in range(4)]
     assert read_sweep(written(tmp_path, ("method: grid", "method: grid\nrun_cap: 3"))).count == 3
+
+
+def test_a_sweep_of_a_million_points_is_read_and_checked_without_making_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "MOST_CHECKED", 5)
+    plan = read_sweep(
+        written(
+            tmp_path,
+            ("{values: [1.0e-3, 1.0e-2]}", "{distribution: q_uniform, min: 1.0e-4, max: 1.0e-1, q: 1.0e-4}"),
+            ("  mask.keep: {values: [0.3, 1.0]}", "  train.seed: {distribution: int_uniform, min: 1, max: 1002}"),
+        )
+    )
+    plan.check()
+    assert plan.count == 999 * 1002 > 1e6 and len(plan._trials) == 5
+    assert plan.point(plan.count - 1) == {"train.lr": 0.0999, "train.seed": 1002}
+    bad = written(tmp_path, ("{values: [1.0e-3, 1.0e-2]}", "{distribution: int_uniform, min: -90000, max: -1}"))
+    with pytest.raises(ConfigError, match="train.lr=-.*must be a finite number, not negative"):
+        read_sweep(bad).check()
 
 
 def test_a_random_trial_depends_only_on_its_seed_and_number(tmp_path):
