@@ -84,7 +84,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
 
 def _claim_locked(folder: Path, config: RunConfig, before: dict[Any, Any] | None) -> str | None:
     inside = (place for name in ("data", "evaluation", "report") for place in (folder / name).rglob("**"))
-    for place in (folder, folder / "checkpoints", *inside):
+    for place in (folder, folder / "checkpoints", folder / "model", *inside):
         remove_leftovers(place)
     strangers = [path.name for path in folder.iterdir() if before is not None and _is_strange(path.name)]
     if strangers:

@@ -315,7 +315,8 @@ def test_two_ranks_draw_the_same_images_of_a_list(tmp_path):
         and found[1][3] == found[2][3]
         and found[1][3]["images"] == {"target": 5, "other": 0}
     )
-    assert found[1][2] == pytest.approx(found[2][2], rel=1e-9) and found[1][2]["fid"] > 0
+    # FID of fewer images than features is accurate to 1e-7 (see metrics/fid.py), on whichever machine
+    assert found[1][2] == pytest.approx(found[2][2], rel=1e-7) and found[1][2]["fid"] > 0
 
 
 @pytest.mark.parametrize(("templates", "names"), [(3, 4), (4, 4), (6, 4), (13, 4), (2, 3), (1, 5)])
