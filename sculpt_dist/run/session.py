@@ -69,8 +69,9 @@ class Session:
         """The base's scores are the same in all runs with these settings, whatever their method."""
         settings, store = self.setup.config.evaluate, self.store
         key = [
-            *(self.base, self.setup.evaluation.fingerprint, str(next(net.parameters()).dtype), settings.keep_images),
-            *(settings.batch, self.backbone.image_size, list(self.backbone.size_ids or ())),
+            *(self.base, self.setup.evaluation.fingerprint, settings.keep_images, settings.batch),
+            *(str(next(net.parameters()).dtype), *self.backbone.frozen_dtypes),
+            *(self.backbone.image_size, list(self.backbone.size_ids or ())),
             [asdict(concept) for concept in concepts],
         ]
         with store.held("scores", key):

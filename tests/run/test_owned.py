@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from harness import PROJECT, SMALL, TINY_RUN, launch, sculpt
+from harness import ONE_STEP, PROJECT, SMALL, TINY_RUN, launch, sculpt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,21 +21,6 @@ from sculpt_dist.run.owned import make_room
 from sculpt_dist.run.setup import resolve
 
 ASSETS = PROJECT / "sculpt_dist/assets/canvas/sd15"
-ONE_STEP = [*SMALL, "evaluate.enabled=false", "train.steps=1", "mask.collect=1", "prepare.samples=2", "train.batch=2"]
-ONE_STEP += ["concepts=[{target: bird, superclass: animal}]"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, canvas_config) -> Path:
-    folder = tmp_path_factory.mktemp("owned") / "run"
-    sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={folder}")
-    return folder
-
-
-@pytest.fixture
-def run(finished, tmp_path) -> Path:
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.mark.parametrize(

@@ -6,30 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from harness import PROJECT, SMALL, sculpt
+from harness import ONE_STEP, PROJECT, sculpt
 from safetensors.torch import load_file
 
 from sculpt_dist.config.load import load_config, to_yaml
 from sculpt_dist.core.files import sealed_text
-
-ONE_STEP = [*SMALL, "evaluate.enabled=false", "train.steps=1", "mask.collect=1", "prepare.samples=2", "train.batch=2"]
-ONE_STEP += ["concepts=[{target: bird, superclass: animal}]"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, canvas_config) -> Path:
-    folder = tmp_path_factory.mktemp("users") / "run"
-    sculpt("unlearn", canvas_config, *ONE_STEP, f"run.folder={folder}")
-    return folder
-
-
-@pytest.fixture
-def run(finished, tmp_path) -> Path:
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.mark.parametrize("name", ["mine.csv", "embeddings.safetensors", "object-bird/target/00000.tar", "a/b/c/d.tar"])
@@ -43,8 +26,8 @@ def test_a_users_own_data_in_a_folder_without_a_run_is_refused(canvas_config, tm
     assert file.read_text() == "precious" and not (tmp_path / "config.yaml").exists()
 
 
-def test_data_of_another_run_may_be_copied_before_the_first_run(canvas_config, finished, tmp_path):
-    shutil.copytree(finished / "data", tmp_path / "data")
+def test_data_of_another_run_may_be_copied_before_the_first_run(canvas_config, one_step_run, tmp_path):
+    shutil.copytree(one_step_run / "data", tmp_path / "data")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
     sculpt("prepare", canvas_config, *ONE_STEP, f"run.folder={tmp_path}")
     assert before and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")} == before

@@ -50,6 +50,15 @@ SMALL = [  # of dm_cal: pins what the tests count on, whatever the shipped confi
     "method.retain_weight=0.1",
     "method.distill_weight=1.0",
 ]
+ONE_STEP = [
+    *SMALL,
+    "evaluate.enabled=false",
+    "train.steps=1",
+    "mask.collect=1",
+    "prepare.samples=2",
+    "train.batch=2",
+    "concepts=[{target: bird, superclass: animal}]",
+]
 
 TINIEST = [  # of dm_cal: one concept in two steps, scored on two images
     *SMALL,
