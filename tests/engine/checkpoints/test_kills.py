@@ -168,7 +168,7 @@ def test_a_run_killed_at_any_change_of_a_file_ends_bit_identical_with_the_same_f
         sculpt(*call, f"run.folder={folder}")
         found = weights(folder)
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found), why
-        assert files_of(folder) == files, why
+        assert files_of(folder) == files and passes(folder) == passes(place / "run"), why
         shutil.rmtree(folder)
 
     with ThreadPoolExecutor(2) as pool:
