@@ -36,7 +36,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_object(path: Path, remedy: str, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """The object in a json file that we wrote, with at least these keys, and without its checksum (see seals.py).
+    """The object in a json file that we wrote, with at least these keys, and without its checksum.
 
     Raises RunFolderError for one that is damaged, which names the file and ends with the `remedy`.
     """
@@ -158,7 +158,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left in a folder under a name of `written_aside`."""
+    """Remove what killed processes left in a folder under a name of `written_aside`.
+
+    Only for a folder that this process has locked: processes of other machines look dead here.
+    """
     for path in folder.glob(".*.tmp") if folder.is_dir() else ():
         process = re.search(r"\.(\d+)\.tmp$", path.name)
         if process and (int(process[1]) == os.getpid() or not Path(f"/proc/{process[1]}").exists()):

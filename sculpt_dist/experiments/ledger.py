@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sculpt_dist.core.errors import ConfigError, RunFolderError
-from sculpt_dist.core.files import derived_seed, make_folder, read_object, remove_leftovers, write_atomically
+from sculpt_dist.core.files import derived_seed, make_folder, read_object, write_atomically
 from sculpt_dist.core.locks import Lock
 from sculpt_dist.experiments.compare import finished_report
 from sculpt_dist.experiments.trials import Sweep, Trial
@@ -40,8 +40,6 @@ def claim_sweep(sweep: Sweep) -> None:
     make_folder(sweep.folder / "trials")
     file, plan = sweep.folder / "plan.json", json.dumps(sweep.identity, indent=1, default=str) + "\n"
     with Lock(sweep.folder / "plan.lock"):
-        for place in (sweep.folder, sweep.folder / "trials"):
-            remove_leftovers(place)
         if not file.is_file():
             write_atomically(file, plan.encode())
         recorded = read_object(file, "remove it if the trials beside it are of this sweep")

@@ -27,33 +27,10 @@ def model_card(
     `config`: the resolved configuration; `report`: the content of report.json, which may be empty. `options`: what a
     call of the pipeline is given beside the prompt. `licence`: see `licence_of`. `adapter`: of one, what it lacks.
     """
-    from huggingface_hub import EvalResult, ModelCardData
-    from huggingface_hub.utils import yaml_dump
-
     evaluate = config.get("evaluate") or {}
     path, name = (config.get("model") or {}).get("path"), title(config)
     is_hub_id = path is not None and HUB_ID.fullmatch(path) is not None and not Path(path).exists()
     after = report.get("after") or {}
-    results = [
-        EvalResult(
-            task_type=PIPELINE,
-            dataset_type="generated",
-            dataset_name=f"images of the evaluation, judged by {str(evaluate.get('classifier')).split(':')[0]}",
-            metric_type=score,
-            metric_value=round(after[score], 4),
-        )
-        for score in SCORES
-        if adapter is None and after.get(score) is not None
-    ]
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=PIPELINE,
-        tags=["unlearning", "sculpt-dist", *(["lora"] if adapter else [])],
-        base_model=path if is_hub_id else None,
-        model_name=" ".join(name.split()),
-        eval_results=results or None,
-        **cast(dict[str, Any], dict(licence)),
-    )
     concepts = [{"superclass": None, "kind": "object", **concept} for concept in config["concepts"]]
     body = render(
         "card.md",
@@ -79,8 +56,44 @@ def model_card(
         images=after.get("images"),
         classifier=evaluate.get("classifier"),
     )
-    front = {"model_name": " ".join(name.split())} | data.to_dict()
-    return f"---\n{yaml_dump(front, sort_keys=False).strip()}\n---\n\n{body}"
+    front = _front_matter(name, path if is_hub_id else None, str(evaluate.get("classifier")), after, licence, adapter)
+    return f"---\n{front}\n---\n\n{body}"
+
+
+def _front_matter(
+    name: str,
+    hub_id: str | None,
+    classifier: str,
+    after: Mapping[str, Any],
+    licence: Mapping[str, Any],
+    adapter: str | None,
+) -> str:
+    """The card's yaml, which the hub reads; `after`: the last scores."""
+    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub.utils import yaml_dump
+
+    model_name = " ".join(name.split())
+    results = [
+        EvalResult(
+            task_type=PIPELINE,
+            dataset_type="generated",
+            dataset_name=f"images of the evaluation, judged by {classifier.split(':')[0]}",
+            metric_type=score,
+            metric_value=round(after[score], 4),
+        )
+        for score in SCORES
+        if adapter is None and after.get(score) is not None
+    ]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=PIPELINE,
+        tags=["unlearning", "sculpt-dist", *(["lora"] if adapter else [])],
+        base_model=hub_id,
+        model_name=model_name,
+        eval_results=results or None,
+        **cast(dict[str, Any], dict(licence)),
+    )
+    return str(yaml_dump({"model_name": model_name} | data.to_dict(), sort_keys=False)).strip()
 
 
 def base_name(config: Mapping[str, Any]) -> str:
