@@ -37,6 +37,7 @@ def save_image(file: Path, image: Tensor, request: ImageRequest, evaluation: Eva
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, "PNG", pnginfo=about)
     with writing(file):
+        file.unlink(missing_ok=True)  # it may be a link to an image that runs share
         file.write_bytes(buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 

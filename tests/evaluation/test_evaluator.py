@@ -18,6 +18,7 @@ from sculpt_dist.config.load import load_config
 from sculpt_dist.core.files import file_sha256, read_object
 from sculpt_dist.evaluation import evaluator
 from sculpt_dist.evaluation.evaluator import evaluate
+from sculpt_dist.evaluation.kept_images import save_image
 from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
 from sculpt_dist.report.listed import listed_images
 
@@ -129,3 +130,15 @@ def test_retained_images_alone_count_for_metrics_where_there_are_some(evaluation
     assert [evaluation.counts_for_metrics(r) for r in (judged, paraphrased)] == [True, False]
     with_file = replace(evaluation, settings=replace(evaluation.settings, retain_prompts="coco.txt"))
     assert [with_file.counts_for_metrics(r) for r in (judged, retained)] == [False, True]
+
+
+def test_an_image_that_is_drawn_again_leaves_the_one_that_other_runs_share(
+    evaluation: Evaluation, tmp_path: Path
+) -> None:
+    shared, mine = tmp_path / "shared.png", tmp_path / "mine.png"
+    image, request = torch.zeros(3, 4, 4, dtype=torch.uint8), evaluation.requests[0]
+    save_image(shared, image, request, evaluation)
+    before = shared.read_bytes()
+    mine.hardlink_to(shared)
+    save_image(mine, image + 9, request, evaluation)
+    assert shared.read_bytes() == before != mine.read_bytes()
