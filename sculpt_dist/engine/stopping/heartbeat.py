@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import threading
 import time
 from typing import Any
@@ -91,11 +90,14 @@ class Heartbeat:
         beats: list[str] = []
         changed = [began] * self.group.size
         while True:
+            until = time.monotonic() + 1.0
             try:
-                store.wait([key], datetime.timedelta(seconds=1))
-                return
+                while not (found := store.check([key])) and time.monotonic() < until:
+                    time.sleep(0.01)  # `wait` with a time limit would print warnings
             except torch.distributed.DistError:
-                pass
+                return
+            if found:
+                return
             before, beats, now = beats, self._read(store) or [], time.monotonic()
             changed = [since if before[r : r + 1] == beats[r : r + 1] else now for r, since in enumerate(changed)]
             if any(beat.endswith(" 1") for beat in beats):
