@@ -1,4 +1,8 @@
-"""How long the package and the command line take to start, in CPU seconds: the machine may be busy with other work."""
+"""How long the package and the command line take to start, in CPU seconds: the machine may be busy with other work.
+
+The goals are for a machine that imports the command line's libraries alone in 0.25 s; a slower one may take longer, in
+proportion. (For scale: of the 0.36 s until a wrong key is reported, these libraries take 0.18 s; torch would add 2 s.)
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,19 @@ def fastest(*arguments: str, code: int = 0, runs: int = 5) -> float:
     return min(seconds)
 
 
-def test_the_package_is_imported_within_300_ms():
-    assert fastest("-c", "import sculpt_dist") <= 0.3
+@pytest.fixture(scope="module")
+def slowness() -> float:
+    """How many times slower than that machine this one is; at least 1."""
+    return max(1.0, fastest("-c", "import typer, omegaconf, rich.console, rich.table") / 0.25)
 
 
-def test_help_is_printed_within_a_second():
-    assert fastest("-m", "sculpt_dist", "--help") < 1.0
+def test_the_package_is_imported_within_300_ms(slowness):
+    assert fastest("-c", "import sculpt_dist") <= 0.3 * slowness
 
 
-def test_a_wrong_key_is_reported_within_700_ms():
-    assert fastest("-m", "sculpt_dist", "unlearn", CONFIG, "trian.lr=1", code=2) <= 0.7
+def test_help_is_printed_within_a_second(slowness):
+    assert fastest("-m", "sculpt_dist", "--help") < 1.0 * slowness
+
+
+def test_a_wrong_key_is_reported_within_700_ms(slowness):
+    assert fastest("-m", "sculpt_dist", "unlearn", CONFIG, "trian.lr=1", code=2) <= 0.7 * slowness

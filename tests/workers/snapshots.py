@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,30 @@ CHANGES = "os.rename os.mkdir os.remove os.rmdir os.symlink".split()
 
 def watch(snapshots: Path, folder: Path) -> None:
     """Number the copies from 000 on; each has a note of what was about to happen beside it."""
-    copying = False
+    one_at_a_time, this_thread = threading.Lock(), threading.local()
 
     def before(event: str, details: tuple[Any, ...]) -> None:
-        nonlocal copying
         opened = event == "open" and isinstance(details[2], int) and details[2] & WRITING
-        if copying or not (opened or event in CHANGES):
+        if getattr(this_thread, "copies", False) or not (opened or event in CHANGES):
             return
         place = os.fsdecode(details[0]) if isinstance(details[0], (str, bytes, os.PathLike)) else ""
         if not (place.startswith(str(folder)) or (event in CHANGES and not place.startswith("/"))):
             return
-        copying = True
+        this_thread.copies = True
+        try:
+            with one_at_a_time:  # another thread's change waits for its own copy
+                copy(f"{event} {place.removeprefix(str(folder))}")
+        finally:
+            this_thread.copies = False
+
+    def copy(note: str) -> None:
         number = f"{len(list(snapshots.glob('*.txt'))):03}"
+        unfinished = snapshots / f"{number}.unfinished"  # stays so where the process ends meanwhile
         if folder.exists():
-            shutil.copytree(folder, snapshots / number, symlinks=True)
-        (snapshots / f"{number}.txt").write_text(f"{event} {place.removeprefix(str(folder))}")
-        copying = False
+            shutil.copytree(folder, unfinished, symlinks=True)
+        (snapshots / f"{number}.txt").write_text(note)
+        if unfinished.exists():
+            unfinished.rename(snapshots / number)
 
     sys.addaudithook(before)
 

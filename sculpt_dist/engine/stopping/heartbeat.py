@@ -11,6 +11,7 @@ import torch
 from sculpt_dist.engine.group import Group
 
 PATIENCE = 2.5  # seconds; a rank sends about one heartbeat a second
+PATIENCE_WITH_WORK = 4 * PATIENCE  # while a rank does work of its own, other processes may keep it from beating
 
 
 class Heartbeat:
@@ -84,7 +85,8 @@ class Heartbeat:
         """Wait in the main thread until `key` is in the store.
 
         A rank that says that it is at work is waited for as long as its heart beats, others for the group's time limit.
-        Then this returns, and the next collective tells what is wrong.
+        Then this returns, and the next collective tells what is wrong. Where no launcher ends the others, a rank that
+        dies during such work is noticed after `PATIENCE_WITH_WORK`.
         """
         store, began = self.group.store, time.monotonic()
         beats: list[str] = []
@@ -102,7 +104,7 @@ class Heartbeat:
             changed = [since if before[r : r + 1] == beats[r : r + 1] else now for r, since in enumerate(changed)]
             if any(beat.endswith(" 1") for beat in beats):
                 began = now
-            if not beats or now - began > self.group.timeout or now - min(changed) > PATIENCE:
+            if not beats or now - began > self.group.timeout or now - min(changed) > PATIENCE_WITH_WORK:
                 return
 
     def _read(self, store: Any = None) -> list[str] | None:
