@@ -78,8 +78,12 @@ class Heartbeat:
             _, collectives, working = map(int, beat.split())
             if working or self._entered.get(rank, (None, now))[0] != collectives:
                 self._entered[rank] = collectives, now
-        furthest = max((count for count, _ in self._entered.values()), default=0)
-        return [rank for rank, (count, since) in self._entered.items() if count < furthest and now - since > limit]
+        late = []
+        for rank, (count, since) in self._entered.items():
+            ahead = [entered for others, entered in self._entered.values() if others > count]
+            if ahead and now - max(since, min(ahead)) > limit:
+                late.append(rank)
+        return late
 
     def wait_for_work(self, key: str) -> None:
         """Wait in the main thread until `key` is in the store.
