@@ -17,7 +17,7 @@ from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.io.folders import unloaded_files
 from sculpt_dist.config.load import plain_values
 from sculpt_dist.config.schema import Concept
-from sculpt_dist.core.files import read_object
+from sculpt_dist.core.files import read_object, text_sha256
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.engine.stopping.watch import watched
@@ -82,7 +82,10 @@ class Session:
     def _score(self, net: nn.Module, where: Path, concepts: Sequence[Concept]) -> None:
         # a compiled net would be compiled again for the shapes of these batches
         with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):
-            evaluate(self.setup.evaluation, self.backbone, net, self.group, where, concepts, where.name, self.stop)
+            stage, evaluation = where.name, self.setup.evaluation
+            made_by = [self.base, *([] if stage == "before" else [self.setup.fingerprint, stage])]
+            model = text_sha256(" ".join(made_by))[:16]
+            evaluate(evaluation, self.backbone, net, self.group, where, concepts, stage, self.stop, model)
 
     def evaluation_passes(self) -> int | None:
         """The passes of all stages that are scored; None if an earlier version scored one."""
