@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from sculpt_dist.core.files import make_folder, text_sha256, write_atomically, w
 from sculpt_dist.core.progress import progress
 from sculpt_dist.evaluation.classifiers.base import Classifier, load_classifier
 from sculpt_dist.evaluation.drawn_images import DrawnImages, images_csv
+from sculpt_dist.evaluation.features import first_reference_features, shared_reference_features
 from sculpt_dist.evaluation.metrics.base import Metric, build_metrics
 from sculpt_dist.evaluation.requests import Evaluation, ImageRequest, as_batches
 from sculpt_dist.evaluation.scoring import (
@@ -44,7 +46,7 @@ def check_evaluation(evaluation: Evaluation) -> None:
             f"evaluate.classifier={settings.classifier}: knows no styles, so it cannot tell whether {style!r} is "
             "forgotten; choose another classifier, or set evaluate.enabled=false"
         )
-    build_metrics(settings, 1, 0)
+    build_metrics(settings, 1, 0, lambda where, features, _: first_reference_features(where, features))
 
 
 def check_prompts(evaluation: Evaluation, backbone: Backbone) -> None:
@@ -75,7 +77,8 @@ def evaluate(
     batches = as_batches(evaluation.requests, settings.batch)
     group.on_first(lambda: make_folder(folder / "images"))
     num_images = _num_rounds(batches, group) * settings.batch  # that one rank draws at most
-    metrics = build_metrics(settings, num_images * group.size, num_images * group.rank)
+    shared = partial(shared_reference_features, group=group, device=backbone.device, folder=evaluation.shared)
+    metrics = build_metrics(settings, num_images * group.size, num_images * group.rank, shared)
     verdicts: list[BatchVerdict] = []
     total = 0
     with DrawnImages(folder / "images", evaluation, model) as files:

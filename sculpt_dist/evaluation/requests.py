@@ -60,6 +60,7 @@ class Evaluation:
     concepts: tuple[Concept, ...]
     world: World
     most: int | None = None  # images; None for all
+    shared: str | None = None  # the folder `prepare.folder`, which keeps the features of the reference images
 
     @cached_property
     def requests(self) -> tuple[ImageRequest, ...]:
