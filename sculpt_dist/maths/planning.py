@@ -275,6 +275,11 @@ class Rates:
     bandwidth: Mapping[str, float]  # bytes per second of a rank's link, by kind of collective
     latency: float  # seconds per hop of a collective
     update: float = 0.0  # seconds to update one weight
+    sampling: float | None = None  # operations per second of a rank that draws; None: as when it trains
+    disk: float = 0.45e9  # bytes per second that a rank reads or writes, with the checksum
+    copy: float = 2.6e9  # bytes per second at which a rank copies its state before a checkpoint
+    store: float = 2e-5  # seconds that the ranks' store takes for one rank's message
+    start: float = 8.0  # seconds of a rank's imports
 
 
 def step_seconds(flops: float, layout: Layout, sent: Traffic, rates: Rates) -> dict[str, float]:

@@ -67,20 +67,71 @@ MEASURED = {  # what is measured: ranks, kind, stored as, overrides
 }
 SETTINGS = {"sana": SANA, "sd15": UNET}
 IN_CI = ("stage 2, open moments",)
+SMALLER = {  # of 25 to 58 M parameters
+    "sana": SANA | {"num_layers": 3},
+    "sd15": UNET | {"block_out_channels": [128, 256, 256], "transformer_layers_per_block": [1, 1, 2]},
+    "sdxl": UNET
+    | {
+        "block_out_channels": [128, 256, 256],
+        "transformer_layers_per_block": [1, 1, 2],
+        "cross_attention_dim": 160,
+        "projection_class_embeddings_input_dim": 144,
+    },
+}
+COMBINED = {  # the same of smaller nets, with choices that are not alone
+    "stage 0, open moments, sdxl": (
+        1,
+        "sdxl",
+        torch.bfloat16,
+        ["engine.stage=0", "train.batch=2", "engine.moments=open", "mask.keep=0.2"],
+    ),
+    "stage 1, one rank, activations again, sd15": (
+        1,
+        "sd15",
+        torch.bfloat16,
+        ["engine.stage=1", "train.batch=4", "engine.checkpointing=true"],
+    ),
+    "stage 1, open moments, sdxl": (
+        2,
+        "sdxl",
+        torch.bfloat16,
+        ["engine.stage=1", "train.batch=4", "engine.moments=open", "mask.keep=0.2"],
+    ),
+    "stage 2, bf16, activations again, sdxl": (
+        2,
+        "sdxl",
+        torch.float32,
+        ["engine.stage=2", "engine.precision=bf16", "train.batch=4", "engine.checkpointing=true"],
+    ),
+    "stage 3, open moments, sd15": (
+        2,
+        "sd15",
+        torch.bfloat16,
+        ["engine.stage=3", "train.batch=4", "engine.moments=open", "mask.keep=0.2"],
+    ),
+    "stage 3, one rank, activations again, accumulation, sana": (
+        1,
+        "sana",
+        torch.bfloat16,
+        ["engine.stage=3", "train.batch=4", "train.accumulate=2", "engine.checkpointing=true"],
+    ),
+}
+BY_DEFAULT = ("stage 1, one rank, activations again, sd15",)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Of at least 100 M parameters, each written when it is first asked for, as another type than it runs in: mapped
+    """Of at least `least` parameters, each written when it is first asked for, as another type than it runs in: mapped
     files are not counted.
     """
     folder, written = tmp_path_factory.mktemp("models"), {}
 
-    def model(arch, dtype):
-        if (arch, dtype) not in written:
-            written[arch, dtype] = folder / f"{arch}-{dtype}"
-            assert write_model(written[arch, dtype], arch, SETTINGS[arch], dtype) > 100_000_000
-        return written[arch, dtype]
+    def model(arch, dtype, settings=SETTINGS, least=100e6):
+        key = (arch, dtype, least)
+        if key not in written:
+            written[key] = folder / f"{arch}-{dtype}-{least:g}"
+            assert write_model(written[key], arch, settings[arch], dtype) > least
+        return written[key]
 
     return model
 
@@ -99,29 +150,38 @@ def measure(ranks: int, arguments: list[str], at_once: bool = True) -> list[dict
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def predicted_and_measured(case, ranks, overrides, arch, model, folder):
+    """The plan and what the ranks tell, once their peaks are within a tenth of each other."""
+    settings = [f"model.arch={arch}", f"model.path={model}", CONCEPT, f"run.folder={folder}", *THREE_STEPS, *overrides]
+    predicted = plan_run(load_config(None, settings), ranks, 1e12, device="cpu")
+    told = measure(ranks, settings)
+    measured = max(rank["peak"] for rank in told)
+    print(
+        f"\n{case}: {ranks} ranks, {predicted['parameters'] / 1e6:.1f} M parameters, predicted "
+        f"{predicted['peak'] / 1e9:.3f} GB, measured {measured / 1e9:.3f}: {predicted['peak'] / measured - 1:+.1%}"
+    )
+    assert told[0]["trained"] == predicted["trainable"]
+    assert predicted["peak"] == pytest.approx(measured, rel=0.1)
+    return predicted, told
+
+
+@pytest.mark.two_ranks
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in BY_DEFAULT else pytest.mark.slow) for case in COMBINED]
+)
+def test_the_peak_of_combined_choices_is_predicted_within_a_tenth(case, models, tmp_path):
+    ranks, arch, dtype, overrides = COMBINED[case]
+    predicted_and_measured(case, ranks, overrides, arch, models(arch, dtype, SMALLER, 20e6), tmp_path / "run")
+
+
 @pytest.mark.two_ranks
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow if case in IN_CI else pytest.mark.huge) for case in MEASURED]
 )
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(case, models, tmp_path):
     ranks, arch, dtype, overrides = MEASURED[case]
-    settings = [
-        f"model.arch={arch}",
-        f"model.path={models(arch, dtype)}",
-        CONCEPT,
-        f"run.folder={tmp_path / 'run'}",
-        *THREE_STEPS,
-        *overrides,
-    ]
-    predicted = plan_run(load_config(None, settings), ranks, 1e12, device="cpu")
-    told = measure(ranks, settings)
-    measured = max(rank["peak"] for rank in told)
-    print(
-        f"\n{case}: {ranks} ranks, predicted {predicted['peak'] / 1e9:.3f} GB, measured {measured / 1e9:.3f}: "
-        f"{predicted['peak'] / measured - 1:+.1%}"
-    )
-    assert told[0]["trained"] == predicted["trainable"] and predicted["parameters"] > 100_000_000
-    assert predicted["peak"] == pytest.approx(measured, rel=0.1)
+    predicted, told = predicted_and_measured(case, ranks, overrides, arch, models(arch, dtype), tmp_path / "run")
+    assert predicted["parameters"] > 100_000_000
     steps = told[0]["steps"]
     sent = steps[-1]["bytes"] - steps[-2]["bytes"]
     print(f"payload of a step: predicted {sum(predicted['payload'].values()) / 1e9:.3f} GB, counted {sent / 1e9:.3f}")
