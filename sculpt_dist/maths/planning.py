@@ -215,11 +215,12 @@ def _gathered(layout: Layout, buckets: Buckets, viewed: int) -> float:
     """Bytes of gathered weights in stage 3.
 
     They stay up to the limit, and beyond it those that autograd holds a view of until the backward. Prefetched weights
-    exist twice.
+    exist twice: any where not all of them stay, else only those that train, which are gathered again after a change.
     """
     if layout.stage < 3 or layout.ranks == 1:
         return 0
-    return layout.width * (min(layout.parameters, buckets.live + viewed) + min(layout.parameters, buckets.prefetch))
+    moving = layout.elements if layout.parameters <= buckets.live else layout.parameters
+    return layout.width * (min(layout.parameters, buckets.live + viewed) + min(moving, buckets.prefetch))
 
 
 @dataclass(frozen=True)
