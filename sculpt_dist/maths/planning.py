@@ -132,7 +132,8 @@ def _moments(
     held = _held_before(layout, accumulate)
     gathered = _gathered(layout, buckets, rehearsed.viewed)
     ahead = _bucket_kept(layout, buckets) + gathered
-    found = [_moment(rehearsed.forward, held, ahead)]
+    found = [_moment(0, held, _bucket_kept(layout, buckets) + _first_gathered(layout, buckets))]
+    found.append(_moment(rehearsed.forward, held, ahead))
     filling = reduced = 0  # elements in the bucket, and elements of this rank's part reduced so far
     for moment in rehearsed.backward:
         if layout.stage >= 2 and filling + moment.arrived > buckets.reduce:
@@ -212,7 +213,7 @@ def _reducing(layout: Layout, elements: int) -> float:
 
 
 def _gathered(layout: Layout, buckets: Buckets, viewed: int) -> float:
-    """Bytes of gathered weights in stage 3.
+    """Bytes of gathered weights in stage 3 while activations are there.
 
     They stay up to the limit, and beyond it those that autograd holds a view of until the backward. Prefetched weights
     exist twice: any where not all of them stay, else only those that train, which are gathered again after a change.
@@ -221,6 +222,13 @@ def _gathered(layout: Layout, buckets: Buckets, viewed: int) -> float:
         return 0
     moving = layout.elements if layout.parameters <= buckets.live else layout.parameters
     return layout.width * (min(layout.parameters, buckets.live + viewed) + min(moving, buckets.prefetch))
+
+
+def _first_gathered(layout: Layout, buckets: Buckets) -> float:
+    """Bytes at the start of a step's first forward, before there are activations: all that stays, much of it twice."""
+    if layout.stage < 3 or layout.ranks == 1:
+        return 0
+    return layout.width * (min(layout.parameters, buckets.live) + min(layout.parameters, buckets.prefetch))
 
 
 @dataclass(frozen=True)
