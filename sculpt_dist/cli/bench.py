@@ -49,6 +49,39 @@ def bench_step(
         print_figures(found, as_json)
 
 
+@bench_app.command("draw")
+def bench_draw(
+    overrides: list[str] | None = typer.Argument(
+        None, help="key=value, for example evaluate.batch=8 model.path=FOLDER evaluate.classifier=clip:FOLDER."
+    ),
+    arch: str = typer.Option("sd15", help="Kind of model; without model.path the shipped one."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Time drawing and scoring images by part, next to the bare passes of the denoiser that they need."""
+    from sculpt_dist.bench.draw import bench_draw as run
+    from sculpt_dist.cli.console import print_figures
+    from sculpt_dist.engine.group import Group
+
+    group = Group()
+    found = run(arch, overrides or [], group)
+    if group.is_first:
+        print_figures(found, as_json)
+
+
+@bench_app.command("edit")
+def bench_edit(
+    preset: str = typer.Option("sd15", help="Model whose keys and values are edited: sd15, sdxl or sana."),
+    concepts: int = typer.Option(1000, help="Number of concepts that are edited at once."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Time UCE's closed form for many concepts at a real model's size, with random embeddings."""
+    from sculpt_dist.bench.edit import bench_edit as run
+    from sculpt_dist.cli.console import print_figures
+    from sculpt_dist.engine.group import Group
+
+    print_figures(run(preset, concepts, Group()), as_json)
+
+
 @bench_app.command("comm")
 def bench_comm(
     megabytes: list[float] = typer.Option([0.1, 1.0, 10.0, 100.0], help="Size in MB; repeatable."),

@@ -182,6 +182,8 @@ def is_scored(at: Any, done: int, total: int) -> bool:
 
 def _check_evaluation(config: RunConfig) -> None:
     is_scored(config.evaluate.at, 0, len(config.concepts))
+    if config.evaluate.subset == 0:
+        raise ConfigError("evaluate.subset=0: must be greater than 0; evaluate.at=last scores no stage in between")
     for key, names in (("evaluate.objects", config.evaluate.objects), ("evaluate.styles", config.evaluate.styles)):
         for name in names:
             check_name(key, name)

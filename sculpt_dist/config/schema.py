@@ -233,6 +233,10 @@ class EvaluateConfig:
     """Folder of a CLIP model, for CLIPScore and for the features of FID and KID."""
     metrics: dict[str, dict[str, Any]] | None = field(default_factory=dict)
     """Additional metrics: name of a file in evaluation/metrics/ -> its options, {} for none."""
+    subset: int | None = None
+    """Images that a stage between the base and the last draws, evenly of every object, style and kind of prompt; null
+    draws all.
+    """
 
 
 @dataclass(frozen=True)

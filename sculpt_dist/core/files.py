@@ -130,17 +130,17 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, synced: bool = True) -> Iterator[Path]:
     """A name beside `path` for the block to write a file or folder under, which is then renamed to `path`.
 
-    After a crash `path` is as before or complete. When the block fails, nothing is left. Raises WriteError when the
-    disk refuses.
+    After a kill `path` is as before or complete; with `synced` also after a crash of the machine. When the block fails,
+    nothing is left. Raises WriteError when the disk refuses.
     """
     aside = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
     try:
         with writing(path):
             yield aside
-            if aside.is_file():
+            if synced and aside.is_file():
                 sync(aside)
             os.replace(aside, path)
     except BaseException:

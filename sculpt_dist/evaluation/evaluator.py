@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import make_folder, text_sha256, write_atomically, write_record
 from sculpt_dist.core.progress import progress
 from sculpt_dist.evaluation.classifiers.base import Classifier, load_classifier
-from sculpt_dist.evaluation.kept_images import images_csv, kept_names, save_image
+from sculpt_dist.evaluation.drawn_images import DrawnImages, images_csv
+from sculpt_dist.evaluation.features import first_reference_features, shared_reference_features
 from sculpt_dist.evaluation.metrics.base import Metric, build_metrics
 from sculpt_dist.evaluation.requests import Evaluation, ImageRequest, as_batches
 from sculpt_dist.evaluation.scoring import (
@@ -44,7 +46,7 @@ def check_evaluation(evaluation: Evaluation) -> None:
             f"evaluate.classifier={settings.classifier}: knows no styles, so it cannot tell whether {style!r} is "
             "forgotten; choose another classifier, or set evaluate.enabled=false"
         )
-    build_metrics(settings, 1, 0)
+    build_metrics(settings, 1, 0, lambda where, features, _: first_reference_features(where, features))
 
 
 def check_prompts(evaluation: Evaluation, backbone: Backbone) -> None:
@@ -62,32 +64,34 @@ def evaluate(
     forgotten: Sequence[Concept],
     label: str,
     stop: StopRequest | None,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Draw, recognise and score; returns the scores on every rank. All ranks enter.
 
     Writes scores.json, answers.json, images.csv and the images to keep into `folder`. `forgotten` are the concepts that
     the model should have forgotten by now; `label` names the evaluation in the progress bar and in a stop message.
+    `model` names the weights: an evaluation of the same ones that was stopped goes on from the images that it drew.
     """
     settings, world = evaluation.settings, evaluation.world
     classifier = load_classifier(settings.classifier, world.objects, world.styles)
     batches = as_batches(evaluation.requests, settings.batch)
     group.on_first(lambda: make_folder(folder / "images"))
     num_images = _num_rounds(batches, group) * settings.batch  # that one rank draws at most
-    metrics = build_metrics(settings, num_images * group.size, num_images * group.rank)
+    shared = partial(shared_reference_features, group=group, device=backbone.device, folder=evaluation.shared)
+    metrics = build_metrics(settings, num_images * group.size, num_images * group.rank, shared)
     verdicts: list[BatchVerdict] = []
-    names, checksums = kept_names(evaluation), dict[str, str]()
-    passes = backbone.passes
-    for number, images in _draw_batches(evaluation, backbone, net, group, batches, label, stop):
-        batch = batches[number]
-        if batch[0].judged:
-            verdicts.append((number, *_recognise(classifier, images)))
-        for request, image in zip(batch, images):
-            if name := names.get(request):
-                checksums[name] = save_image(folder / "images" / name, image, request, evaluation)
-        counted = [i for i, request in enumerate(batch) if evaluation.counts_for_metrics(request)]
-        for metric in metrics if counted else ():
-            metric.update(images[counted], [batch[i].prompt for i in counted])
-    of_ranks = group.to_all((verdicts, checksums, backbone.passes - passes))
+    total = 0
+    with DrawnImages(folder / "images", evaluation, model) as files:
+        for number, images, passes in _draw_batches(evaluation, backbone, net, group, batches, files, label, stop):
+            batch = batches[number]
+            total += passes
+            if batch[0].judged:
+                verdicts.append((number, *_recognise(classifier, images)))
+            counted = [i for i, request in enumerate(batch) if evaluation.counts_for_metrics(request)]
+            for metric in metrics if counted else ():
+                metric.update(images[counted], [batch[i].prompt for i in counted])
+        checksums = files.finish()
+    of_ranks = group.to_all((verdicts, checksums, total))
     all_verdicts = [verdict for of_rank, _, _ in of_ranks for verdict in of_rank]
     extra = _metric_results(metrics, group)
 
@@ -98,7 +102,7 @@ def evaluate(
         scores["plain"] |= {"extra": extra, "made_by": evaluation.fingerprint}
         plain = select_answers(answers, np.array([not request.paraphrased for request in judged]))
         write_record(folder / "answers.json", answers_as_lists(plain, world))
-        listed = images_csv(evaluation, names, dict(item for _, found, _ in of_ranks for item in found.items()))
+        listed = images_csv(evaluation, files.kept, dict(item for _, found, _ in of_ranks for item in found.items()))
         write_atomically(folder / "images.csv", listed.encode())
         scores |= {"passes": sum(count for _, _, count in of_ranks), "files": {"images.csv": text_sha256(listed)}}
         write_record(folder / "scores.json", scores)
@@ -129,27 +133,66 @@ def _draw_batches(
     net: nn.Module,
     group: Group,
     batches: Sequence[Sequence[ImageRequest]],
+    files: DrawnImages,
     label: str,
     stop: StopRequest | None,
-) -> Iterator[tuple[int, Tensor]]:
-    """The number and the images, uint8 [B, 3, h, w], of this rank's batches: rank r of n draws r, r + n, r + 2n, ...
+) -> Iterator[tuple[int, Tensor, int]]:
+    """This rank's batches: number, images, uint8 [B, 3, h, w], and the passes that drew them.
 
-    A sharded net needs every rank in every forward, so a rank without a batch of its own redraws the last one and
-    discards it.
+    Rank r of n has the batches r, r + n, r + 2n, ... A sharded net needs every rank in every forward, so a rank without
+    a batch of its own redraws the last one and discards it. Rounds that an earlier call has drawn are read from files.
     """
+
+    def draw_uncounted(batch: Sequence[ImageRequest]) -> tuple[Tensor, int]:
+        before = backbone.passes
+        with backbone.temporary_embeddings() if batch[0].listed else nullcontext():
+            images = draw(evaluation.settings, backbone, net, batch)
+        passes, backbone.passes = backbone.passes - before, before
+        return images, passes
+
     rounds: Sequence[int] = range(_num_rounds(batches, group))
+    drawn_before = _drawn_before(batches, files, group, lambda batch: draw_uncounted(batch)[0])
     for round_ in progress(rounds, f"evaluate {label}", group.is_first):
         if stop is not None:
             stop.check(f"the evaluation {label}")
-        number = round_ * group.size + group.rank
+        first = round_ * group.size
+        number = first + group.rank
         batch = batches[min(number, len(batches) - 1)]
-        with backbone.temporary_embeddings() if batch[0].listed else nullcontext():
-            counted = backbone.passes
-            images = draw(evaluation.settings, backbone, net, batch)
-        if number < len(batches):
-            yield number, images
+        if drawn_before.issuperset(range(first, min(first + group.size, len(batches)))):
+            found = files.load(batch)
+            assert found is not None
+            images, passes = found[0].to(backbone.device), found[1] * len(batch)
+            if number < len(batches):
+                files.take(batch)
         else:
-            backbone.passes = counted
+            images, passes = draw_uncounted(batch)
+            if number < len(batches):
+                files.save(batch, images, passes // len(batch))
+        if number < len(batches):
+            backbone.passes += passes
+            yield number, images, passes
+
+
+def _drawn_before(
+    batches: Sequence[Sequence[ImageRequest]],
+    files: DrawnImages,
+    group: Group,
+    draw_again: Callable[[Sequence[ImageRequest]], Tensor],
+) -> set[int]:
+    """The numbers of the batches whose images an earlier call has written.
+
+    The first of them is drawn again. Where the machine, the libraries or the number of ranks draw it differently,
+    nothing of the earlier call is used.
+    """
+    if files.model is None:
+        return set()
+    mine = [n for n in range(group.rank, len(batches), group.size) if files.load(batches[n]) is not None]
+    found = {number for of_rank in group.to_all(mine) for number in of_rank}
+    if not found:
+        return found
+    images, before = draw_again(batches[min(found)]), files.load(batches[min(found)])
+    same = before is not None and torch.equal(images.cpu(), before[0])
+    return found if all(group.to_all(same)) else set()
 
 
 def _metric_results(metrics: Sequence[Metric], group: Group) -> dict[str, float]:

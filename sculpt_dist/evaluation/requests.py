@@ -6,6 +6,8 @@ Images come from templates (every object in every style) and from the user's own
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -57,6 +59,8 @@ class Evaluation:
     settings: EvaluateConfig
     concepts: tuple[Concept, ...]
     world: World
+    most: int | None = None  # images; None for all
+    shared: str | None = None  # the folder `prepare.folder`, which keeps the features of the reference images
 
     @cached_property
     def requests(self) -> tuple[ImageRequest, ...]:
@@ -66,7 +70,8 @@ class Evaluation:
         """
         settings, world = self.settings, self.world
         first_id = len(_templates(settings)) * len(_template_pairs(settings, world))
-        return (*_template_requests(settings, world), *_listed_requests(settings, world, first_id))
+        whole = (*_template_requests(settings, world), *_listed_requests(settings, world, first_id))
+        return whole if self.most is None else _subset(whole, self.most, settings.seed)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -157,6 +162,23 @@ def _template_requests(settings: EvaluateConfig, world: World) -> list[ImageRequ
                 )
                 requests.append(request)
     return requests
+
+
+def _subset(requests: Sequence[ImageRequest], most: int, seed: int) -> tuple[ImageRequest, ...]:
+    """At most so many requests, in their order: as evenly as possible of every object, style and kind of prompt.
+
+    Of each of these a seeded choice, the shown one before others, so that a smaller subset is a part of a larger one.
+    """
+    rng = random.Random(derived_seed(seed, "evaluate.subset"))
+    order = sorted(rng.sample(range(len(requests)), len(requests)), key=lambda i: requests[i].shown is None)
+    rank: Counter[tuple[int, int, bool]] = Counter()
+    places = []
+    for i in order:
+        stratum = requests[i].object, requests[i].style, requests[i].paraphrased
+        places.append((rank[stratum], i))
+        rank[stratum] += 1
+    places.sort(key=lambda place: place[0])  # a stable order: the first of every stratum, then the second of each
+    return tuple(requests[i] for i in sorted(i for _, i in places[:most]))
 
 
 def _templates(settings: EvaluateConfig) -> list[tuple[str, int]]:

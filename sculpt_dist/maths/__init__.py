@@ -12,7 +12,7 @@ from sculpt_dist.core.exports import lazy_exports
 
 if TYPE_CHECKING:
     from sculpt_dist.maths.accuracy import Answers, Counts, Target, bootstrap_intervals, unlearning_scores
-    from sculpt_dist.maths.closed_form import edit_transform
+    from sculpt_dist.maths.closed_form import EditSystem
     from sculpt_dist.maths.comparison import HARMONIC, harmonic, percentiles, resampled_scores, score_means
     from sculpt_dist.maths.diffusion import ddpm_corrupt, ddpm_velocity, flow_corrupt, flow_velocity, shifted_sigma
     from sculpt_dist.maths.distances import farthest_points
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "closed_form": ["edit_transform"],
+        "closed_form": ["EditSystem"],
         "comparison": ["HARMONIC", "harmonic", "percentiles", "resampled_scores", "score_means"],
         "diffusion": ["ddpm_corrupt", "ddpm_velocity", "flow_corrupt", "flow_velocity", "shifted_sigma"],
         "distances": ["farthest_points"],

@@ -6,15 +6,35 @@ import torch
 from torch import Tensor
 
 
-def edit_transform(old: Tensor, new: Tensor, preserved: Tensor, ridge: float, erase: float, preserve: float) -> Tensor:
-    """T [D, D] such that W' = W T minimises e sum |W' c - W c*|^2 + p sum |W' c_p - W c_p|^2 + l |W' - W|^2.
+class EditSystem:
+    """The equations for T [D, D] such that W' = W T minimises e sum |W' c - W c*|^2 + p sum |W' c_p - W c_p|^2 +
+    l |W' - W|^2, where e, p and l are `erase`, `preserve` and `ridge`:
 
-    The rows of `old` are c, of `new` c* [n, D], of `preserved` c_p [m, D]; e, p and l are `erase`, `preserve` and
-    `ridge`. T = (l I + e sum c* c^T + p sum c_p c_p^T) (l I + e sum c c^T + p sum c_p c_p^T)^-1 (Gandikota et al.,
-    arXiv 2308.14761, eq. 7). The right factor is symmetric and, with l > 0, positive definite, so one Cholesky solves
-    it.
+    T = (l I + e sum c* c^T + p sum c_p c_p^T) (l I + e sum c c^T + p sum c_p c_p^T)^-1
+
+    (Gandikota et al., arXiv 2308.14761, eq. 7). Rows are added a few at a time; two sums in fp64 are all that is kept.
     """
-    common = ridge * torch.eye(old.shape[1], dtype=old.dtype, device=old.device) + preserve * preserved.T @ preserved
-    wanted = common + erase * new.T @ old
-    factor = torch.linalg.cholesky(common + erase * old.T @ old)
-    return torch.cholesky_solve(wanted.T, factor).T
+
+    def __init__(self, width: int, ridge: float, erase: float, preserve: float, device: torch.device) -> None:
+        self.erase, self.preserve = erase, preserve
+        self.wanted = ridge * torch.eye(width, dtype=torch.float64, device=device)  # [D, D], the left factor
+        self.present = self.wanted.clone()  # [D, D], the right factor before its inversion
+
+    def add_erased(self, old: Tensor, new: Tensor) -> None:
+        """Rows c and their counterparts c*, [n, D] each."""
+        old, new = old.double(), new.double()
+        self.wanted += self.erase * new.T @ old
+        self.present += self.erase * old.T @ old
+
+    def add_preserved(self, rows: Tensor) -> None:
+        """Rows c_p [n, D]."""
+        gram = self.preserve * rows.double().T @ rows.double()
+        self.wanted += gram
+        self.present += gram
+
+    def transform(self) -> Tensor:
+        """T, fp64 [D, D]. The right factor is positive definite where l > 0, so one Cholesky factorisation solves it.
+
+        Raises torch.linalg.LinAlgError where it is not, by rounding.
+        """
+        return torch.cholesky_solve(self.wanted.T, torch.linalg.cholesky(self.present)).T

@@ -24,8 +24,10 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.core.errors import ConfigError, NonFiniteError
 from sculpt_dist.data.prompts import ConceptPrompts, naming
-from sculpt_dist.maths.closed_form import edit_transform
+from sculpt_dist.maths.closed_form import EditSystem
 from sculpt_dist.methods.base import Editor, matrices
+
+BATCH = 32  # concepts whose embeddings are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -53,46 +55,53 @@ class Method(Editor):
         self.config = config
 
     def edit(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> Mapping[str, Tensor]:
-        kept = list(
-            dict.fromkeys(
-                text for stream in ("superclass", "keep") for prompts in concepts for text in getattr(prompts, stream)
-            )
-        )
-        rows = [
-            aligned_rows(backbone, pair, prompts.names)
-            for prompts in concepts
-            for pair in zip(prompts.target, prompts.superclass)
-        ]
-        preserved = [
-            torch.cat([received(backbone, text, negative=False) for text in kept]),
-            received(backbone, "", negative=True),
-        ]
-        config = self.config
-        old, new = (torch.cat(side).double() for side in zip(*rows))
+        groups, config = backbone.groups(), self.config
+        names = [*matrices(groups, "cross_attention.k"), *matrices(groups, "cross_attention.v")]
+        weights = {name: backbone.net.get_parameter(name) for name in names}
+        width, device = weights[names[0]].shape[1], weights[names[0]].device
+        system = EditSystem(width, config.ridge, config.erase_scale, config.preserve_scale, device)
+        system.add_preserved(received(backbone, [""], negative=True))
+        seen: set[str] = set()
+        for first in range(0, len(concepts), BATCH):
+            with backbone.temporary_embeddings():
+                add_concepts(system, backbone, concepts[first : first + BATCH], seen)
         try:
-            transform = edit_transform(
-                old, new, torch.cat(preserved).double(), config.ridge, config.erase_scale, config.preserve_scale
-            )
+            transform = system.transform()
         except torch.linalg.LinAlgError as error:
             raise NonFiniteError(
                 f"method.ridge={config.ridge:g}: the system of equations has no single solution ({error}); raise it"
             ) from error
-        groups = backbone.groups()
-        names = [*matrices(groups, "cross_attention.k"), *matrices(groups, "cross_attention.v")]
-        weights = {name: backbone.net.get_parameter(name) for name in names}
         return {name: (weight.double() @ transform).to(weight.dtype) for name, weight in weights.items()}
 
 
-def received(backbone: Backbone, prompt: str, negative: bool) -> Tensor:
-    """What the cross-attention receives of a prompt, one row per token that it may attend to, [n, D]."""
-    cond = backbone.embed([prompt], negative)
-    rows = backbone.cross_attention_input(backbone.net, cond)[0]  # [L, D]
-    return rows if cond.token_mask is None else rows[cond.token_mask[0] > 0]
+def add_concepts(
+    system: EditSystem, backbone: Backbone, concepts: Sequence[ConceptPrompts], preserved: set[str]
+) -> None:
+    """Add the rows of these concepts; `preserved` holds the prompts that are preserved already, and grows."""
+    kept = [text for prompts in concepts for text in (*prompts.superclass, *prompts.keep)]
+    backbone.embed([*(text for prompts in concepts for text in prompts.target), *kept])
+    rows = [
+        aligned_rows(backbone, pair, prompts.names)
+        for prompts in concepts
+        for pair in zip(prompts.target, prompts.superclass)
+    ]
+    old, new = (torch.cat(side) for side in zip(*rows))
+    system.add_erased(old, new)
+    if fresh := [text for text in dict.fromkeys(kept) if text not in preserved]:
+        system.add_preserved(received(backbone, fresh, negative=False))
+        preserved.update(fresh)
+
+
+def received(backbone: Backbone, prompts: Sequence[str], negative: bool) -> Tensor:
+    """What the cross-attention receives of these prompts, one row per token that it may attend to, [n, D]."""
+    cond = backbone.embed(prompts, negative)
+    rows = backbone.cross_attention_input(backbone.net, cond)  # [B, L, D]
+    return rows.flatten(0, 1) if cond.token_mask is None else rows[cond.token_mask > 0]
 
 
 def aligned_rows(backbone: Backbone, pair: tuple[str, str], names: tuple[str, str | None]) -> tuple[Tensor, Tensor]:
     """(c, c*) of a target's prompt and its superclass's, [n, D] each, from the last tokens of their names on."""
-    old, new = (received(backbone, prompt, negative=False) for prompt in pair)
+    old, new = (received(backbone, [prompt], negative=False) for prompt in pair)
     first, second = (_last_token(backbone, prompt, name) for prompt, name in zip(pair, names))
     count = min(len(old) - first, len(new) - second)
     return old[first : first + count], new[second : second + count]

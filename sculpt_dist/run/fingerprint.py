@@ -21,6 +21,7 @@ LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour 
     "prepare.prompts.files": {},
     "prepare.images_missing": "refuse",
     "evaluate.at": "all",
+    "evaluate.subset": None,
     "evaluate.prompts": {},
     "evaluate.retain_prompts": None,
     "evaluate.metrics": {},

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.io.folders import unloaded_files
 from sculpt_dist.config.load import plain_values
 from sculpt_dist.config.schema import Concept
-from sculpt_dist.core.files import read_object
+from sculpt_dist.core.files import read_object, text_sha256
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_prompts, evaluate
+from sculpt_dist.evaluation.requests import Evaluation
 from sculpt_dist.run.costs import Costs
 from sculpt_dist.run.folder import claim_folder, release_folder
 from sculpt_dist.run.model import base_fingerprint, open_backbone
 from sculpt_dist.run.preflight import check_model
 from sculpt_dist.run.setup import RunSetup
 from sculpt_dist.run.store import Store
-from sculpt_dist.track.tracker import Tracker
+from sculpt_dist.track.tracker import Tracker, stage_after
 
 STAGE = re.compile(r"before$|after-\d+$")
 
@@ -82,7 +83,16 @@ class Session:
     def _score(self, net: nn.Module, where: Path, concepts: Sequence[Concept]) -> None:
         # a compiled net would be compiled again for the shapes of these batches
         with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):
-            evaluate(self.setup.evaluation, self.backbone, net, self.group, where, concepts, where.name, self.stop)
+            stage, evaluation = where.name, self._evaluation(where.name)
+            made_by = [self.base, *([] if stage == "before" else [self.setup.fingerprint, stage])]
+            model = text_sha256(" ".join(made_by))[:16]
+            evaluate(evaluation, self.backbone, net, self.group, where, concepts, stage, self.stop, model)
+
+    def _evaluation(self, stage: str) -> Evaluation:
+        """What is drawn at a stage: all images of the base and at the end, `evaluate.subset` of them in between."""
+        whole, subset = self.setup.evaluation, self.setup.config.evaluate.subset
+        is_between = stage not in ("before", stage_after(len(self.setup.concepts) - 1))
+        return replace(whole, most=subset) if is_between else whole
 
     def evaluation_passes(self) -> int | None:
         """The passes of all stages that are scored; None if an earlier version scored one."""
@@ -98,7 +108,7 @@ class Session:
         """Whether a stage is to be scored. Scores that were made by other settings are removed."""
         if not self.setup.config.evaluate.enabled:
             return False
-        file, wanted = stage / "scores.json", self.setup.evaluation.fingerprint
+        file, wanted = stage / "scores.json", self._evaluation(stage.name).fingerprint
         if not file.exists():
             return True
         plain = _read_scores(file)["plain"]

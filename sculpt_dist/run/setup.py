@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,8 @@ class RunSetup:
     @cached_property
     def evaluation(self) -> Evaluation:
         """The images to draw and score. Raises ConfigError where the configuration is incomplete."""
-        return resolve_evaluation(self.config.evaluate, self.config.concepts)
+        resolved = resolve_evaluation(self.config.evaluate, self.config.concepts)
+        return replace(resolved, shared=self.config.prepare.folder)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -38,9 +38,10 @@ def evaluate_only(config: RunConfig, model: Path | None, output: Path | None) ->
     group.on_first(lambda: make_folder(folder))
     with watched(group, folder, config.engine.grace) as stop:
         backbone = open_backbone(config.model, group, folder, model)
-        group.on_first(lambda: base_fingerprint(backbone.folder))  # compares the weights with the export's checksums
+        base = group.on_first(lambda: base_fingerprint(backbone.folder))  # compares with the export
         group.together(lambda: check_prompts(setup.evaluation, backbone))
-        scores = evaluate(setup.evaluation, backbone, backbone.net, group, where, setup.concepts, model.name, stop)
+        evaluated = setup.evaluation, backbone, backbone.net, group, where, setup.concepts, model.name, stop
+        scores = evaluate(*evaluated, base[:16])
     return scores, where
 
 

@@ -15,10 +15,11 @@ from PIL import Image
 
 from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.config.load import load_config
+from sculpt_dist.core.errors import StopRequested
 from sculpt_dist.core.files import file_sha256, read_object
 from sculpt_dist.evaluation import evaluator
+from sculpt_dist.evaluation.drawn_images import save_image
 from sculpt_dist.evaluation.evaluator import evaluate
-from sculpt_dist.evaluation.kept_images import save_image
 from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
 from sculpt_dist.report.listed import listed_images
 
@@ -110,7 +111,8 @@ def test_every_kept_image_tells_how_to_draw_and_judge_it_again(
     rows = list(csv.DictReader((tmp_path / "None" / "images.csv").read_text().splitlines()))
     for row, request in zip(rows, listed.requests):
         with Image.open(tmp_path / "None" / "images" / row["file"]) as image:
-            assert image.text == {key: value for key, value in row.items() if key not in ("file", "sha256")}
+            about = {key: value for key, value in row.items() if key not in ("file", "sha256")}
+            assert image.text == about | {"passes": str(2 * settings.steps)}
             again = replace(request, seed=int(row["seed"]), prompt=row["prompt"], guidance=float(row["guidance"]))
             drawn = evaluator.draw(settings, backbone, backbone.net, [again])[0]
             assert np.array_equal(np.asarray(image), drawn.permute(1, 2, 0).numpy())
@@ -132,13 +134,68 @@ def test_retained_images_alone_count_for_metrics_where_there_are_some(evaluation
     assert [with_file.counts_for_metrics(r) for r in (judged, retained)] == [False, True]
 
 
-def test_an_image_that_is_drawn_again_leaves_the_one_that_other_runs_share(
-    evaluation: Evaluation, tmp_path: Path
-) -> None:
+def test_an_image_that_is_drawn_again_leaves_the_one_that_other_runs_share(tmp_path: Path) -> None:
     shared, mine = tmp_path / "shared.png", tmp_path / "mine.png"
-    image, request = torch.zeros(3, 4, 4, dtype=torch.uint8), evaluation.requests[0]
-    save_image(shared, image, request, evaluation)
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    save_image(shared, image, {})
     before = shared.read_bytes()
     mine.hardlink_to(shared)
-    save_image(mine, image + 9, request, evaluation)
+    save_image(mine, image + 9, {})
     assert shared.read_bytes() == before != mine.read_bytes()
+
+
+class StopAfter:
+    """Asks to stop once so many batches have begun."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def check(self, where: str) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise StopRequested(where)
+
+
+@pytest.mark.parametrize("keep", ["all", "none"])
+def test_a_stopped_evaluation_goes_on_from_its_images_and_ends_as_an_undisturbed_one(
+    evaluation: Evaluation, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
+    settings = replace(evaluation.settings, keep_images=keep, images=2, reference="canvas")
+    evaluation = replace(evaluation, settings=settings)
+    drawn: list[str] = []
+    draw = evaluator.draw
+    monkeypatch.setattr(evaluator, "draw", lambda *given: drawn.extend(r.prompt for r in given[3]) or draw(*given))
+
+    def run(folder: str, stop_after: int = 100, model: str = "weights") -> dict[str, Any]:
+        group, stop = StubRank(rank=0, size=1, others=[]), StopAfter(stop_after)
+        forgotten = evaluation.concepts
+        return evaluate(evaluation, backbone, backbone.net, group, tmp_path / folder, forgotten, "test", stop, model)
+
+    def content(folder: str) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (tmp_path / folder).rglob("*.*")}
+
+    def stopped(*arguments: Any) -> None:
+        with pytest.raises(StopRequested):
+            run(*arguments)
+
+    whole = run("whole")
+    assert len(drawn) == 6 and "fid" in whole["plain"]["extra"]
+    stopped("stopped", 4)
+    files = sorted((tmp_path / "stopped" / "images").iterdir())
+    assert len(files) == 4
+    files[2].write_bytes(files[2].read_bytes()[:-30])
+    drawn.clear()
+    assert run("stopped") == whole and content("stopped") == content("whole")
+    assert len(drawn) == 4  # the first one again, to compare; the damaged one; the two that were missing
+    assert len(list((tmp_path / "stopped" / "images").iterdir())) == (6 if keep == "all" else 0)
+    stopped("other weights", 4)
+    drawn.clear()
+    run("other weights", model="others")
+    assert len(drawn) == 6
+    stopped("drawn otherwise", 4)
+    for file in (tmp_path / "drawn otherwise" / "images").iterdir():
+        with Image.open(file) as image:
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            save_image(file, 255 - pixels, image.text)
+    drawn.clear()
+    assert run("drawn otherwise") == whole and len(drawn) == 7

@@ -1,5 +1,8 @@
 """What an evaluation draws: the world it resolves, the order and seeds of its images, and its batches."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
 from sculpt_dist.config.load import load_config
@@ -68,3 +71,17 @@ def test_batches_hold_every_request_in_order() -> None:
     batches = as_batches(requests, 7)
     assert [request for batch in batches for request in batch] == list(requests)
     assert [len(batch) for batch in batches] == [7] * 8 + [4]
+
+
+def test_a_subset_has_evenly_of_everything_and_grows_with_its_size() -> None:
+    whole = resolved(CAT, "evaluate.images=6", "evaluate.paraphrases=['a {object}']", "evaluate.paraphrase_images=3")
+    assert len(whole.requests) == 60 * 9
+    few, more = (replace(whole, most=most) for most in (150, 300))
+    for subset in (few, more):
+        drawn = Counter((r.object, r.style, r.paraphrased) for r in subset.requests)
+        assert len(drawn) == 120 and max(drawn.values()) - min(drawn.values()) <= 1
+        assert [r for r in whole.requests if r in set(subset.requests)] == list(subset.requests)  # in their order
+    assert len(few.requests) == 150 and set(few.requests) < set(more.requests)
+    assert {r.shown for r in few.requests} == {r.shown for r in whole.requests}  # the report's pictures
+    assert replace(whole, most=1000).fingerprint == whole.fingerprint != few.fingerprint
+    assert replace(whole, most=20).requests == replace(whole, most=20).requests != whole.requests[:20]

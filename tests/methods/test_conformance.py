@@ -239,7 +239,7 @@ def test_uces_edit_equals_the_naive_inverse_in_every_layer(arch):
     changed = uce.Method(uce.Config(ridge=ridge, erase_scale=erase, preserve_scale=preserve)).edit(backbone, CONCEPTS)
 
     def rows(prompt: str, negative: bool = False) -> np.ndarray:
-        return uce.received(backbone, prompt, negative).double().detach().numpy()
+        return uce.received(backbone, [prompt], negative).double().detach().numpy()
 
     pairs = [(pair, concept.names) for concept in CONCEPTS for pair in zip(concept.target, concept.superclass)]
     aligned = [[side.double().detach().numpy() for side in uce.aligned_rows(backbone, *pair)] for pair in pairs]

@@ -89,8 +89,8 @@ def test_a_changed_digit_is_refused_and_a_missing_or_changed_step_is_said(finish
 
 
 def changed_digit(text: str) -> str:
-    """The text with another last digit of the first number after a point."""
-    place = re.search(r"\d\.\d+", text)
+    """The text with another first digit after a point: the last ones of a long number may not change its value."""
+    place = re.search(r"\d\.\d", text)
     assert place is not None
     at = place.end() - 1
     return text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]

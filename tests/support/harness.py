@@ -22,6 +22,8 @@ from gpus import hide_gpus
 from safetensors.torch import load_file
 
 hide_gpus()  # the tests start more ranks than a machine has GPUs
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup: what they start would ignore it, too
 BEFORE = set(os.environ)
 STOPPED = 75  # exit code of a run that stopped and saved
 PATIENCE = 2.0  # seconds between a rank's failure and the end of the others

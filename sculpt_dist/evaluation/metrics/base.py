@@ -12,7 +12,7 @@ of `Options`, or None when the configuration does not name the metric.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sculpt_dist.evaluation.features import Features
 
 PACKAGE = "sculpt_dist.evaluation.metrics"
+ReferenceOf = Callable[[str, "Features", Sequence[Path]], Tensor]
 
 
 class Metric(ABC):
@@ -60,6 +61,7 @@ class MetricContext:
     settings: EvaluateConfig
     num_images: int  # upper bound on the images of all ranks together
     first: int  # this rank numbers its images from here, so that no two ranks use the same number
+    reference_of: ReferenceOf | None = None  # how to compute the features of the reference; None: here and now
 
     @cached_property
     def clip(self) -> ClipEncoder | None:
@@ -82,13 +84,24 @@ class MetricContext:
     @cached_property
     def reference(self) -> Tensor | None:
         """Features of the images in `evaluate.reference`, float64 [N, D]. Raises ConfigError or ModelError."""
-        if not self.settings.reference:
+        where = self.settings.reference
+        if not where:
             return None
-        from sculpt_dist.evaluation.features import drawn_features, reference_features
+        if self.reference_of is not None:
+            return self.reference_of(where, self.features, self._encoder_files)
+        from sculpt_dist.evaluation.features import reference_features
 
-        if self.settings.reference == "canvas":
-            return drawn_features(self.features)
-        return reference_features(Path(self.settings.reference), self.features)
+        return reference_features(where, self.features)
+
+    @property
+    def _encoder_files(self) -> Sequence[Path]:
+        """The files that decide what `features` computes."""
+        if not self.settings.clip:
+            from sculpt_dist.canvas.classifier import SHIPPED_CLASSIFIER
+
+            return [SHIPPED_CLASSIFIER]
+        folder = Path(self.settings.clip).expanduser()
+        return sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".txt"))
 
     def require(self, key: str, options: object | None) -> None:
         """Raises ConfigError when the configuration names a metric but leaves out `evaluate.<key>`, which it needs."""
@@ -96,13 +109,16 @@ class MetricContext:
             raise ConfigError(f"evaluate.{key} is not set, but a metric named in evaluate.metrics needs it: set it")
 
 
-def build_metrics(settings: EvaluateConfig, num_images: int, first: int) -> list[Metric]:
+def build_metrics(
+    settings: EvaluateConfig, num_images: int, first: int, reference_of: ReferenceOf | None = None
+) -> list[Metric]:
     """The metrics that the settings ask for, sorted by name.
 
-    All ranks together draw at most `num_images` images; this rank numbers its own from `first`. Raises ConfigError for
-    an unknown metric or option, ConfigError or ModelError for a folder that cannot be used.
+    All ranks together draw at most `num_images` images; this rank numbers its own from `first`. `reference_of` maps
+    (`evaluate.reference`, encoder, the encoder's files) to features of the reference images, float64 [N, D].
+    Raises ConfigError for an unknown metric or option, ConfigError or ModelError for a folder that cannot be used.
     """
-    context = MetricContext(settings, num_images, first)
+    context = MetricContext(settings, num_images, first, reference_of)
     for name in settings.metrics or {}:
         plugin(PACKAGE, name, "evaluate.metrics")
     metrics = [_build(name, context) for name in plugins(PACKAGE)]

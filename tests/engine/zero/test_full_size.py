@@ -1,6 +1,6 @@
-"""Trains a net of SDXL's real size with random weights on two ranks in stage 3.
+"""Trains a net of SDXL's real size with random weights on two ranks in stage 3, two concepts.
 
-Needs 12 GB of disk and 24 GiB of memory.
+Needs 20 GB of disk and 24 GiB of memory.
 """
 
 from __future__ import annotations
@@ -61,7 +61,11 @@ def write_checkpoint(folder: Path) -> None:
 
 @pytest.mark.huge
 def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path, monkeypatch):
-    """Load, collect saliency, mask, update twice and export within 24 GiB; closed weights equal those in the file."""
+    """Load, collect saliency, mask, update twice, the same for another concept, and export, within 24 GiB.
+
+    Closed weights of the first concept equal those in the file. The change from one concept to the other takes no more
+    memory than a concept.
+    """
     from sculpt_dist.backbones.io.folders import stored_entries, stored_weights
 
     for name, value in {"MMAP_THRESHOLD_": 1 << 20, "TRIM_THRESHOLD_": 1 << 20, "ARENA_MAX": 1}.items():
@@ -82,7 +86,10 @@ def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path, monkeypatch):
         assert (
             rank["net_peak"] - rank["before"] < total + 0.5e9
         )  # half of the weights, 2 bytes each, and one whole tensor
-        assert rank["export_peak"] - rank["check"] < 0.5e9
+        assert rank["export_peak"] - rank["end"] < 0.5e9
+        within = max(rank[f"concept 0 step {step}_peak"] for step in range(3))
+        change = max(rank[f"{part}_peak"] for part in ("save after-00", "concept 1 step 0"))
+        assert change < 1.02 * within, (change, within)
         assert rank["open"] == pytest.approx(0.1 * rank["trained"], rel=1e-5)
         assert rank["closed"] > 0.4 * rank["trained"] and 0 < rank["moved"] <= rank["open"]
     changed = elements = 0
@@ -94,7 +101,7 @@ def test_a_net_of_sdxls_size_is_trained_on_two_ranks(tmp_path, monkeypatch):
         differ = int((before != after).sum())
         assert not differ or (".attn2.to_" in name and name.endswith("weight")), name
         changed, elements = changed + bool(differ), elements + differ
-    assert changed == 280 and 0 < elements <= sum(rank["moved"] for rank in ranks)
+    assert changed == 280 and 0 < elements <= 2 * sum(rank["open"] for rank in ranks)  # of two concepts
 
 
 def sorted_stream(tensors):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import sculpt_dist.canvas.classifier as canvas_classifier
 from sculpt_dist.config.schema import EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.images import open_image
+from sculpt_dist.evaluation import features
 from sculpt_dist.evaluation.classifiers.canvas import Encoder as CanvasEncoder
 from sculpt_dist.evaluation.features import reference_features
 from sculpt_dist.evaluation.metrics import clip_score, fid, kid
@@ -443,6 +445,46 @@ def test_an_image_has_height_before_width(tmp_path):
     shapes = []
     reference_features(tmp_path, lambda images: shapes.append(images.shape) or red(images))
     assert shapes == [(2, 3, 4, 6)]
+
+
+def test_reference_features_are_computed_once_by_all_ranks_and_kept_for_other_runs(tmp_path):
+    images, encoder, folder = (
+        write_images(tmp_path / "images", numbered(0, 100)),
+        tmp_path / "encoder",
+        tmp_path / "kept",
+    )
+    encoder.write_text("weights")
+    encoded: list[int] = []
+
+    def recording(images: Tensor) -> Tensor:
+        encoded.append(len(images))
+        return red(images)
+
+    def shared(rank: int, size: int, *others: list[Tensor], again: bool = False) -> tuple[Tensor, list[Tensor]]:
+        if not again:
+            features._remembered.clear()  # another process
+        group = SimpleNamespace(rank=rank, size=size, is_first=rank == 0, on_first=lambda work: work())
+        group.to_all = lambda mine: [*others[:rank], mine, *others[rank:]] if rank == 0 else sent.append(mine)
+        given = {"group": group, "device": torch.device("cpu"), "folder": str(folder)}
+        return features.shared_reference_features(str(images), recording, [encoder], **given)
+
+    sent: list[list[Tensor]] = []
+    with pytest.raises(TypeError):  # the stand-in of rank 1 only records what it sends
+        shared(1, 2)
+    assert encoded == [32, 4]
+    found = shared(0, 2, *sent)
+    assert torch.equal(found, reference_features(images, red)) and encoded == [32, 4, 32, 32]
+    (file,) = folder.iterdir()
+    assert torch.equal(shared(0, 1, again=True), found) and len(encoded) == 4  # this process remembers them
+    assert torch.equal(shared(0, 1), found) and len(encoded) == 4  # another process reads the file
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert torch.equal(shared(0, 1), found) and len(encoded) == 8  # a damaged file is made anew
+    encoder.write_text("others")
+    shared(0, 1)
+    Image.new("RGB", (2, 2)).save(images / "further.png")
+    assert len(shared(0, 1)) == 101 and len(encoded) == 16 and len(list(folder.iterdir())) == 3
 
 
 @pytest.mark.parametrize("count", [0, 1])
