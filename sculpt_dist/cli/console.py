@@ -80,6 +80,7 @@ def print_plan(found: dict[str, Any]) -> None:
         cells.append(f"{sum(row['payload'].values()) / 1e9:.3f}")
         table.add_row(*cells, *((f"{row['step_seconds']:.3g}", f"{row['samples_per_second']:.3g}") if timed else ()))
     Console().print(table)
+    _print_whole_run(found["run"])
     if not timed:
         print("no times: say how fast a rank computes, with --flops or --rates")
     if "assumed" in found:
@@ -95,6 +96,41 @@ def print_plan(found: dict[str, Any]) -> None:
             [*change["overrides"], *([f"--ranks {change['ranks']}"] if change["ranks"] != found["ranks"] else [])]
         )
         print(f"does not fit into {limit}; with {changes} it does, at {change['peak'] / 1e9:.2f} GB")
+
+
+def _print_whole_run(run: dict[str, Any]) -> None:
+    """Print where the time of a whole run goes, and how many ranks each of its parts can use."""
+    counts, rates, timed = run["counts"], run["rates"], run["rates"] is not None
+    table = Table(title="the whole run" + (": minutes of each part" if timed else ""))
+    parts = list(run["table"][0]["seconds"]) if timed else []
+    for heading in ("ranks", *parts, *(["all"] if timed else []), "useful: drawing", "training", "scoring"):
+        table.add_column(heading, justify="right")
+    for row in run["table"]:
+        seconds = [*row["seconds"].values(), row["total_seconds"]] if timed else []
+        useful = [row["useful"][part] for part in ("drawing", "training", "scoring")]
+        table.add_row(
+            f"{row['ranks']:,}", *(f"{value / 60:.3g}" for value in seconds), *(f"{number:,}" for number in useful)
+        )
+    Console().print(table)
+    print(
+        f"{counts['concepts']:,} concepts: {counts['drawn_batches']:,} batches to draw, {counts['steps']:,} steps, and "
+        f"{counts['scored_batches']:,} batches to score in each of {counts['scored_stages']:,} stages"
+    )
+    most = run["table"][-1]
+    if most["useful"]["training"] < most["ranks"]:
+        print(
+            f"train.batch={counts['samples_per_step']}: a rank trains at least one sample, so that at most "
+            f"{most['useful']['training']} ranks train, and a run refuses others; raise train.batch, or give prepare, "
+            "unlearn and evaluate their own numbers of ranks"
+        )
+    if timed:
+        sampling = rates["sampling"] or rates["flops"]
+        links = ", ".join(f"{kind} {value / 1e9:g}" for kind, value in rates["bandwidth"].items())
+        print(
+            f"computed from: {rates['flops']:.3g} operations/s, {sampling:.3g} while drawing; GB/s: {links}, files "
+            f"{rates['disk'] / 1e9:g}, copies {rates['copy'] / 1e9:g}; latency {rates['latency'] * 1e6:g} us, store "
+            f"{rates['store'] * 1e6:g} us, imports {rates['start']:g} s"
+        )
 
 
 def print_figures(found: dict[str, Any], as_json: bool) -> None:

@@ -132,7 +132,8 @@ def _moments(
     held = _held_before(layout, accumulate)
     gathered = _gathered(layout, buckets, rehearsed.viewed)
     ahead = _bucket_kept(layout, buckets) + gathered
-    found = [_moment(rehearsed.forward, held, ahead)]
+    found = [_moment(0, held, _bucket_kept(layout, buckets) + _first_gathered(layout, buckets))]
+    found.append(_moment(rehearsed.forward, held, ahead))
     filling = reduced = 0  # elements in the bucket, and elements of this rank's part reduced so far
     for moment in rehearsed.backward:
         if layout.stage >= 2 and filling + moment.arrived > buckets.reduce:
@@ -212,14 +213,22 @@ def _reducing(layout: Layout, elements: int) -> float:
 
 
 def _gathered(layout: Layout, buckets: Buckets, viewed: int) -> float:
-    """Bytes of gathered weights in stage 3.
+    """Bytes of gathered weights in stage 3 while activations are there.
 
     They stay up to the limit, and beyond it those that autograd holds a view of until the backward. Prefetched weights
-    exist twice.
+    exist twice: any where not all of them stay, else only those that train, which are gathered again after a change.
     """
     if layout.stage < 3 or layout.ranks == 1:
         return 0
-    return layout.width * (min(layout.parameters, buckets.live + viewed) + min(layout.parameters, buckets.prefetch))
+    moving = layout.elements if layout.parameters <= buckets.live else layout.parameters
+    return layout.width * (min(layout.parameters, buckets.live + viewed) + min(moving, buckets.prefetch))
+
+
+def _first_gathered(layout: Layout, buckets: Buckets) -> float:
+    """Bytes at the start of a step's first forward, before there are activations: all that stays, much of it twice."""
+    if layout.stage < 3 or layout.ranks == 1:
+        return 0
+    return layout.width * (min(layout.parameters, buckets.live) + min(layout.parameters, buckets.prefetch))
 
 
 @dataclass(frozen=True)
@@ -275,6 +284,11 @@ class Rates:
     bandwidth: Mapping[str, float]  # bytes per second of a rank's link, by kind of collective
     latency: float  # seconds per hop of a collective
     update: float = 0.0  # seconds to update one weight
+    sampling: float | None = None  # operations per second of a rank that draws; None: as when it trains
+    disk: float = 0.45e9  # bytes per second that a rank reads or writes, with the checksum
+    copy: float = 2.6e9  # bytes per second at which a rank copies its state before a checkpoint
+    store: float = 2e-5  # seconds that the ranks' store takes for one rank's message
+    start: float = 8.0  # seconds of a rank's imports
 
 
 def step_seconds(flops: float, layout: Layout, sent: Traffic, rates: Rates) -> dict[str, float]:

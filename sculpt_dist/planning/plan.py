@@ -13,8 +13,9 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.engine.masking import payload_bytes
 from sculpt_dist.engine.zero import REDUCE_BUCKET, fetched_ahead
 from sculpt_dist.maths.planning import Buckets, Rates, peak, resting, step_seconds, traffic
-from sculpt_dist.planning.subject import Subject
+from sculpt_dist.planning.subject import Drawing, Subject
 from sculpt_dist.planning.variant import RANKS, Change, Variant
+from sculpt_dist.planning.whole_run import plan_whole_run
 from sculpt_dist.run.setup import resolve
 
 GIGA = 1e9
@@ -28,7 +29,7 @@ class Planner:
             raise ConfigError(f"--device {device}: choose cpu or cuda")
         self.whole = device == "cuda"
         self._subjects: dict[tuple[str, int, bool], Subject] = {}
-        self._drawn: dict[tuple[str, int], int] = {}
+        self._drawn: dict[tuple[str, int], Drawing] = {}
 
     def subject(self, variant: Variant) -> Subject:
         engine = variant.config.engine
@@ -50,10 +51,8 @@ class Planner:
         parts = peak(layout, kept, self.buckets(config.engine), subject.steps, config.train.accumulate)
         at_rest = resting(layout, kept)
         base = sum(at_rest.values()) if config.evaluate.enabled or config.engine.stage == 3 else at_rest["weights"]
-        draws = any(spec.latents for spec in subject.method.streams())
-        batch = max(config.prepare.batch if draws else 0, config.evaluate.batch if config.evaluate.enabled else 0)
-        drawing = self._drawing(config.engine.precision, subject, batch) if batch else None
-        return parts | {"drawing": 0.0 if drawing is None else base + drawing}
+        batch = _drawn_at_once(config, subject)
+        return parts | {"drawing": base + self.drawing(config.engine.precision, subject, batch).bytes if batch else 0.0}
 
     def fullest(self, variant: Variant) -> int:
         """The most bytes that a rank holds at any moment."""
@@ -61,7 +60,8 @@ class Planner:
         drawing = parts.pop("drawing")
         return round(max(sum(parts.values()), drawing))
 
-    def _drawing(self, precision: str, subject: Subject, batch: int) -> int:
+    def drawing(self, precision: str, subject: Subject, batch: int) -> Drawing:
+        """What it takes to draw a batch of images, counted once."""
         if (precision, batch) not in self._drawn:
             self._drawn[precision, batch] = subject.drawing(batch)
         return self._drawn[precision, batch]
@@ -72,6 +72,7 @@ def plan_run(
 ) -> dict[str, Any]:
     """What each of `ranks` ranks with `memory` bytes would hold and send; with `rates` also the time of a step.
 
+    `run` is about the whole run, on these and on 8 to 1,024 ranks (see `whole_run`).
     Only tensors are counted: no workspace of kernels, no CUDA context, no fragmentation of the allocator.
     Raises ConfigError and ModelError, as `check.check_run`, and ConfigError where nothing trains.
     """
@@ -102,7 +103,15 @@ def plan_run(
     found |= _row(planner, variant, subject, memory, rates)
     found["change"] = None if found["fits"] else cheapest_change(planner, variant, memory)
     found["table"] = [_row(planner, Variant(config, k), subject, memory, rates) for k in RANKS]
+    drawing = planner.drawing(engine.precision, subject, _drawn_at_once(config, subject) or 1)
+    found["run"] = plan_whole_run(resolve(config), subject, drawing, planner.buckets(engine), rates, ranks)
     return found
+
+
+def _drawn_at_once(config: RunConfig, subject: Subject) -> int:
+    """The most images that a rank draws together; 0 where the run draws none."""
+    draws = any(spec.latents for spec in subject.method.streams())
+    return max(config.prepare.batch if draws else 0, config.evaluate.batch if config.evaluate.enabled else 0)
 
 
 def step_flops(config: RunConfig, ranks: int) -> float:

@@ -11,11 +11,19 @@ from sculpt_dist.maths.planning import Rates
 
 GIGA = 1e9
 KINDS = ("sum", "gather", "scatter")
+OPTIONAL = {  # field of Rates -> its key, and the key's unit; what is not given keeps the default of Rates
+    "update": ("masked_step_ns_per_weight", 1e-9),
+    "sampling": ("sampler_flops_per_second", 1.0),  # of a sampler pass; until a bench prints it, that of `bench step`
+    "disk": ("disk_gb_per_second", GIGA),
+    "copy": ("copy_gb_per_second", GIGA),
+    "store": ("store_us", 1e-6),
+    "start": ("start_seconds", 1.0),
+}
 RATE_KEYS = (
     "flops_per_second",
     "latency_us",
-    "masked_step_ns_per_weight",
     *(f"{kind}_gb_per_second" for kind in KINDS),
+    *(key for key, _ in OPTIONAL.values()),
 )
 
 
@@ -45,9 +53,10 @@ def read_rates(
             raise ConfigError(f"{key}={value:g}: a rate must be more than 0")
     if "flops_per_second" not in known:
         return None
+    optional = {field: known[key] * unit for field, (key, unit) in OPTIONAL.items() if key in known}
     return Rates(
         flops=known["flops_per_second"],
         bandwidth={kind: known.get(f"{kind}_gb_per_second", 10.0) * GIGA for kind in KINDS},
         latency=known.get("latency_us", 50.0) * 1e-6,
-        update=known.get("masked_step_ns_per_weight", 0.0) * 1e-9,
+        **optional,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -134,8 +135,16 @@ def rehearse(function: Callable[[], Losses], net: nn.Module) -> Rehearsed:
     )
 
 
-def living_bytes(function: Callable[[], object], net: nn.Module) -> int:
-    """The peak of living bytes while `function` runs without gradient; `net`, on the meta device, does not count."""
+@dataclass(frozen=True)
+class Counted:
+    """What a function without gradient needs: the peak of living bytes, and operations."""
+
+    bytes: int
+    flops: int
+
+
+def counted(function: Callable[[], object], net: nn.Module) -> Counted:
+    """Run `function` without gradient; the weights of `net`, on the meta device, do not count."""
     with torch.no_grad(), fused_attention(), Living([*net.parameters(), *net.buffers()]) as living:
         function()
-        return living.most()
+        return Counted(living.most(), living.flops)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from sculpt_dist.config.schema import RunConfig
@@ -10,10 +12,24 @@ from sculpt_dist.engine.zero import PERSISTENT
 from sculpt_dist.maths.planning import Kept, Layout
 from sculpt_dist.methods.base import Method
 from sculpt_dist.planning.check import first_step, loss_functions, open_on_meta, open_trainable, shard_elements
-from sculpt_dist.planning.rehearsal import living_bytes, rehearse
+from sculpt_dist.planning.rehearsal import Counted, counted, rehearse
 from sculpt_dist.run.setup import resolve
 
 WIDTHS = {"fp32": 4, "bf16": 2}  # bytes of a number
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Counts of a batch of drawn images, without the net."""
+
+    batch: int
+    encoders: int  # bytes of the text encoders and the autoencoder
+    forward: Counted  # guided, of one sampler step
+    decoding: Counted
+
+    @property
+    def bytes(self) -> int:
+        return self.encoders + max(self.forward.bytes, self.decoding.bytes)
 
 
 class Subject:
@@ -50,14 +66,18 @@ class Subject:
         """Operations of a training micro-batch."""
         return float(sum(group.forward_flops + group.backward_flops for group in self.training))
 
-    def drawing(self, batch: int) -> int:
-        """Bytes while `batch` images are drawn: encoders, autoencoder, and a guided forward or the decoding."""
+    def drawing(self, batch: int) -> Drawing:
+        """What it takes to draw `batch` images: a guided forward for each sampler step, then the decoding."""
         backbone, device = self.backbone, torch.device("meta")
         cond = backbone.with_size_ids(backbone.embed([""] * 2 * batch, negative=True))
         noisy = torch.empty(2 * batch, *backbone.latent_shape, device=device)
         time = backbone.sample_time(torch.zeros(2 * batch, device=device))
-        forward = living_bytes(lambda: backbone.denoise(backbone.net, noisy, time, cond), backbone.net)
-        return self.encoders + max(forward, living_bytes(lambda: backbone.decode(noisy[:batch]), backbone.vae))
+        forward = counted(lambda: backbone.denoise(backbone.net, noisy, time, cond), backbone.net)
+        return Drawing(batch, self.encoders, forward, counted(lambda: backbone.decode(noisy[:batch]), backbone.vae))
+
+    def prompt_flops(self) -> int:
+        """Operations of the text encoders for a prompt."""
+        return counted(lambda: self.backbone.encode_prompts([""], False), self.backbone.net).flops
 
     def layout(self, stage: int, precision: str, ranks: int) -> Layout:
         """How the net's tensors are spread over `ranks` ranks."""

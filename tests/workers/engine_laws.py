@@ -19,7 +19,7 @@ from sculpt_dist.maths.losses import mse
 from sculpt_dist.run.build import build_engine
 from sculpt_dist.run.export import export_model
 
-STEPS, BATCH = 8, 24  # a batch that 1 to 4 ranks share evenly, also in two micro-batches
+STEPS, BATCH = 8, 24  # a batch that 1 to 4 and 8 ranks share evenly, 1 to 4 also in two micro-batches
 
 
 def gather(engine, kind: str) -> dict[str, torch.Tensor]:

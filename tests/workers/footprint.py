@@ -1,10 +1,13 @@
 """Run by test_plan.py on 1 or 2 ranks: the real training loop for a few steps; prints each rank's peak memory as JSON.
 
-Arguments: overrides of the configuration. The samples are random latents in memory; everything else is as in `unlearn`.
+Arguments: KEPT OVERRIDES... The samples are random latents in memory; everything else is as in `unlearn`. KEPT: the C
+library keeps freed memory of at most so many bytes at a time for later, which is no need of the run; "usual" leaves it
+as it is.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import sys
@@ -28,6 +31,8 @@ from sculpt_dist.methods.base import Setup
 from sculpt_dist.run.build import build_engine
 from sculpt_dist.run.training_loop import ConceptRun, LossWindow, run_concept
 
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
+
 
 class Peak:
     """The largest own memory seen, sampled 200 times a second."""
@@ -42,9 +47,11 @@ class Peak:
             time.sleep(0.005)
 
 
-def main(overrides: list[str]) -> None:
+def main(kept: str, *overrides: str) -> None:
     torch.set_num_threads(1)
-    config = load_config(None, overrides)
+    for threshold in (MMAP_THRESHOLD, TRIM_THRESHOLD) if kept != "usual" else ():
+        assert ctypes.CDLL(None).mallopt(threshold, int(kept))
+    config = load_config(None, list(overrides))
     group = Group(600)
     # DeepSpeed imports these on first use; their memory should not count.
     for late in ("zero.stage_1_and_2", "zero.stage3", "zero.muon.muon_optimizer"):
@@ -110,4 +117,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The engine's invariants on the shipped nets, for every kind, stage and precision, on one to four ranks."""
+"""The engine's invariants on the shipped nets, for every kind, stage and precision, on one to eight ranks."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ SLOW = [  # with those above, every pair of choices; and some on more ranks
     ("sana", (3, "fp32", 2), 2),
     ("sd15", (2, "fp32", 2), 3),
     ("sd15", (3, "fp32", 2), 4),
+    ("sd15", (2, "fp32", 1), 8),
+    ("sana", (3, "fp32", 1), 8),
 ]
 PLACES = [(arch, cell, ranks) for arch in ARCHS for cell in SETTINGS for ranks in (1, 2, 3, 4)]
+PLACES += [place for place in SLOW if place[2] > 4]
 
 
 def places(precision: str | None = None) -> list:
