@@ -99,14 +99,15 @@ def _between(line: Line, after: Line) -> dict[str, float]:
 def written_sizes(run: Path) -> dict[str, Any]:
     """The bytes of the files that describe a run, and the number and sizes of the pages of its report."""
     pages = [page.stat().st_size for page in (run / "report").glob("*.html")]
-    checkpoint = max((run / "checkpoints").glob("step-*"), key=by_number)
     files = {
         "report_json": run / "report" / "report.json",
         "card": run / "model" / "README.md",
         "config": run / "config.yaml",
         "manifest": run / "manifest.json",
         "metrics": run / "metrics.jsonl",
-        "checkpoint_manifest": checkpoint / "manifest.json",
     }
+    checkpoints = sorted((run / "checkpoints").glob("step-*"), key=by_number)
+    if checkpoints:  # a closed form has none
+        files["checkpoint_manifest"] = checkpoints[-1] / "manifest.json"
     sizes = {f"{name}_bytes": file.stat().st_size for name, file in files.items()}
     return {"report_pages": len(pages), "largest_page_bytes": max(pages), **sizes}

@@ -31,7 +31,7 @@ class ConceptPage:
 def concept_pages(run: RunRecord) -> list[ConceptPage]:
     """The pages of a run's concepts; none if one page holds everything."""
     targets = run.targets if run.is_long else []
-    pages = []
+    pages: list[ConceptPage] = []
     for start in range(0, len(targets), CONCEPTS_A_PAGE):
         stop = min(start + CONCEPTS_A_PAGE, len(targets))
         names = f"{shorten(targets[start], 30)} to {shorten(targets[stop - 1], 30)}"

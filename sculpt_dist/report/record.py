@@ -57,7 +57,8 @@ class RunRecord:
     def accuracies(self) -> list[list[float | None]]:
         """Share of each target's images recognised as that target (columns) in every stage (rows), the base first."""
         targets = [normal(target) for target in self.targets]
-        rows, unmeasured = [], [None] * len(targets)
+        rows: list[list[float | None]] = []
+        unmeasured: list[float | None] = [None] * len(targets)
         for scores in self.stages.values():
             found = {normal(name): member.get("accuracy") for name, member in plain_scores(scores, "targets").items()}
             rows.append([found.get(target) for target in targets] if found else unmeasured)

@@ -13,7 +13,8 @@ from harness import sculpt
 from sculpt_dist.bench.concepts import read_usage, synthetic_names, usage_by_tenth
 from sculpt_dist.canvas.world import OBJECTS, SUPERCLASS_OF
 
-NUM_CONCEPTS = 24
+NUM_CONCEPTS = 18
+NAMES = OBJECTS[:9]
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +43,17 @@ def test_a_concept_reads_and_writes_no_more_than_those_before_it(long_run):
     assert [line["concept"] for line in lines] == list(range(NUM_CONCEPTS))
     assert abs(growth(lines, "reads")) <= 5 and abs(growth(lines, "writes")) <= 5
     assert abs(growth(lines, "bytes_read")) < 5_000 and abs(growth(lines, "bytes_written")) < 5_000
-    opened = [line["open_files"] for line in lines]
-    assert all(after - before <= 2 for before, after in pairwise(opened[1:])), "at most its own two shards"
+    assert growth(lines, "open_files") <= 0, "at most its own two shards"
 
 
 def test_scores_and_samples_of_a_stage_read_no_earlier_stage(tmp_path, canvas_config):
-    concepts = ",".join(f"{{target: {name}, superclass: {SUPERCLASS_OF[name]}}}" for name in OBJECTS)
+    concepts = ",".join(f"{{target: {name}, superclass: {SUPERCLASS_OF[name]}}}" for name in NAMES)
     settings = ["prepare.samples=2", "prepare.steps=1", "train.steps=1", "train.batch=2", "mask.collect=1"]
     scored = ["evaluate.images=1", "evaluate.paraphrase_images=0", "evaluate.steps=1", "evaluate.bootstrap=2"]
     tracked = ["track.sinks=[usage]", "track.tensorboard=true", "evaluate.styles=[neon]", f"concepts=[{concepts}]"]
     sculpt("unlearn", canvas_config, *settings, *scored, *tracked, f"run.folder={tmp_path}")
     lines = read_usage(tmp_path / "usage.jsonl")
-    assert len(lines) == len(OBJECTS) and abs(growth(lines, "reads")) <= 5
+    assert len(lines) == len(NAMES) and abs(growth(lines, "reads")) <= 5
 
 
 def test_the_figures_compare_the_first_tenth_with_the_last_and_a_finished_run_is_not_repeated(long_run):
