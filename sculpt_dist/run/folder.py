@@ -10,11 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from sculpt_dist.config.load import plain_values, to_yaml
+from sculpt_dist.config.load import plain_values, read_run_config, to_yaml
 from sculpt_dist.config.schema import EvaluateConfig, ModelConfig, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.core.files import (
@@ -117,7 +116,7 @@ def _write_config(folder: Path, config: RunConfig) -> None:
         text = file.read_text(encoding="utf-8", errors="replace")
         intact = is_text_intact(text)
         if intact is None:  # an earlier version, or a user, wrote it
-            intact = OmegaConf.to_yaml(OmegaConf.load(file)) == text
+            intact = OmegaConf.to_yaml(OmegaConf.create(read_run_config(file))) == text
         if not intact:
             print(f"{file}: was edited, so it is kept as {put_aside(file)}", flush=True)
     write_atomically(file, sealed_text(to_yaml(config)).encode())
@@ -196,13 +195,11 @@ def release_folder(folder: Path) -> None:
 def _read_config(file: Path) -> dict[Any, Any] | None:
     """A run's config.yaml, or None where there is none with our sections."""
     try:
-        content = OmegaConf.load(file)
-    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError):
+        values = read_run_config(file)  # OmegaConf.load refuses the concepts of a long run
+    except (OSError, YAMLError, UnicodeDecodeError):
         return None
-    if not isinstance(content, DictConfig) or not {section.name for section in fields(RunConfig)} <= set(content):
-        return None
-    values = OmegaConf.to_container(content)
-    return values if isinstance(values, dict) else None
+    is_ours = isinstance(values, dict) and {section.name for section in fields(RunConfig)} <= set(values)
+    return values if is_ours else None
 
 
 def _differences(before: dict[Any, Any], now: dict[Any, Any]) -> list[str]:

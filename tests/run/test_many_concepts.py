@@ -1,14 +1,18 @@
-"""What a checkpoint records of the concepts before it."""
+"""A run of more concepts than its records could name or its configuration's reader would take."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from sculpt_dist.config.schema import Concept, RunConfig, RunFolderConfig, TrainConfig
 from sculpt_dist.core.errors import RunFolderError
-from sculpt_dist.run.folder import check_checkpoint, finished_concepts
+from sculpt_dist.run.export import write_card
+from sculpt_dist.run.folder import check_checkpoint, claim_folder, finished_concepts, release_folder
 
 TARGETS = [f"thing {number}" for number in range(1000)]
 
@@ -36,3 +40,19 @@ def test_a_checkpoint_of_an_earlier_version_names_them_all():
     assert check({"concept": 30, "finished": TARGETS[:30]}, TARGETS) is False
     with pytest.raises(RunFolderError, match=r"has finished thing 0, thing 1, and .* begins with thing 1"):
         check({"concept": 2, "finished": TARGETS[:2]}, TARGETS[1:3])
+
+
+def test_the_folder_of_a_thousand_concepts_is_known_again_and_gets_a_card(tmp_path):
+    """OmegaConf reads at most 10,000 nodes of a yaml file."""
+    group = SimpleNamespace(on_first=lambda work: work())
+    concepts = [Concept(target, "animal") for target in TARGETS]
+    config = RunConfig(concepts=concepts, run=RunFolderConfig(str(tmp_path / "run")))
+    folder = claim_folder(config, group)
+    release_folder(folder)
+    (folder / "checkpoints").mkdir()
+    claim_folder(config, group)
+    release_folder(folder)
+    with pytest.raises(RunFolderError, match=r"another configuration \(train.lr: 3e-06 there, 0.5 here\)"):
+        claim_folder(replace(config, train=TrainConfig(lr=0.5)), group)
+    write_card(folder, SimpleNamespace(pipeline_options=dict, folder=tmp_path), tmp_path)
+    assert "| thing 999 | object | animal |" in (tmp_path / "README.md").read_text()
