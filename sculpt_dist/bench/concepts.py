@@ -25,7 +25,7 @@ from sculpt_dist.core.files import by_number
 from sculpt_dist.run.sequence import run_sequence
 from sculpt_dist.track.sinks.usage import FILE
 
-FEWEST, MOST = 10, 17_000
+FEWEST, MOST = 20, 17_000
 SETTINGS = [
     *("prepare.samples=2", "prepare.steps=1", "prepare.guidance=1", "train.steps=1", "train.batch=2"),
     *("mask.collect=1", "mask.refresh=0", "evaluate.enabled=false", "track.sinks=[usage]"),

@@ -13,7 +13,7 @@ from harness import sculpt
 from sculpt_dist.bench.concepts import read_usage, synthetic_names, usage_by_tenth
 from sculpt_dist.canvas.world import OBJECTS, SUPERCLASS_OF
 
-NUM_CONCEPTS = 18
+NUM_CONCEPTS = 20
 NAMES = OBJECTS[:9]
 
 
@@ -85,7 +85,7 @@ def test_synthetic_names_are_different_and_no_words_of_the_canvas():
 
 
 def test_a_number_of_concepts_out_of_range_is_refused():
-    assert "--concepts 3: must be from 10 to 17,000" in sculpt("bench", "concepts", "--concepts", "3", code=2)
+    assert "--concepts 3: must be from 20 to 17,000" in sculpt("bench", "concepts", "--concepts", "3", code=2)
 
 
 @pytest.mark.slow
