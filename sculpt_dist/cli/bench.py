@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from sculpt_dist.cli.options import load
+from sculpt_dist.cli.options import is_first, load
 
 bench_app = typer.Typer(help="Benchmarks: what things cost on this machine, at real sizes.", no_args_is_help=True)
 AS_JSON = typer.Option(False, "--json", help="The last line of stdout is one JSON object.")
@@ -117,4 +117,20 @@ def bench_data(
     group = setup.join_ranks()
     found = run(setup, group, seconds)
     if group.is_first:
+        print_figures(found, as_json)
+
+
+@bench_app.command("concepts")
+def bench_concepts(
+    overrides: list[str] | None = typer.Argument(None, help="key=value, for example method.name=esd model.arch=sdxl."),
+    concepts: int = typer.Option(1000, help="Number of concepts, with synthetic names."),
+    folder: Path | None = typer.Option(None, help="Keep the run here; the same command then continues it."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Run a long sequence on a canvas model, and compare what its first and its last concepts cost."""
+    from sculpt_dist.bench.concepts import bench_concepts as run
+    from sculpt_dist.cli.console import print_figures
+
+    found = run(concepts, overrides or [], folder)
+    if is_first():
         print_figures(found, as_json)

@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.io.writing import write_pipeline
+from sculpt_dist.config.load import read_run_config
 from sculpt_dist.core.errors import NonFiniteError
 from sculpt_dist.core.files import write_atomically, written_aside
 from sculpt_dist.engine.group import Group
@@ -78,12 +78,10 @@ def write_card(run: Path, backbone: Backbone, into: Path | None = None, adapter:
 
     A run that is not finished has no report yet.
     """
-    from omegaconf import OmegaConf
-
     from sculpt_dist.report.card import licence_of, model_card
     from sculpt_dist.report.report import read_report
 
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    config = read_run_config(run / "config.yaml")
     report = read_report(run) if (run / "report" / "report.json").is_file() else {}
     card = model_card(config, report, backbone.pipeline_options(), licence_of(backbone.folder), adapter)
     write_atomically((into or run / "model") / "README.md", card.encode())

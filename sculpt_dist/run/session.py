@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Session:
     costs: Costs
     stop: StopRequest
     tracker: Tracker
+    passes: dict[str, int | None] = field(default_factory=dict)  # of each scored stage; None: of an earlier version
 
     @property
     def store(self) -> Store:
@@ -62,7 +63,8 @@ class Session:
                 self._score_base(net, where, concepts)
             else:
                 self._score(net, where, concepts)
-            self.costs.set_passes("evaluate", self.evaluation_passes())
+            self.passes[stage] = self.group.on_first(lambda: _read_scores(where / "scores.json").get("passes"))
+            self._count_passes()
             self.costs.write()
         self.tracker.stage(stage)
 
@@ -94,15 +96,20 @@ class Session:
         is_between = stage not in ("before", stage_after(len(self.setup.concepts) - 1))
         return replace(whole, most=subset) if is_between else whole
 
-    def evaluation_passes(self) -> int | None:
-        """The passes of all stages that are scored; None if an earlier version scored one."""
+    def read_passes(self) -> None:
+        """Count the passes of all stages that are scored."""
 
-        def count() -> int | None:
-            files = [path / "scores.json" for path in (self.folder / "evaluation").glob("*") if STAGE.match(path.name)]
-            counts = [_read_scores(file).get("passes") for file in files if file.exists()]
-            return None if None in counts else sum(count or 0 for count in counts)
+        def read() -> dict[str, int | None]:
+            stages = (path for path in (self.folder / "evaluation").glob("*") if STAGE.match(path.name))
+            files = {path.name: path / "scores.json" for path in stages}
+            return {stage: _read_scores(file).get("passes") for stage, file in files.items() if file.exists()}
 
-        return self.group.on_first(count)
+        self.passes = self.group.on_first(read)
+        self._count_passes()
+
+    def _count_passes(self) -> None:
+        counts = self.passes.values()
+        self.costs.set_passes("evaluate", None if None in counts else sum(count or 0 for count in counts))
 
     def _lacks_scores(self, stage: Path) -> bool:
         """Whether a stage is to be scored. Scores that were made by other settings are removed."""
@@ -162,5 +169,5 @@ def _session_in(folder: Path, setup: RunSetup, group: Group, scores: bool) -> It
         if scores and setup.scores:
             group.together(lambda: check_prompts(setup.evaluation, backbone))
         session = Session(setup, folder, group, backbone, base, costs, stop, tracker)
-        costs.set_passes("evaluate", session.evaluation_passes())
+        session.read_passes()
         yield session

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,10 +14,19 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.config.checks import is_scored
+from sculpt_dist.config.schema import Concept
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed, text_sha256
 from sculpt_dist.data.shards import ShardReader
-from sculpt_dist.data.streams import EARLIER_TARGETS, ConceptStreams, Layout, PromptReader, Reader, StreamSpec
+from sculpt_dist.data.streams import (
+    EARLIER_TARGETS,
+    ConceptStreams,
+    LateReader,
+    Layout,
+    PromptReader,
+    Reader,
+    StreamSpec,
+)
 from sculpt_dist.engine.checkpoints.save import Saver
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.zero import Engine, FrozenWeights
@@ -147,26 +158,29 @@ class Trainer:
 
 
 def concept_streams(setup: RunSetup, backbone: Backbone, group: Group, number: int) -> ConceptStreams:
-    """The streams of concept `number`, from the run's shards. Raises ShardError where they are missing or damaged."""
-    (method, _), train = setup.trained, setup.config.train
+    """The streams of concept `number`, from the run's shards, those of earlier targets opened when they are due.
+
+    Raises ShardError where its own are missing or damaged.
+    """
+    (method, _), train, concepts = setup.trained, setup.config.train, setup.config.concepts
     drawn = drawn_sources(method)
 
-    def reader(place: int, source: str) -> Reader:
+    def opener(place: int, source: str) -> Callable[[], Reader]:
         if source in drawn:
-            return ShardReader(data_folder(setup.folder, setup.concepts[place], source))
+            return partial(_open_shards, setup.folder, concepts[place], source)
         prompts = setup.prompts[place]
         texts = {"target": prompts.target, "superclass": prompts.superclass, "keep": prompts.keep}[source]
-        return PromptReader(texts, setup.config.prepare.samples, backbone.size_ids)
+        return partial(PromptReader, texts, setup.config.prepare.samples, backbone.size_ids)
 
     def readers(spec: StreamSpec) -> Iterator[tuple[str, Reader]]:
-        concept = setup.concepts[number]
+        concept = concepts[number]
         for source in spec.source_names:
             if source == EARLIER_TARGETS:
-                yield from ((source, reader(place, "target")) for place in range(number))
+                yield from ((source, LateReader(opener(place, "target"))) for place in range(number))
             elif source == "keep" and not concept.keep:
                 continue
             elif source in FIRST or drawn_prompts(setup.folder, concept, source):
-                yield source, reader(number, source)
+                yield source, opener(number, source)()
 
     specs = method.streams()
     found = {spec.role: list(readers(spec)) for spec in specs}
@@ -180,3 +194,7 @@ def concept_streams(setup: RunSetup, backbone: Backbone, group: Group, number: i
     layouts = {spec.role: layout.shared(spec) for spec in specs}
     sources = {role: [one for _, one in named] for role, named in found.items()}
     return ConceptStreams(sources, layout, train.seed, number, layouts, fixed)
+
+
+def _open_shards(run: Path, concept: Concept, source: str) -> Reader:
+    return ShardReader(data_folder(run, concept, source))
