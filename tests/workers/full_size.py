@@ -148,7 +148,7 @@ def main(model: Path, out: Path) -> None:
 
     sent = group.bytes_communicated()
     with StopRequest(group, out.parent) as stop:
-        run_concept(run, engine, backbone, config.train, log, lambda: None, stop)
+        run_concept(run, engine, backbone, config.train, log, lambda: False, lambda: None, stop)
     report |= {"trained": engine.num_trained, "open": engine.mask.num_open(), "sent": group.bytes_communicated() - sent}
     moved = kept = 0
     stored = dict(backbone.stored_weights({f.name for shard in engine.shards for f in shard.fragments}))
@@ -160,7 +160,7 @@ def main(model: Path, out: Path) -> None:
             moved, kept = moved + int((~same).sum()), kept + int((~opened).sum())
     report |= {"moved": moved, "closed": kept}
     report.add("check")
-    export_model(config.model.dtype, backbone, engine.full_weights(), out, group)
+    export_model(config.model.dtype, backbone, engine.full_weights(backbone.in_stored_order(engine.sizes)), out, group)
     report.add("export")
     ranks = group.to_all(dict(report))
     if group.is_first:
