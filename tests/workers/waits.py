@@ -7,9 +7,9 @@ these calls waits until all work that was launched before it is done. Nothing wa
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -35,11 +35,12 @@ METHODS = {Tensor.tolist, Tensor.cpu, Tensor.numpy}  # they reach no operator wh
 
 def place() -> str:
     """Where in the project or a library the innermost call stands."""
-    for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and frame.filename != __file__:
-            *_, package = frame.filename.rpartition("site-packages/")
-            return f"{package[package.rfind('sculpt_dist/') :] if 'sculpt_dist/' in package else package}:{frame.name}"
-    return "unknown"
+    frame = sys._getframe(1)
+    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    file = re.search("(sculpt_dist|deepspeed)/.*", frame.f_code.co_filename)
+    return f"{file[0] if file else frame.f_code.co_filename}:{frame.f_code.co_name}"
 
 
 class Operators(TorchDispatchMode):
@@ -73,7 +74,7 @@ class Methods(TorchFunctionMode):
 def places_of(stage: int, method: str) -> list[tuple[str, list[str]]]:
     """The phase of each step of a training loop, and its places."""
     given = [f"method.name={method}", "mask.collect=3", "train.checkpoint_every=0", f"engine.stage={stage}"]
-    given += ["train.batch=2", "train.accumulate=2", "train.steps=4", "train.clip=1"]
+    given += ["train.batch=2", "train.accumulate=2", "train.steps=2", "train.clip=1"]
     setup = resolve(replace(load_config(None, given), concepts=[bench.CONCEPT]))
     found: list[str] = []
     steps: list[tuple[str, list[str]]] = []
