@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import bytes_read
+from harness import ONE_STEP, PROJECT, launch
+from runs import bytes_read, lines
 
 from sculpt_dist.core.files import file_sha256
 from sculpt_dist.core.tensorfile import Entry, TensorWriter
@@ -141,3 +143,17 @@ def test_no_checkpoint_is_due_while_one_is_being_written(group, tmp_path, monkey
         assert saver.is_writing and not timer.due()
         saver.finish()
         assert not saver.is_writing and 0.3 < saver.seconds < 1.0
+
+
+@pytest.mark.two_ranks
+def test_all_ranks_save_after_the_same_steps_though_one_of_them_has_a_slow_disk(canvas_config, tmp_path):
+    given = [*ONE_STEP, "train.steps=20", "train.checkpoint_every=0.001", f"run.folder={tmp_path / 'run'}"]
+    printed = launch(2, str(PROJECT / "tests" / "workers" / "slow_disk.py"), canvas_config, *given)
+    saved = [re.findall(rf"rank {rank} saves .writing-(.*)", printed) for rank in (0, 1)]
+    seconds = sum(entry["seconds"] for entry in lines(tmp_path / "run"))
+    assert saved[0] == saved[1] and saved[0][0] == "000-000001" and saved[0][-1] == "001-000000"
+    assert len(saved[0]) <= 2 + seconds / 4  # the first, the last, and one every 4 s
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("so that saving takes at most 5% of the time") == 1
+    took, every = map(float, re.search(r"took (.*) s: they come every (.*) s instead of 0.001", log).groups())
+    assert took >= 0.2 and every == pytest.approx(took / 0.05, rel=0.01)
