@@ -133,6 +133,8 @@ class TrainConfig:
     """Write checkpoints in the background, from a copy in memory; false makes no copy, and training waits."""
     workers: int = 0
     """Data loader processes per rank."""
+    checkpoint_share: float = 0.05
+    """Largest share of the time that saving takes: checkpoints come less often where they are slow; 1 sets no limit."""
 
 
 @dataclass(frozen=True)

@@ -239,15 +239,15 @@ def micro_batches(
         cond = embed(texts)
         if cond.size_ids is None:
             return cond
-        sizes = torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32, device=device)  # [B, 6]
-        return replace(cond, size_ids=sizes)
+        sizes = torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32)  # [B, 6]
+        return replace(cond, size_ids=sizes.to(device, non_blocking=True))
 
     def stream(role: str, samples: Sequence[Sample], micro: int) -> Stream:
         texts = tuple(sample.prompt for sample in samples)
         others = prompts.superclass if role == "target" else prompts.target
         counterparts = [others[sample.key % len(others)] for sample in samples]
         return Stream(
-            latents=torch.stack([sample.latent for sample in samples]).to(device),  # [B, C, H, W]
+            latents=torch.stack([sample.latent for sample in samples]).to(device, non_blocking=True),  # [B, C, H, W]
             cond=conditions(samples, texts),
             prompts=texts,
             keys=tuple(sample.key for sample in samples),
@@ -279,13 +279,13 @@ class Draws:
 
     def normal(self, what: str, shape: Sequence[int]) -> Tensor:
         """Unit normal [B, *shape]."""
-        return torch.stack([torch.randn(*shape, generator=self._generator(what, p)) for p in self.positions]).to(
-            self.device
-        )
+        drawn = [torch.randn(*shape, generator=self._generator(what, p)) for p in self.positions]
+        return torch.stack(drawn).to(self.device, non_blocking=True)
 
     def uniform(self, what: str) -> Tensor:
         """Uniform in [0, 1), [B]."""
-        return torch.stack([torch.rand((), generator=self._generator(what, p)) for p in self.positions]).to(self.device)
+        drawn = [torch.rand((), generator=self._generator(what, p)) for p in self.positions]
+        return torch.stack(drawn).to(self.device, non_blocking=True)
 
     def _generator(self, what: str, position: int) -> torch.Generator:
         return torch.Generator().manual_seed(derived_seed(*self.key, what, position))

@@ -41,4 +41,4 @@ class EditorRun:
         total = sum(parameter.numel() for parameter in net.parameters())
         session.costs.weights = {"total": total, "trained": count, "open": count}
         session.score(net, stage_after(len(setup.concepts) - 1), setup.concepts)
-        return iter(changed.items())
+        return ((name, changed[name]) for name in session.backbone.in_stored_order(changed))

@@ -16,7 +16,7 @@ from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.config.checks import is_scored
 from sculpt_dist.config.schema import Concept
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import derived_seed, text_sha256
+from sculpt_dist.core.files import append_line, derived_seed, text_sha256
 from sculpt_dist.data.shards import ShardReader
 from sculpt_dist.data.streams import (
     EARLIER_TARGETS,
@@ -28,7 +28,9 @@ from sculpt_dist.data.streams import (
     StreamSpec,
 )
 from sculpt_dist.engine.checkpoints.save import Saver
+from sculpt_dist.engine.checkpoints.timer import CheckpointTimer
 from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.stopping.request import LOG_FILE
 from sculpt_dist.engine.zero import Engine, FrozenWeights
 from sculpt_dist.evaluation.evaluator import evaluate
 from sculpt_dist.evaluation.requests import resolve_evaluation
@@ -69,6 +71,8 @@ class Trainer:
         engine = self.engine = self.engine or build_engine(self.setup, self.backbone, self.group)
         train = self.setup.config.train
         saver = Saver(session.folder / "checkpoints", self.group, train.background_save)
+        tell = partial(append_line, session.folder / LOG_FILE)
+        timer = CheckpointTimer(saver, train.checkpoint_every, train.checkpoint_share, tell)
         data = text_sha256(json.dumps(self.shards))
         fingerprints = {"base": session.base, "config": self.setup.fingerprint, "data": data}
         state = TrainingState(session, engine, saver, fingerprints)
@@ -83,18 +87,19 @@ class Trainer:
             if resumed is not None:
                 state.restore(run, resumed)
             resumed = None
-            self._unlearn_concept(engine, run, state, saver)
+            self._unlearn_concept(engine, run, state, timer)
             del run  # with its teacher and its start, before those of the next concept are made
-        return engine.full_weights()
+        return engine.full_weights(self.backbone.in_stored_order(engine.sizes))
 
-    def _unlearn_concept(self, engine: Engine, run: ConceptRun, state: TrainingState, saver: Saver) -> None:
+    def _unlearn_concept(self, engine: Engine, run: ConceptRun, state: TrainingState, timer: CheckpointTimer) -> None:
         """Train one concept, with checkpoints within it and after it, and score the result."""
         session = self.session
         self.backbone.release()  # prompts are embedded and latents stored, so free the encoders' memory
-        with saver:
+        with state.saver:
             with session.costs.counting("train"):
-                save, train = (lambda: state.save(run)), self.setup.config.train
-                run_concept(run, engine, self.backbone, train, session.tracker.log, save, session.stop)
+                save, train, log = (lambda: state.save(run)), self.setup.config.train, session.tracker.log
+                timer.restart()
+                run_concept(run, engine, self.backbone, train, log, timer.due, save, session.stop)
             state.save_between(run.number + 1)
             done, concepts = run.number + 1, self.setup.concepts
             if is_scored(self.setup.config.evaluate.at, done, len(concepts)):

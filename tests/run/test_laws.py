@@ -227,8 +227,11 @@ def test_the_ranks_do_not_change_the_run_of_a_method_that_draws_or_combines(tmp_
 
 
 @pytest.mark.two_ranks
-def test_nan_on_one_rank_stops_all_ranks_at_the_same_step_and_keeps_the_checkpoint(canvas_config, tmp_path):
-    arguments = [canvas_config, *QUICK, "train.checkpoint_every=0.001", f"run.folder={tmp_path / 'run'}"]
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 3))])
+def test_nan_on_one_rank_stops_all_ranks_at_the_same_step_and_keeps_the_checkpoint(canvas_config, tmp_path, stage):
+    arguments = [canvas_config, *QUICK, f"engine.stage={stage}"]
+    arguments += ["train.checkpoint_every=0.001", "train.checkpoint_share=1"]
+    arguments += ["train.background_save=false", f"run.folder={tmp_path / 'run'}"]
     printed = launch(2, str(WORKERS / "nan_on_one_rank.py"), *arguments, code=2)
     assert printed.count("NonFiniteError: the loss is not finite") == 2 and "rank 1: forget nan" in printed
     assert printed.count("at update 3") == 2

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sculpt_dist.core.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from sculpt_dist.engine.zero.engine import Engine
+    from sculpt_dist.engine.zero.engine import Engine, StepResult
     from sculpt_dist.engine.zero.frozen_weights import FrozenWeights
     from sculpt_dist.engine.zero.loading import check_fit, return_free_memory, sharded_net
     from sculpt_dist.engine.zero.settings import DTYPES, PERSISTENT, REDUCE_BUCKET, EngineSettings, fetched_ahead
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "engine": ["Engine"],
+        "engine": ["Engine", "StepResult"],
         "frozen_weights": ["FrozenWeights"],
         "loading": ["check_fit", "return_free_memory", "sharded_net"],
         "settings": ["DTYPES", "PERSISTENT", "REDUCE_BUCKET", "EngineSettings", "fetched_ahead"],
