@@ -199,7 +199,11 @@ class Backbone(ABC):
 
     def _watch(self, name: str, model: nn.Module) -> None:
         if name == self.net_name:
-            model.register_forward_hook(self._count_passes)
+            self.count_passes_of(model)
+
+    def count_passes_of(self, net: nn.Module) -> None:
+        """Add what `net` computes to `passes`; the denoiser's own passes are counted anyway."""
+        net.register_forward_hook(self._count_passes)
 
     def _count_passes(self, net: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
         self.passes += len(output[0]) * (3 if output[0].requires_grad else 1)
@@ -228,9 +232,11 @@ class Backbone(ABC):
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.net.named_parameters()}
         return parameter_groups(shapes, self.attention_role)
 
-    def add_adapter(self, options: Mapping[str, Any], seed: int) -> list[str]:
-        """Add a LoRA adapter (peft.LoraConfig with these options) to the net; returns its parameters' names."""
-        return add_lora(self.net, options, seed)
+    def add_adapter(self, options: Mapping[str, Any], seed: int, net: nn.Module | None = None) -> list[str]:
+        """Add a LoRA adapter (peft.LoraConfig with these options) to `net`, by default the denoiser; returns its
+        parameters' names.
+        """
+        return add_lora(self.net if net is None else net, options, seed)
 
     def merged(self, weights: Iterable[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
         """Trained parameters under the names of the stored checkpoint, LoRA pairs merged into their matrices."""

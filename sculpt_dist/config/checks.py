@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "engine.precision": ("fp32", "bf16"),
     "engine.moments": ("all", "open"),
     "engine.kernel": ("auto", "plain", "fused"),
+    "engine.draw": ("sharded", "whole", "auto"),
     "evaluate.keep_images": ("all", "some", "none", None),
     "track.artifact": ("none", "reference", "files"),
 }

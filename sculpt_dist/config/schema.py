@@ -183,6 +183,10 @@ class EngineConfig:
     """Seconds that the current step may take after a stop request; a rank that still waits then exits without
     saving.
     """
+    draw: str = "sharded"
+    """Weights with which stage 3 draws images: sharded (gathered again in every pass), whole (gathered once; every rank
+    then holds the whole net) or auto (whole where 1.5 times the net is free on every rank).
+    """
 
 
 @dataclass(frozen=True)

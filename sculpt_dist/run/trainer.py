@@ -55,7 +55,7 @@ class Trainer:
         self.shards: dict[str, str] = {}
 
     def prepare(self) -> dict[str, str]:
-        """Draw the samples that are missing. On stage 3 the sharded net draws, so no rank ever holds the whole net."""
+        """Draw the samples that are missing. On stage 3 the engine's net draws; see `engine.draw`."""
         self.found = find_checkpoint(self.session)  # reject a mismatch before drawing or building anything
         with self.session.costs.counting("prepare"):
             if self.setup.config.engine.stage == 3:
@@ -81,7 +81,7 @@ class Trainer:
         first, resumed = state.resume(self.found)
         session.tracker.start(first, resumed["step"] if resumed else 0, self.plan.steps)
         if resumed is None and is_scored(self.setup.config.evaluate.at, first, len(concepts)):
-            session.score(engine.net, stage_after(first - 1), concepts[:first] if first else concepts)
+            session.score(engine.drawing, stage_after(first - 1), concepts[:first] if first else concepts)
         for number in range(first, len(concepts)):
             run = self._concept_run(engine, number, original)
             if resumed is not None:
@@ -103,7 +103,7 @@ class Trainer:
             state.save_between(run.number + 1)
             done, concepts = run.number + 1, self.setup.concepts
             if is_scored(self.setup.config.evaluate.at, done, len(concepts)):
-                session.score(engine.net, stage_after(run.number), concepts[:done])
+                session.score(engine.drawing, stage_after(run.number), concepts[:done])
 
     def _count_weights(self, engine: Engine) -> dict[str, int]:
         """Counts of all weights, trained weights and open weights. Raises ConfigError if none would be open."""

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO stages 0 to 3 behind a small interface.
 
 `engine` is the Engine that trains a net; `settings` its settings and the DeepSpeed configuration made from them;
-`loading` builds a net for stage 3 tensor by tensor; `frozen_weights` keeps earlier states of the net (the teacher). The
-run, its preflight checks and the planner import this.
+`loading` builds a net for stage 3 tensor by tensor, `drawing` gathers it; `frozen_weights` keeps earlier states of the
+net (the teacher). The run, its preflight checks and the planner import this.
 """
 
 from typing import TYPE_CHECKING

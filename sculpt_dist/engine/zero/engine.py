@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from sculpt_dist.engine.optimizer.kernels import choose_kernel
 from sculpt_dist.engine.optimizer.masked_adamw import Combine, MaskedAdamW
 from sculpt_dist.engine.sharding.partitions import check_coverage, find_shards, parameter_sizes
 from sculpt_dist.engine.sharding.shards import Fragment, Shard
+from sculpt_dist.engine.zero.drawing import fits, gathered_net
 from sculpt_dist.engine.zero.frozen_weights import FrozenWeights
 from sculpt_dist.engine.zero.loading import return_free_memory
 from sculpt_dist.engine.zero.settings import DTYPES, EngineSettings, deepspeed_config
@@ -47,16 +49,17 @@ class Engine:
         settings: EngineSettings,
         mask: MaskSettings,
         stored: Stored,
+        empty: Callable[[], nn.Module] | None = None,
     ) -> None:
         """`trainable` names the parameters that may move; the rest is frozen. The engine takes over `net`.
 
         `stored` yields stored values of parameters by name: in a bf16 run the fp32 masters start from them, not from
-        rounded copies.
+        rounded copies. `empty` builds a net like it, for drawing with whole weights on stage 3.
         """
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about client optimizers
-        self.group, self.settings = group, settings
+        self.group, self.settings, self._empty = group, settings, empty
         names = set(trainable)
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name in names)
@@ -94,6 +97,18 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.settings.precision]
+
+    @contextmanager
+    def drawing(self) -> Iterator[nn.Module]:
+        """The net to draw with: on stage 3, where `engine.draw` asks for it, a whole one with the present weights."""
+        draw, module = self.settings.draw, self._engine.module
+        is_whole = self.settings.stage == 3 and self._empty is not None and draw != "sharded"
+        if is_whole and (draw == "whole" or fits(module, self.group)):
+            assert self._empty is not None
+            yield gathered_net(module, self._empty, self.group.device)
+            return_free_memory()
+        else:
+            yield self.net
 
     def snapshot(self) -> FrozenWeights:
         """A frozen copy of the net's present weights."""
