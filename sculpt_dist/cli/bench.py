@@ -68,6 +68,21 @@ def bench_draw(
         print_figures(found, as_json)
 
 
+@bench_app.command("embed")
+def bench_embed(
+    overrides: list[str] | None = typer.Argument(None, help="key=value, for example model.text_batch=8."),
+    arch: str = typer.Option("sana", help="Kind of model; without model.path the shipped one."),
+    prompts: int = typer.Option(2000, help="Number of distinct prompts."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Time encoding prompts in batches, and measure its memory, next to all of them in one batch."""
+    from sculpt_dist.bench.embed import bench_embed as run
+    from sculpt_dist.cli.console import print_figures
+    from sculpt_dist.engine.group import Group
+
+    print_figures(run(arch, overrides or [], prompts, Group()), as_json)
+
+
 @bench_app.command("edit")
 def bench_edit(
     preset: str = typer.Option("sd15", help="Model whose keys and values are edited: sd15, sdxl or sana."),

@@ -7,7 +7,9 @@ import json
 import pytest
 from harness import PROJECT, SMALL, launch, sculpt
 
+from sculpt_dist.bench.embed import bench_embed
 from sculpt_dist.bench.mask import PRESETS
+from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.masking import payload_bytes
 
 
@@ -97,3 +99,9 @@ def test_the_loader_of_a_method_without_samples_is_refused(tmp_path):
     assert "reads no samples" in sculpt(
         "bench", "data", str(PROJECT / "configs" / "canvas" / "esd.yaml"), f"run.folder={tmp_path}", code=2
     )
+
+
+def test_prompts_in_batches_take_less_memory_than_all_at_once():
+    found = bench_embed("sana", [], 1000, Group())
+    assert (found["batches_of"], found["one_batch_of"]) == (16, 1000)
+    assert found["memory_ratio"] > 1.5 and found["batches_seconds"] > 0
