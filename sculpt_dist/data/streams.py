@@ -130,23 +130,23 @@ class Reader(Protocol):
     def __getitem__(self, position: int) -> Sample: ...
 
 
-class LateReader:
-    """A source that is opened when its first sample is due: of many earlier targets, few have a turn in a concept."""
+class LateSources:
+    """The sources of a stream, each opened when its turn comes: of many earlier targets, few have one in a concept."""
 
-    def __init__(self, open_source: Callable[[], Reader]) -> None:
-        self._open = open_source
-        self._reader: Reader | None = None
+    def __init__(self, count: int, open_source: Callable[[int], Reader]) -> None:
+        """`open_source` opens the source at a place below `count`."""
+        self._count, self._open_source = count, open_source
+        self._opened: dict[int, Reader] = {}
 
     def __len__(self) -> int:
-        return len(self._opened())
+        return self._count
 
-    def __getitem__(self, position: int) -> Sample:
-        return self._opened()[position]
-
-    def _opened(self) -> Reader:
-        if self._reader is None:
-            self._reader = self._open()
-        return self._reader
+    def __getitem__(self, place: int) -> Reader:
+        if not 0 <= place < self._count:
+            raise IndexError(place)
+        if place not in self._opened:
+            self._opened[place] = self._open_source(place)
+        return self._opened[place]
 
 
 Item = dict[str, list[Sample]]  # the samples of a micro-batch by role
@@ -157,7 +157,7 @@ class ConceptStreams(Dataset[Item]):
 
     def __init__(
         self,
-        readers: Mapping[str, Sequence[Reader]],
+        readers: Mapping[str, Sequence[Reader] | LateSources],
         layout: Layout,
         seed: int,
         concept: int,
@@ -169,7 +169,7 @@ class ConceptStreams(Dataset[Item]):
         `fixed`: for a role, the place of a source among its readers, and that source's share of the stream.
         """
         self.layout, self.layouts, self.fixed = layout, layouts, fixed
-        self.sources = {role: list(sources) for role, sources in readers.items() if sources}
+        self.sources = {role: sources for role, sources in readers.items() if len(sources)}
         self._seed = (seed, concept)
         self._orders: dict[tuple[str, int], GlobalOrder] = {}  # of the sources that had a turn
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from bisect import bisect
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -14,14 +16,15 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.config.checks import is_scored
-from sculpt_dist.config.schema import Concept
+from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import append_line, derived_seed, text_sha256
+from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import ShardReader
 from sculpt_dist.data.streams import (
     EARLIER_TARGETS,
     ConceptStreams,
-    LateReader,
+    LateSources,
     Layout,
     PromptReader,
     Reader,
@@ -167,39 +170,56 @@ def concept_streams(setup: RunSetup, backbone: Backbone, group: Group, number: i
 
     Raises ShardError where its own are missing or damaged.
     """
-    (method, _), train, concepts = setup.trained, setup.config.train, setup.config.concepts
-    drawn = drawn_sources(method)
-
-    def opener(place: int, source: str) -> Callable[[], Reader]:
-        if source in drawn:
-            return partial(_open_shards, setup.folder, concepts[place], source)
-        prompts = setup.prompts[place]
-        texts = {"target": prompts.target, "superclass": prompts.superclass, "keep": prompts.keep}[source]
-        return partial(PromptReader, texts, setup.config.prepare.samples, backbone.size_ids)
-
-    def readers(spec: StreamSpec) -> Iterator[tuple[str, Reader]]:
-        concept = concepts[number]
-        for source in spec.source_names:
-            if source == EARLIER_TARGETS:
-                yield from ((source, LateReader(opener(place, "target"))) for place in range(number))
-            elif source == "keep" and not concept.keep:
-                continue
-            elif source in FIRST or drawn_prompts(setup.folder, concept, source):
-                yield source, opener(number, source)()
-
-    specs = method.streams()
-    found = {spec.role: list(readers(spec)) for spec in specs}
-    fixed = {
-        spec.role: (place, spec.fixed[1])
-        for spec in specs
-        for place, (source, _) in enumerate(found[spec.role])
-        if spec.fixed is not None and source == spec.fixed[0]
-    }
-    layout = Layout(train.batch, group.size, group.rank, train.accumulate)
+    (method, _), config = setup.trained, setup.config
+    drawn, specs = drawn_sources(method), method.streams()
+    sources: dict[str, LateSources] = {}
+    fixed: dict[str, tuple[int, float]] = {}
+    for spec in specs:
+        parts = _parts(spec, config, number)
+        *starts, count = accumulate((of_part for _, of_part in parts), initial=0)
+        opener = partial(_open_source, config, setup.prompts, drawn, backbone.size_ids, number, parts, starts)
+        sources[spec.role] = LateSources(count, opener)
+        for (source, of_part), start in zip(parts, starts):
+            if source != EARLIER_TARGETS:
+                _ = sources[spec.role][start]  # opens it
+            if spec.fixed is not None and source == spec.fixed[0]:
+                fixed[spec.role] = (start + of_part - 1, spec.fixed[1])
+    layout = Layout(config.train.batch, group.size, group.rank, config.train.accumulate)
     layouts = {spec.role: layout.shared(spec) for spec in specs}
-    sources = {role: [one for _, one in named] for role, named in found.items()}
-    return ConceptStreams(sources, layout, train.seed, number, layouts, fixed)
+    return ConceptStreams(sources, layout, config.train.seed, number, layouts, fixed)
 
 
-def _open_shards(run: Path, concept: Concept, source: str) -> Reader:
-    return ShardReader(data_folder(run, concept, source))
+def _parts(spec: StreamSpec, config: RunConfig, number: int) -> list[tuple[str, int]]:
+    """The sources of a stream of concept `number` by name, and how many there are of each name."""
+    concept = config.concepts[number]
+
+    def count(source: str) -> int:
+        if source == EARLIER_TARGETS:
+            return number
+        if source == "keep":
+            return int(bool(concept.keep))
+        return int(source in FIRST or bool(drawn_prompts(Path(config.run.folder), concept, source)))
+
+    parts = [(source, count(source)) for source in spec.source_names]
+    return [(source, of_part) for source, of_part in parts if of_part]
+
+
+def _open_source(
+    config: RunConfig,
+    prompts: Sequence[ConceptPrompts],
+    drawn: Container[str],
+    size_ids: tuple[int, ...] | None,
+    number: int,
+    parts: Sequence[tuple[str, int]],
+    starts: Sequence[int],
+    place: int,
+) -> Reader:
+    """The source at a place of a stream of concept `number`, whose parts begin at `starts`."""
+    part = bisect(starts, place) - 1
+    source, of = parts[part][0], number
+    if source == EARLIER_TARGETS:
+        source, of = "target", place - starts[part]
+    if source in drawn:
+        return ShardReader(data_folder(Path(config.run.folder), config.concepts[of], source))
+    texts = {"target": prompts[of].target, "superclass": prompts[of].superclass, "keep": prompts[of].keep}[source]
+    return PromptReader(texts, config.prepare.samples, size_ids)

@@ -89,10 +89,10 @@ def test_a_number_of_concepts_out_of_range_is_refused():
 
 
 @pytest.mark.slow
-def test_over_a_hundred_concepts_memory_time_and_files_stay_flat(tmp_path):
-    found = bench(tmp_path / "run", 120)
+def test_over_a_hundred_concepts_memory_reads_and_open_files_stay_flat(tmp_path):
+    found = bench(tmp_path / "run", 105)
     opened = {line["open_files"] for line in read_usage(tmp_path / "run" / "usage.jsonl")[40:]}
     assert len(opened) == 1, "of all shards, at most 64 stay open"
     assert found["last_memory_bytes"] < 1.05 * found["first_memory_bytes"]
-    assert found["last_cpu_seconds"] < 1.2 * found["first_cpu_seconds"]
+    assert abs(found["last_reads"] - found["first_reads"]) < 5
     assert found["report_pages"] == 3 and found["largest_page_bytes"] < 500_000

@@ -29,7 +29,7 @@ from sculpt_dist.data.streams import (
     ConceptStreams,
     Draws,
     GlobalOrder,
-    LateReader,
+    LateSources,
     Layout,
     PromptReader,
     load,
@@ -323,9 +323,9 @@ def test_of_many_sources_only_those_with_a_turn_are_opened_and_the_samples_are_t
         opened.append(number)
         return PromptReader([f"thing {number}, sample {i}" for i in range(9)], 9, None)
 
-    def prompts(sources: list) -> list[str]:
+    def prompts(sources: list[PromptReader] | LateSources) -> list[str]:
         streams = ConceptStreams({"anchor": sources}, Layout(4, 1, 0, 1), 3, 1)
         return [sample.prompt for item in range(2) for sample in streams[item]["anchor"]]
 
-    found = prompts([LateReader(lambda number=number: source(number)) for number in range(1000)])
+    found = prompts(LateSources(1000, source))
     assert opened == list(range(8)) and found == prompts([source(number) for number in range(1000)])

@@ -332,7 +332,9 @@ def test_anchors_name_the_sources_of_the_stream(tmp_path, anchors, concept, expe
         name, role = source.split()
         of = next(one for one in config.concepts if one.target == name)
         make_stream(data_folder(tmp_path, of, role), 6, offset=value)
-    streams = concept_streams(setup_of(config), None, SimpleNamespace(size=1, rank=0), concept)
+    streams = concept_streams(
+        setup_of(config), SimpleNamespace(size_ids=None), SimpleNamespace(size=1, rank=0), concept
+    )
     anchored = streams[0].get("anchor", [])
     found = [
         next(source for source, value in SOURCES.items() if value <= float(sample.latent.mean()) < value + 6)
