@@ -141,9 +141,10 @@ class LateSources:
     def __len__(self) -> int:
         return self._count
 
+    def __iter__(self) -> Iterator[Reader]:
+        return map(self.__getitem__, range(self._count))
+
     def __getitem__(self, place: int) -> Reader:
-        if not 0 <= place < self._count:
-            raise IndexError(place)
         if place not in self._opened:
             self._opened[place] = self._open_source(place)
         return self._opened[place]
