@@ -1,8 +1,8 @@
 """Benchmarks of this machine, run by `sculpt-dist bench`.
 
 `mask` measures the mask's refresh and the masked step, `step` a training step, `draw` drawing and scoring, `embed` the
-encoding of prompts, `edit` UCE's closed form, `comm` collectives between ranks, `data` the loader, and `concepts` a long
-run. `measure` holds the clock and the memory meter. Only `cli` may import this package.
+encoding of prompts, `edit` UCE's closed form, `comm` collectives between ranks, `data` the loader, and `concepts` a
+long run. `measure` holds the clock and the memory meter. Only `cli` may import this package.
 """
 
 from typing import TYPE_CHECKING
