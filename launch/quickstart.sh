@@ -14,7 +14,10 @@ if [ "${1:-}" = --arch ]; then
         exit 2
     fi
 fi
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+gpus=0
+if compgen -G "/dev/nvidia[0-9]*" >/dev/null || [ -e /dev/kfd ] || command -v nvidia-smi >/dev/null; then
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+fi
 ranks=$((cores > 1 ? 2 : 1))
 ((gpus > 0 && gpus < ranks)) && ranks=$gpus
 exec bash launch/local.sh "$ranks" unlearn "$config" "$@"

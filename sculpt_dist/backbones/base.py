@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from sculpt_dist.backbones.io.checking import check_folder
 from sculpt_dist.backbones.io.folders import component_config, stored_entries, stored_weights
 from sculpt_dist.backbones.io.scheduler import load_scheduler
-from sculpt_dist.backbones.io.tensorfile import Entry
 from sculpt_dist.backbones.parts.components import Components, forces_upcast, model_class
 from sculpt_dist.backbones.parts.conditions import Passed, check_channels, check_conditions, check_scaling
 from sculpt_dist.backbones.parts.embeddings import PromptEmbeddings
 from sculpt_dist.backbones.parts.groups import attention_role, parameter_groups
 from sculpt_dist.backbones.parts.guidance import Guided, classifier_free
-from sculpt_dist.backbones.parts.lora import add_lora, merged_lora
+from sculpt_dist.backbones.parts.lora import add_lora, merged_lora, merged_name
 from sculpt_dist.backbones.parts.options import Options, Pretraining
 from sculpt_dist.backbones.parts.sampling import images_of, sampled_latents
 from sculpt_dist.backbones.parts.schedules import Schedule
 from sculpt_dist.backbones.parts.sizes import Sizes, square_sizes
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.tensorfile import Entry
 from sculpt_dist.core.types import Denoiser, TextCond
 
 
@@ -199,7 +199,11 @@ class Backbone(ABC):
 
     def _watch(self, name: str, model: nn.Module) -> None:
         if name == self.net_name:
-            model.register_forward_hook(self._count_passes)
+            self.count_passes_of(model)
+
+    def count_passes_of(self, net: nn.Module) -> None:
+        """Add what `net` computes to `passes`; the denoiser's own passes are counted anyway."""
+        net.register_forward_hook(self._count_passes)
 
     def _count_passes(self, net: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
         self.passes += len(output[0]) * (3 if output[0].requires_grad else 1)
@@ -218,14 +222,21 @@ class Backbone(ABC):
         """Names, dtypes and shapes of the denoiser's stored tensors, in the order of `stored_weights`."""
         return stored_entries(self.folder / self.net_name)
 
+    def in_stored_order(self, names: Iterable[str]) -> list[str]:
+        """Names of trained parameters in the order of `stored_weights`; an adapter's are where their matrix is."""
+        places = {entry.name: place for place, entry in enumerate(self.stored_entries())}
+        return sorted(names, key=lambda name: places[merged_name(name)])
+
     def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Names of the denoiser's parameters by group: `text_to_image.k`, `self_attention`, `all`, `block.0`, ..."""
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.net.named_parameters()}
         return parameter_groups(shapes, self.attention_role)
 
-    def add_adapter(self, options: Mapping[str, Any], seed: int) -> list[str]:
-        """Add a LoRA adapter (peft.LoraConfig with these options) to the net; returns its parameters' names."""
-        return add_lora(self.net, options, seed)
+    def add_adapter(self, options: Mapping[str, Any], seed: int, net: nn.Module | None = None) -> list[str]:
+        """Add a LoRA adapter (peft.LoraConfig with these options) to `net`, by default the denoiser; returns its
+        parameters' names.
+        """
+        return add_lora(self.net if net is None else net, options, seed)
 
     def merged(self, weights: Iterable[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
         """Trained parameters under the names of the stored checkpoint, LoRA pairs merged into their matrices."""

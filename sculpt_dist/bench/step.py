@@ -122,7 +122,7 @@ def _loop(
         run = ConceptRun(
             0, CONCEPT.target, method, plan, streams, prompts, dict, teacher, None, LossWindow(), start, trajectories
         )
-        run_concept(run, engine, backbone, train, log, lambda: None, stop)
+        run_concept(run, engine, backbone, train, log, lambda: False, lambda: None, stop)
 
     return loop
 

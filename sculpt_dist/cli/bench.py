@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from sculpt_dist.cli.options import load
+from sculpt_dist.cli.options import is_first, load
 
 bench_app = typer.Typer(help="Benchmarks: what things cost on this machine, at real sizes.", no_args_is_help=True)
 AS_JSON = typer.Option(False, "--json", help="The last line of stdout is one JSON object.")
@@ -68,6 +68,21 @@ def bench_draw(
         print_figures(found, as_json)
 
 
+@bench_app.command("embed")
+def bench_embed(
+    overrides: list[str] | None = typer.Argument(None, help="key=value, for example model.text_batch=8."),
+    arch: str = typer.Option("sana", help="Kind of model; without model.path the shipped one."),
+    prompts: int = typer.Option(2000, help="Number of distinct prompts."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Time encoding prompts in batches, and measure its memory, next to all of them in one batch."""
+    from sculpt_dist.bench.embed import bench_embed as run
+    from sculpt_dist.cli.console import print_figures
+    from sculpt_dist.engine.group import Group
+
+    print_figures(run(arch, overrides or [], prompts, Group()), as_json)
+
+
 @bench_app.command("edit")
 def bench_edit(
     preset: str = typer.Option("sd15", help="Model whose keys and values are edited: sd15, sdxl or sana."),
@@ -117,4 +132,20 @@ def bench_data(
     group = setup.join_ranks()
     found = run(setup, group, seconds)
     if group.is_first:
+        print_figures(found, as_json)
+
+
+@bench_app.command("concepts")
+def bench_concepts(
+    overrides: list[str] | None = typer.Argument(None, help="key=value, for example method.name=esd model.arch=sdxl."),
+    concepts: int = typer.Option(1000, help="Number of concepts, with synthetic names."),
+    folder: Path | None = typer.Option(None, help="Keep the run here; the same command then continues it."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Run a long sequence on a canvas model, and compare what its first and its last concepts cost."""
+    from sculpt_dist.bench.concepts import bench_concepts as run
+    from sculpt_dist.cli.console import print_figures
+
+    found = run(concepts, overrides or [], folder)
+    if is_first():
         print_figures(found, as_json)

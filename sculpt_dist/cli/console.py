@@ -9,12 +9,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sculpt_dist.core.messages import shortlist
+
+MOST_ROWS = 100
+
 
 def print_run(folder: Path, report: dict[str, Any]) -> None:
     """Print the scores of a finished run and the paths of its results."""
     from sculpt_dist.report import seen_counts
 
-    table = Table(title=f"forgotten: {', '.join(concept['target'] for concept in report['concepts'])}")
+    concepts = report["concepts"]
+    table = Table(title=f"forgotten: {', '.join(shortlist([concept['target'] for concept in concepts]))}")
     for heading in ("", "UA", "IRA", "CRA", "SA"):
         table.add_column(heading)
 
@@ -26,12 +31,12 @@ def print_run(folder: Path, report: dict[str, Any]) -> None:
 
     if report["after"]["UA"] is not None:
         row("before", report["before"])
-        for concept in report["concepts"]:
+        for concept in concepts if len(concepts) <= MOST_ROWS else concepts[-1:]:
             row(f"after {concept['target']}", concept)
         if report["after"].get("paraphrased"):
             row("after, paraphrased", report["after"]["paraphrased"])
         Console().print(table)
-        for name, now, images, then in seen_counts(report):
+        for name, now, images, then in seen_counts(report)[:MOST_ROWS]:
             print(f"{name} is seen in {now} of {images} images" + ("" if then is None else f", {then} before"))
     print(f"model:  {folder / 'model'}\nreport: {folder / 'report' / 'report.html'}")
 

@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from typing import Any
 
 from sculpt_dist.config.schema import RunConfig
@@ -27,16 +28,17 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "engine.precision": ("fp32", "bf16"),
     "engine.moments": ("all", "open"),
     "engine.kernel": ("auto", "plain", "fused"),
+    "engine.draw": ("sharded", "whole", "auto"),
     "evaluate.keep_images": ("all", "some", "none", None),
     "track.artifact": ("none", "reference", "files"),
 }
 POSITIVE = (
     "prepare.samples prepare.steps prepare.batch train.steps train.batch train.accumulate train.lr mask.keep "
     "engine.timeout engine.grace engine.gathered evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap "
-    "model.text_batch"
+    "model.text_batch train.checkpoint_share"
 ).split()
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, half of a pair, line and paragraph ends
-SHARES = "train.warmup mask.keep mask.turnover mask.until".split()
+SHARES = "train.warmup train.checkpoint_share mask.keep mask.turnover mask.until".split()
 MOST = {  # (limit, its unit) of the keys that it applies to
     (1000, "steps, as many as a sampler has"): "prepare.steps evaluate.steps",
     (1e6, "workers"): "train.workers",
@@ -101,6 +103,7 @@ def as_steps(value: float, total: int) -> int:
     return max(int(value > 0), round(value * total)) if value < 1 else round(value)
 
 
+@lru_cache(1 << 16)
 def normal(name: str) -> str:
     """A concept name for comparison: no case, single spaces, composed characters."""
     return unicodedata.normalize("NFC", " ".join(name.split()).casefold())
@@ -118,6 +121,7 @@ def check_name(key: str, name: str) -> None:
 
 def _check_concepts(config: RunConfig) -> None:
     seen: set[str] = set()
+    targets = {normal(concept.target) for concept in config.concepts}
     for i, concept in enumerate(config.concepts):
         key = f"concepts[{i}]"
         for part, name in (("target", concept.target), ("superclass", concept.superclass or "")):
@@ -139,7 +143,7 @@ def _check_concepts(config: RunConfig) -> None:
             check_name(f"{key}.keep", kept)
             if not normal(kept):
                 raise ConfigError(f"{key}.keep contains an empty name: remove it")
-            if normal(kept) in (normal(other.target) for other in config.concepts):
+            if normal(kept) in targets:
                 raise ConfigError(f"{key}.keep contains {shown(kept)!r}, which is also a target: remove one of the two")
 
 

@@ -113,6 +113,17 @@ def read_yaml(file: Path, kind: type) -> DictConfig:
     return content
 
 
+def read_run_config(file: Path) -> Any:
+    """The values of a run's config.yaml, as `plain_values`; whatever a damaged one holds.
+
+    Raises OSError, UnicodeDecodeError and YAMLError for one that cannot be read.
+    """
+    try:
+        return read_text(file.read_text(encoding="utf-8"), RunConfig)
+    except RecursionError as error:
+        raise YAMLError(str(error)) from error
+
+
 @dataclass(frozen=True)
 class Indexed:
     """An override of one member of a list, such as concepts[0].target=dog."""

@@ -133,6 +133,8 @@ class TrainConfig:
     """Write checkpoints in the background, from a copy in memory; false makes no copy, and training waits."""
     workers: int = 0
     """Data loader processes per rank."""
+    checkpoint_share: float = 0.05
+    """Largest share of the time that saving takes: checkpoints come less often where they are slow; 1 sets no limit."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,10 @@ class EngineConfig:
     grace: float = 60.0
     """Seconds that the current step may take after a stop request; a rank that still waits then exits without
     saving.
+    """
+    draw: str = "sharded"
+    """Weights with which stage 3 draws images: sharded (gathered again in every pass), whole (gathered once; every rank
+    then holds the whole net) or auto (whole where 1.5 times the net is free on every rank).
     """
 
 

@@ -1,8 +1,9 @@
 """What every other package shares. Any package may import this one; it imports nothing else of the project.
 
 `types` holds the batches, conditions and losses that packages exchange; `errors` the errors for users; `files` atomic
-writes, checksums and seeds; `locks` those between processes. `plugins` finds modules by file name, `exports` makes
-package exports lazy, `progress` shows bars, and `signals` catches a stop signal that arrives before a run listens.
+writes, checksums and seeds; `tensorfile` writes safetensors; `locks` are those between processes. `plugins` finds
+modules by file name, `exports` makes package exports lazy, `progress` shows bars, and `signals` catches a stop signal
+that arrives before a run listens.
 """
 
 from typing import TYPE_CHECKING

@@ -35,6 +35,16 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def copy_file(source: Path, target: Path) -> str:
+    """Copy a file's content; returns its SHA-256, as hex."""
+    digest = hashlib.sha256()
+    with source.open("rb") as read, target.open("wb") as copy:
+        while block := read.read(1 << 20):
+            digest.update(block)
+            copy.write(block)
+    return digest.hexdigest()
+
+
 def read_object(path: Path, remedy: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     """The object in a json file that we wrote, with at least these keys, and without its checksum.
 

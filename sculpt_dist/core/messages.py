@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 MOST_OF_A_VALUE, MOST, KEPT_AT_THE_END = 200, 1200, 300
 PASSWORD = re.compile(r"(?<=://)[^\s/@'\"]+@")  # user:password@ of an address
@@ -13,6 +14,11 @@ def shown(value: object) -> str:
     """A value as messages show it: its first 200 characters."""
     text = str(value)
     return text if len(text) <= MOST_OF_A_VALUE else f"{text[:MOST_OF_A_VALUE]}..."
+
+
+def shortlist(names: Sequence[str], most: int = 8) -> list[str]:
+    """The names; of more than `most` the first ones, and how many more."""
+    return list(names) if len(names) <= most else [*names[: most - 2], f"{len(names) - most + 2:,} more"]
 
 
 def hide(value: str, text: str) -> None:

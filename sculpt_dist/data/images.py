@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ def own_images(folder: str | None, name: str | None) -> tuple[list[Path], list[P
         raise ConfigError(
             f"prepare.images={folder}: there is no such folder; it should contain one subfolder of images per concept"
         )
-    fitting = [path for path in sorted(Path(folder).iterdir()) if path.is_dir() and _plain(path.name) == _plain(name)]
+    fitting = _subfolders(folder, os.stat(folder).st_mtime_ns).get(_plain(name), [])
     if len(fitting) > 1:
         raise ConfigError(f"prepare.images={folder}: {fitting[0].name} and {fitting[1].name} are one name: merge them")
     if not fitting:
@@ -54,6 +55,16 @@ def own_images(folder: str | None, name: str | None) -> tuple[list[Path], list[P
     if not images:
         raise ConfigError(f"{fitting[0]}: contains no image ({', '.join(IMAGE_TYPES)}); add some or remove the folder")
     return images, others
+
+
+@lru_cache(4)
+def _subfolders(folder: str, changed: int) -> dict[str, list[Path]]:
+    """The subfolders by their plain names; `changed`: when a subfolder was last added or removed, in ns."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_dir():
+            found.setdefault(_plain(path.name), []).append(path)
+    return found
 
 
 def _plain(name: str) -> str:

@@ -130,6 +130,25 @@ class Reader(Protocol):
     def __getitem__(self, position: int) -> Sample: ...
 
 
+class LateReader:
+    """A source that is opened when its first sample is due: of many earlier targets, few have a turn in a concept."""
+
+    def __init__(self, open_source: Callable[[], Reader]) -> None:
+        self._open = open_source
+        self._reader: Reader | None = None
+
+    def __len__(self) -> int:
+        return len(self._opened())
+
+    def __getitem__(self, position: int) -> Sample:
+        return self._opened()[position]
+
+    def _opened(self) -> Reader:
+        if self._reader is None:
+            self._reader = self._open()
+        return self._reader
+
+
 Item = dict[str, list[Sample]]  # the samples of a micro-batch by role
 
 
@@ -151,12 +170,8 @@ class ConceptStreams(Dataset[Item]):
         """
         self.layout, self.layouts, self.fixed = layout, layouts, fixed
         self.sources = {role: list(sources) for role, sources in readers.items() if sources}
-        self.orders = {
-            role: [
-                GlobalOrder(len(reader), [seed, concept, _order_number(role), i]) for i, reader in enumerate(sources)
-            ]
-            for role, sources in self.sources.items()
-        }
+        self._seed = (seed, concept)
+        self._orders: dict[tuple[str, int], GlobalOrder] = {}  # of the sources that had a turn
 
     def __getitem__(self, item: int) -> Item:
         step, micro = divmod(item, self.layout.accumulate)
@@ -173,13 +188,18 @@ class ConceptStreams(Dataset[Item]):
         return only
 
     def _samples(self, role: str, step: int, micro: int) -> list[Sample]:
-        sources, orders = self.sources[role], self.orders[role]
-        chosen = []
+        sources, chosen = self.sources[role], []
         for position in self.positions(role, micro):
             place = step * self.layouts.get(role, self.layout).batch + position
             source, before = turn(place, len(sources), self.fixed.get(role))
-            chosen.append(sources[source][orders[source][before]])
+            chosen.append(sources[source][self._order(role, source)[before]])
         return chosen
+
+    def _order(self, role: str, source: int) -> GlobalOrder:
+        if (role, source) not in self._orders:
+            count, seed = len(self.sources[role][source]), [*self._seed, _order_number(role), source]
+            self._orders[role, source] = GlobalOrder(count, seed)
+        return self._orders[role, source]
 
 
 def _order_number(role: str) -> int:
@@ -219,15 +239,15 @@ def micro_batches(
         cond = embed(texts)
         if cond.size_ids is None:
             return cond
-        sizes = torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32, device=device)  # [B, 6]
-        return replace(cond, size_ids=sizes)
+        sizes = torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32)  # [B, 6]
+        return replace(cond, size_ids=sizes.to(device, non_blocking=True))
 
     def stream(role: str, samples: Sequence[Sample], micro: int) -> Stream:
         texts = tuple(sample.prompt for sample in samples)
         others = prompts.superclass if role == "target" else prompts.target
         counterparts = [others[sample.key % len(others)] for sample in samples]
         return Stream(
-            latents=torch.stack([sample.latent for sample in samples]).to(device),  # [B, C, H, W]
+            latents=torch.stack([sample.latent for sample in samples]).to(device, non_blocking=True),  # [B, C, H, W]
             cond=conditions(samples, texts),
             prompts=texts,
             keys=tuple(sample.key for sample in samples),
@@ -259,13 +279,13 @@ class Draws:
 
     def normal(self, what: str, shape: Sequence[int]) -> Tensor:
         """Unit normal [B, *shape]."""
-        return torch.stack([torch.randn(*shape, generator=self._generator(what, p)) for p in self.positions]).to(
-            self.device
-        )
+        drawn = [torch.randn(*shape, generator=self._generator(what, p)) for p in self.positions]
+        return torch.stack(drawn).to(self.device, non_blocking=True)
 
     def uniform(self, what: str) -> Tensor:
         """Uniform in [0, 1), [B]."""
-        return torch.stack([torch.rand((), generator=self._generator(what, p)) for p in self.positions]).to(self.device)
+        drawn = [torch.rand((), generator=self._generator(what, p)) for p in self.positions]
+        return torch.stack(drawn).to(self.device, non_blocking=True)
 
     def _generator(self, what: str, position: int) -> torch.Generator:
         return torch.Generator().manual_seed(derived_seed(*self.key, what, position))

@@ -125,13 +125,16 @@ def _resolve_world(settings: EvaluateConfig, concepts: Sequence[Concept]) -> Wor
         raise ConfigError(
             "evaluate.styles is empty: name the styles to compare a forgotten style with, or set evaluate.enabled=false"
         )
+    known = {"object": set(map(normal, objects)), "style": set(map(normal, styles))}
     for concept in concepts:
         of_kind = objects if concept.kind == "object" else styles
-        if normal(concept.target) not in map(normal, of_kind):
+        if normal(concept.target) not in known[concept.kind]:
             of_kind.append(concept.target)
+            known[concept.kind].add(normal(concept.target))
         for name in concept.keep:
-            if normal(name) not in map(normal, (*objects, *styles)):
+            if not any(normal(name) in names for names in known.values()):
                 of_kind.append(name)
+                known[concept.kind].add(normal(name))
     if not objects:
         raise ConfigError(
             "evaluate.objects is empty and no concept is an object: name the objects to draw, or set "

@@ -18,15 +18,20 @@ BatchVerdict = tuple[int, list[int], list[int] | None]  # number of the batch, o
 
 def score_targets(concepts: Sequence[Concept], world: World) -> list[Target]:
     """The concepts as indices into the world."""
-    names = {"object": [normal(name) for name in world.objects], "style": [normal(name) for name in world.styles]}
+    places = {"object": _places(world.objects), "style": _places(world.styles)}
     members = {normal(name): of_superclass for name, of_superclass in world.members.items()}
     targets = []
     for concept in concepts:
         siblings = members.get(normal(concept.superclass or ""), ()) if concept.kind == "object" else ()
-        index = names[concept.kind].index(normal(concept.target))
-        others = tuple(names["object"].index(normal(name)) for name in siblings if normal(name) in names["object"])
+        index = places[concept.kind][normal(concept.target)]
+        others = tuple(places["object"][normal(name)] for name in siblings if normal(name) in places["object"])
         targets.append(Target(concept.kind, index, tuple(i for i in others if i != index)))
     return targets
+
+
+def _places(names: Sequence[str]) -> dict[str, int]:
+    """Each name's first place."""
+    return {normal(name): place for place, name in reversed(list(enumerate(names)))}
 
 
 def collect_answers(requests: Sequence[ImageRequest], verdicts: Sequence[BatchVerdict]) -> Answers:

@@ -19,8 +19,10 @@ from typing import Any
 from sculpt_dist.core import errors
 from sculpt_dist.core.errors import ConfigError, StopRequested
 from sculpt_dist.core.signals import STOPPING, is_ignored
+from sculpt_dist.experiments.warm import WarmParent, WarmProcess
 
 DONE, STOPPED = 0, 75
+Process = subprocess.Popen[str] | WarmProcess
 LAUNCHER_VARIABLES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID "
     "SLURM_STEP_NUM_TASKS SLURM_PROCID SLURM_NTASKS SLURM_NPROCS SLURM_LOCALID SLURM_NTASKS_PER_NODE"
@@ -114,7 +116,8 @@ def run_jobs(
 
     A job is taken from `jobs` only when it can start. STOP and REQUEUE files of an earlier stop are removed from its
     run folder first. `on_end` is called when a job ends, never for two jobs at once. Cores are divided evenly, unless
-    OMP_NUM_THREADS is set, and GPUs in turn (see `share_machine`); the first job prints how.
+    OMP_NUM_THREADS is set, and GPUs in turn (see `share_machine`); the first job prints how. Jobs of one rank without a
+    GPU are forked from a process that has imported everything.
 
     On SIGINT, SIGTERM, SIGUSR1 or SIGHUP the running jobs receive SIGTERM, save and stop, and StopRequested is raised.
     It is also raised, after all other jobs have ended, if a job was stopped from outside.
@@ -122,9 +125,10 @@ def run_jobs(
     if parallel < 1 or ranks < 1:
         raise ConfigError(f"jobs={parallel}, ranks={ranks}: each must be at least 1")
     share = share_machine(parallel, ranks, visible_gpus(), gpus_per_job)
+    parent = WarmParent(_environment() | share.environment(0)) if ranks == 1 and not share.gpus else None
     waiting, lock = iter(jobs), threading.Lock()
     started: list[Job] = []
-    running: set[subprocess.Popen[str]] = set()
+    running: set[Process] = set()
     stopping: list[int] = []
     failed: dict[str, Failure] = {}
 
@@ -142,7 +146,7 @@ def run_jobs(
                     print(f"{parallel} at a time, {share}", flush=True)
             if job is None:
                 return
-            failure = _run(job, ranks, share.environment(place), running, stopping)
+            failure = _run(job, ranks, share.environment(place), parent, running, stopping)
             with lock:
                 if failure is not None:
                     failed[job.label] = failure
@@ -156,26 +160,26 @@ def run_jobs(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if parent is not None:
+            parent.close()
     if stopping or any(failure.error == StopRequested.__name__ for failure in failed.values()):
         raise StopRequested("stopped; what was running is saved, and the same command continues from there")
     return failed
 
 
 def _run(
-    job: Job, ranks: int, share: Mapping[str, str], running: set[subprocess.Popen[str]], stopping: list[int]
+    job: Job,
+    ranks: int,
+    share: Mapping[str, str],
+    parent: WarmParent | None,
+    running: set[Process],
+    stopping: list[int],
 ) -> Failure | None:
     if job.folder is not None:
         for mark in MARKS:
             (job.folder / mark).unlink(missing_ok=True)
-    process = subprocess.Popen(
-        [*_guard(), *_launcher(ranks), *job.arguments],
-        env=_environment() | dict(share),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # Ctrl-C then reaches this process only, which stops the jobs
-    )
+    environment = _environment() | dict(share)
+    process = parent.start(job.arguments, environment) if parent else _start(job.arguments, ranks, environment)
     running.add(process)
     if stopping:
         process.send_signal(signal.SIGTERM)
@@ -187,6 +191,18 @@ def _run(
     if process.returncode == STOPPED or is_requeued:
         return Failure("stopped and saved", StopRequested.__name__)
     return _failure(printed.splitlines(), process.returncode)
+
+
+def _start(arguments: Sequence[str], ranks: int, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*_guard(), *_launcher(ranks), *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # Ctrl-C then reaches this process only, which stops the jobs
+    )
 
 
 def _failure(printed: list[str], code: int) -> Failure:

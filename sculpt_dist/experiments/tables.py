@@ -209,13 +209,14 @@ def _resampled(counts: Counts) -> dict[str, np.ndarray]:
     return resampled_scores(counts, resampling(num_seeds, num_prompts, ROUNDS))
 
 
-def _relapse(accuracies: Sequence[Sequence[float | None]]) -> float | None:
+def _relapse(accuracies: Sequence[Sequence[float | None] | None]) -> float | None:
     """Mean over all targets but the last: accuracy after the last concept, minus that right after the target's own.
 
     None if stages are missing.
     """
     last = len(accuracies) - 1
-    pairs = [(accuracies[last][k], accuracies[k][k]) for k in range(last)]
+    rows = [row or [None] * len(accuracies) for row in accuracies]  # a long run leaves out those without scores
+    pairs = [(rows[last][k], rows[k][k]) for k in range(last)]
     return _mean([after - before for after, before in pairs if after is not None and before is not None])
 
 

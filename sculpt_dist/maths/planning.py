@@ -251,7 +251,7 @@ def traffic(layout: Layout, buckets: Buckets, forwards: int, accumulate: int, gr
     backwards = groups * (accumulate if layout.stage >= 2 else 1)
     part = (k - 1) / k
     gradients = float(backwards * elements * (FP32 if layout.stage else width))
-    small = 4 + groups * accumulate
+    small = 2  # the gradient's norm, and all that the step measured
     if layout.stage == 3:
         fits = layout.parameters <= buckets.live
         gathers = accumulate * forwards

@@ -38,7 +38,7 @@ class Sampling:
 
     batches: int
     flops: float  # of a batch
-    forwards: int  # of the net for a batch
+    forwards: int  # of the net for a batch, for which stage 3 gathers it; 0 where it is gathered once for all
     times: int = 1  # that all of them are drawn
 
 

@@ -81,7 +81,8 @@ def count_work(setup: RunSetup, subject: Subject, drawing: Drawing) -> Work:
         sampler = type(scheduler).from_config(scheduler.config)
         sampler.set_timesteps(steps)
         flops = len(sampler.timesteps) * drawing.forward.flops + decoded * drawing.decoding.flops
-        return Sampling(batches, batch / drawing.batch * flops, len(sampler.timesteps), times)
+        gathering = 0 if config.engine.draw == "whole" else len(sampler.timesteps)
+        return Sampling(batches, batch / drawing.batch * flops, gathering, times)
 
     def scoring(most: int | None, times: int) -> Sampling:
         scored, evaluation = config.evaluate, replace(setup.evaluation, most=most)

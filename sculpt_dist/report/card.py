@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from sculpt_dist.core.messages import shortlist
 from sculpt_dist.report.render import render
 from sculpt_dist.report.summary import SCORES
 
@@ -40,6 +41,7 @@ def model_card(
         is_hub_id=is_hub_id,
         adapter=adapter,
         concepts=concepts,
+        named=[_plain(name) for name in shortlist([concept["target"] for concept in concepts])],
         example=next((concept["superclass"] for concept in concepts if concept["superclass"]), "house"),
         options="".join(f", {name}={value!r}" for name, value in options.items()),
         method=config["method"]["name"],
@@ -105,7 +107,7 @@ def base_name(config: Mapping[str, Any]) -> str:
 
 def title(config: Mapping[str, Any]) -> str:
     """The name of the result: that of the base, without the concepts."""
-    *first, last = [concept["target"] for concept in config["concepts"]]
+    *first, last = shortlist([concept["target"] for concept in config["concepts"]])
     return f"{base_name(config)} without {' and '.join([', '.join(first), last] if first else [last])}"
 
 

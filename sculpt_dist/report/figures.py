@@ -17,6 +17,7 @@ Line = Mapping[str, Any]  # one step, a line of metrics.jsonl
 STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 INK, MUTED, HAIR, ACCENT = "#1d1f23", "#70747c", "#b9b6ae", "#c4512d"  # as in page.css
 WIDTH = 10.4  # inches
+MOST_NAMED, SOME = 100, 20  # concepts that a figure marks and names; of more, about so many
 COLLECTING = "collecting saliency"  # the curve of the steps before a mask exists
 
 
@@ -36,9 +37,9 @@ def draw_pngs(drawings: Mapping[str, Callable[[], Figure | None]]) -> dict[str, 
 
 
 def draw_loss(lines: Sequence[Line], targets: Sequence[str]) -> Figure | None:
-    """The loss terms over the steps: raw values and their running means. None without steps.
+    """The loss terms over the steps: raw values and their running means, or of many concepts the mean of each.
 
-    The scale is logarithmic unless a term is negative.
+    None without steps. The scale is logarithmic unless a term is negative.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -57,9 +58,13 @@ def draw_loss(lines: Sequence[Line], targets: Sequence[str]) -> Figure | None:
     axes = figure.subplots()
     colors = {name: f"C{at}" for at, name in enumerate(name for name in curves if name != COLLECTING)}
     colors[COLLECTING] = MUTED
+    is_long = len(_spans(lines)) > MOST_NAMED
     for name, values in curves.items():
-        axes.plot(values, color=colors[name], alpha=0.25, linewidth=0.7)
-        axes.plot(_running_mean(values, lines), color=colors[name], label=name)
+        if is_long:
+            axes.plot(*_concept_means(values, lines), color=colors[name], label=name)
+        else:
+            axes.plot(values, color=colors[name], alpha=0.25, linewidth=0.7)
+            axes.plot(_running_mean(values, lines), color=colors[name], label=name)
     every = np.stack(list(curves.values()))
     if np.nanmin(every) >= 0 and np.nanmax(every) > 0:  # 0 is allowed: distillation starts there
         axes.set_yscale("log", nonpositive="mask")
@@ -100,11 +105,11 @@ def draw_mask(lines: Sequence[Line], targets: Sequence[str], num_trained: int | 
         if values is swapped:
             axes.vlines(seen, 0, values[seen], color=f"C{at}", linewidth=1.2)
             axes.plot(seen, values[seen], "o", color=f"C{at}", markersize=3.5)
-        else:  # a line per concept, with markers if there are few points
-            for part in (seen[concept[seen] == each] for each in np.unique(concept)):
-                axes.plot(
-                    part, values[part], "o-" if len(seen) < len(lines) / 4 else "-", color=f"C{at}", markersize=3.5
-                )
+        else:  # a line that breaks between concepts unless they are many, with markers if there are few points
+            breaks = np.flatnonzero(np.diff(concept[seen])) + 1
+            breaks = breaks if len(breaks) < MOST_NAMED else breaks[:0]
+            places, heights = (np.insert(along, breaks, np.nan) for along in (seen.astype(float), values[seen]))
+            axes.plot(places, heights, "o-" if len(seen) < len(lines) / 4 else "-", color=f"C{at}", markersize=3.5)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0) if is_share else EngFormatter(sep=""))
         axes.set_ylim(0, 1.08 if is_share else 1.15 * max(values[seen].max(), 1))
         axes.set_title(title, pad=16 if at == 0 else 6)
@@ -133,14 +138,17 @@ def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str])
         tint = LinearSegmentedColormap.from_list("tint", ["#faf8f4", color])
         axes.imshow(np.where(part, values, np.nan), cmap=tint, vmin=0, vmax=1, aspect="auto")
     names = [shorten(name, 16) for name in targets]
-    axes.set_xticks(range(num), names, rotation=0 if num <= 6 else 35, ha="center" if num <= 6 else "left")
-    axes.set_yticks(range(num + 1), ["base", *(f"after {name}" for name in names)])
+    every = _interval(num)
+    rotation, alignment = (0, "center") if num <= 6 else (35, "left")
+    axes.set_xticks(range(0, num, every), names[::every], rotation=rotation, ha=alignment)
+    axes.set_yticks(range(0, num + 1, every), ["base", *(f"after {name}" for name in names)][::every])
     axes.tick_params(length=0, labelcolor=INK, labelsize=9, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    axes.set_xticks(np.arange(num + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(num + 2) - 0.5, minor=True)
-    axes.grid(True, which="minor", axis="both", color="white", linewidth=2)
+    if every == 1:
+        axes.set_xticks(np.arange(num + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(num + 2) - 0.5, minor=True)
+        axes.grid(True, which="minor", axis="both", color="white", linewidth=2)
     if num <= 12:
         for (row, column), value in np.ndenumerate(values):
             text, color = ("-", MUTED) if np.isnan(value) else (f"{100 * value:.0f}", "white" if value > 0.55 else INK)
@@ -231,6 +239,20 @@ def _running_mean(values: np.ndarray, lines: Sequence[Line]) -> np.ndarray:
     return smooth
 
 
+def _concept_means(values: np.ndarray, lines: Sequence[Line]) -> tuple[list[float], list[float]]:
+    """The middle of each concept with such values, and their mean."""
+    import numpy as np
+
+    spans = [(start, stop) for start, stop, _ in _spans(lines) if np.isfinite(values[start:stop]).any()]
+    middles = [(start + stop - 1) / 2 for start, stop in spans]
+    return middles, [float(np.nanmean(values[start:stop])) for start, stop in spans]
+
+
+def _interval(num: int) -> int:
+    """Of so many concepts, every how many a figure marks."""
+    return 1 if num <= MOST_NAMED else -(-num // SOME)
+
+
 def _spans(lines: Sequence[Line]) -> list[tuple[int, int, int]]:
     """(first line, one past the last, concept) of every concept with steps."""
     starts = [at for at, line in enumerate(lines) if at == 0 or line["concept"] != lines[at - 1]["concept"]]
@@ -238,15 +260,21 @@ def _spans(lines: Sequence[Line]) -> list[tuple[int, int, int]]:
 
 
 def _mark_concepts(axes: Axes, lines: Sequence[Line], targets: Sequence[str], names_too: bool) -> None:
-    """Separate concepts by hairlines, shade the steps that collect saliency, and write the concepts' names on top."""
+    """Separate concepts by hairlines, shade the steps that collect saliency, and write the concepts' names on top.
+
+    Of many concepts only some are marked, and nothing is shaded.
+    """
     axes.set_xlim(-0.01 * len(lines), 1.01 * len(lines))
-    for start, stop, concept in _spans(lines):
-        num_collect = sum(line.get("phase") == "collect" for line in lines[start:stop])
-        axes.axvspan(start - 0.5, start + num_collect - 0.5, color="#f3f1ec", zorder=-1, linewidth=0)
+    spans = _spans(lines)
+    every = _interval(len(spans))
+    for start, stop, concept in spans[::every]:
+        if every == 1:
+            num_collect = sum(line.get("phase") == "collect" for line in lines[start:stop])
+            axes.axvspan(start - 0.5, start + num_collect - 0.5, color="#f3f1ec", zorder=-1, linewidth=0)
         if start:
             axes.axvline(start - 0.5, color=HAIR, linewidth=0.9)
         if names_too:
-            num_fitting = int(100 * (stop - start) / len(lines))
+            num_fitting = int(100 * every * (stop - start) / len(lines))
             name = shorten(targets[concept] if concept < len(targets) else str(concept), max(num_fitting, 3))
             axes.text(
                 start, 1.02, name, transform=axes.get_xaxis_transform(), color=INK, fontweight="bold", fontsize=8.5

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.core.files import is_text_intact, read_object
+from sculpt_dist.core.messages import shortlist
 from sculpt_dist.report.shapes import CONFIG, COSTS, MANIFEST, SCORES, Shape, fault
 from sculpt_dist.report.steps import Steps, read_metrics, step_notes
 
 MOST_LINES = 100_000  # of metrics.jsonl that a report shows
+CONCEPTS_A_PAGE = 100
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,25 @@ class RunRecord:
         return [str(concept["target"]) for concept in self.config["concepts"]]
 
     @property
+    def is_long(self) -> bool:
+        """Whether the report has several pages, and leaves out what grows with the square of the concepts."""
+        return len(self.config["concepts"]) > CONCEPTS_A_PAGE
+
+    @property
     def last(self) -> str | None:
         """The last evaluated stage after a concept."""
         return next((name for name in reversed(self.stages) if name != "before" and self.stages[name]), None)
 
-    @property
+    @cached_property
     def accuracies(self) -> list[list[float | None]]:
         """Share of each target's images recognised as that target (columns) in every stage (rows), the base first."""
-        found = [
-            {normal(name): member for name, member in plain_scores(stage, "targets").items()}
-            for stage in self.stages.values()
-        ]
-        return [[stage.get(normal(target), {}).get("accuracy") for target in self.targets] for stage in found]
+        targets = [normal(target) for target in self.targets]
+        rows: list[list[float | None]] = []
+        unmeasured: list[float | None] = [None] * len(targets)
+        for scores in self.stages.values():
+            found = {normal(name): member.get("accuracy") for name, member in plain_scores(scores, "targets").items()}
+            rows.append([found.get(target) for target in targets] if found else unmeasured)
+        return rows
 
 
 def read_run(folder: Path, with_steps: bool = True) -> RunRecord:
@@ -63,10 +73,10 @@ def read_run(folder: Path, with_steps: bool = True) -> RunRecord:
     config, is_changed = _read_config(folder / "config.yaml")
     costs, manifest = _read_json(folder / "costs.json", COSTS), _read_json(folder / "manifest.json", MANIFEST)
     names = ["before", *(f"after-{k:02d}" for k in range(len(config["concepts"])))]
-    stages = {name: _read_json(folder / "evaluation" / name / "scores.json", SCORES) for name in names}
+    stages = {name: read_scores(folder, name) for name in names}
     made_by = {name: scores["plain"].get("made_by") for name, scores in stages.items() if scores.get("plain")}
     last = next(reversed(made_by.values()), None)
-    outdated = [name for name, made in made_by.items() if made != last]
+    outdated = {name: made for name, made in made_by.items() if made != last}
     steps = read_metrics(folder / "metrics.jsonl", MOST_LINES) if with_steps else Steps([])
     notes = step_notes(steps, len(config["concepts"]) if manifest.get("finished") else 0)
     if with_steps and manifest.get("finished") and manifest.get("shards") and not steps.lines:
@@ -75,8 +85,8 @@ def read_run(folder: Path, with_steps: bool = True) -> RunRecord:
         notes.append("config.yaml was changed after the run wrote it.")
     if outdated:
         notes.append(
-            f"The scores of {', '.join(outdated)} were made with other settings of evaluate than the last ones, and "
-            "are left out."
+            f"The scores of {', '.join(shortlist(list(outdated)))} were made with other settings of evaluate than the "
+            "last ones, and are left out."
         )
     return RunRecord(
         folder=folder,
@@ -87,6 +97,11 @@ def read_run(folder: Path, with_steps: bool = True) -> RunRecord:
         costs=costs,
         manifest=manifest,
     )
+
+
+def read_scores(folder: Path, stage: str) -> dict[str, Any]:
+    """The content of a stage's scores.json; empty where it is missing. Raises RunFolderError for a damaged one."""
+    return _read_json(folder / "evaluation" / stage / "scores.json", SCORES)
 
 
 def plain_scores(stage: Mapping[str, Any], member: str) -> Mapping[str, Any]:

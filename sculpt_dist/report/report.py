@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,8 @@ from sculpt_dist.core.files import make_folder, read_object, write_atomically, w
 from sculpt_dist.report.figures import draw_loss, draw_mask, draw_pngs, draw_relapse
 from sculpt_dist.report.grid import Grid, draw_grid, encode, read_grid
 from sculpt_dist.report.listed import listed_images
-from sculpt_dist.report.page import render_page
-from sculpt_dist.report.record import RunRecord, plain_scores, read_run
+from sculpt_dist.report.page import render_concepts, render_page
+from sculpt_dist.report.record import RunRecord, plain_scores, read_run, read_scores
 from sculpt_dist.report.summary import summarise
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report/` of a run folder and return the path of its page.
+    """Write `report/` of a run folder and return the path of its page, the first one of a long run.
 
     Raises RunFolderError if this is not a run folder or one of its files is damaged.
     """
     run = read_run(Path(folder))
     report = summarise(run)
-    grid = _stage_grid(run, run.last)
+    grid = _stage_grid(run.folder, run.stages, run.targets, run.last)
     figures = _draw_figures(run)
     if grid:
         figures["grid"] = encode(draw_grid(grid), "PNG")
@@ -33,7 +34,12 @@ def write_report(folder: Path) -> Path:
     for name, png in figures.items():
         write_atomically(out / f"{name}.png", png)
     write_record(out / "report.json", report)
-    write_atomically(out / "report.html", render_page(run, report, figures, grid).encode())
+    pages = render_concepts(run, report)
+    for name, page in {**pages, "report.html": render_page(run, report, figures, grid)}.items():
+        write_atomically(out / name, page.encode())
+    for earlier in out.glob("concepts-*.html"):
+        if earlier.name not in pages:
+            earlier.unlink()
     return out / "report.html"
 
 
@@ -42,25 +48,28 @@ def read_report(folder: Path) -> dict[str, Any]:
     return read_object(folder / "report" / "report.json", "run `sculpt-dist report` on the run folder")
 
 
-def draw_stage(folder: Path, stage: str) -> Image | None:
+def draw_stage(folder: Path, stage: str, targets: Sequence[str]) -> Image | None:
     """The sample grid of a run folder, before and at this stage; None if the evaluation kept no images."""
-    grid = _stage_grid(read_run(folder, with_steps=False), None if stage == "before" else stage)
+    stages = {name: read_scores(folder, name) for name in ("before", stage)}
+    grid = _stage_grid(folder, stages, targets, None if stage == "before" else stage)
     return draw_grid(grid) if grid else None
 
 
-def _stage_grid(run: RunRecord, stage: str | None) -> Grid | None:
+def _stage_grid(
+    folder: Path, stages: Mapping[str, Mapping[str, Any]], targets: Sequence[str], stage: str | None
+) -> Grid | None:
     names = [
-        name for kind in ("objects", "styles") for scores in run.stages.values() for name in plain_scores(scores, kind)
+        name for kind in ("objects", "styles") for scores in stages.values() for name in plain_scores(scores, kind)
     ]
-    evaluation = run.folder / "evaluation"
+    evaluation = folder / "evaluation"
     sides = [evaluation / name for name in ("before", stage) if name]
     checksums = {
         side / "images" / name: sha256
         for side in sides
-        for name, sha256 in listed_images(side, run.stages[side.name]).items()
+        for name, sha256 in listed_images(side, stages[side.name]).items()
     }
     before, *after = (side / "images" for side in sides)
-    return read_grid(before, after[0] if after else None, names, run.targets, checksums)
+    return read_grid(before, after[0] if after else None, names, targets, checksums)
 
 
 def _draw_figures(run: RunRecord) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sculpt_dist.config.checks import normal
 from sculpt_dist.report.record import RunRecord, plain_scores
+from sculpt_dist.report.shapes import is_share
 
 SCORES = ("UA", "SA", "IRA", "CRA")
 
@@ -33,7 +34,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "before": _scores(run.stages["before"]),
         "after": _scores(run.stages[run.last] if run.last else {}),
         "concepts": concepts,
-        "relapse": run.accuracies[1:],
+        "relapse": [row if not run.is_long or any(map(is_share, row)) else None for row in run.accuracies[1:]],
         "seconds": _members(costs.get("seconds"), ("prepare", "train", "evaluate", "total")),
         "cpu_seconds": {"prepare": None, "train": None, **(costs.get("cpu_seconds") or {})},
         "passes": _members(costs.get("passes"), ("prepare", "train")),

@@ -8,6 +8,8 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.run.setup import RunSetup
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sculpt_dist.backbones.base import Backbone
     from sculpt_dist.engine.group import Group
     from sculpt_dist.engine.zero import Engine
@@ -36,6 +38,7 @@ def build_engine(setup: RunSetup, backbone: Backbone, group: Group) -> Engine:
         packed=engine.moments == "open",
         kernel=engine.kernel,
         gathered=engine.gathered,
+        draw=engine.draw,
     )
     masking = MaskSettings(mask.keep, mask.scope, mask.saliency, train.seed, resets_moments=not method.reference_mask)
     if settings.stage == 3:
@@ -44,12 +47,22 @@ def build_engine(setup: RunSetup, backbone: Backbone, group: Group) -> Engine:
         backbone.net = sharded_net(backbone.empty_net, backbone.stored_weights(), group, settings, shapes)
     elif backbone.dtype != DTYPES[engine.precision]:
         backbone.load_net(DTYPES[engine.precision])
+    groups = backbone.groups()  # before an adapter adds its own
     names = trained_names(setup, backbone)
     if engine.checkpointing:
         backbone.net.enable_gradient_checkpointing()
     if engine.compile:
         backbone.net.forward = torch.compile(backbone.net.forward)  # below the hooks, which count passes
-    return Engine(backbone.net, names, group, settings, masking, backbone.stored_weights)
+
+    def empty() -> nn.Module:
+        """A net like the one that trains, with the method's adapter; its passes are counted."""
+        net, adapter = backbone.empty_net(), method.adapter(groups)
+        if adapter is not None:
+            backbone.add_adapter(adapter, train.seed, net)
+        backbone.count_passes_of(net)
+        return net
+
+    return Engine(backbone.net, names, group, settings, masking, backbone.stored_weights, empty)
 
 
 def trained_names(setup: RunSetup, backbone: Backbone) -> list[str]:

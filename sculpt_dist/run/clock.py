@@ -17,9 +17,9 @@ class Clock:
     The block's collectives are counted as `reduce` instead, as measured by `Group.seconds_communicating`. Time outside
     all blocks, such as choosing candidates, appears only in `seconds`.
 
-    This is host time without synchronisation. On a GPU the host only launches kernels, and waits where it reads a
-    number: it waits for the forward in `forward`, at the finite check of the loss, and for the backward in `step`, at
-    the norm of the gradient. So on a GPU `backward` is launch time alone, and its computation appears in `step`.
+    This is host time without synchronisation. On a GPU the host only launches kernels, and waits once, at the end of
+    `step`, where it reads what the step measured. So on a GPU `forward` and `backward` are launch time alone, and their
+    computation appears in `step`.
     """
 
     def __init__(self, group: Group) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class EditorRun:
         net = session.backbone.net
         session.tracker.start()
         session.costs.set_passes("train", 0)
-        session.score(net, "before", setup.concepts)
+        session.score(lambda: nullcontext(net), "before", setup.concepts)
         with session.costs.counting("train"), torch.no_grad():
             changed = setup.method.edit(session.backbone, setup.prompts)
             for name, tensor in changed.items():
@@ -40,5 +41,5 @@ class EditorRun:
         count = sum(tensor.numel() for tensor in changed.values())
         total = sum(parameter.numel() for parameter in net.parameters())
         session.costs.weights = {"total": total, "trained": count, "open": count}
-        session.score(net, stage_after(len(setup.concepts) - 1), setup.concepts)
-        return iter(changed.items())
+        session.score(lambda: nullcontext(net), stage_after(len(setup.concepts) - 1), setup.concepts)
+        return ((name, changed[name]) for name in session.backbone.in_stored_order(changed))

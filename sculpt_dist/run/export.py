@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.io.writing import write_pipeline
+from sculpt_dist.config.load import read_run_config
 from sculpt_dist.core.errors import NonFiniteError
 from sculpt_dist.core.files import write_atomically, written_aside
 from sculpt_dist.engine.group import Group
@@ -24,9 +23,10 @@ def export_model(
 ) -> Path:
     """Write `folder` aside and rename it into place; all ranks enter, the first writes, one tensor in memory at a time.
 
-    `weights` are the changed parameters, whole on the first rank; the rest is streamed from the base. An adapter is
-    merged. Everything is written in `dtype`, such as float32, or ("source") as the base stores it. Raises, on all
-    ranks, NonFiniteError for a weight that is not finite in that type, and WriteError when the disk refuses.
+    `weights` are the changed parameters, whole on the first rank, in the order of `Backbone.in_stored_order`; the rest
+    is streamed from the base. An adapter is merged. Everything is written in `dtype`, such as float32, or ("source") as
+    the base stores it. Raises, on all ranks, NonFiniteError for a weight that is not finite in that type, and
+    WriteError when the disk refuses.
     """
     weights = iter(weights)
 
@@ -48,7 +48,6 @@ def _write(
     place = folder.resolve()  # a link leads to another disk, as a rule
     for debris in place.parent.glob(f".{place.name}.*.tmp"):
         shutil.rmtree(debris, ignore_errors=True)
-    written: set[str] = set()
     dtypes = {entry.name: dtype or entry.dtype for entry in backbone.stored_entries()}
 
     def changed() -> Iterator[tuple[str, Tensor]]:
@@ -58,19 +57,29 @@ def _write(
                     f"{name}: a weight is not finite in {dtypes[name]}, so nothing is exported; lower train.lr, or "
                     "choose a model.export_dtype with a wider range"
                 )
-            written.add(name)
             yield name, tensor
 
-    def unchanged() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in backbone.stored_weights():
-            if name not in written:
-                yield name, tensor
-
     with written_aside(place) as aside:
-        write_pipeline(backbone.folder, aside, backbone.net_name, dtype, chain(changed(), unchanged()))
+        whole = _replaced(backbone.stored_weights(), changed())
+        write_pipeline(backbone.folder, aside, backbone.net_name, dtype, whole)
         if folder.exists():
             make_room(folder)
     record_model(folder)
+
+
+def _replaced(
+    stored: Iterable[tuple[str, Tensor]], changed: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors with the changed ones in their places; both come in the same order."""
+    name, tensor = next(changed, ("", None))
+    for stored_name, before in stored:
+        if stored_name == name and tensor is not None:
+            yield name, tensor
+            name, tensor = next(changed, ("", None))
+        else:
+            yield stored_name, before
+    if tensor is not None:
+        raise ValueError(f"{name}: is not stored, or does not come in the order of the stored weights")
 
 
 def write_card(run: Path, backbone: Backbone, into: Path | None = None, adapter: str | None = None) -> None:
@@ -78,12 +87,10 @@ def write_card(run: Path, backbone: Backbone, into: Path | None = None, adapter:
 
     A run that is not finished has no report yet.
     """
-    from omegaconf import OmegaConf
-
     from sculpt_dist.report.card import licence_of, model_card
     from sculpt_dist.report.report import read_report
 
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    config = read_run_config(run / "config.yaml")
     report = read_report(run) if (run / "report" / "report.json").is_file() else {}
     card = model_card(config, report, backbone.pipeline_options(), licence_of(backbone.folder), adapter)
     write_atomically((into or run / "model") / "README.md", card.encode())

@@ -74,14 +74,15 @@ def export_trained(setup: RunSetup, form: Form, group: Group) -> Path:
     checkpoints.load(found[0], engine.shards, [])
     engine.publish()
     dtype = setup.config.model.export_dtype or setup.config.model.dtype
-    model = export_model(dtype, backbone, engine.full_weights(), folder / "model", group)
+    names = backbone.in_stored_order(engine.sizes)
+    model = export_model(dtype, backbone, engine.full_weights(names), folder / "model", group)
     if group.is_first:
         write_card(folder, backbone)
     if form.name in ADAPTERS:
         written = form.file(folder)
         about = about_result(setup, backbone)
         group.on_first(lambda: make_room_for_file(folder, written))
-        group.together(lambda: _write_adapter(backbone, engine.full_weights(), written, form, about, group))
+        group.together(lambda: _write_adapter(backbone, engine.full_weights(names), written, form, about, group))
         group.on_first(lambda: _describe_lora(form, folder, backbone))
         group.on_first(lambda: record_file(folder, written))
     else:

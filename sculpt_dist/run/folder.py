@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -9,11 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from sculpt_dist.config.load import plain_values, to_yaml
+from sculpt_dist.config.load import plain_values, read_run_config, to_yaml
 from sculpt_dist.config.schema import EvaluateConfig, ModelConfig, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.core.files import (
@@ -21,10 +21,12 @@ from sculpt_dist.core.files import (
     read_object,
     remove_leftovers,
     sealed_text,
+    text_sha256,
     write_atomically,
     write_record,
 )
 from sculpt_dist.core.locks import Lock
+from sculpt_dist.core.messages import shortlist
 from sculpt_dist.run.fingerprint import config_fingerprint, deciding_keys, list_checksums
 from sculpt_dist.run.owned import foreign_data, make_room, put_aside
 
@@ -33,10 +35,11 @@ if TYPE_CHECKING:
 
 CONTENTS = (
     "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors "
-    "delta.safetensors lora kohya.safetensors report wandb tensorboard log.txt STOP REQUEUE"
+    "delta.safetensors lora kohya.safetensors report wandb tensorboard usage.jsonl log.txt STOP REQUEUE"
 ).split()
 MANIFEST_REMEDY = "remove it and repeat the command, which writes it anew"
 BEFORE_A_RUN = ("data", "log.txt", "STOP", "REQUEUE")  # may lie in a folder in which no run has begun
+NAMED = 20  # finished concepts that a checkpoint names
 JOB_LOGS = (".out", ".err", ".log")
 KEPT_BY_FRESH = ("data", "STOP")  # recipes decide which data is reused; STOP may arrive while a run starts
 
@@ -113,7 +116,7 @@ def _write_config(folder: Path, config: RunConfig) -> None:
         text = file.read_text(encoding="utf-8", errors="replace")
         intact = is_text_intact(text)
         if intact is None:  # an earlier version, or a user, wrote it
-            intact = OmegaConf.to_yaml(OmegaConf.load(file)) == text
+            intact = OmegaConf.to_yaml(OmegaConf.create(read_run_config(file))) == text
         if not intact:
             print(f"{file}: was edited, so it is kept as {put_aside(file)}", flush=True)
     write_atomically(file, sealed_text(to_yaml(config)).encode())
@@ -192,13 +195,11 @@ def release_folder(folder: Path) -> None:
 def _read_config(file: Path) -> dict[Any, Any] | None:
     """A run's config.yaml, or None where there is none with our sections."""
     try:
-        content = OmegaConf.load(file)
-    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError):
+        values = read_run_config(file)  # OmegaConf.load refuses the concepts of a long run
+    except (OSError, YAMLError, UnicodeDecodeError):
         return None
-    if not isinstance(content, DictConfig) or not {section.name for section in fields(RunConfig)} <= set(content):
-        return None
-    values = OmegaConf.to_container(content)
-    return values if isinstance(values, dict) else None
+    is_ours = isinstance(values, dict) and {section.name for section in fields(RunConfig)} <= set(values)
+    return values if is_ours else None
 
 
 def _differences(before: dict[Any, Any], now: dict[Any, Any]) -> list[str]:
@@ -264,10 +265,27 @@ def check_checkpoint(
         raise RunFolderError(
             f"{path}: belongs to another {name} ({state[name][:12]}, now {fingerprints[name][:12]}); {remedy}"
         )
-    finished = list(state["finished"])
-    if list(targets[: len(finished)]) != finished:
+    finished = targets[: state["concept"]]
+    recorded = state.get("finished_sha256") or _names_sha256(state["finished"])  # earlier versions named them all
+    if recorded != _names_sha256(finished):
+        begins = ", ".join(shortlist(targets))
         raise RunFolderError(
-            f"{path}: has finished {', '.join(finished)}, and the configuration begins with {', '.join(targets)}: keep "
-            "finished concepts in their place, or start over with --fresh"
+            f"{path}: has finished {named_finished(state)}, and the configuration begins with {begins}: keep finished "
+            "concepts in their place, or start over with --fresh"
         )
     return bool(changed)
+
+
+def finished_concepts(targets: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint records of the concepts before it, whatever their number: the last names, and a checksum."""
+    return {"finished": list(targets[-NAMED:]), "finished_sha256": _names_sha256(targets)}
+
+
+def _names_sha256(names: Sequence[str]) -> str:
+    return text_sha256(json.dumps(list(names)))
+
+
+def named_finished(state: Mapping[str, Any]) -> str:
+    """The finished concepts of a checkpoint in words."""
+    names, number = state["finished"], state["concept"]
+    return ", ".join(names) if number <= len(names) else f"{number:,} concepts, the last of them {names[-1]}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.checks import normal
@@ -175,7 +176,7 @@ class Drawing:
 
     def _draw_all(self, sources: Sequence[Source]) -> None:
         """Draw the shards of all sources in one queue, which the ranks share; then index and keep them."""
-        group, stop, batch = self.store.group, self.store.stop, self.prepare.batch
+        group, batch = self.store.group, self.prepare.batch
         whole = group.on_first(lambda: [set(whole_shards(plan.folder, recipe)) for plan, recipe in sources])
         queue = [
             (plan, recipe, start)
@@ -183,23 +184,30 @@ class Drawing:
             for start in range(0, plan.count, batch)
             if start not in starts
         ]
-        for first in progress(range(0, len(queue), group.size), "prepare samples", group.is_first):
-            place = first + group.rank
-            plan, recipe, start = queue[min(place, len(queue) - 1)]  # a sharded net needs all ranks in each forward
-            stop.check(f"the samples of {queue[first][0].label}")
-            ids = range(start, min(start + batch, plan.count))
-            written = start if place < len(queue) else None
-            group.together(lambda: self._make_shard(plan, recipe, ids, written))  # noqa: B023 (called at once)
         if queue:
-            stop.check(f"the samples of {queue[-1][0].label}")
+            with nullcontext(self.backbone.net) if self.engine is None else self.engine.drawing() as net:
+                self._draw_queue(queue, net)
         for plan, recipe in sources:
             group.on_first(lambda: index_shards(plan.folder, recipe, range(0, plan.count, batch)))  # noqa: B023
             self.store.keep("samples", recipe, plan.folder)
 
-    def _make_shard(self, plan: SourcePlan, recipe: Mapping[str, Any], ids: Sequence[int], start: int | None) -> None:
+    def _draw_queue(self, queue: Sequence[tuple[SourcePlan, Mapping[str, Any], int]], net: nn.Module) -> None:
+        group, stop = self.store.group, self.store.stop
+        for first in progress(range(0, len(queue), group.size), "prepare samples", group.is_first):
+            place = first + group.rank
+            plan, recipe, start = queue[min(place, len(queue) - 1)]  # a sharded net needs all ranks in each forward
+            stop.check(f"the samples of {queue[first][0].label}")
+            ids = range(start, min(start + self.prepare.batch, plan.count))
+            written = start if place < len(queue) else None
+            group.together(lambda: self._make_shard(plan, recipe, ids, written, net))  # noqa: B023 (called at once)
+        stop.check(f"the samples of {queue[-1][0].label}")
+
+    def _make_shard(
+        self, plan: SourcePlan, recipe: Mapping[str, Any], ids: Sequence[int], start: int | None, net: nn.Module
+    ) -> None:
         """Draw samples, and write them unless `start` is None."""
         before = self.backbone.passes
-        samples = self.samples(plan, ids)
+        samples = self.samples(plan, ids, net)
         if start is not None:
             make_folder(plan.folder)
             record = write_shard(plan.folder, f"{start // self.prepare.batch:05d}.tar", samples)
@@ -222,14 +230,14 @@ class Drawing:
             "batch": self.prepare.batch,
         } | (own if plan.images else drawn)
 
-    def samples(self, plan: SourcePlan, ids: Sequence[int]) -> list[Sample]:
+    def samples(self, plan: SourcePlan, ids: Sequence[int], net: nn.Module) -> list[Sample]:
         """The samples with these ids, drawn by the model or encoded from the user's images."""
         prompts = [plan.prompts[i % len(plan.prompts)] for i in ids]
         sizes: Sequence[tuple[int, ...] | None]
         if plan.images:
             latents, sizes = self._encode(plan, ids)
         else:
-            latents, sizes = self._draw(plan, ids, prompts), [self.backbone.size_ids] * len(ids)
+            latents, sizes = self._draw(plan, ids, prompts, net), [self.backbone.size_ids] * len(ids)
         if not bool(torch.isfinite(latents).all()):
             cause = "the model encodes" if plan.images else f"prepare.guidance={self.prepare.guidance:g} draws"
             raise NonFiniteError(
@@ -238,13 +246,13 @@ class Drawing:
             )
         return [Sample(*sample) for sample in zip(latents, prompts, ids, sizes)]
 
-    def _draw(self, plan: SourcePlan, ids: Sequence[int], prompts: Sequence[str]) -> Tensor:
+    def _draw(self, plan: SourcePlan, ids: Sequence[int], prompts: Sequence[str], net: nn.Module) -> Tensor:
         """Latents of samples drawn by the model, [len(ids), C, H, W]."""
         backbone, shape = self.backbone, self.backbone.latent_shape
         seeds = [derived_seed(self.seed, "prepare", plan.label, i) for i in ids]
         noise = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         negative = backbone.embed([plan.negative] * len(ids), negative=True)
-        denoiser = backbone.denoiser(backbone.net if self.engine is None else self.engine.net)
+        denoiser = backbone.denoiser(net)
         noise, cond = noise.to(negative.tokens.device), backbone.embed(prompts)
         return backbone.sample(denoiser, noise, cond, negative, self.prepare.steps, self.prepare.guidance)
 

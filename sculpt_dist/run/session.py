@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sculpt_dist.run.setup import RunSetup
 from sculpt_dist.run.store import Store
 from sculpt_dist.track.tracker import Tracker, stage_after
 
+Drawing = Callable[[], AbstractContextManager[nn.Module]]  # opens the net to draw with
 STAGE = re.compile(r"before$|after-\d+$")
 
 
@@ -46,6 +47,7 @@ class Session:
     costs: Costs
     stop: StopRequest
     tracker: Tracker
+    passes: dict[str, int | None] = field(default_factory=dict)  # of each scored stage; None: of an earlier version
 
     @property
     def store(self) -> Store:
@@ -53,40 +55,42 @@ class Session:
         folder = self.setup.config.prepare.folder
         return Store(None if folder is None else Path(folder), self.group, self.stop)
 
-    def score(self, net: nn.Module, stage: str, concepts: Sequence[Concept]) -> None:
+    def score(self, drawing: Drawing, stage: str, concepts: Sequence[Concept]) -> None:
         """Score the present weights, unless evaluation is off or their scores are on disk, made by these settings."""
         where = self.folder / "evaluation" / stage
         lacking = self.group.on_first(lambda: self._lacks_scores(where))
         if lacking:
             if stage == "before":
-                self._score_base(net, where, concepts)
+                self._score_base(drawing, where, concepts)
             else:
-                self._score(net, where, concepts)
-            self.costs.set_passes("evaluate", self.evaluation_passes())
+                self._score(drawing, where, concepts)
+            self.passes[stage] = self.group.on_first(lambda: _read_scores(where / "scores.json").get("passes"))
+            self._count_passes()
             self.costs.write()
         self.tracker.stage(stage)
 
-    def _score_base(self, net: nn.Module, where: Path, concepts: Sequence[Concept]) -> None:
+    def _score_base(self, drawing: Drawing, where: Path, concepts: Sequence[Concept]) -> None:
         """The base's scores are the same in all runs with these settings, whatever their method."""
         settings, store = self.setup.config.evaluate, self.store
         key = [
             *(self.base, self.setup.evaluation.fingerprint, settings.keep_images, settings.batch),
-            *(str(next(net.parameters()).dtype), *self.backbone.frozen_dtypes),
+            *(str(next(self.backbone.net.parameters()).dtype), *self.backbone.frozen_dtypes),
             *(self.backbone.image_size, list(self.backbone.size_ids or ())),
             [asdict(concept) for concept in concepts],
         ]
         with store.held("scores", key):
             if not store.take("scores", key, where):
-                self._score(net, where, concepts)
+                self._score(drawing, where, concepts)
                 store.keep("scores", key, where)
 
-    def _score(self, net: nn.Module, where: Path, concepts: Sequence[Concept]) -> None:
+    def _score(self, drawing: Drawing, where: Path, concepts: Sequence[Concept]) -> None:
         # a compiled net would be compiled again for the shapes of these batches
         with self.costs.counting("evaluate"), torch.compiler.set_stance("force_eager"):
             stage, evaluation = where.name, self._evaluation(where.name)
             made_by = [self.base, *([] if stage == "before" else [self.setup.fingerprint, stage])]
             model = text_sha256(" ".join(made_by))[:16]
-            evaluate(evaluation, self.backbone, net, self.group, where, concepts, stage, self.stop, model)
+            with drawing() as net:
+                evaluate(evaluation, self.backbone, net, self.group, where, concepts, stage, self.stop, model)
 
     def _evaluation(self, stage: str) -> Evaluation:
         """What is drawn at a stage: all images of the base and at the end, `evaluate.subset` of them in between."""
@@ -94,15 +98,20 @@ class Session:
         is_between = stage not in ("before", stage_after(len(self.setup.concepts) - 1))
         return replace(whole, most=subset) if is_between else whole
 
-    def evaluation_passes(self) -> int | None:
-        """The passes of all stages that are scored; None if an earlier version scored one."""
+    def read_passes(self) -> None:
+        """Count the passes of all stages that are scored."""
 
-        def count() -> int | None:
-            files = [path / "scores.json" for path in (self.folder / "evaluation").glob("*") if STAGE.match(path.name)]
-            counts = [_read_scores(file).get("passes") for file in files if file.exists()]
-            return None if None in counts else sum(count or 0 for count in counts)
+        def read() -> dict[str, int | None]:
+            stages = (path for path in (self.folder / "evaluation").glob("*") if STAGE.match(path.name))
+            files = {path.name: path / "scores.json" for path in stages}
+            return {stage: _read_scores(file).get("passes") for stage, file in files.items() if file.exists()}
 
-        return self.group.on_first(count)
+        self.passes = self.group.on_first(read)
+        self._count_passes()
+
+    def _count_passes(self) -> None:
+        counts = self.passes.values()
+        self.costs.set_passes("evaluate", None if None in counts else sum(count or 0 for count in counts))
 
     def _lacks_scores(self, stage: Path) -> bool:
         """Whether a stage is to be scored. Scores that were made by other settings are removed."""
@@ -162,5 +171,5 @@ def _session_in(folder: Path, setup: RunSetup, group: Group, scores: bool) -> It
         if scores and setup.scores:
             group.together(lambda: check_prompts(setup.evaluation, backbone))
         session = Session(setup, folder, group, backbone, base, costs, stop, tracker)
-        costs.set_passes("evaluate", session.evaluation_passes())
+        session.read_passes()
         yield session

@@ -16,7 +16,7 @@ from sculpt_dist.engine import checkpoints
 from sculpt_dist.engine.checkpoints.save import Saver
 from sculpt_dist.engine.stopping.request import LOG_FILE
 from sculpt_dist.engine.zero import Engine
-from sculpt_dist.run.folder import code_versions
+from sculpt_dist.run.folder import code_versions, finished_concepts, named_finished
 from sculpt_dist.run.session import Session
 from sculpt_dist.run.setup import RunSetup
 from sculpt_dist.run.training_loop import ConceptRun, LossWindow
@@ -78,8 +78,8 @@ class TrainingState:
     ) -> None:
         self.engine.check_weights()
         concept, step = place
-        finished = [done.target for done in self.session.setup.concepts[:concept]]
-        about = {"concept": concept, "step": step, "finished": finished, "code": code_versions()}
+        finished = finished_concepts([done.target for done in self.session.setup.concepts[:concept]])
+        about = {"concept": concept, "step": step, **finished, "code": code_versions()}
         # replicas are written once
         held = self.engine.shards if self.session.group.is_first or not self.engine.replicated else []
         about["passes"] = {"train": self.session.costs.all_passes("train"), "before": self.passes_before}
@@ -97,10 +97,12 @@ class TrainingState:
         (path, state), session = found, self.session
         changed = session.setup.check_checkpoint(path, state, self.fingerprints)
         session.group.on_first(lambda: self._clear_later(path, state["concept"] if changed else None))
+        if changed:
+            session.read_passes()
         within, mask = state["step"] > 0, masking(session.setup)
         restarts = within and state.get("mask", mask) != mask
         if session.group.is_first:
-            log, finished = session.folder / LOG_FILE, ", ".join(state["finished"]) or "no concept"
+            log, finished = session.folder / LOG_FILE, named_finished(state) or "no concept"
             append_line(log, f"resumes from {path.name}, {finished} finished")
             if restarts:
                 append_line(log, "restarts this concept, because the mask's settings have changed")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,12 +14,23 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.config.checks import is_scored
+from sculpt_dist.config.schema import Concept
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import derived_seed, text_sha256
+from sculpt_dist.core.files import append_line, derived_seed, text_sha256
 from sculpt_dist.data.shards import ShardReader
-from sculpt_dist.data.streams import EARLIER_TARGETS, ConceptStreams, Layout, PromptReader, Reader, StreamSpec
+from sculpt_dist.data.streams import (
+    EARLIER_TARGETS,
+    ConceptStreams,
+    LateReader,
+    Layout,
+    PromptReader,
+    Reader,
+    StreamSpec,
+)
 from sculpt_dist.engine.checkpoints.save import Saver
+from sculpt_dist.engine.checkpoints.timer import CheckpointTimer
 from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.stopping.request import LOG_FILE
 from sculpt_dist.engine.zero import Engine, FrozenWeights
 from sculpt_dist.evaluation.evaluator import evaluate
 from sculpt_dist.evaluation.requests import resolve_evaluation
@@ -42,7 +55,7 @@ class Trainer:
         self.shards: dict[str, str] = {}
 
     def prepare(self) -> dict[str, str]:
-        """Draw the samples that are missing. On stage 3 the sharded net draws, so no rank ever holds the whole net."""
+        """Draw the samples that are missing. On stage 3 the engine's net draws; see `engine.draw`."""
         self.found = find_checkpoint(self.session)  # reject a mismatch before drawing or building anything
         with self.session.costs.counting("prepare"):
             if self.setup.config.engine.stage == 3:
@@ -58,6 +71,8 @@ class Trainer:
         engine = self.engine = self.engine or build_engine(self.setup, self.backbone, self.group)
         train = self.setup.config.train
         saver = Saver(session.folder / "checkpoints", self.group, train.background_save)
+        tell = partial(append_line, session.folder / LOG_FILE)
+        timer = CheckpointTimer(saver, train.checkpoint_every, train.checkpoint_share, tell)
         data = text_sha256(json.dumps(self.shards))
         fingerprints = {"base": session.base, "config": self.setup.fingerprint, "data": data}
         state = TrainingState(session, engine, saver, fingerprints)
@@ -66,28 +81,29 @@ class Trainer:
         first, resumed = state.resume(self.found)
         session.tracker.start(first, resumed["step"] if resumed else 0, self.plan.steps)
         if resumed is None and is_scored(self.setup.config.evaluate.at, first, len(concepts)):
-            session.score(engine.net, stage_after(first - 1), concepts[:first] if first else concepts)
+            session.score(engine.drawing, stage_after(first - 1), concepts[:first] if first else concepts)
         for number in range(first, len(concepts)):
             run = self._concept_run(engine, number, original)
             if resumed is not None:
                 state.restore(run, resumed)
             resumed = None
-            self._unlearn_concept(engine, run, state, saver)
+            self._unlearn_concept(engine, run, state, timer)
             del run  # with its teacher and its start, before those of the next concept are made
-        return engine.full_weights()
+        return engine.full_weights(self.backbone.in_stored_order(engine.sizes))
 
-    def _unlearn_concept(self, engine: Engine, run: ConceptRun, state: TrainingState, saver: Saver) -> None:
+    def _unlearn_concept(self, engine: Engine, run: ConceptRun, state: TrainingState, timer: CheckpointTimer) -> None:
         """Train one concept, with checkpoints within it and after it, and score the result."""
         session = self.session
         self.backbone.release()  # prompts are embedded and latents stored, so free the encoders' memory
-        with saver:
+        with state.saver:
             with session.costs.counting("train"):
-                save, train = (lambda: state.save(run)), self.setup.config.train
-                run_concept(run, engine, self.backbone, train, session.tracker.log, save, session.stop)
+                save, train, log = (lambda: state.save(run)), self.setup.config.train, session.tracker.log
+                timer.restart()
+                run_concept(run, engine, self.backbone, train, log, timer.due, save, session.stop)
             state.save_between(run.number + 1)
             done, concepts = run.number + 1, self.setup.concepts
             if is_scored(self.setup.config.evaluate.at, done, len(concepts)):
-                session.score(engine.net, stage_after(run.number), concepts[:done])
+                session.score(engine.drawing, stage_after(run.number), concepts[:done])
 
     def _count_weights(self, engine: Engine) -> dict[str, int]:
         """Counts of all weights, trained weights and open weights. Raises ConfigError if none would be open."""
@@ -147,26 +163,29 @@ class Trainer:
 
 
 def concept_streams(setup: RunSetup, backbone: Backbone, group: Group, number: int) -> ConceptStreams:
-    """The streams of concept `number`, from the run's shards. Raises ShardError where they are missing or damaged."""
-    (method, _), train = setup.trained, setup.config.train
+    """The streams of concept `number`, from the run's shards, those of earlier targets opened when they are due.
+
+    Raises ShardError where its own are missing or damaged.
+    """
+    (method, _), train, concepts = setup.trained, setup.config.train, setup.config.concepts
     drawn = drawn_sources(method)
 
-    def reader(place: int, source: str) -> Reader:
+    def opener(place: int, source: str) -> Callable[[], Reader]:
         if source in drawn:
-            return ShardReader(data_folder(setup.folder, setup.concepts[place], source))
+            return partial(_open_shards, setup.folder, concepts[place], source)
         prompts = setup.prompts[place]
         texts = {"target": prompts.target, "superclass": prompts.superclass, "keep": prompts.keep}[source]
-        return PromptReader(texts, setup.config.prepare.samples, backbone.size_ids)
+        return partial(PromptReader, texts, setup.config.prepare.samples, backbone.size_ids)
 
     def readers(spec: StreamSpec) -> Iterator[tuple[str, Reader]]:
-        concept = setup.concepts[number]
+        concept = concepts[number]
         for source in spec.source_names:
             if source == EARLIER_TARGETS:
-                yield from ((source, reader(place, "target")) for place in range(number))
+                yield from ((source, LateReader(opener(place, "target"))) for place in range(number))
             elif source == "keep" and not concept.keep:
                 continue
             elif source in FIRST or drawn_prompts(setup.folder, concept, source):
-                yield source, reader(number, source)
+                yield source, opener(number, source)()
 
     specs = method.streams()
     found = {spec.role: list(readers(spec)) for spec in specs}
@@ -180,3 +199,7 @@ def concept_streams(setup: RunSetup, backbone: Backbone, group: Group, number: i
     layouts = {spec.role: layout.shared(spec) for spec in specs}
     sources = {role: [one for _, one in named] for role, named in found.items()}
     return ConceptStreams(sources, layout, train.seed, number, layouts, fixed)
+
+
+def _open_shards(run: Path, concept: Concept, source: str) -> Reader:
+    return ShardReader(data_folder(run, concept, source))

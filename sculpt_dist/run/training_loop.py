@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -18,7 +17,7 @@ from sculpt_dist.core.types import ConceptBatch
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import ConceptStreams, Draws, micro_batches
 from sculpt_dist.engine.stopping.request import StopRequest
-from sculpt_dist.engine.zero import Engine, FrozenWeights
+from sculpt_dist.engine.zero import Engine, FrozenWeights, StepResult
 from sculpt_dist.maths.schedules import turnover_share
 from sculpt_dist.methods.base import Method, Predictor, Step
 from sculpt_dist.run.clock import Clock
@@ -75,15 +74,16 @@ def run_concept(
     backbone: Backbone,
     train: TrainConfig,
     log: Callable[[Mapping[str, Any]], None],
+    due: Callable[[], bool],
     save: Callable[[], None],
     stop: StopRequest,
 ) -> None:
-    """Train one concept from `run.step` to its end.
+    """Train one concept from `run.step` to its end; all ranks `save` after a step where any finds that `due`.
 
     Raises StopRequested, after saving, when any rank received a stop request, and NonFiniteError on all ranks at the
     same step.
     """
-    plan, method, saved_at = run.plan, run.method, time.monotonic()
+    plan, method = run.plan, run.method
     device, first = engine.group.device, engine.group.is_first
     batches = micro_batches(run.streams, backbone.embed, run.prompts, device, run.step, plan.steps, train.workers)
     for step in progress(range(run.step, plan.steps), f"unlearn {run.target}", first, start=run.step):
@@ -94,30 +94,28 @@ def run_concept(
                 _micro_step(run, engine, backbone, train.seed, next(batches), step, micro)
                 for micro in range(train.accumulate)
             ]
-        terms: dict[str, float] = {}
         loss_functions = [method.saliency] if collecting else method.loss_groups()
         for i, loss_function in enumerate(loss_functions):
             phase = "collect" if collecting else "train" if i == len(loss_functions) - 1 else "capture"
             for part in parts:
                 with clock("forward"):
                     losses = loss_function(part)
-                    for name, mean in engine.agree_finite(losses.terms).items():
-                        terms[name] = terms.get(name, 0.0) + mean / len(parts)
+                    engine.record(losses.terms)
                 with clock("backward"):
                     engine.backward(losses.total)
                 with clock("step"):
                     engine.step(phase, plan.learning_rate(step), method.combine)
+        with clock("step"):
+            result = engine.end_step(stop.requested, due())
+        stopping, saving = stop.accept(result.raised)
         run.step = step + 1
         with clock("refresh"):
             mask_entry = _update_mask(engine, plan, step)
         if not collecting:
-            _consider_candidate(run, engine, terms)
-        log(_entry(run, engine, step, terms, mask_entry, clock))
-        due = 0 < train.checkpoint_every < time.monotonic() - saved_at
-        stopping, due = stop.agreed(due)
-        if stopping or due:
+            _consider_candidate(run, engine, result.terms)
+        log(_entry(run, engine, step, result, mask_entry, clock))
+        if stopping or saving:
             save()
-            saved_at = time.monotonic()
         if stopping:
             raise stop.stopped(f"{run.target!r}, step {run.step} of {plan.steps}")
     if run.candidate is not None:
@@ -176,12 +174,11 @@ def _entry(
     run: ConceptRun,
     engine: Engine,
     step: int,
-    terms: Mapping[str, float],
+    result: StepResult,
     mask_entry: Mapping[str, Any],
     clock: Clock,
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl; all ranks call this. `steps` are those of a concept, and `global_step`
-    counts across concepts."""
+    """One line of metrics.jsonl. `steps` are those of a concept, and `global_step` counts across concepts."""
     entry: dict[str, Any] = {
         "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "concept": run.number,
@@ -190,13 +187,13 @@ def _entry(
         "steps": run.plan.steps,
         "global_step": run.number * run.plan.steps + step,
         "phase": "collect" if step < run.plan.collect else "train",
-        "loss": sum(terms.values()),
-        "terms": dict(terms),
+        "loss": sum(result.terms.values()),
+        "terms": result.terms,
         "seconds": round(clock.seconds(), 4),
         "time_shares": clock.shares(),
         "peak_memory_bytes": peak_memory(engine.group.device),
     }
     if step >= run.plan.collect:
         entry |= {"lr": run.plan.learning_rate(step), "open": engine.mask.open_count}
-        entry |= {"grad_norm": engine.optimizer.grad_norm, "update_norm": engine.optimizer.update_norm()}
+        entry |= {"grad_norm": result.grad_norm, "update_norm": result.update_norm}
     return {**entry, **mask_entry}

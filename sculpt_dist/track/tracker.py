@@ -102,7 +102,7 @@ class Tracker:
         if sinks and file.is_file():
             content = read_object(file, f"remove {file.parent}, which is then scored again", ("plain",))
             scores = {**(content["plain"] or {}), "paraphrased": content.get("paraphrased")}
-            picture = draw_stage(self._folder, stage)
+            picture = draw_stage(self._folder, stage, [concept["target"] for concept in self._values["concepts"]])
             for sink in sinks:
                 sink.stage(step, stage, scores, picture)
 

@@ -7,7 +7,9 @@ import json
 import pytest
 from harness import PROJECT, SMALL, launch, sculpt
 
+from sculpt_dist.bench.embed import bench_embed
 from sculpt_dist.bench.mask import PRESETS
+from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.masking import payload_bytes
 from sculpt_dist.planning.rates import read_rates
 
@@ -108,3 +110,9 @@ def test_the_rate_of_drawing_is_one_that_plan_reads(tmp_path):
     rates = read_rates([file], 1e9, None, None)
     per_image = rates.sampling * found["denoiser_seconds_per_image"] / found["steps"]  # operations of a guided pass
     assert rates.flops == 1e9 and 1e7 < per_image < 1e9
+
+
+def test_prompts_in_batches_take_less_memory_than_all_at_once():
+    found = bench_embed("sana", [], 1000, Group())
+    assert (found["batches_of"], found["one_batch_of"]) == (16, 1000)
+    assert found["memory_ratio"] > 1.5 and found["batches_seconds"] > 0

@@ -7,11 +7,12 @@ from harness import PROJECT
 from omegaconf import OmegaConf
 from setups import method_of
 
-from sculpt_dist.config.checks import check_batch
+from sculpt_dist.config.checks import check, check_batch, normal
 from sculpt_dist.config.load import load_config, to_yaml
-from sculpt_dist.config.schema import Concept, PrepareConfig
+from sculpt_dist.config.schema import Concept, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompts import concept_prompts
+from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.methods.base import Editor, Method
 
 CONFIGS = sorted(
@@ -160,3 +161,13 @@ def test_one_word_in_two_forms_of_unicode_is_one_concept():
     with pytest.raises(ConfigError, match="is named twice"):
         load_config(None, OmegaConf.create({"concepts": concepts}))
     load_config(None, OmegaConf.create({"concepts": [{"target": "\u0645\u06cc\u200c\u062e", "superclass": "a"}]}))
+
+
+def test_checks_compare_each_name_a_few_times_whatever_their_number():
+    concepts = [Concept(f"thing {number}", "animal", keep=[f"other {number}"]) for number in range(500)]
+    config = RunConfig(concepts=concepts)
+    before = normal.cache_info()
+    check(config)
+    assert len(resolve_evaluation(config.evaluate, concepts).world.objects) == 12 + 1000
+    after = normal.cache_info()
+    assert after.hits + after.misses - before.hits - before.misses < 20 * len(concepts)

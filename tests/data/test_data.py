@@ -25,7 +25,16 @@ from sculpt_dist.core.types import TextCond
 from sculpt_dist.data import shards
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts, fill
 from sculpt_dist.data.shards import ShardReader, read_index, scan_shard, write_index
-from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, PromptReader, load, micro_batches
+from sculpt_dist.data.streams import (
+    ConceptStreams,
+    Draws,
+    GlobalOrder,
+    LateReader,
+    Layout,
+    PromptReader,
+    load,
+    micro_batches,
+)
 
 
 def test_text_in_brackets_is_dropped_without_a_style():
@@ -305,3 +314,18 @@ def test_draws_depend_on_the_place_in_the_global_batch_not_on_the_rank():
     assert torch.equal(whole.uniform("time")[4:], half.uniform("time"))
     assert not torch.equal(whole.normal("noise", (1, 2, 2)), whole.normal("other", (1, 2, 2)))
     assert not torch.equal(whole.uniform("time"), Draws(0, 1, 3, range(8), torch.device("cpu")).uniform("time"))
+
+
+def test_of_many_sources_only_those_with_a_turn_are_opened_and_the_samples_are_the_same():
+    opened = []
+
+    def source(number: int) -> PromptReader:
+        opened.append(number)
+        return PromptReader([f"thing {number}, sample {i}" for i in range(9)], 9, None)
+
+    def prompts(sources: list) -> list[str]:
+        streams = ConceptStreams({"anchor": sources}, Layout(4, 1, 0, 1), 3, 1)
+        return [sample.prompt for item in range(2) for sample in streams[item]["anchor"]]
+
+    found = prompts([LateReader(lambda number=number: source(number)) for number in range(1000)])
+    assert opened == list(range(8)) and found == prompts([source(number) for number in range(1000)])

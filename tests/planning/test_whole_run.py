@@ -87,7 +87,7 @@ def test_ranks_share_batches_and_samples_and_wait_for_each_other():
     assert four["scoring"] == 3 * 2 * (400 / 200 + 0.5 * 2)
     assert four["start"] == one["start"]
     assert four["export"] == one["export"] + 2 * 3 / 4 * 64 / 10 + 1 * 0.5 * 2
-    sent = 2 * 3 / 4 * 64 / 10 + 6 * 0.5 * 2  # of a step: a sum of 16 gradients; it and 5 small collectives wait
+    sent = 2 * 3 / 4 * 64 / 10 + 3 * 0.5 * 2  # of a step: a sum of 16 gradients; it and 2 small collectives wait
     assert four["training"] == pytest.approx(2 * (1 + 5 * 3 + 6 * sent))
 
 

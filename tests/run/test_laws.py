@@ -227,8 +227,11 @@ def test_the_ranks_do_not_change_the_run_of_a_method_that_draws_or_combines(tmp_
 
 
 @pytest.mark.two_ranks
-def test_nan_on_one_rank_stops_all_ranks_at_the_same_step_and_keeps_the_checkpoint(canvas_config, tmp_path):
-    arguments = [canvas_config, *QUICK, "train.checkpoint_every=0.001", f"run.folder={tmp_path / 'run'}"]
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 3))])
+def test_nan_on_one_rank_stops_all_ranks_at_the_same_step_and_keeps_the_checkpoint(canvas_config, tmp_path, stage):
+    arguments = [canvas_config, *QUICK, f"engine.stage={stage}"]
+    arguments += ["train.checkpoint_every=0.001", "train.checkpoint_share=1"]
+    arguments += ["train.background_save=false", f"run.folder={tmp_path / 'run'}"]
     printed = launch(2, str(WORKERS / "nan_on_one_rank.py"), *arguments, code=2)
     assert printed.count("NonFiniteError: the loss is not finite") == 2 and "rank 1: forget nan" in printed
     assert printed.count("at update 3") == 2
@@ -281,3 +284,26 @@ def test_an_adapter_merges_as_peft_merges_it():
     for name, tensor in ours.items():
         theirs = backbone.net.get_parameter(name.replace(".weight", ".base_layer.weight"))
         torch.testing.assert_close(tensor, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.two_ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dm_cal", "surgun"])
+def test_stage_3_draws_the_same_with_whole_weights_and_sends_less(tmp_path, method):
+    one = [ONE_CONCEPT, "prepare.samples=2", "train.steps=2", "train.batch=2", "evaluate.steps=6", "engine.stage=3"]
+    one += ["evaluate.objects=[bird,boat]", "evaluate.styles=[neon]"]
+    adapter = ["method.rank=4"] if method == "surgun" else []
+    for draw in ("sharded", "whole"):
+        settings = [*TINY_RUN, *one, *adapter, f"engine.draw={draw}", f"run.folder={tmp_path / draw}"]
+        sculpt("unlearn", str(PROJECT / "configs" / "canvas" / f"{method}.yaml"), *settings, ranks=2)
+    sharded, whole = tmp_path / "sharded", tmp_path / "whole"
+    kept = [path.relative_to(whole) for kind in ("*.png", "*.tar", "scores.json") for path in whole.rglob(kind)]
+    assert len(kept) > 5
+    for path in kept:
+        assert (sharded / path).read_bytes() == (whole / path).read_bytes(), path
+    found, expected = weights(whole), weights(sharded)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    costs = [json.loads((run / "costs.json").read_text()) for run in (sharded, whole)]
+    assert costs[0]["passes"] == costs[1]["passes"]
+    if method == "dm_cal":  # with few images a gather of all weights, once per stage, sends more than the sampler
+        assert costs[1]["bytes_communicated"] < costs[0]["bytes_communicated"]

@@ -14,11 +14,11 @@ import pytest
 import torch
 from harness import PROJECT, SMALL, launch
 
-from sculpt_dist.backbones.io.tensorfile import Entry, write_tensors
 from sculpt_dist.config.load import load_config, to_yaml
 from sculpt_dist.config.schema import TrackConfig
 from sculpt_dist.core.errors import RunFolderError, WriteError
 from sculpt_dist.core.files import append_line, make_folder, write_atomically, written_aside
+from sculpt_dist.core.tensorfile import Entry, write_tensors
 from sculpt_dist.data.shards import Sample, write_shard
 from sculpt_dist.evaluation.drawn_images import save_image
 from sculpt_dist.run.folder import claim_folder, release_folder

@@ -36,7 +36,7 @@ SANA = {
 
 def write_model(folder: Path, arch: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> int:
     """Write the pipeline folder; returns the number of parameters of its denoiser."""
-    from sculpt_dist.backbones.io.tensorfile import Entry, write_tensors
+    from sculpt_dist.core.tensorfile import Entry, write_tensors
 
     shutil.copytree(PROJECT / "sculpt_dist" / "assets" / "canvas" / arch, folder)
     part = folder / ("transformer" if arch == "sana" else "unet")

@@ -92,7 +92,8 @@ def stand_in(server: str, python: str, arguments: Sequence[str]) -> None:
     """What the stand-in for Python does: start the process, pass signals on to it, end as it ends."""
     with open(os.path.join(server, "environment.json")) as file:
         of_server = json.load(file)
-    known = arguments[:2] == ["-m", "sculpt_dist"] or arguments[0].endswith(".py")
+    module = arguments[1] if arguments[0] == "-m" else ""
+    known = module in ("sculpt_dist", "sculpt_dist.experiments.warm") or arguments[0].endswith(".py")
     if not known or not is_forkable(os.environ, of_server):
         os.execv(python, [python, *arguments])
     waiting: list[int] = []

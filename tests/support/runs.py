@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import Ranks, rank_command, rank_environment
 
-LONGER = ["train.steps=30", "evaluate.enabled=false", "train.checkpoint_every=0.2"]
+LONGER = ["train.steps=30", "evaluate.enabled=false", "train.checkpoint_every=0.2", "train.checkpoint_share=1"]
 
 
 def lines(folder: Path) -> list[dict]:
@@ -20,6 +20,11 @@ def passes(folder: Path) -> dict[str, int]:
     """Samples through the net by part of the run, from costs.json."""
     found: dict[str, int] = json.loads((folder / "costs.json").read_text())["passes"]
     return found
+
+
+def bytes_read() -> int:
+    """By system calls of this process so far; what is mapped into memory does not count."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def start(arguments: list[str], ranks: int = 2) -> subprocess.Popen:

@@ -104,13 +104,12 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
         return mse(backbone.denoise(engine.net, noisy, time[step, samples], cond[samples]), goal)
 
     def step(number: int, phase: str, lr: float) -> float:
-        total = 0.0
         for micro in range(config.train.accumulate):
             value = loss(number, micro)
-            total += engine.agree_finite({"loss": value})["loss"] / config.train.accumulate
+            engine.record({"loss": value})
             engine.backward(value)
             engine.step(phase, lr)
-        return total
+        return engine.end_step().terms["loss"]
 
     start = engine.masters()
     stored = dict(backbone.stored_weights())
@@ -175,7 +174,13 @@ def main(out: Path, arch: str, stage: str, precision: str, accumulate: str, mome
 
     # The export loads in plain diffusers and predicts the same as the student.
     student = backbone.denoise(engine.net, clean[0], time[0], cond)
-    folder = export_model(config.model.dtype, backbone, engine.full_weights(), out.parent / f"{out.stem}-model", group)
+    folder = export_model(
+        config.model.dtype,
+        backbone,
+        engine.full_weights(backbone.in_stored_order(engine.sizes)),
+        out.parent / f"{out.stem}-model",
+        group,
+    )
     if group.is_first:
         from diffusers import DiffusionPipeline
 

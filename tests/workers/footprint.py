@@ -103,7 +103,7 @@ def main(kept: str, *overrides: str) -> None:
         saver.save((0, run.step), engine.shards, {"teacher": run.start}, {})
 
     with StopRequest(group, run_folder) as stop, saver:
-        run_concept(run, engine, backbone, config.train, log, save, stop)
+        run_concept(run, engine, backbone, config.train, log, lambda: config.train.checkpoint_every > 0, save, stop)
     report = {
         "before": before,
         "built": built - before,

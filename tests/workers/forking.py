@@ -27,6 +27,7 @@ import sculpt_dist.backbones.sdxl
 import sculpt_dist.report.page
 import sculpt_dist.run.stages  # noqa: F401
 from sculpt_dist.cli import main as cli
+from sculpt_dist.experiments import warm
 
 HEAVY = """
     deepspeed deepspeed.runtime.zero.muon.muon_optimizer diffusers.pipelines.stable_diffusion diffusers.models
@@ -60,6 +61,9 @@ def become(request: dict, streams: list[int]) -> None:
     sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     script, *arguments = request["arguments"]
     try:
+        if arguments[:1] == ["sculpt_dist.experiments.warm"]:
+            warm.main()
+            sys.exit(0)
         if script == "-m":
             sys.argv = ["sculpt-dist", *arguments[1:]]
             cli.main()

@@ -38,12 +38,12 @@ from sculpt_dist.backbones.formats.adapter_names import (
 )
 from sculpt_dist.backbones.formats.stored_net import StoredNet
 from sculpt_dist.backbones.io.folders import component_config, empty_component
-from sculpt_dist.backbones.io.tensorfile import Entry, raw_bytes, write_tensors
 from sculpt_dist.backbones.parts.components import model_class
 from sculpt_dist.backbones.parts.lora import write_lora_config
 from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.core.files import make_folder, writing
 from sculpt_dist.core.progress import progress
+from sculpt_dist.core.tensorfile import Entry, raw_bytes, write_tensors
 from sculpt_dist.maths.low_rank import low_rank_factors
 
 FORMS = ("lora", "kohya")

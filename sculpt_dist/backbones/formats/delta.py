@@ -7,7 +7,6 @@ in a finer dtype is rounded first.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,10 +30,11 @@ from sculpt_dist.backbones.formats.delta_file import (
 )
 from sculpt_dist.backbones.formats.stored_net import StoredNet, refuse_pickles, sha256_of
 from sculpt_dist.backbones.io.folders import is_named, pipeline_index, weight_indices
-from sculpt_dist.backbones.io.tensorfile import DTYPES, LABELS, Entry, entries, write_tensors
+from sculpt_dist.backbones.io.tensorfile import entries
 from sculpt_dist.backbones.io.writing import settings_files, write_checksums
 from sculpt_dist.core.errors import ModelError
-from sculpt_dist.core.files import make_folder, sealed, written_aside
+from sculpt_dist.core.files import copy_file, make_folder, sealed, written_aside
+from sculpt_dist.core.tensorfile import DTYPES, LABELS, Entry, write_tensors
 
 CARD, BASE_CARD = "README.md", "README-base.md"
 
@@ -100,17 +100,19 @@ def apply_delta(folder: Path, file: Path, output: Path, remove: bool = False) ->
         make_folder(output.parent)
         with written_aside(output) as aside:
             (aside / net.name).mkdir(parents=True)
+            checksums = {}
             for source in copied:
                 target = aside / source.relative_to(folder)
                 target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, target)
+                checksums[target] = copy_file(source, target)
             for source in net.files:
-                planned = entries(source)
+                planned, target = entries(source), aside / net.name / source.name
                 tensors = _applied(net, planned, delta, change)
-                write_tensors(aside / net.name / source.name, planned, tensors, file_metadata(source))
+                checksums[target] = write_tensors(target, planned, tensors, file_metadata(source))
             if delta.card:
                 _change_card(aside, delta.card, remove)
-            write_checksums(aside)
+            # the cards have changed places
+            write_checksums(aside, {file: sha256 for file, sha256 in checksums.items() if file.suffix != ".md"})
 
 
 def _check_comparable(before: StoredNet, after: StoredNet) -> None:

@@ -19,10 +19,11 @@ import torch
 from safetensors import safe_open
 
 from sculpt_dist.backbones.formats.stored_net import sha256_of
-from sculpt_dist.backbones.io.tensorfile import DTYPES, entries
+from sculpt_dist.backbones.io.tensorfile import entries
 from sculpt_dist.core.errors import ModelError
 from sculpt_dist.core.files import is_intact
 from sculpt_dist.core.messages import shown
+from sculpt_dist.core.tensorfile import DTYPES
 
 FORMAT, VERSION = "sculpt-dist delta", "1"
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by width in bytes; these dtypes have XOR

@@ -27,10 +27,11 @@ from sculpt_dist.backbones.formats.original_names import (
     settings,
 )
 from sculpt_dist.backbones.io.folders import is_named, weight_files
-from sculpt_dist.backbones.io.tensorfile import Entry, entries, unwrapped, write_tensors
+from sculpt_dist.backbones.io.tensorfile import entries, unwrapped
 from sculpt_dist.backbones.io.writing import set_dtype, settings_files
 from sculpt_dist.core.errors import ModelError
 from sculpt_dist.core.files import make_folder, written_aside
+from sculpt_dist.core.tensorfile import Entry, write_tensors
 
 __all__ = ["looks_like", "read_single_file", "write_single_file"]
 

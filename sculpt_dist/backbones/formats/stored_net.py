@@ -20,9 +20,10 @@ from sculpt_dist.backbones.io.folders import (
     stored_weights,
     weight_files,
 )
-from sculpt_dist.backbones.io.tensorfile import LABELS, PICKLED, Entry, entries, pickled, raw_bytes
+from sculpt_dist.backbones.io.tensorfile import PICKLED, entries, pickled
 from sculpt_dist.core.errors import ModelError
 from sculpt_dist.core.files import text_sha256
+from sculpt_dist.core.tensorfile import LABELS, Entry, raw_bytes
 
 
 class StoredNet:

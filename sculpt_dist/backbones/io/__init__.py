@@ -1,7 +1,7 @@
 """Pipeline folders on disk: `find` locates them, `checking` refuses damaged ones, `folders` loads, `writing` exports.
 
-`scheduler` loads the noise scheduler; `tensorfile` reads the headers of safetensors files, and writes them tensor by
-tensor. Every layer above may import these.
+`scheduler` loads the noise scheduler; `tensorfile` reads the headers of safetensors files. Every layer above may import
+these.
 """
 
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sculpt_dist.backbones.io.checking import check_folder
     from sculpt_dist.backbones.io.find import find_folder, find_settings
     from sculpt_dist.backbones.io.folders import stored_entries, stored_weights, weight_files
-    from sculpt_dist.backbones.io.tensorfile import Entry, TensorWriter, entries, write_tensors
+    from sculpt_dist.backbones.io.tensorfile import entries
     from sculpt_dist.backbones.io.writing import write_pipeline
 
 __getattr__, __dir__ = lazy_exports(
@@ -21,7 +21,7 @@ __getattr__, __dir__ = lazy_exports(
         "checking": ["check_folder"],
         "find": ["find_folder", "find_settings"],
         "folders": ["stored_entries", "stored_weights", "weight_files"],
-        "tensorfile": ["Entry", "TensorWriter", "entries", "write_tensors"],
+        "tensorfile": ["entries"],
         "writing": ["write_pipeline"],
     },
 )

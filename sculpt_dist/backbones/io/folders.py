@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt_dist.backbones.io.tensorfile import Entry, entries
+from sculpt_dist.backbones.io.tensorfile import entries
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.tensorfile import Entry
 
 DENOISERS = ("unet", "transformer")  # diffusers' names for a pipeline's denoiser
 CHECKSUMS = "CHECKSUMS"  # a file in the pipeline folders that we write

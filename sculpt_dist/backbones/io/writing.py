@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +21,12 @@ from sculpt_dist.backbones.io.folders import (
     weight_files,
     weight_indices,
 )
-from sculpt_dist.backbones.io.tensorfile import Entry, TensorWriter, entries, unwrapped, write_tensors
+from sculpt_dist.backbones.io.tensorfile import entries, unwrapped
 from sculpt_dist.core.errors import ModelError
 from sculpt_dist.core.files import file_sha256
+from sculpt_dist.core.tensorfile import Entry, TensorWriter, write_tensors
 
+Checksums = dict[Path, str]  # of files, their sha256
 STEM = "diffusion_pytorch_model"
 MAX_SHARD_BYTES = 5_000_000_000
 COPIED = (  # files of a component beside its weights, as diffusers and transformers write them
@@ -48,15 +50,15 @@ def write_pipeline(
     """
     folder.mkdir(parents=True)
     shutil.copy(base / "model_index.json", folder)
-    index = read_json(base / "model_index.json")
+    index, checksums = read_json(base / "model_index.json"), Checksums()
     for part in sorted(path for path in base.iterdir() if path.is_dir() and is_named(index, path.name)):
         if part.name != net_name:
-            _copy_component(part, folder / part.name, dtype)
+            checksums |= _copy_component(part, folder / part.name, dtype)
     part = folder / net_name
     part.mkdir()
     shutil.copy(base / net_name / "config.json", part)
-    _write_shards(part, _in_dtype(stored_entries(base / net_name), dtype), weights)
-    write_checksums(folder)
+    checksums |= _write_shards(part, _in_dtype(stored_entries(base / net_name), dtype), weights)
+    write_checksums(folder, checksums)
 
 
 def is_wrapped(folder: Path) -> bool:
@@ -82,7 +84,7 @@ def copy_unwrapped(folder: Path, output: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_shards(part: Path, planned: list[Entry], weights: Iterator[tuple[str, Tensor]]) -> None:
+def _write_shards(part: Path, planned: list[Entry], weights: Iterator[tuple[str, Tensor]]) -> Checksums:
     """Write a denoiser's weights as one file, or as several with an index."""
     shards = _cut(planned)
     names = [STEM if len(shards) == 1 else f"{STEM}-{i:05d}-of-{len(shards):05d}" for i in range(1, len(shards) + 1)]
@@ -91,14 +93,14 @@ def _write_shards(part: Path, planned: list[Entry], weights: Iterator[tuple[str,
     for name, tensor in weights:
         writer, stored = place[name]
         writer.write(name, tensor.to(stored))
-    for writer in writers:
-        writer.finish()
+    checksums = {writer.file: writer.finish() for writer in writers}
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(entry.size for entry in planned)},
             "weight_map": {name: writer.file.name for name, (writer, _) in place.items()},
         }
         (part / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return checksums
 
 
 def _in_dtype(stored: Sequence[Entry], dtype: torch.dtype | None) -> list[Entry]:
@@ -116,10 +118,13 @@ def _cut(planned: Sequence[Entry]) -> list[list[Entry]]:
     return files
 
 
-def write_checksums(folder: Path) -> None:
-    """Write CHECKSUMS, the sha256 of every file, as `sha256sum -c` reads it; a run compares them before it starts."""
+def write_checksums(folder: Path, known: Mapping[Path, str]) -> None:
+    """Write CHECKSUMS, the sha256 of every file, as `sha256sum -c` reads it; a run compares them before it starts.
+
+    `known`: those that were computed while files were written. Other files, the small ones, are read.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines = [f"{known.get(path) or file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / CHECKSUMS).write_text("".join(lines))
 
 
@@ -144,23 +149,25 @@ def settings_files(part: Path) -> list[Path]:
     return files
 
 
-def _copy_component(part: Path, into: Path, dtype: torch.dtype | None) -> None:
+def _copy_component(part: Path, into: Path, dtype: torch.dtype | None) -> Checksums:
     """Copy a component, its weights in `dtype` (None: as they are) and under names without a variant or wrapper."""
     into.mkdir()
-    variant = variant_of(part)
+    variant, checksums = variant_of(part), Checksums()
     for file in settings_files(part):
         shutil.copy(file, into)
     for file in weight_files(part):
         planned = [entry._replace(name=unwrapped(entry.name)) for entry in _in_dtype(entries(file), dtype)]
         kept = {entry.name: entry.dtype for entry in planned}
         named = ((unwrapped(name), tensor) for name, tensor in file_tensors(file))
-        write_tensors(into / _plain(file.name, variant), planned, ((name, t.to(kept[name])) for name, t in named))
+        cast, copy = ((name, tensor.to(kept[name])) for name, tensor in named), into / _plain(file.name, variant)
+        checksums[copy] = write_tensors(copy, planned, cast)
     for index in weight_indices(part):
         content = json.loads(_plain(index.read_text(), variant))
         content["weight_map"] = {unwrapped(name): file for name, file in content["weight_map"].items()}
         (into / _plain(index.name, variant)).write_text(json.dumps(content, indent=2) + "\n")
     if dtype and (into / "config.json").is_file():
         set_dtype(into / "config.json", dtype)
+    return checksums
 
 
 def _plain(text: str, variant: str | None) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sculpt_dist.backbones.io.tensorfile import raw_bytes
 from sculpt_dist.core.errors import NonFiniteError
 from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.tensorfile import raw_bytes
 from sculpt_dist.core.types import TextCond
 
 

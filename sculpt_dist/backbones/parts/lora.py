@@ -32,6 +32,12 @@ def write_lora_config(folder: Path, options: Mapping[str, Any], base: str | None
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def merged_name(name: str) -> str:
+    """The stored parameter that a trained one becomes, or becomes a part of."""
+    layer, lora, _ = name.partition(".lora_")
+    return f"{layer}.weight" if lora else name
+
+
 def merged_lora(
     net: Any, weights: Iterable[tuple[str, Tensor | None]], stored: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:

@@ -7,17 +7,17 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sculpt_dist.core.errors import NonFiniteError, RunFolderError, StopRequested
-from sculpt_dist.core.files import file_sha256, free_space, sync, write_atomically, writing
+from sculpt_dist.core.errors import NonFiniteError, RunFolderError, StopRequested, WriteError
+from sculpt_dist.core.files import free_space, sync, write_atomically, writing
+from sculpt_dist.core.tensorfile import Entry, write_tensors
 from sculpt_dist.engine.checkpoints.restore import LATEST, MANIFEST, SCHEMA, written
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.sharding.shards import Shard
@@ -40,6 +40,8 @@ class Saver:
         self._store: Any = None if group.store is None else group.store.clone()  # a connection for the other thread
         self._thread: threading.Thread | None = None
         self._failed: str | None = None
+        self.began = self.resumed = time.monotonic()  # when the last checkpoint began, and training went on after it
+        self.seconds = 0.0  # from its begin until its files were complete, in the background or not
         if group.is_first:  # what a kill left behind
             self._remove_partial()
             self._remove_old()
@@ -68,6 +70,7 @@ class Saver:
         RunFolderError, on all ranks, when the previous checkpoint could not be written.
         """
         self.finish()
+        self.began = time.monotonic()
         partial = self.folder / f".writing-{place[0]:03d}-{place[1]:06d}"
         self.group.on_first(lambda: self._create(partial))
         tensors = _shard_tensors(shards, extra, copied=self.background)
@@ -79,6 +82,12 @@ class Saver:
             self._thread.start()
         else:
             self._write(partial, tensors, state)
+        self.resumed = time.monotonic()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> None:
         """Wait for the last checkpoint. Raises RunFolderError, on all ranks, when it could not be written."""
@@ -105,8 +114,14 @@ class Saver:
     def _write(self, partial: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write this rank's file, and on rank 0 everything else; a failure is kept for `finish` to raise."""
         try:
+            self._write_files(partial, tensors, state)
+        finally:
+            self.seconds = time.monotonic() - self.began
+
+    def _write_files(self, partial: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        try:
             entry = _write_part(partial / f"rank-{self.group.rank}.safetensors", tensors)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             self._failed = _failure(partial.parent, error)
             entry = {"failed": self._failed}
         if not self.group.is_first:
@@ -159,14 +174,15 @@ def _shard_tensors(shards: Sequence[Shard], extra: Mapping[str, Sequence[Tensor]
 
 
 def _write_part(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    save_file(dict(tensors), file)
-    os.chmod(file, 0o644)
-    sync(file)
-    return {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    ordered = sorted(tensors.items(), key=lambda named: -named[1].element_size())  # as they lie in the file
+    planned = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered]
+    sha256 = write_tensors(file, planned, ordered)
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256}
 
 
 def _failure(folder: Path, error: Exception) -> str:
-    return f"{folder}: a checkpoint could not be written: {error} ({free_space(folder)})"
+    room = "" if isinstance(error, WriteError) else f" ({free_space(folder)})"  # which names it already
+    return f"{folder}: a checkpoint could not be written: {error}{room}"
 
 
 def _raise_if_failed(failed: str | None) -> None:

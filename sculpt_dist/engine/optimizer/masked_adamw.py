@@ -74,13 +74,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.combine: Combine = sum_gradients
         self.updates = 0
         self.steps_seen = 0
-        self._grad_norm = torch.zeros(())
-        self._moved: Tensor | None = None  # [], this rank's sum of squared moves of the last update, without lr
+        self._grad_norm = self._moved = torch.zeros((), dtype=torch.float64)
         self._captured: list[ShardedVector] = []
 
     def attach(self, shards: list[Shard], mask: DynamicMask, group: Group | None) -> None:
         """Connect the flat tensors to shards and mask. `group` is None when every rank holds all weights."""
         self.shards, self.mask, self.group = shards, mask, group
+        self._grad_norm = self._moved = torch.zeros((), dtype=torch.float64, device=shards[0].flat.device)
         for shard in shards:
             shard.moments.repack = self.kernel.repack
 
@@ -104,6 +104,13 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._captured = []
             self._train(combined, None)
 
+    def measures(self) -> tuple[Tensor, Tensor]:
+        """The last update's gradient norm (see `grad_norm`), and this rank's sum of squared moves, without lr.
+
+        fp64 [] each, on the device: nothing waits for them.
+        """
+        return self._grad_norm, self._moved
+
     @property
     def grad_norm(self) -> float:
         """Norm of the last update's masked gradient over all ranks, before clipping. Synchronises with a GPU."""
@@ -111,8 +118,6 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def update_norm(self) -> float:
         """Norm of the last update over all weights. All ranks must call this: it sums one number over them."""
-        if self._moved is None:
-            return 0.0
         total = self._moved.clone()
         return self.param_groups[0]["lr"] * math.sqrt(total if self.group is None else self.group.sum(total))
 
@@ -129,7 +134,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.updates += 1
         beta1, beta2 = self.betas
         ages = (self.updates - torch.tensor(self.mask.births, dtype=torch.float64)).clamp(min=1)
-        first, second = (1 / (1 - beta1**ages)).float().to(device), (1 - beta2**ages).rsqrt().float().to(device)
+        factors = (1 / (1 - beta1**ages)).float(), (1 - beta2**ages).rsqrt().float()
+        first, second = (factor.to(device, non_blocking=True) for factor in factors)
         rule = Rule(self.param_groups[0]["lr"], beta1, beta2, EPSILON, self.weight_decay, scale, first, second)
         sums = [self.kernel.update(shard, piece, statistic, rule) for shard, piece in pairs]
         if not self.clip:

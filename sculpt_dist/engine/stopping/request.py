@@ -85,7 +85,13 @@ class StopRequest:
     def agreed(self, *flags: bool) -> tuple[bool, ...]:
         """Whether any rank was asked to stop, then whether any rank raised each flag. All ranks must call this."""
         own = torch.tensor([float(flag) for flag in (self.requested, *flags)], device=self.group.device)
-        raised = tuple(value > 0 for value in self.group.max(own).tolist())
+        return self.accept(tuple(value > 0 for value in self.group.max(own).tolist()))
+
+    def accept(self, raised: tuple[bool, ...]) -> tuple[bool, ...]:
+        """Note what the ranks have agreed: whether any was asked to stop, then further flags; returns all of it.
+
+        From a stop on, the grace period no longer ends this process.
+        """
         self.agreed_on = self.agreed_on or raised[0]
         return raised
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +19,23 @@ from sculpt_dist.engine.optimizer.kernels import choose_kernel
 from sculpt_dist.engine.optimizer.masked_adamw import Combine, MaskedAdamW
 from sculpt_dist.engine.sharding.partitions import check_coverage, find_shards, parameter_sizes
 from sculpt_dist.engine.sharding.shards import Fragment, Shard
+from sculpt_dist.engine.zero.drawing import fits, gathered_net
 from sculpt_dist.engine.zero.frozen_weights import FrozenWeights
 from sculpt_dist.engine.zero.loading import return_free_memory
 from sculpt_dist.engine.zero.settings import DTYPES, EngineSettings, deepspeed_config
 
 ADVICE = "the last checkpoint is kept; lower train.lr or check the data of this concept"
 Stored = Callable[[Container[str]], Iterable[tuple[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, over all ranks."""
+
+    terms: dict[str, float]  # of the loss: the mean over micro-batches and ranks
+    grad_norm: float  # of the last update's masked gradient, before clipping
+    update_norm: float  # of the last update, over all weights
+    raised: tuple[bool, ...]  # whether any rank raised each flag
 
 
 class Engine:
@@ -36,16 +49,17 @@ class Engine:
         settings: EngineSettings,
         mask: MaskSettings,
         stored: Stored,
+        empty: Callable[[], nn.Module] | None = None,
     ) -> None:
         """`trainable` names the parameters that may move; the rest is frozen. The engine takes over `net`.
 
         `stored` yields stored values of parameters by name: in a bf16 run the fp32 masters start from them, not from
-        rounded copies.
+        rounded copies. `empty` builds a net like it, for drawing with whole weights on stage 3.
         """
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about client optimizers
-        self.group, self.settings = group, settings
+        self.group, self.settings, self._empty = group, settings, empty
         names = set(trainable)
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name in names)
@@ -69,6 +83,8 @@ class Engine:
         self.mask.open_all()
         self.optimizer.statistic = mask.saliency
         self.optimizer.attach(self.shards, self.mask, owners)
+        self._losses: list[dict[str, Tensor]] = []  # of the present step's micro-batches
+        self._update = 0  # number of the present step's update
         if settings.precision == "bf16":
             self._fill_masters(stored)
         return_free_memory()  # left over from construction
@@ -82,6 +98,18 @@ class Engine:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.settings.precision]
 
+    @contextmanager
+    def drawing(self) -> Iterator[nn.Module]:
+        """The net to draw with: on stage 3, where `engine.draw` asks for it, a whole one with the present weights."""
+        draw, module = self.settings.draw, self._engine.module
+        is_whole = self.settings.stage == 3 and self._empty is not None and draw != "sharded"
+        if is_whole and (draw == "whole" or fits(module, self.group)):
+            assert self._empty is not None
+            yield gathered_net(module, self._empty, self.group.device)
+            return_free_memory()
+        else:
+            yield self.net
+
     def snapshot(self) -> FrozenWeights:
         """A frozen copy of the net's present weights."""
         return FrozenWeights(self._engine, self.settings.stage)
@@ -90,39 +118,68 @@ class Engine:
         """Add the gradients of one micro-batch; DeepSpeed divides the loss [] by the accumulation count."""
         self._engine.backward(loss)
 
+    def record(self, terms: Mapping[str, Tensor]) -> None:
+        """Keep the loss terms [] of one micro-batch for `end_step`; this waits for nothing."""
+        self._losses.append({name: term.detach().float().reshape(()) for name, term in terms.items()})
+
     def step(self, phase: str, lr: float = 0.0, combine: Combine | None = None) -> None:
         """End a micro-batch. After the last one of a step the optimizer runs its `phase` (see MaskedAdamW).
 
-        Raises NonFiniteError, on all ranks, when the gradient is not finite.
+        Raises NonFiniteError, on all ranks, when DeepSpeed finds an infinite gradient; `end_step` finds the others.
         """
         self.optimizer.phase = phase
         self.optimizer.param_groups[0]["lr"] = lr
         if combine is not None:
             self.optimizer.combine = combine
         boundary, before = self._engine.is_gradient_accumulation_boundary(), self.optimizer.steps_seen
+        self._update = self.optimizer.updates
         self._engine.step()
         self.optimizer.phase = "hold"
-        if boundary and self.optimizer.steps_seen == before:
-            # DeepSpeed found an infinite gradient and skipped the optimizer.
-            raise NonFiniteError(f"the gradient is not finite at update {self.optimizer.updates}; {ADVICE}")
-        if boundary and phase == "train" and not math.isfinite(self.optimizer.grad_norm):
-            raise NonFiniteError(f"the gradient is not finite at update {self.optimizer.updates - 1}; {ADVICE}")
+        if boundary and self.optimizer.steps_seen == before:  # DeepSpeed skipped the optimizer
+            self.end_step()  # a loss may be the cause
+            raise NonFiniteError(f"the gradient is not finite at update {self._update}; {ADVICE}")
 
-    def agree_finite(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
-        """The mean of each loss term [] over ranks.
+    def end_step(self, *flags: bool) -> StepResult:
+        """What a step measured, over all ranks: one sum over them, and the step's one wait for the device.
 
-        Raises NonFiniteError, on all ranks, when a term of any rank is not finite.
+        `flags`: what this rank tells the others. Raises NonFiniteError, on all ranks, when a recorded loss of any rank
+        or the gradient is not finite. No checkpoint holds the weights of such a step.
         """
-        values = torch.stack([term.detach().float().reshape(()) for term in terms.values()])
-        means = (self.group.sum(values.clone()) / self.group.size).tolist()
-        if not all(math.isfinite(mean) for mean in means):
-            where = "here" if not bool(torch.isfinite(values).all()) else "on another rank"
-            named = ", ".join(f"{name} {value}" for name, value in zip(terms, values.tolist()))
-            raise NonFiniteError(
-                f"the loss is not finite {where} (rank {self.group.rank}: {named}) at update {self.optimizer.updates}; "
-                f"{ADVICE}"
-            )
-        return dict(zip(terms, means))
+        losses, self._losses = self._losses, []
+        own = [term for terms in losses for term in terms.values()]
+        nothing = torch.zeros((), dtype=torch.float64, device=self.group.device)
+        norm, moved = self.optimizer.measures()  # both whole on every rank of stage 0, and the norm in every stage
+        norm = norm if self.group.is_first else nothing
+        moved = moved if self.group.is_first or not self.replicated else nothing
+        told = [torch.full_like(nothing, float(flag)) for flag in flags]
+        total = self.group.sum(torch.stack([number.double() for number in (*own, norm, moved, *told)]))
+        means = (total[: len(own)].float() / self.group.size).double()
+        found = torch.cat([means, total[len(own) :]]).tolist()
+        grad_norm, squares, *raised = found[len(own) :]
+        self._check_finite(losses, found, grad_norm)
+        terms: dict[str, float] = {}
+        for name, mean in zip((name for part in losses for name in part), found):
+            terms[name] = terms.get(name, 0.0) + mean / self.settings.accumulate
+        update_norm = self.optimizer.param_groups[0]["lr"] * math.sqrt(squares)
+        return StepResult(terms, grad_norm, update_norm, tuple(count > 0 for count in raised))
+
+    def _check_finite(self, losses: Sequence[Mapping[str, Tensor]], means: Sequence[float], grad_norm: float) -> None:
+        """Raises NonFiniteError for the first micro-batch with a mean that is not finite, else for the gradient.
+
+        `means` begins with those of the terms of all micro-batches.
+        """
+        for terms in losses:
+            of_ranks, means = means[: len(terms)], means[len(terms) :]
+            if not all(map(math.isfinite, of_ranks)):
+                here = {name: float(value) for name, value in terms.items()}
+                where = "on another rank" if all(math.isfinite(value) for value in here.values()) else "here"
+                named = ", ".join(f"{name} {value}" for name, value in here.items())
+                raise NonFiniteError(
+                    f"the loss is not finite {where} (rank {self.group.rank}: {named}) at update {self._update}; "
+                    f"{ADVICE}"
+                )
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError(f"the gradient is not finite at update {self._update}; {ADVICE}")
 
     def check_weights(self) -> None:
         """Raises NonFiniteError, on all ranks, when a trained weight is not finite.
@@ -177,11 +234,11 @@ class Engine:
                 found.setdefault(fragment.name, []).append((shard, fragment))
         return found
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """The trainable parameters in fp32, unsharded, one at a time: (name, tensor on rank 0 or None elsewhere)."""
+    def full_weights(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | None]]:
+        """These trainable parameters in fp32, unsharded, one at a time: (name, tensor on rank 0 or None elsewhere)."""
         fragments = self._fragments()
-        for name, size in self.sizes.items():
-            whole = torch.zeros(size, device=self.group.device)
+        for name in names:
+            whole = torch.zeros(self.sizes[name], device=self.group.device)
             for shard, f in fragments.get(name, []):
                 whole[f.start : f.start + f.numel] = shard.flat[f.here]
             if not self.replicated:

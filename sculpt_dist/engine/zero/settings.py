@@ -26,6 +26,7 @@ class EngineSettings:
     packed: bool = False  # hold moments for open weights only
     kernel: str = "auto"  # which kernel computes the masked step (optimizer/kernels/)
     gathered: float = 1e9  # parameters that stage 3 holds gathered at a time
+    draw: str = "sharded"  # on stage 3, with which weights to draw images: sharded, whole or auto
 
 
 def fetched_ahead(gathered: float) -> int:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from sculpt_dist.backbones.formats.delta import apply_delta, write_delta
 from sculpt_dist.backbones.formats.delta_file import BITS, FORMAT, read_delta
 from sculpt_dist.backbones.io.folders import CHECKSUMS, stored_weights, weight_files
-from sculpt_dist.backbones.io.tensorfile import DTYPES
 from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.tensorfile import DTYPES
 from sculpt_dist.run.model import base_fingerprint
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from sculpt_dist.backbones.formats.original import looks_like, read_single_file, write_single_file
 from sculpt_dist.backbones.formats.original_names import UNET, VAE, originals, pipeline_kind, plain_name
-from sculpt_dist.backbones.io.tensorfile import Entry, entries, write_tensors
+from sculpt_dist.backbones.io.tensorfile import entries
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.tensorfile import Entry, write_tensors
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
 SECOND = "conditioner.embedders.1.model."

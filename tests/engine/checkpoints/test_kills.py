@@ -20,6 +20,7 @@ from runs import passes
 from sculpt_dist.core.files import file_sha256
 
 RUN = [*SMALL, "model.arch=sana", "evaluate.enabled=false", "train.steps=10", "prepare.samples=4", "prepare.steps=2"]
+RUN += ["train.checkpoint_share=1"]
 CELLS = [(ranks, stage) for ranks in (1, 2) for stage in range(4)]
 WAYS = ("TERM", "USR1", "STOP file", "KILL all", "KILL one")
 

@@ -34,7 +34,7 @@ def write_checkpoint(folder: Path) -> None:
     """Write the shipped tiny SDXL with a denoiser of real size: random bf16 weights in three shards with an index."""
     from diffusers import UNet2DConditionModel
 
-    from sculpt_dist.backbones.io.tensorfile import Entry, write_tensors
+    from sculpt_dist.core.tensorfile import Entry, write_tensors
 
     shutil.copytree(PROJECT / "sculpt_dist" / "assets" / "canvas" / "sdxl", folder)
     part = folder / "unet"
