@@ -20,6 +20,7 @@ from sculpt_dist.engine.stopping.request import StopRequest
 from sculpt_dist.evaluation.classifiers.base import load_classifier
 from sculpt_dist.evaluation.evaluator import draw, evaluate
 from sculpt_dist.evaluation.requests import as_batches
+from sculpt_dist.planning.plan import pass_flops
 from sculpt_dist.run.model import open_backbone
 from sculpt_dist.run.setup import resolve
 
@@ -87,6 +88,8 @@ def bench_draw(arch: str, overrides: Sequence[str], group: Group, rounds: int = 
         "threads": torch.get_num_threads(),
         "device": str(group.device),
         **{f"{name}_seconds_per_image": value for name, value in seconds.items()},
+        # read by `plan --rates`
+        "sampler_flops_per_second": pass_flops(setup.config) * settings.steps / seconds["denoiser"],
         "denoiser_over_sampling": seconds["denoiser"] / seconds["sampling"],
         "denoiser_over_evaluation": seconds["denoiser"] / seconds["evaluation"],
     }

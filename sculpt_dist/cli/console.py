@@ -119,7 +119,7 @@ def _print_whole_run(run: dict[str, Any]) -> None:
     Console().print(table)
     print(
         f"{counts['concepts']:,} concepts: {counts['drawn_batches']:,} batches to draw, {counts['steps']:,} steps, and "
-        f"{counts['scored_batches']:,} batches to score in each of {counts['scored_stages']:,} stages"
+        f"{counts['scored_batches']:,} batches to score in {counts['scored_stages']:,} stages"
     )
     most = run["table"][-1]
     if most["useful"]["training"] < most["ranks"]:

@@ -7,7 +7,7 @@
     drawing      [batches / n] * (F_batch / sampling rate + forwards * gathered + 3 small + n * store)
                  One queue over all concepts and sources: more ranks than batches do not help.
     scoring      stages * [batches / n] * (F_batch / sampling rate + forwards * gathered + small)
-                 The same for the images of one evaluation; F_batch includes the decoding.
+                 The same for the images of a stage, whole or (`evaluate.subset`) in part; F_batch has the decoding.
     training     concepts * (collect * step_c + updates * step_u), each step on k ranks as `planning.step_seconds`
                  k <= n is the most ranks over which the global batch divides: a rank has at least one sample.
     checkpoints  concepts * ([training / every] within, and one at the end), each
@@ -38,7 +38,8 @@ class Sampling:
 
     batches: int
     flops: float  # of a batch
-    forwards: int  # of the net for a batch
+    forwards: int  # of the net for a batch, for which stage 3 gathers it; 0 where it is gathered once for all
+    times: int = 1  # that all of them are drawn
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Work:
     prompts: int
     prompt_flops: float
     drawing: Sampling
-    scoring: Sampling  # of one stage
-    stages: int
+    scoring: tuple[Sampling, ...]  # of the base and the last stage, and of those in between
     training: tuple[Training, ...]
     batch: int
     accumulate: int
@@ -74,16 +74,16 @@ def run_seconds(
     """Seconds of each part; `layout` gives the net's on a number of ranks, and training uses `training_ranks`."""
     whole, trained = layout(ranks), layout(training_ranks)
     hops = _hops(ranks)
-    scoring = _sampling(work.scoring, whole, buckets, rates, rates.latency * hops)
+    scoring = sum(_sampling(drawn, whole, buckets, rates, rates.latency * hops) for drawn in work.scoring)
     of_concept = sum(_training(kind, trained, buckets, rates, work) for kind in work.training)
-    hidden = scoring * max(0, work.stages - 1) / work.concepts
+    after = scoring * (1 - 1 / max(1, sum(drawn.times for drawn in work.scoring)))  # all but the base's, about
     summed = 2 * (ranks - 1) / ranks * FP32 * whole.elements / rates.bandwidth["sum"]
     return {
         "start": rates.start + 2 * work.files / rates.disk + work.prompts * work.prompt_flops / rates.flops,
         "drawing": _sampling(work.drawing, whole, buckets, rates, 3 * rates.latency * hops + ranks * rates.store),
         "training": work.concepts * of_concept,
-        "checkpoints": work.concepts * _checkpoints(work, trained, rates, of_concept, hidden),
-        "scoring": work.stages * scoring,
+        "checkpoints": work.concepts * _checkpoints(work, trained, rates, of_concept, after / work.concepts),
+        "scoring": scoring,
         "export": 2 * work.files / rates.disk + summed + len(whole.trained) * rates.latency * hops,
     }
 
@@ -96,7 +96,7 @@ def _sampling(sampling: Sampling, layout: Layout, buckets: Buckets, rates: Rates
     """The seconds of all rounds; in each, every rank draws a batch or waits."""
     rounds = math.ceil(sampling.batches / layout.ranks)
     drawing = sampling.flops / (rates.sampling or rates.flops)
-    return rounds * (drawing + sampling.forwards * _gathering(layout, buckets, rates) + coordinating)
+    return sampling.times * rounds * (drawing + sampling.forwards * _gathering(layout, buckets, rates) + coordinating)
 
 
 def _gathering(layout: Layout, buckets: Buckets, rates: Rates) -> float:

@@ -119,6 +119,11 @@ def step_flops(config: RunConfig, ranks: int) -> float:
     return Subject(config, ranks).flops * config.train.accumulate
 
 
+def pass_flops(config: RunConfig) -> int:
+    """Operations of a guided sampler pass for one image, counted."""
+    return Subject(config, 1).drawing(1).forward.flops
+
+
 def _row(planner: Planner, variant: Variant, subject: Subject, memory: float, rates: Rates | None) -> dict[str, Any]:
     """The micro-batch of `subject` on the variant's ranks."""
     config, ranks = variant.config, variant.ranks

@@ -13,7 +13,7 @@ GIGA = 1e9
 KINDS = ("sum", "gather", "scatter")
 OPTIONAL = {  # field of Rates -> its key, and the key's unit; what is not given keeps the default of Rates
     "update": ("masked_step_ns_per_weight", 1e-9),
-    "sampling": ("sampler_flops_per_second", 1.0),  # of a sampler pass; until a bench prints it, that of `bench step`
+    "sampling": ("sampler_flops_per_second", 1.0),  # of `bench draw`; by default as in training
     "disk": ("disk_gb_per_second", GIGA),
     "copy": ("copy_gb_per_second", GIGA),
     "store": ("store_us", 1e-6),
@@ -32,9 +32,9 @@ def read_rates(
 ) -> Rates | None:
     """The rates of a rank: `flops` (operations per second), `bandwidth` (GB/s) and `latency` (microseconds).
 
-    A rate that is None comes from `files`, the JSON of `bench comm`, `bench step` and `bench mask`. Returns None if
-    neither gives the operations per second. Raises ConfigError for a file that is not such JSON, and for rates that are
-    not positive.
+    A rate that is None comes from `files`, the JSON of `bench comm`, `bench step`, `bench draw` and `bench mask`, or
+    of your own with the same keys. Returns None if neither gives the operations per second. Raises ConfigError for a
+    file that is not such JSON, and for rates that are not positive.
     """
     known: dict[str, float] = {}
     for file in files:

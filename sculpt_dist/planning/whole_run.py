@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -34,11 +34,12 @@ def plan_whole_run(
     def layout(ranks: int) -> Layout:
         return subject.layout(engine.stage, engine.precision, ranks)
 
+    scored = max((drawn.batches for drawn in work.scoring), default=0)
     rows: list[dict[str, Any]] = []
     for ranks in sorted({own, *MANY}):
         trains = training_ranks(setup, ranks)
         useful = {"drawing": min(ranks, work.drawing.batches), "training": trains}
-        row: dict[str, Any] = {"ranks": ranks, "useful": useful | {"scoring": min(ranks, work.scoring.batches)}}
+        row: dict[str, Any] = {"ranks": ranks, "useful": useful | {"scoring": min(ranks, scored)}}
         if rates is not None:
             row["seconds"] = run_seconds(work, layout, buckets, rates, ranks, trains)
             row["total_seconds"] = sum(row["seconds"].values())
@@ -47,8 +48,8 @@ def plan_whole_run(
         "concepts": work.concepts,
         "prompts": work.prompts,
         "drawn_batches": work.drawing.batches,
-        "scored_stages": work.stages,
-        "scored_batches": work.scoring.batches,
+        "scored_stages": sum(drawn.times for drawn in work.scoring),
+        "scored_batches": sum(drawn.times * drawn.batches for drawn in work.scoring),
         "steps": work.concepts * sum(kind.steps for kind in work.training),
         "samples_per_step": work.batch,
         "checkpoint_bytes": SAVED * sum(subject.trained),
@@ -72,23 +73,29 @@ def training_ranks(setup: RunSetup, ranks: int) -> int:
 def count_work(setup: RunSetup, subject: Subject, drawing: Drawing) -> Work:
     """All that a run does from its start to its end. The user's own images are encoded, which is not counted."""
     config, (_, plan) = setup.config, setup.trained
-    prepare, scored = config.prepare, config.evaluate
-    requests = setup.evaluation.requests if scored.enabled else ()
-    stages = [is_scored(scored.at, done, len(config.concepts)) for done in range(len(config.concepts) + 1)]
+    prepare, total = config.prepare, len(config.concepts)
+    scheduler = subject.backbone.schedule.scheduler
     collecting = (Training(plan.collect, _sample_flops(subject, 0), tuple(subject.steps[0])),) if plan.collect else ()
 
-    def sampling(batches: int, batch: int, steps: int, decoded: bool) -> Sampling:
-        forwards = len(subject.backbone.schedule.sampler(steps).timesteps)
-        flops = forwards * drawing.forward.flops + decoded * drawing.decoding.flops
-        return Sampling(batches, batch / drawing.batch * flops, forwards)
+    def sampling(batches: int, batch: int, steps: int, decoded: bool, times: int = 1) -> Sampling:
+        sampler = type(scheduler).from_config(scheduler.config)
+        sampler.set_timesteps(steps)
+        flops = len(sampler.timesteps) * drawing.forward.flops + decoded * drawing.decoding.flops
+        gathering = 0 if config.engine.draw == "whole" else len(sampler.timesteps)
+        return Sampling(batches, batch / drawing.batch * flops, gathering, times)
 
+    def scoring(most: int | None, times: int) -> Sampling:
+        scored, evaluation = config.evaluate, replace(setup.evaluation, most=most)
+        return sampling(len(as_batches(evaluation.requests, scored.batch)), scored.batch, scored.steps, True, times)
+
+    between = sum(is_scored(config.evaluate.at, done, total) for done in range(1, total))
+    stages = [scoring(None, 2), scoring(config.evaluate.subset, between)] if config.evaluate.enabled else []
     return Work(
         concepts=len(config.concepts),
         prompts=_num_prompts(setup),
         prompt_flops=subject.prompt_flops(),
         drawing=sampling(_drawn_batches(setup), prepare.batch, prepare.steps, False),
-        scoring=sampling(len(as_batches(requests, scored.batch)), scored.batch, scored.steps, True),
-        stages=sum(stages) if scored.enabled else 0,
+        scoring=tuple(stages),
         training=(*collecting, Training(plan.updates, _sample_flops(subject, -1), tuple(subject.training))),
         batch=config.train.batch,
         accumulate=config.train.accumulate,

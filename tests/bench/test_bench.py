@@ -11,6 +11,7 @@ from sculpt_dist.bench.embed import bench_embed
 from sculpt_dist.bench.mask import PRESETS
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.masking import payload_bytes
+from sculpt_dist.planning.rates import read_rates
 
 
 def test_sizes_are_those_of_the_public_models():
@@ -99,6 +100,16 @@ def test_the_loader_of_a_method_without_samples_is_refused(tmp_path):
     assert "reads no samples" in sculpt(
         "bench", "data", str(PROJECT / "configs" / "canvas" / "esd.yaml"), f"run.folder={tmp_path}", code=2
     )
+
+
+def test_the_rate_of_drawing_is_one_that_plan_reads(tmp_path):
+    few = ["evaluate.objects=[cat]", "evaluate.styles=[neon]", "evaluate.images=2", "evaluate.steps=2"]
+    file = tmp_path / "draw.json"
+    file.write_text(sculpt("bench", "draw", *few, "--json"))
+    found = json.loads(file.read_text().splitlines()[-1])
+    rates = read_rates([file], 1e9, None, None)
+    per_image = rates.sampling * found["denoiser_seconds_per_image"] / found["steps"]  # operations of a guided pass
+    assert rates.flops == 1e9 and 1e7 < per_image < 1e9
 
 
 def test_prompts_in_batches_take_less_memory_than_all_at_once():

@@ -32,8 +32,7 @@ WORK = Work(
     prompts=4,
     prompt_flops=50.0,
     drawing=Sampling(10, 800.0, 3),
-    scoring=Sampling(6, 400.0, 2),
-    stages=3,
+    scoring=(Sampling(6, 400.0, 2, 2), Sampling(6, 400.0, 2, 1)),
     training=(
         Training(1, 100.0, (Rehearsed(0, (), 0, 0, (True,), 0),)),
         Training(5, 300.0, (Rehearsed(0, (), 0, 0, (False, True), 0),)),
@@ -77,7 +76,7 @@ def test_on_one_rank_the_parts_are_their_work_over_the_rates():
     each = (100 + 5 * 300) * 4 / 100  # seconds of a concept: with a checkpoint every 10 s, six within it
     within = 21 * 16 / 80 + max(0, written - 10)
     assert seconds(1, every=10.0)["checkpoints"] == pytest.approx(2 * (int(each / 10) * within + 21 * 16 / 80))
-    assert seconds(1, every=10.0, stages=0)["checkpoints"] == pytest.approx(
+    assert seconds(1, every=10.0, scoring=())["checkpoints"] == pytest.approx(
         2 * (int(each / 10) * within + 21 * 16 / 80 + written)
     )
 
@@ -88,7 +87,7 @@ def test_ranks_share_batches_and_samples_and_wait_for_each_other():
     assert four["scoring"] == 3 * 2 * (400 / 200 + 0.5 * 2)
     assert four["start"] == one["start"]
     assert four["export"] == one["export"] + 2 * 3 / 4 * 64 / 10 + 1 * 0.5 * 2
-    sent = 2 * 3 / 4 * 64 / 10 + 6 * 0.5 * 2  # of a step: a sum of 16 gradients; it and 5 small collectives wait
+    sent = 2 * 3 / 4 * 64 / 10 + 3 * 0.5 * 2  # of a step: a sum of 16 gradients; it and 2 small collectives wait
     assert four["training"] == pytest.approx(2 * (1 + 5 * 3 + 6 * sent))
 
 
@@ -146,4 +145,3 @@ def test_the_command_prints_where_the_time_goes(tmp_path):
         "scoring",
         "export",
     }
-    assert "whole run" in sculpt(*call)  # without times
