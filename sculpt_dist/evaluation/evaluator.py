@@ -99,7 +99,7 @@ def evaluate(
         judged = [request for batch in batches for request in batch if request.judged]
         answers = collect_answers(judged, all_verdicts)
         scores = compute_scores(evaluation, judged, answers, forgotten)
-        scores["plain"] |= {"extra": extra, "made_by": evaluation.fingerprint}
+        scores["plain"] |= {"extra": extra, "made_by": evaluation.fingerprint, "subset": evaluation.most}
         plain = select_answers(answers, np.array([not request.paraphrased for request in judged]))
         write_record(folder / "answers.json", answers_as_lists(plain, world))
         listed = images_csv(evaluation, files.kept, dict(item for _, found, _ in of_ranks for item in found.items()))

@@ -64,21 +64,24 @@ class Evaluation:
 
     @cached_property
     def requests(self) -> tuple[ImageRequest, ...]:
+        """The images to draw, in the order of `whole`. Raises ConfigError."""
+        return self.whole if self.most is None else _subset(self.whole, self.most, self.settings.seed)
+
+    @cached_property
+    def whole(self) -> tuple[ImageRequest, ...]:
         """Every image, plain prompts first, in an order that depends only on the configuration.
 
         Raises ConfigError for a prompt file that cannot be read, or one for a name that is not evaluated.
         """
         settings, world = self.settings, self.world
         first_id = len(_templates(settings)) * len(_template_pairs(settings, world))
-        whole = (*_template_requests(settings, world), *_listed_requests(settings, world, first_id))
-        return whole if self.most is None else _subset(whole, self.most, settings.seed)
+        return (*_template_requests(settings, world), *_listed_requests(settings, world, first_id))
 
     @cached_property
     def fingerprint(self) -> str:
-        """A checksum over all of the configuration that decides the scores of a model."""
+        """A checksum over all of the configuration that decides the scores of a model, except `most`."""
         images = [
-            (r.prompt, r.prompt_id, r.paraphrased, r.object, r.style, r.seed, r.guidance, r.listed)
-            for r in self.requests
+            (r.prompt, r.prompt_id, r.paraphrased, r.object, r.style, r.seed, r.guidance, r.listed) for r in self.whole
         ]
         settings = {name: getattr(self.settings, name) for name in SCORING_KEYS}
         return text_sha256(json.dumps([images, asdict(self.world), settings], sort_keys=True))

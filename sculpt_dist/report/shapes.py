@@ -99,6 +99,7 @@ PART: Shape = {
     "styles": each(is_share),
     "extra": each(is_number),
     "made_by": is_text,
+    "subset": is_count,
 }
 SCORES: Shape = {"plain": PART, "paraphrased": PART, "passes": is_count, "files": each(is_text)}
 COSTS: Shape = {

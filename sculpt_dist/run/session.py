@@ -96,7 +96,7 @@ class Session:
         """What is drawn at a stage: all images of the base and at the end, `evaluate.subset` of them in between."""
         whole, subset = self.setup.evaluation, self.setup.config.evaluate.subset
         is_between = stage not in ("before", stage_after(len(self.setup.concepts) - 1))
-        return replace(whole, most=subset) if is_between else whole
+        return replace(whole, most=subset) if is_between and subset and subset < len(whole.whole) else whole
 
     def read_passes(self) -> None:
         """Count the passes of all stages that are scored."""
@@ -117,14 +117,16 @@ class Session:
         """Whether a stage is to be scored. Scores that were made by other settings are removed."""
         if not self.setup.config.evaluate.enabled:
             return False
-        file, wanted = stage / "scores.json", self._evaluation(stage.name).fingerprint
+        file, evaluation = stage / "scores.json", self._evaluation(stage.name)
         if not file.exists():
             return True
         plain = _read_scores(file)["plain"]
-        made_by = plain.get("made_by", wanted) if isinstance(plain, dict) else None  # earlier versions did not write it
-        if made_by != wanted:
+        wanted = {"made_by": evaluation.fingerprint, "subset": evaluation.most}
+        earlier = {**wanted, "subset": None}  # what versions that did not write them drew
+        found = {name: plain.get(name, value) for name, value in earlier.items()} if isinstance(plain, dict) else None
+        if found != wanted:
             shutil.rmtree(stage)
-        return bool(made_by != wanted)
+        return found != wanted
 
 
 def _read_scores(file: Path) -> dict[str, Any]:
