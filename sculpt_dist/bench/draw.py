@@ -40,7 +40,8 @@ def bench_draw(arch: str, overrides: Sequence[str], group: Group, rounds: int = 
     batches = as_batches(setup.evaluation.requests, settings.batch)
     classifier = load_classifier(settings.classifier, world.objects, world.styles)
     batch, found = batches[0], dict[str, list[float]]()
-    with tempfile.TemporaryDirectory() as folder, StopRequest(group, Path(folder)) as stop:
+    with tempfile.TemporaryDirectory() as own, StopRequest(group, Path(own)) as stop:
+        folder = group.from_first(own)
         backbone = open_backbone(setup.config.model, group, Path(folder))
         backbone.embed([request.prompt for request in setup.evaluation.requests])
         prompts = [request.prompt for request in batch]

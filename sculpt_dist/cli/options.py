@@ -38,7 +38,7 @@ CONFIG = typer.Argument(help="A yaml file, or the name of a packaged one, for ex
 OVERRIDES = typer.Argument(None, help="key=value, for example train.lr=1e-5.", autocompletion=complete_override)
 JOBS = typer.Option(1, help="Runs at a time on this machine.")
 RANKS = typer.Option(1, help="Processes of each run.")
-GPUS = typer.Option(None, "--gpus-per-job", help="GPUs of each run, taken in turn; default: one per process.")
+GPUS = typer.Option(None, "--gpus-per-job", min=0, help="GPUs of each run, taken in turn; default: one per process.")
 
 
 def load(config: Path | None, overrides: list[str] | None) -> RunConfig:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,11 +74,23 @@ def _plain(name: str) -> str:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read the whole image as RGB, without its transparency.
+    """Read the whole image as RGB, without its transparency. Raises ConfigError as `check_image`."""
+    with _opened(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def check_image(path: Path) -> None:
+    """Read type and size of an image.
 
     Raises ConfigError with the file's name if it is not an image, is damaged, has over 25 million pixels, or has more
     than 8 bits per channel.
     """
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
@@ -87,7 +101,7 @@ def open_image(path: Path) -> Image.Image:
                 )
             if image.mode not in IMAGE_MODES:
                 raise ConfigError(f"{path}: has the pixel format {image.mode}: save it with 8 bits per channel")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            yield image
     except ConfigError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,19 +19,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALL_BELOW = 2000  # images of one stage
+OWN_NAME = re.compile(r"\d{6,}\.png|.+--.+\.png")  # as `file_names` gives them
 
 
 class DrawnImages:
     """The images of one stage in a folder. Another thread writes each batch as soon as it is drawn.
 
-    With `model`, which names the weights, all images are written, and an evaluation that was stopped finds those of the
-    same weights again; at the end the ones that `evaluate.keep_images` does not keep are removed.
+    With `made_by`, which names the weights and all that decides how they draw, all images are written, and an
+    evaluation that was stopped finds its own again. Once the scores are written, those that `evaluate.keep_images` does
+    not keep are removed.
     """
 
-    def __init__(self, folder: Path, evaluation: Evaluation, model: str | None) -> None:
-        self.folder, self.evaluation, self.model = folder, evaluation, model
+    def __init__(self, folder: Path, evaluation: Evaluation, made_by: str | None) -> None:
+        self.folder, self.evaluation, self.made_by = folder, evaluation, made_by
         self.kept = kept_names(evaluation)
-        self._names = file_names(evaluation) if model is not None else self.kept
+        self._names = file_names(evaluation) if made_by is not None else self.kept
         self._checksums: dict[str, str] = {}  # of this rank's files
         self._writer = ThreadPoolExecutor(1)
         self._writes: deque[tuple[str, Future[str]]] = deque()
@@ -59,7 +62,7 @@ class DrawnImages:
 
         found = [self._load(request) for request in batch]
         whole = [image for image in found if image is not None]
-        if len(whole) < len(batch):
+        if len(whole) < len(batch) or len({image.shape for image, _ in whole}) > 1:
             return None
         return torch.stack([image for image, _ in whole]), whole[0][1]
 
@@ -70,13 +73,17 @@ class DrawnImages:
             self._checksums[name] = file_sha256(self.folder / name)
 
     def finish(self) -> dict[str, str]:
-        """Wait for this rank's files, remove those that are not to be kept, and return the checksums of the others."""
+        """Wait for this rank's files; returns the checksums of those to keep."""
         while self._writes:
             self._finish_one()
         kept = set(self.kept.values())
-        for name in self._checksums.keys() - kept:
-            (self.folder / name).unlink(missing_ok=True)  # equal requests share a file, also those of two ranks
         return {name: sha256 for name, sha256 in self._checksums.items() if name in kept}
+
+    def remove(self, keep: Container[str] = ()) -> None:
+        """Remove what an evaluation of these settings or of others has written here, except these names."""
+        for file in self.folder.glob("*.png"):
+            if file.name not in keep and OWN_NAME.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
     def _finish_one(self) -> None:
         name, write = self._writes.popleft()
@@ -98,7 +105,7 @@ class DrawnImages:
         return torch.from_numpy(pixels).permute(2, 0, 1), passes
 
     def _about(self, request: ImageRequest) -> dict[str, str]:
-        return columns(request, self.evaluation) | ({} if self.model is None else {"model": self.model})
+        return columns(request, self.evaluation) | ({} if self.made_by is None else {"made_by": self.made_by})
 
 
 def file_names(evaluation: Evaluation) -> dict[ImageRequest, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -17,7 +18,7 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import make_folder, text_sha256, write_atomically, write_record
 from sculpt_dist.core.progress import progress
 from sculpt_dist.evaluation.classifiers.base import Classifier, load_classifier
-from sculpt_dist.evaluation.drawn_images import DrawnImages, images_csv
+from sculpt_dist.evaluation.drawn_images import DrawnImages, file_names, images_csv
 from sculpt_dist.evaluation.features import first_reference_features, shared_reference_features
 from sculpt_dist.evaluation.metrics.base import Metric, build_metrics
 from sculpt_dist.evaluation.requests import Evaluation, ImageRequest, as_batches
@@ -81,7 +82,9 @@ def evaluate(
     metrics = build_metrics(settings, num_images * group.size, num_images * group.rank, shared)
     verdicts: list[BatchVerdict] = []
     total = 0
-    with DrawnImages(folder / "images", evaluation, model) as files:
+    made_by = None if model is None else _made_by(model, evaluation, backbone, net)
+    with DrawnImages(folder / "images", evaluation, made_by) as files:
+        group.on_first(lambda: files.remove(keep=file_names(evaluation).values()))
         for number, images, passes in _draw_batches(evaluation, backbone, net, group, batches, files, label, stop):
             batch = batches[number]
             total += passes
@@ -106,9 +109,17 @@ def evaluate(
         write_atomically(folder / "images.csv", listed.encode())
         scores |= {"passes": sum(count for _, _, count in of_ranks), "files": {"images.csv": text_sha256(listed)}}
         write_record(folder / "scores.json", scores)
+        files.remove(keep=files.kept.values())
         return scores
 
     return group.on_first(score)
+
+
+def _made_by(model: str, evaluation: Evaluation, backbone: Backbone, net: nn.Module) -> str:
+    """A checksum over the weights' name and what decides how they draw, beside the requests."""
+    dtypes = [str(next(net.parameters()).dtype), *backbone.frozen_dtypes]
+    settings = [evaluation.settings.steps, evaluation.settings.batch, backbone.image_size, backbone.size_ids]
+    return text_sha256(json.dumps([model, dtypes, settings]))[:16]
 
 
 def draw(settings: EvaluateConfig, backbone: Backbone, net: nn.Module, batch: Sequence[ImageRequest]) -> Tensor:
@@ -184,7 +195,7 @@ def _drawn_before(
     The first of them is drawn again. Where the machine, the libraries or the number of ranks draw it differently,
     nothing of the earlier call is used.
     """
-    if files.model is None:
+    if files.made_by is None:
         return set()
     mine = [n for n in range(group.rank, len(batches), group.size) if files.load(batches[n]) is not None]
     found = {number for of_rank in group.to_all(mine) for number in of_rank}
@@ -192,7 +203,10 @@ def _drawn_before(
         return found
     images, before = draw_again(batches[min(found)]), files.load(batches[min(found)])
     same = before is not None and torch.equal(images.cpu(), before[0])
-    return found if all(group.to_all(same)) else set()
+    if all(group.to_all(same)):
+        return found
+    group.on_first(files.remove)  # or a later call could take some of them beside images of this one
+    return set()
 
 
 def _metric_results(metrics: Sequence[Metric], group: Group) -> dict[str, float]:

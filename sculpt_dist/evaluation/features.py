@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import file_sha256, make_folder, text_sha256, write_atomically
-from sculpt_dist.data.images import IMAGE_TYPES, image_files, open_image
+from sculpt_dist.data.images import IMAGE_TYPES, check_image, image_files, open_image
 
 if TYPE_CHECKING:
     from sculpt_dist.engine.group import Group
@@ -49,8 +49,11 @@ def reference_features(where: str | Path, features: Features) -> Tensor:
 
 
 def first_reference_features(where: str | Path, features: Features) -> Tensor:
-    """Those of two reference images, [2, D]: they tell, before a run, whether the images can be used."""
-    return _features_of(reference_chunks(where)[0][:2], features)
+    """Those of two reference images, [2, D], and a look at the type and size of all: can they be used?"""
+    chunks = reference_chunks(where)
+    for file in (file for chunk in chunks if isinstance(chunk, list) for file in chunk):
+        check_image(file)
+    return _features_of(chunks[0][:2], features)
 
 
 def shared_reference_features(
@@ -67,12 +70,12 @@ def shared_reference_features(
     file = None if folder is None else Path(folder).expanduser() / f"features-{key[:24]}.safetensors"
     found = group.on_first(lambda: None if file is None else _read_features(file))
     if found is None:
-        chunks = reference_chunks(where)
-        mine = [_features_of(chunk, features, device) for chunk in chunks[group.rank :: group.size]]
-        of_ranks = group.to_all(mine)
+        chunks = group.on_first(lambda: reference_chunks(where))
+        own = chunks[group.rank :: group.size]
+        of_ranks = group.to_all(group.together(lambda: [_features_of(chunk, features, device) for chunk in own]))
         found = torch.cat([of_ranks[i % group.size][i // group.size] for i in range(len(chunks))])
-        if file is not None and group.is_first:
-            _write_features(file, found)
+        if file is not None:
+            group.on_first(lambda: _write_features(file, found))
     _remembered[key] = found
     return found
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -85,6 +84,12 @@ class Evaluation:
         ]
         settings = {name: getattr(self.settings, name) for name in SCORING_KEYS}
         return text_sha256(json.dumps([images, asdict(self.world), settings], sort_keys=True))
+
+    def part(self, most: int | None) -> Evaluation:
+        """The same with at most so many images, evenly of everything; None for all. Reads no prompt file again."""
+        part = replace(self, most=most if most is not None and most < len(self.whole) else None)
+        vars(part)["whole"] = self.whole
+        return part
 
     def counts_for_metrics(self, request: ImageRequest) -> bool:
         """Whether the image counts for FID, KID and the other metrics.
@@ -171,20 +176,31 @@ def _template_requests(settings: EvaluateConfig, world: World) -> list[ImageRequ
 
 
 def _subset(requests: Sequence[ImageRequest], most: int, seed: int) -> tuple[ImageRequest, ...]:
-    """At most so many requests, in their order: as evenly as possible of every object, style and kind of prompt.
+    """At most so many requests, in their order: the shown ones, two without a name, and of the rest a seeded share.
 
-    Of each of these a seeded choice, the shown one before others, so that a smaller subset is a part of a larger one.
+    The share is the same of every object, style and kind of prompt. A smaller subset is a part of a larger one. Raises
+    ConfigError where `most` is too small for the first two.
     """
     rng = random.Random(derived_seed(seed, "evaluate.subset"))
-    order = sorted(rng.sample(range(len(requests)), len(requests)), key=lambda i: requests[i].shown is None)
-    rank: Counter[tuple[int, int, bool]] = Counter()
-    places = []
-    for i in order:
-        stratum = requests[i].object, requests[i].style, requests[i].paraphrased
-        places.append((rank[stratum], i))
-        rank[stratum] += 1
-    places.sort(key=lambda place: place[0])  # a stable order: the first of every stratum, then the second of each
-    return tuple(requests[i] for i in sorted(i for _, i in places[:most]))
+    strata: dict[tuple[int, int, bool], list[int]] = {}
+    for i, request in enumerate(requests):
+        strata.setdefault((request.object, request.style, request.paraphrased), []).append(i)
+    order: list[tuple[float, int]] = []
+    for members in strata.values():
+        rng.shuffle(members)
+        members.sort(key=lambda i: requests[i].shown is None)
+        offset = rng.random()
+        order += [((place + offset) / len(members), i) for place, i in enumerate(members)]
+    order.sort()
+    shown = [i for i, request in enumerate(requests) if request.shown is not None]
+    needed = shown + [i for _, i in order if not requests[i].judged][:2]  # FID needs two
+    if most < len(needed):
+        raise ConfigError(
+            f"evaluate.subset={most}: one image of every object and style, and two of evaluate.retain_prompts, are "
+            f"{len(needed)}: give at least as many"
+        )
+    chosen = dict.fromkeys([*needed, *(i for _, i in order)])
+    return tuple(requests[i] for i in sorted(list(chosen)[:most]))
 
 
 def _templates(settings: EvaluateConfig) -> list[tuple[str, int]]:

@@ -76,8 +76,8 @@ class Share:
 
     def environment(self, place: int) -> dict[str, str]:
         """The variables of the job at this place among those that run at a time."""
-        devices = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[place])} if self.gpus else {}
-        return {"OMP_NUM_THREADS": str(self.threads)} | devices
+        devices = ",".join(self.gpus[place]) if self.gpus else ""
+        return {"OMP_NUM_THREADS": str(self.threads), "CUDA_VISIBLE_DEVICES": devices}
 
 
 def share_machine(parallel: int, ranks: int, gpus: Sequence[str], gpus_per_job: int | None) -> Share:
@@ -125,12 +125,12 @@ def run_jobs(
     if parallel < 1 or ranks < 1:
         raise ConfigError(f"jobs={parallel}, ranks={ranks}: each must be at least 1")
     share = share_machine(parallel, ranks, visible_gpus(), gpus_per_job)
-    parent = WarmParent(_environment() | share.environment(0)) if ranks == 1 and not share.gpus else None
     waiting, lock = iter(jobs), threading.Lock()
     started: list[Job] = []
     running: set[Process] = set()
     stopping: list[int] = []
     failed: dict[str, Failure] = {}
+    parent: WarmParent | None = None
 
     def stop(number: int, frame: Any) -> None:
         stopping.append(number)
@@ -138,12 +138,15 @@ def run_jobs(
             process.send_signal(signal.SIGTERM)
 
     def work(place: int) -> None:
+        nonlocal parent
         while True:
             with lock:
                 job = None if stopping else next(waiting, None)
                 if job is not None and not started:
                     started.append(job)
                     print(f"{parallel} at a time, {share}", flush=True)
+                    if ranks == 1 and not share.gpus:
+                        parent = WarmParent(_environment() | share.environment(0))
             if job is None:
                 return
             failure = _run(job, ranks, share.environment(place), parent, running, stopping)
@@ -179,7 +182,8 @@ def _run(
         for mark in MARKS:
             (job.folder / mark).unlink(missing_ok=True)
     environment = _environment() | dict(share)
-    process = parent.start(job.arguments, environment) if parent else _start(job.arguments, ranks, environment)
+    warm = parent.start(job.arguments, environment) if parent else None
+    process: Process = warm or _start(job.arguments, ranks, environment)
     running.add(process)
     if stopping:
         process.send_signal(signal.SIGTERM)

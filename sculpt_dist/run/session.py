@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,8 @@ class Session:
 
     def _evaluation(self, stage: str) -> Evaluation:
         """What is drawn at a stage: all images of the base and at the end, `evaluate.subset` of them in between."""
-        whole, subset = self.setup.evaluation, self.setup.config.evaluate.subset
         is_between = stage not in ("before", stage_after(len(self.setup.concepts) - 1))
-        return replace(whole, most=subset) if is_between and subset and subset < len(whole.whole) else whole
+        return self.setup.evaluation_between if is_between else self.setup.evaluation
 
     def read_passes(self) -> None:
         """Count the passes of all stages that are scored."""

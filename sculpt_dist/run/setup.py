@@ -63,6 +63,13 @@ class RunSetup:
         return replace(resolved, shared=self.config.prepare.folder)
 
     @cached_property
+    def evaluation_between(self) -> Evaluation:
+        """That of the stages between the base and the last one. Raises ConfigError for too small a subset."""
+        between = self.evaluation.part(self.config.evaluate.subset)
+        assert between.requests
+        return between
+
+    @cached_property
     def fingerprint(self) -> str:
         """A checksum over everything in the configuration that decides the result."""
         return config_fingerprint(self.config)

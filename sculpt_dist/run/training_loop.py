@@ -78,7 +78,7 @@ def run_concept(
     save: Callable[[], None],
     stop: StopRequest,
 ) -> None:
-    """Train one concept from `run.step` to its end; all ranks `save` after a step where any finds that `due`.
+    """Train one concept from `run.step` to its end; all ranks `save` after a step where `due` is true on any.
 
     Raises StopRequested, after saving, when any rank received a stop request, and NonFiniteError on all ranks at the
     same step.

@@ -43,6 +43,9 @@ class StubRank(SimpleNamespace):
     def on_first(self, work: Callable[[], Any]) -> Any:
         return work() if self.is_first else None
 
+    def together(self, work: Callable[[], Any]) -> Any:
+        return work()
+
 
 @pytest.fixture
 def evaluation() -> Evaluation:
@@ -192,6 +195,14 @@ def test_a_stopped_evaluation_goes_on_from_its_images_and_ends_as_an_undisturbed
     drawn.clear()
     run("other weights", model="others")
     assert len(drawn) == 6
+    stopped("stopped twice", 4)
+    of_whole = evaluation
+    evaluation = replace(evaluation, settings=replace(evaluation.settings, steps=2))
+    stopped("stopped twice", 2)
+    evaluation = of_whole
+    drawn.clear()
+    assert run("stopped twice") == whole and len(drawn) == 5  # one of the two that are left, and the four others
+    assert content("stopped twice") == content("whole")
     stopped("drawn otherwise", 4)
     for file in (tmp_path / "drawn otherwise" / "images").iterdir():
         with Image.open(file) as image:

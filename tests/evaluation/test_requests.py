@@ -1,7 +1,6 @@
 """What an evaluation draws: the world it resolves, the order and seeds of its images, and its batches."""
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
@@ -73,15 +72,24 @@ def test_batches_hold_every_request_in_order() -> None:
     assert [len(batch) for batch in batches] == [7] * 8 + [4]
 
 
-def test_a_subset_has_evenly_of_everything_and_grows_with_its_size() -> None:
-    whole = resolved(CAT, "evaluate.images=6", "evaluate.paraphrases=['a {object}']", "evaluate.paraphrase_images=3")
-    assert len(whole.requests) == 60 * 9
-    few, more = (replace(whole, most=most) for most in (150, 300))
-    for subset in (few, more):
+def test_a_subset_has_evenly_of_everything_and_grows_with_its_size(tmp_path) -> None:
+    (tmp_path / "captions.txt").write_text("\n".join(f"a street, number {i}" for i in range(200)))
+    captions = [f"evaluate.retain_prompts={tmp_path / 'captions.txt'}", "evaluate.reference=canvas"]
+    templates = ["evaluate.images=6", "evaluate.paraphrases=['a {object}']", "evaluate.paraphrase_images=3"]
+    whole = resolved(CAT, *templates, *captions)
+    assert len(whole.whole) == 60 * 9 + 200
+    few, more = whole.part(150), whole.part(400)
+    for subset, share in ((few, (150 - 62) / 678), (more, (400 - 62) / 678)):
         drawn = Counter((r.object, r.style, r.paraphrased) for r in subset.requests)
-        assert len(drawn) == 120 and max(drawn.values()) - min(drawn.values()) <= 1
+        plain = [drawn[i, j, False] for i in range(12) for j in range(5)]
+        assert min(plain) >= 1 and max(plain) - min(plain) <= 1
+        assert drawn[-1, -1, False] == pytest.approx(2 + 198 * share, abs=12)
+        assert sum(drawn[i, j, True] for i in range(12) for j in range(5)) == pytest.approx(180 * share, abs=25)
         assert [r for r in whole.requests if r in set(subset.requests)] == list(subset.requests)  # in their order
-    assert len(few.requests) == 150 and set(few.requests) < set(more.requests)
+    assert (len(few.requests), len(more.requests)) == (150, 400) and set(few.requests) < set(more.requests)
     assert {r.shown for r in few.requests} == {r.shown for r in whole.requests}  # the report's pictures
-    assert replace(whole, most=1000).requests == whole.requests and few.fingerprint == whole.fingerprint
-    assert replace(whole, most=20).requests == replace(whole, most=20).requests != whole.requests[:20]
+    assert whole.part(1000).requests == whole.requests and few.fingerprint == whole.fingerprint
+    with pytest.raises(ConfigError, match="evaluate.subset=61: one image of every object and style, .* are 62: give"):
+        assert whole.part(61).requests
+    (tmp_path / "captions.txt").unlink()
+    assert whole.part(150).requests == few.requests  # no file is read again

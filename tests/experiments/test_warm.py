@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from harness import ONE_STEP, python, rank_environment
 
+from sculpt_dist.experiments import jobs
+from sculpt_dist.experiments.jobs import Job
 from sculpt_dist.experiments.warm import WarmParent
 
 pytestmark = pytest.mark.two_ranks
@@ -69,8 +71,35 @@ def test_no_call_outlives_the_process_that_asked_for_it(parent, canvas_config, t
     assert (tmp_path / "run" / "REQUEUE").exists()  # it had time to save
 
 
-def test_a_forking_process_that_was_killed_leaves_no_call_waiting(parent):
+@pytest.mark.parametrize("noticed", [0.0, 0.5])
+def test_a_forking_process_that_was_killed_leaves_no_call_waiting(parent, canvas_config, tmp_path, noticed):
+    call = parent.start(["unlearn", canvas_config, *LONG, f"run.folder={tmp_path / 'run'}"], rank_environment())
     os.kill(parent._server.pid, signal.SIGKILL)
-    call = parent.start(["--version"], rank_environment())
+    time.sleep(noticed)  # seconds in which the other end may see it
+    assert parent.start(["--version"], rank_environment()) is None
     call.communicate()
     assert call.returncode == -signal.SIGKILL
+
+
+def test_jobs_go_on_without_the_forking_process(monkeypatch):
+    class Gone(WarmParent):
+        def start(self, *_):
+            self._server.kill()
+            return super().start(*_)
+
+    monkeypatch.setattr(sys, "executable", python())
+    monkeypatch.setattr(jobs, "WarmParent", Gone)
+    ended: list[object] = []
+    call = Job("version", ("--version",))
+    assert jobs.run_jobs([call], 1, 1, lambda job, failure: ended.append(failure)) == {} and ended == [None]
+
+
+@pytest.mark.slow
+def test_the_process_that_forks_has_one_thread():
+    parent = WarmParent({**os.environ, "OMP_NUM_THREADS": "2"})
+    try:
+        call = parent.start(["--version"], {**os.environ, "OMP_NUM_THREADS": "2"})
+        assert call.communicate()[0] == "sculpt-dist 0.1.0\n"
+        assert len(list(Path(f"/proc/{parent._server.pid}/task").iterdir())) == 1
+    finally:
+        parent.close()

@@ -327,18 +327,18 @@ def test_scores_are_made_after_the_chosen_concepts_and_always_of_the_base_and_at
             "at": [2],
             "objects": ["car"],
             "styles": ["neon"],
-            "images": 1,
+            "images": 2,
             "steps": 1,
             "bootstrap": 5,
-            "subset": 3,
+            "subset": 5,
         },
         run={"folder": tmp_path / "run"},
     )
     stages = sorted(path.name for path in (tmp_path / "run" / "evaluation").iterdir())
     assert stages == ["after-01", "after-02", "before"]
     drawn = [sum(run.report[stage]["images"].values()) for stage in ("before", "after")]
-    assert drawn == [4, 4] and sum(run.report["concepts"][1]["images"].values()) == 3
-    assert "<small>3 of 4 images</small>" in (tmp_path / "run" / "report.html").read_text()
+    assert drawn == [8, 8] and sum(run.report["concepts"][1]["images"].values()) == 5
+    assert "<small>5 of 8 images</small>" in (tmp_path / "run" / "report" / "report.html").read_text()
     relapse = run.report["relapse"]
     assert relapse[0] == [None] * 3 and None not in [*relapse[1], *relapse[2]]
     assert run.report["after"]["UA"] is not None and run.report["concepts"][0]["UA"] is None

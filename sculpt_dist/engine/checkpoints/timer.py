@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ class CheckpointTimer:
     `every` 0: none is due.
 
     The first rank decides: its checkpoint takes as long as that of the slowest rank, for whose file it waits. On the
-    other ranks none is due, so all save when any rank's is (see StopRequest.agreed).
+    other ranks none is due, so all save when any rank's is (see Engine.end_step).
     """
 
     def __init__(self, saver: Saver, every: float, share: float, log: Callable[[str], None]) -> None:
@@ -37,8 +38,10 @@ class CheckpointTimer:
         is_affordable = now - self.saver.began > seconds / self.share
         if is_wanted and not (is_affordable or self._told):
             self._told = True
-            self.log(
-                f"a checkpoint took {seconds:.3g} s: they come every {seconds / self.share:.3g} s instead of "
-                f"{self.every:g}, so that saving takes at most {self.share:.0%} of the time (train.checkpoint_share)"
-            )
+            with contextlib.suppress(OSError):  # the other ranks are on their way to a collective
+                self.log(
+                    f"a checkpoint took {seconds:.3g} s: they come every {seconds / self.share:.3g} s instead of "
+                    f"{self.every:g}, so that saving takes at most {self.share:.0%} of the time "
+                    "(train.checkpoint_share)"
+                )
         return is_wanted and is_affordable

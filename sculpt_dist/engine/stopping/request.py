@@ -82,11 +82,6 @@ class StopRequest:
         self._thread.join()
         self._reader.close()
 
-    def agreed(self, *flags: bool) -> tuple[bool, ...]:
-        """Whether any rank was asked to stop, then whether any rank raised each flag. All ranks must call this."""
-        own = torch.tensor([float(flag) for flag in (self.requested, *flags)], device=self.group.device)
-        return self.accept(tuple(value > 0 for value in self.group.max(own).tolist()))
-
     def accept(self, raised: tuple[bool, ...]) -> tuple[bool, ...]:
         """Note what the ranks have agreed: whether any was asked to stop, then further flags; returns all of it.
 
@@ -97,7 +92,8 @@ class StopRequest:
 
     def check(self, where: str) -> None:
         """Raise StopRequested on all ranks when any was asked to stop. All ranks must call this."""
-        if self.agreed()[0]:
+        own = torch.tensor([float(self.requested)], device=self.group.device)
+        if self.accept((bool(self.group.max(own).item()),))[0]:
             raise self.stopped(where)
 
     def stopped(self, where: str) -> StopRequested:

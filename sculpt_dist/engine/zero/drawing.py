@@ -30,6 +30,9 @@ def gathered_net(sharded: nn.Module, empty: Callable[[], nn.Module], device: tor
             whole = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         module, _, leaf = name.rpartition(".")
         setattr(net.get_submodule(module), leaf, whole)
+    for name, buffer in sharded.named_buffers():  # rounded as the engine has rounded them
+        module, _, leaf = name.rpartition(".")
+        setattr(net.get_submodule(module), leaf, buffer.clone())
     return net.to(device).eval()
 
 
@@ -43,7 +46,8 @@ def fits(sharded: nn.Module, group: Group) -> bool:
 def free_memory(device: torch.device) -> int:
     """Bytes that this rank may still take: of its GPU, or its share of the machine's memory (Linux; 0 elsewhere)."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     file = Path("/proc/meminfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

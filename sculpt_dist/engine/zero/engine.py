@@ -148,7 +148,7 @@ class Engine:
         losses, self._losses = self._losses, []
         own = [term for terms in losses for term in terms.values()]
         nothing = torch.zeros((), dtype=torch.float64, device=self.group.device)
-        norm, moved = self.optimizer.measures()  # both whole on every rank of stage 0, and the norm in every stage
+        norm, moved = self.optimizer.measures()  # totals on stage 0; on the others only the norm is one
         norm = norm if self.group.is_first else nothing
         moved = moved if self.group.is_first or not self.replicated else nothing
         told = [torch.full_like(nothing, float(flag)) for flag in flags]

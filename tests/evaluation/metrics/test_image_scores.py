@@ -464,6 +464,7 @@ def test_reference_features_are_computed_once_by_all_ranks_and_kept_for_other_ru
         if not again:
             features._remembered.clear()  # another process
         group = SimpleNamespace(rank=rank, size=size, is_first=rank == 0, on_first=lambda work: work())
+        group.together = lambda work: work()
         group.to_all = lambda mine: [*others[:rank], mine, *others[rank:]] if rank == 0 else sent.append(mine)
         given = {"group": group, "device": torch.device("cpu"), "folder": str(folder)}
         return features.shared_reference_features(str(images), recording, [encoder], **given)
