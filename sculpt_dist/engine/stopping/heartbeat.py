@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from sculpt_dist.engine.group import Group
 
 PATIENCE = 2.5  # seconds; a rank sends about one heartbeat a second
+FEW = 64  # heartbeats that a rank reads in a second, so that the store can serve a thousand ranks
 PATIENCE_WITH_WORK = 4 * PATIENCE  # while a rank does work of its own, other processes may keep it from beating
 
 
@@ -24,6 +26,8 @@ class Heartbeat:
 
     def __init__(self, group: Group) -> None:
         self.group, self.count, self.broken = group, 0, False
+        self._pause = max(1.0, group.size / FEW)  # seconds between two readings of all heartbeats
+        self._looked = -math.inf
         self.store = None if group.store is None else group.store.clone()  # a separate connection, for another thread
         self._entered: dict[int, tuple[int, float]] = {}  # rank -> collectives it has entered, and since when so many
         self.beat()
@@ -71,9 +75,12 @@ class Heartbeat:
     def late(self, limit: float) -> list[int]:
         """Ranks that others have waited for in a collective for `limit` seconds, and that are not at work on their own.
 
-        Call it again and again: it compares with what it read before.
+        Call it again and again: it compares with what it read before. Between two readings the answer is none.
         """
-        beats, now = self._read() or [], time.monotonic()
+        now = time.monotonic()
+        if now - self._looked < self._pause:
+            return []
+        beats, self._looked = self._read() or [], now
         for rank, beat in enumerate(beats):
             _, collectives, working = map(int, beat.split())
             if working or self._entered.get(rank, (None, now))[0] != collectives:
@@ -96,10 +103,10 @@ class Heartbeat:
         beats: list[str] = []
         changed = [began] * self.group.size
         while True:
-            until = time.monotonic() + 1.0
+            until = time.monotonic() + self._pause
             try:
                 while not (found := store.check([key])) and time.monotonic() < until:
-                    time.sleep(0.01)  # `wait` with a time limit would print warnings
+                    time.sleep(0.01 * self._pause)  # `wait` with a time limit would print warnings
             except torch.distributed.DistError:
                 return
             if found:

@@ -17,7 +17,7 @@ def observe(monkeypatch):
     """observe(seconds, (collectives, works) of each rank): the ranks that are late by 4 s, as seen at that time."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock.now)
-    group = SimpleNamespace(store=None, rank=0, barrier=lambda: None)
+    group = SimpleNamespace(store=None, rank=0, size=2, barrier=lambda: None)
     observer = Heartbeat(group)
 
     def at(seconds: float, *ranks: tuple[int, int]) -> list[int]:
@@ -48,3 +48,13 @@ def test_a_rank_at_work_is_not_late_however_long_it_takes(observe):
     assert observe(100, (6, ENTERED), (5, WORKS)) == []
     assert observe(103, (6, ENTERED), (5, ENTERED)) == []
     assert observe(105, (6, ENTERED), (5, ENTERED)) == [1]
+
+
+def test_heartbeats_of_many_ranks_are_read_less_often(monkeypatch):
+    clock, reads = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock.now)
+    observer = Heartbeat(SimpleNamespace(store=None, rank=0, size=1024, barrier=lambda: None))
+    monkeypatch.setattr(observer, "_read", lambda: reads.append(clock.now) or ["1 5 0"] * 1024)
+    for clock.now in range(64):
+        assert observer.late(100.0) == []
+    assert reads == [0, 16, 32, 48]  # 64 heartbeats a second
