@@ -262,7 +262,10 @@ def test_jobs_get_gpus_in_turn_and_equal_shares_of_the_cores(monkeypatch):
         share_machine(1, 1, gpus, 5)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     on_cpu = share_machine(2, 2, visible_gpus(), None)
-    assert on_cpu.environment(0) == {"OMP_NUM_THREADS": "2"} and str(on_cpu) == "with 2 threads for each rank"
+    assert (
+        on_cpu.environment(0) == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+        and str(on_cpu) == "with 2 threads for each rank"
+    )
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):

@@ -245,7 +245,7 @@ SHAPES = {
 def test_the_engine_is_given_the_masks_options(monkeypatch, overrides, expected):
     given: list[Any] = []
     monkeypatch.setattr(
-        "sculpt_dist.engine.zero.Engine", lambda net, names, group, settings, mask, stored: given.extend([names, mask])
+        "sculpt_dist.engine.zero.Engine", lambda net, names, group, settings, mask, *stored: given.extend([names, mask])
     )
     backbone = SimpleNamespace(
         net=None, dtype=torch.float32, groups=lambda: parameter_groups(SHAPES), stored_weights=None

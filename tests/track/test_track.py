@@ -289,7 +289,7 @@ def test_the_project_is_that_of_the_key_then_of_the_environment_then_ours(monkey
 
 
 def test_an_unknown_tracker_is_refused_with_the_names_that_exist():
-    with pytest.raises(ConfigError, match="track.sinks=memory: .* There are: jsonl, tensorboard, wandb"):
+    with pytest.raises(ConfigError, match="track.sinks=memory: .* There are: jsonl, tensorboard, usage, wandb"):
         check_tracking(TrackConfig(sinks=["memory"]))
 
 
