@@ -92,7 +92,7 @@ class PrepareConfig:
     batch: int = 16
     """Samples drawn together; also the number of samples in a shard."""
     images: str | None = None
-    """Folder with a subfolder of your own images per concept name, to use instead of drawn samples."""
+    """Folder (or its URL) with a subfolder of your own images per concept name, to use instead of drawn samples."""
     images_missing: str = "refuse"
     """What to do where `images` has none of a target: refuse, or draw them with the model."""
     folder: str | None = None

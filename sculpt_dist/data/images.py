@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from sculpt_dist.config.checks import normal
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.data.remote import is_remote, local_copy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +40,15 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
 def own_images(folder: str | None, name: str | None) -> tuple[list[Path], list[Path]]:
     """The user's images of a concept, in the subfolder of that name, and the files there that are not read.
 
+    `folder` may be a URL.
+
     Case, spaces and underscores in the subfolder's name do not matter. Both are empty where there is none. Raises
     ConfigError where `folder` does not exist, where two subfolders fit, and for one without images.
     """
     if folder is None or name is None:
         return [], []
+    if is_remote(folder):
+        folder = str(local_copy(folder))
     if not Path(folder).is_dir():
         raise ConfigError(
             f"prepare.images={folder}: there is no such folder; it should contain one subfolder of images per concept"
