@@ -101,10 +101,11 @@ def processes(folder: Path) -> dict[int, int]:
             launches = b"srun" in words or b"torch.distributed.run" in words
             if f"run.folder={folder}".encode() in words and b"sculpt_dist" in words and not launches:
                 number = re.search(rb"(?:^|\0)SLURM_PROCID=(\d+)", (path / "environ").read_bytes())
-                found[int(number[1]) if number else 0] = int(path.name)  # a comparison's cell has no number
+                found[int(number[1]) if number else 0] = int(path.name)
         except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
-    return found
+    holder = folder / ".holder"  # a comparison forks its cells, whose command lines are those of the process it forks
+    return found or ({0: int(holder.read_text().split()[1])} if holder.is_file() else {})
 
 
 def test_two_nodes_train_what_two_local_ranks_do(cluster, uninterrupted, tmp_path):
