@@ -88,7 +88,7 @@ def test_a_number_of_concepts_out_of_range_is_refused():
     assert "--concepts 3: must be from 20 to 17,000" in sculpt("bench", "concepts", "--concepts", "3", code=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_over_a_hundred_concepts_memory_reads_and_open_files_stay_flat(tmp_path):
     found = bench(tmp_path / "run", 105)
     opened = {line["open_files"] for line in read_usage(tmp_path / "run" / "usage.jsonl")[40:]}

@@ -287,8 +287,9 @@ def test_an_adapter_merges_as_peft_merges_it():
 
 
 @pytest.mark.two_ranks
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["dm_cal", "surgun"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("dm_cal", marks=pytest.mark.slow), pytest.param("surgun", marks=pytest.mark.exhaustive)]
+)
 def test_stage_3_draws_the_same_with_whole_weights_and_sends_less(tmp_path, method):
     one = [ONE_CONCEPT, "prepare.samples=2", "train.steps=2", "train.batch=2", "evaluate.steps=6", "engine.stage=3"]
     one += ["evaluate.objects=[bird,boat]", "evaluate.styles=[neon]"]

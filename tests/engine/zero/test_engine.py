@@ -38,10 +38,9 @@ SLOW = [  # with those above, every pair of choices; and some on more ranks
     ("sd15", (2, "fp32", 2), 3),
     ("sd15", (3, "fp32", 2), 4),
     ("sd15", (2, "fp32", 1), 8),
-    ("sana", (3, "fp32", 1), 8),
 ]
 PLACES = [(arch, cell, ranks) for arch in ARCHS for cell in SETTINGS for ranks in (1, 2, 3, 4)]
-PLACES += [place for place in SLOW if place[2] > 4]
+PLACES += [*(place for place in SLOW if place[2] > 4), ("sana", (3, "fp32", 1), 8)]
 
 
 def places(precision: str | None = None) -> list:
