@@ -80,7 +80,7 @@ def held_at(cluster: Cluster, job: Job, folder: Path, step: int) -> Iterator[dic
         if cluster.job(job)["JobState"] in ENDED or time.monotonic() > deadline:
             raise AssertionError(f"job {job} never reached step {step}:\n{cluster.log(job)[-6000:]}")
         time.sleep(0.02)
-    ranks = processes(folder)
+    ranks = processes(folder) or forked(folder)
     assert ranks, f"no process works in {folder}"
     for pid in ranks.values():
         os.kill(pid, signal.SIGSTOP)
@@ -104,8 +104,14 @@ def processes(folder: Path) -> dict[int, int]:
                 found[int(number[1]) if number else 0] = int(path.name)
         except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
-    holder = folder / ".holder"  # a comparison forks its cells, whose command lines are those of the process it forks
-    return found or ({0: int(holder.read_text().split()[1])} if holder.is_file() else {})
+    return found
+
+
+def forked(folder: Path) -> dict[int, int]:
+    """The holder of a run folder: the command line of a comparison's cell is that of the process that it was forked
+    from.
+    """
+    return {0: int(json.loads((folder / ".lock").read_text())["pid"])}
 
 
 def test_two_nodes_train_what_two_local_ranks_do(cluster, uninterrupted, tmp_path):
@@ -228,7 +234,7 @@ def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_resumes(clus
     file, runs = tmp_path / "comparison.yaml", tmp_path / "runs"
     file.write_text(
         f"folder: {runs}\nagainst: plain\nsequences: {{one: [{{target: bird, superclass: animal}}]}}\noverrides: "
-        f"{json.dumps(RUN[:-1] + SCORED)}\n"
+        f"{json.dumps([*RUN[:-1], *SCORED, 'train.steps=300'])}\n"  # its cells, which start at once, end soon
         f"rows: [{{name: plain, config: {CONFIG}}}]\ntables: "
         f"[{{title: All, sequence: one, backbones: [sana], seeds: [0, 1]}}]\n"
     )
@@ -240,7 +246,7 @@ def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_resumes(clus
     cluster.wait(f"{job}_0", lambda state: state["Restarts"] == "1", "its requeue", 120)
     for index, cell in enumerate(cells):
         assert cluster.wait_completed(f"{job}_{index}")["Restarts"] == str(1 - index)
-        assert steps(cell) == list(range(LAST + 1)) and (cell / "report" / "report.json").is_file()
+        assert steps(cell) == list(range(302)) and (cell / "report" / "report.json").is_file()
 
 
 def test_an_array_runs_the_points_of_a_sweep(cluster, tmp_path):
