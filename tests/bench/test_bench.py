@@ -116,3 +116,14 @@ def test_prompts_in_batches_take_less_memory_than_all_at_once():
     found = bench_embed("sana", [], 1000, Group())
     assert (found["batches_of"], found["one_batch_of"]) == (16, 1000)
     assert found["memory_ratio"] > 1.5 and found["batches_seconds"] > 0
+
+
+@pytest.mark.two_ranks
+def test_drawing_is_timed_on_two_ranks_of_which_one_has_nothing_of_its_own_to_draw():
+    few = ["evaluate.steps=2", "evaluate.images=1", "evaluate.objects=[cat, car]", "evaluate.styles=[neon]"]
+    found = json.loads(launch(2, "-m", "sculpt_dist", "bench", "draw", *few, "--json").strip().splitlines()[-1])
+    assert (found["ranks"], found["images"], found["steps"]) == (2, 2, 2)
+    parts = [
+        found[f"{part}_seconds_per_image"] for part in ("denoiser", "sampling", "decoding", "judging", "evaluation")
+    ]
+    assert all(seconds > 0 for seconds in parts) and found["sampler_flops_per_second"] > 0
