@@ -40,44 +40,41 @@ def bench_draw(arch: str, overrides: Sequence[str], group: Group, rounds: int = 
     batches = as_batches(setup.evaluation.requests, settings.batch)
     classifier = load_classifier(settings.classifier, world.objects, world.styles)
     batch, found = batches[0], dict[str, list[float]]()
-    with tempfile.TemporaryDirectory() as own, StopRequest(group, Path(own)) as stop:
-        folder = group.from_first(own)
+    with tempfile.TemporaryDirectory() as folder, StopRequest(group, Path(folder)) as stop:
         backbone = open_backbone(setup.config.model, group, Path(folder))
         backbone.embed([request.prompt for request in setup.evaluation.requests])
         prompts = [request.prompt for request in batch]
         cond, negative = backbone.embed(prompts), backbone.embed([""] * len(batch), negative=True)
-        noise = torch.randn(len(batch), *backbone.latent_shape, device=backbone.device)
-        guided = TextCond.cat([negative, cond]) if batch[0].guidance != 1 else cond
-        noisy = noise if batch[0].guidance == 1 else torch.cat([noise, noise])
+        both = TextCond.cat([negative, cond])  # as the sampler asks for them, [2 B, ...]
+        noise = torch.randn(len(batch), *backbone.latent_shape, device=backbone.device)  # [B, C, H, W]
+        noisy = torch.cat([noise, noise])
         times = backbone.sample_time(torch.full((len(noisy),), 0.5, device=backbone.device))
-        latents = noise
-        images = draw(settings, backbone, backbone.net, batch)
+        images = draw(settings, backbone, backbone.net, batch)  # uint8 [B, 3, h, w]
+        denoiser = backbone.denoiser(backbone.net)
 
         def passes() -> None:
             with torch.inference_mode():
                 for _ in range(settings.steps):
-                    backbone.denoise(backbone.net, noisy, times, guided)
+                    denoiser(noisy, times, both)
 
-        def sample() -> None:
-            denoiser = backbone.denoiser(backbone.net)
-            backbone.sample(denoiser, noise, cond, negative, settings.steps, batch[0].guidance)
+        def whole() -> None:
+            with tempfile.TemporaryDirectory() as place:
+                where = Path(group.from_first(place))
+                evaluated = setup.evaluation, backbone, backbone.net, group, where, [CONCEPT], "bench", stop
+                evaluate(*evaluated, "bench")
+                group.barrier()
 
-        def whole(number: int) -> None:
-            place = Path(folder) / f"{number}"
-            evaluated = setup.evaluation, backbone, backbone.net, group, place, [CONCEPT], "bench", stop
-            evaluate(*evaluated, "bench")
-
-        for number in range(rounds):
-            parts = {
-                "denoiser": lambda: passes(),
-                "sampling": lambda: sample(),
-                "decoding": lambda: backbone.decode(latents),
-                "judging": lambda: classifier.classify(images),
-            }
+        parts = {
+            "denoiser": passes,
+            "sampling": lambda: backbone.sample(denoiser, noise, cond, negative, settings.steps, batch[0].guidance),
+            "decoding": lambda: backbone.decode(noise),
+            "judging": lambda: classifier.classify(images),
+            "evaluation": whole,
+        }
+        images_of = dict.fromkeys(parts, len(batch)) | {"evaluation": len(setup.evaluation.requests) / group.size}
+        for _ in range(rounds):
             for name, work in parts.items():
-                found.setdefault(name, []).append(timed(group, work) / len(batch))
-            images_of_rank = len(setup.evaluation.requests) / group.size
-            found.setdefault("evaluation", []).append(timed(group, lambda: whole(number)) / images_of_rank)  # noqa: B023
+                found.setdefault(name, []).append(timed(group, work) / images_of[name])
     seconds = {name: median(times) for name, times in found.items()}
     return {
         "arch": arch,

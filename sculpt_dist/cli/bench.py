@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from sculpt_dist.cli.options import is_first, load
 
+if TYPE_CHECKING:
+    from sculpt_dist.engine.group import Group
+
 bench_app = typer.Typer(help="Benchmarks: what things cost on this machine, at real sizes.", no_args_is_help=True)
 AS_JSON = typer.Option(False, "--json", help="The last line of stdout is one JSON object.")
+
+
+def _print_figures(measure: Callable[[Group], dict[str, Any]], as_json: bool) -> None:
+    """Measure on all ranks of this job, and print on the first."""
+    from sculpt_dist.cli.console import print_figures
+    from sculpt_dist.engine.group import Group
+
+    group = Group()
+    found = measure(group)
+    if group.is_first:
+        print_figures(found, as_json)
 
 
 @bench_app.command("mask")
@@ -21,13 +37,8 @@ def bench_mask(
 ) -> None:
     """Time a refresh and a masked step on random data, on one rank next to the methods of published code."""
     from sculpt_dist.bench.mask import bench_mask as run
-    from sculpt_dist.cli.console import print_figures
-    from sculpt_dist.engine.group import Group
 
-    group = Group()
-    found = run(preset, scope, group, weights)
-    if group.is_first:
-        print_figures(found, as_json)
+    _print_figures(lambda group: run(preset, scope, group, weights), as_json)
 
 
 @bench_app.command("step")
@@ -40,13 +51,8 @@ def bench_step(
 ) -> None:
     """Time a step of the training loop by part, on one rank next to its bare passes and published code."""
     from sculpt_dist.bench.step import bench_step as run
-    from sculpt_dist.cli.console import print_figures
-    from sculpt_dist.engine.group import Group
 
-    group = Group()
-    found = run(arch, overrides or [], group)
-    if group.is_first:
-        print_figures(found, as_json)
+    _print_figures(lambda group: run(arch, overrides or [], group), as_json)
 
 
 @bench_app.command("draw")
@@ -59,13 +65,8 @@ def bench_draw(
 ) -> None:
     """Time drawing and scoring images by part, next to the bare passes of the denoiser that they need."""
     from sculpt_dist.bench.draw import bench_draw as run
-    from sculpt_dist.cli.console import print_figures
-    from sculpt_dist.engine.group import Group
 
-    group = Group()
-    found = run(arch, overrides or [], group)
-    if group.is_first:
-        print_figures(found, as_json)
+    _print_figures(lambda group: run(arch, overrides or [], group), as_json)
 
 
 @bench_app.command("embed")
@@ -77,10 +78,8 @@ def bench_embed(
 ) -> None:
     """Time encoding prompts in batches, and measure its memory, next to all of them in one batch."""
     from sculpt_dist.bench.embed import bench_embed as run
-    from sculpt_dist.cli.console import print_figures
-    from sculpt_dist.engine.group import Group
 
-    print_figures(run(arch, overrides or [], prompts, Group()), as_json)
+    _print_figures(lambda group: run(arch, overrides or [], prompts, group), as_json)
 
 
 @bench_app.command("edit")
@@ -91,10 +90,8 @@ def bench_edit(
 ) -> None:
     """Time UCE's closed form for many concepts at a real model's size, with random embeddings."""
     from sculpt_dist.bench.edit import bench_edit as run
-    from sculpt_dist.cli.console import print_figures
-    from sculpt_dist.engine.group import Group
 
-    print_figures(run(preset, concepts, Group()), as_json)
+    _print_figures(lambda group: run(preset, concepts, group), as_json)
 
 
 @bench_app.command("comm")
