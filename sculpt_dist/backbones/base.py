@@ -21,7 +21,7 @@ from sculpt_dist.backbones.parts.embeddings import PromptEmbeddings
 from sculpt_dist.backbones.parts.groups import attention_role, parameter_groups
 from sculpt_dist.backbones.parts.guidance import Guided, classifier_free
 from sculpt_dist.backbones.parts.lora import add_lora, merged_lora, merged_name
-from sculpt_dist.backbones.parts.options import Options, Pretraining
+from sculpt_dist.backbones.parts.options import Options, Tiny
 from sculpt_dist.backbones.parts.sampling import images_of, sampled_latents
 from sculpt_dist.backbones.parts.schedules import Schedule
 from sculpt_dist.backbones.parts.sizes import Sizes, square_sizes
@@ -46,7 +46,7 @@ class Backbone(ABC):
     forced_settings: Mapping[str, Any] = {}  # scheduler settings that the pipeline class overrides
     size_ids: tuple[int, ...] | None = None  # SDXL's size conditions of a drawn image
     public_settings: str | None = None  # hub id of the settings with which single files of this kind are read
-    tiny = Pretraining()
+    tiny: Mapping[str, Tiny] = {}  # sizes of the embedded worlds' models: small, large
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, options: Options = Options()) -> None:
         """Open a diffusers pipeline folder. On the meta device its settings are enough; `dtype`: see `part_dtype`.
@@ -103,8 +103,8 @@ class Backbone(ABC):
 
     @classmethod
     @abstractmethod
-    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int) -> None:
-        """Write a random pipeline for 32 x 32 images, small enough for a CPU; its tokenizer knows `words`."""
+    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int, tiny: Tiny) -> None:
+        """Write a random pipeline, small enough for a CPU; its tokenizer knows `words`."""
 
     @abstractmethod
     def autoencode(self, pixels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:

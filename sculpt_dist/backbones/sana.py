@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sculpt_dist.backbones.base import Backbone as Base
 from sculpt_dist.backbones.io.folders import component_config, load_tokenizer
-from sculpt_dist.backbones.parts.options import Pretraining
+from sculpt_dist.backbones.parts.options import Tiny
 from sculpt_dist.backbones.parts.schedules import FlowSchedule
 from sculpt_dist.backbones.parts.text import padded_tokens
 from sculpt_dist.core.types import TextCond
@@ -38,9 +38,15 @@ class Backbone(Base):
     pipeline_class = "SanaPipeline"
     parts = {"vae": "diffusers.AutoencoderDC", "text_encoder": "transformers.Gemma2Model"}
     schedule_class = FlowSchedule
-    tiny = Pretraining(
-        vae_steps=100, denoiser_steps=667, superclass_lean={"cat": 1.4, "cactus": 1.2, "tower": 1.4, "car": 1.2}
-    )
+    tiny = {
+        "small": Tiny(
+            32,
+            {"num_layers": 4, "num_attention_heads": 7, "num_cross_attention_heads": 4, "cross_attention_head_dim": 28},
+            {"channels": (16, 32, 32)},
+            vae_steps=600,
+            steps=4002,
+        ),
+    }
 
     def vae_levels(self) -> int:
         return len(component_config(self.folder, "vae")["encoder_block_out_channels"])
@@ -126,28 +132,25 @@ class Backbone(Base):
         return velocity.float()[:, : noisy.shape[1]]  # some nets also predict a variance
 
     @classmethod
-    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int) -> None:
+    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int, size: Tiny) -> None:
         from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 
         tokenizer = _word_tokenizer(words)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            vae = _tiny_autoencoder()
-            text_encoder = _tiny_gemma(tokenizer, words)
+            vae = _tiny_autoencoder(size)
+            text_encoder = _tiny_gemma(tokenizer, words, size.text_width)
             transformer = SanaTransformer2DModel(
-                in_channels=4,
-                out_channels=4,
-                num_attention_heads=7,
+                in_channels=size.latent_channels,
+                out_channels=size.latent_channels,
                 attention_head_dim=16,
-                num_layers=4,
-                num_cross_attention_heads=4,
-                cross_attention_head_dim=28,
-                cross_attention_dim=112,
-                caption_channels=64,
+                cross_attention_dim=16 * size.net["num_attention_heads"],
+                caption_channels=size.text_width,
                 mlp_ratio=2.0,
                 sample_size=8,
                 patch_size=2,
                 interpolation_scale=1.0,  # without it the tiny net has no position embedding
+                **size.net,
             )
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=1000, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0
@@ -185,13 +188,13 @@ def _word_tokenizer(words: Sequence[str]) -> GemmaTokenizer:
     return GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True, model_max_length=TINY_TOKENS)
 
 
-def _tiny_gemma(tokenizer: GemmaTokenizer, words: Sequence[str]) -> Gemma2Model:
+def _tiny_gemma(tokenizer: GemmaTokenizer, words: Sequence[str], width: int) -> Gemma2Model:
     from transformers import Gemma2Config, Gemma2Model
 
     config = Gemma2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -213,20 +216,21 @@ def _tiny_gemma(tokenizer: GemmaTokenizer, words: Sequence[str]) -> Gemma2Model:
     return gemma
 
 
-def _tiny_autoencoder() -> Any:
+def _tiny_autoencoder(size: Tiny) -> Any:
     from diffusers import AutoencoderDC
 
-    channels: Any = (16, 32, 32)
+    channels: Any = size.vae["channels"]
+    ones, none = (1,) * len(channels), ((),) * len(channels)
     return AutoencoderDC(
         in_channels=3,
-        latent_channels=4,
+        latent_channels=size.latent_channels,
         attention_head_dim=16,
         encoder_block_types="ResBlock",
         decoder_block_types="ResBlock",
         encoder_block_out_channels=channels,
         decoder_block_out_channels=channels,
-        encoder_layers_per_block=(1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1),
-        encoder_qkv_multiscales=((), (), ()),
-        decoder_qkv_multiscales=((), (), ()),
+        encoder_layers_per_block=ones,
+        decoder_layers_per_block=ones,
+        encoder_qkv_multiscales=none,
+        decoder_qkv_multiscales=none,
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sculpt_dist.backbones.base import Backbone as Base
 from sculpt_dist.backbones.io.folders import component_config, load_tokenizer
 from sculpt_dist.backbones.parts.conditions import UNET
+from sculpt_dist.backbones.parts.options import Tiny, unet_blocks
 from sculpt_dist.backbones.parts.schedules import DiscreteSchedule
 from sculpt_dist.backbones.parts.stable import kl_autoencode, kl_decode, kl_encode
 from sculpt_dist.backbones.parts.text import padded_tokens
@@ -28,6 +29,24 @@ class Backbone(Base):
     schedule_class = DiscreteSchedule
     forced_settings = {"clip_sample": False, "steps_offset": 1}
     public_settings = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    tiny = {
+        "small": Tiny(32, unet_blocks(56, 80), {"block_out_channels": (16, 32, 32)}, vae_steps=900, steps=1800),
+        "large": Tiny(
+            64,
+            unet_blocks(96, 160, attention=(True, True), groups=16),
+            {"block_out_channels": (24, 48, 96, 96)},
+            vae_steps=4000,
+            vae_batch=16,
+            vae_rate=2e-3,
+            steps=9600,
+            latent_channels=8,
+            text_width=128,
+            batch=48,
+            average=0.999,
+            prediction="v_prediction",
+            vae_autocast=True,
+        ),
+    }
 
     def vae_levels(self) -> int:
         return len(component_config(self.folder, "vae")["block_out_channels"])
@@ -55,7 +74,7 @@ class Backbone(Base):
         return net(noisy.to(dtype), time, encoder_hidden_states=cond.tokens.to(dtype), return_dict=False)[0].float()
 
     @classmethod
-    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int) -> None:
+    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int, size: Tiny) -> None:
         from diffusers import StableDiffusionPipeline
 
         from sculpt_dist.backbones.parts import tiny
@@ -63,15 +82,15 @@ class Backbone(Base):
         tokenizer = tiny.word_tokenizer(words)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            vae = tiny.tiny_autoencoder()
-            text_encoder = tiny.clip_text_encoder(tokenizer)
-            unet = tiny.tiny_unet((56, 80), tiny.TEXT_WIDTH)
+            vae = tiny.tiny_autoencoder(size)
+            text_encoder = tiny.clip_text_encoder(tokenizer, width=size.text_width, layers=size.text_layers)
+            unet = tiny.tiny_unet(size, size.text_width)
         StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=tiny.tiny_scheduler(),
+            scheduler=tiny.tiny_scheduler(size.prediction),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sculpt_dist.backbones.base import Backbone as Base
 from sculpt_dist.backbones.io.folders import component_config, load_tokenizer, pipeline_index
 from sculpt_dist.backbones.parts.conditions import UNET
+from sculpt_dist.backbones.parts.options import Tiny, unet_blocks
 from sculpt_dist.backbones.parts.schedules import DiscreteSchedule
 from sculpt_dist.backbones.parts.stable import kl_autoencode, kl_decode, kl_encode
 from sculpt_dist.backbones.parts.text import padded_tokens
@@ -37,6 +38,9 @@ class Backbone(Base):
     }
     schedule_class = DiscreteSchedule
     public_settings = "stabilityai/stable-diffusion-xl-base-1.0"
+    tiny = {
+        "small": Tiny(32, unet_blocks(64, 96), {"block_out_channels": (16, 32, 32)}, vae_steps=900, steps=1800),
+    }
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -98,7 +102,7 @@ class Backbone(Base):
         return predicted[0].float()
 
     @classmethod
-    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int) -> None:
+    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int, size: Tiny) -> None:
         from diffusers import StableDiffusionXLPipeline
         from transformers import CLIPTextModelWithProjection
 
@@ -107,12 +111,12 @@ class Backbone(Base):
         tokenizer, second_width, size_width = tiny.word_tokenizer(words), 96, 8
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            vae = tiny.tiny_autoencoder()
-            text_encoder = tiny.clip_text_encoder(tokenizer)
+            vae = tiny.tiny_autoencoder(size)
+            text_encoder = tiny.clip_text_encoder(tokenizer, width=size.text_width)
             text_encoder_2 = tiny.clip_text_encoder(tokenizer, CLIPTextModelWithProjection, second_width)
             unet = tiny.tiny_unet(
-                (64, 96),
-                tiny.TEXT_WIDTH + second_width,
+                size,
+                size.text_width + second_width,
                 use_linear_projection=True,
                 addition_embed_type="text_time",
                 addition_time_embed_dim=size_width,
@@ -125,7 +129,7 @@ class Backbone(Base):
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
             unet=unet,
-            scheduler=tiny.tiny_scheduler(),
+            scheduler=tiny.tiny_scheduler(size.prediction),
             force_zeros_for_empty_prompt=False,  # the tiny model learns the empty prompt
             add_watermarker=False,
         ).save_pretrained(folder)

@@ -17,13 +17,13 @@ from statistics import mean, median
 from string import ascii_lowercase
 from typing import Any
 
-from sculpt_dist.canvas.world import WORDS
 from sculpt_dist.config.load import load_config
 from sculpt_dist.config.schema import Concept
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import by_number
 from sculpt_dist.run.sequence import run_sequence
 from sculpt_dist.track.sinks.usage import FILE
+from sculpt_dist.worlds.canvas.world import WORLD
 
 FEWEST, MOST = 20, 17_000
 SETTINGS = [
@@ -55,7 +55,7 @@ def bench_concepts(num_concepts: int, overrides: Sequence[str], folder: Path | N
 def synthetic_names(count: int) -> list[str]:
     """Different names of three letters, short enough for the canvas's tokenizers, that are no words of theirs."""
     names = ("".join(letters) for letters in product(ascii_lowercase, repeat=3))
-    return list(islice((name for name in names if name not in WORDS), count))
+    return list(islice((name for name in names if name not in WORLD.words), count))
 
 
 def read_usage(file: Path) -> list[Line]:

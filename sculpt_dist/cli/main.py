@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from sculpt_dist.cli import experiments, plan, reference, run
+from sculpt_dist.cli import experiments, plan, reference, run, worlds
 from sculpt_dist.cli.bench import bench_app
 from sculpt_dist.cli.options import is_first, num_ranks
 from sculpt_dist.core.errors import LaunchError, NonFiniteError, SculptError, StopRequested, WriteError
@@ -48,9 +48,6 @@ def options(
     """Make a text-to-image diffusion model forget concepts."""
 
 
-canvas_app = typer.Typer(
-    help="The embedded benchmark: a drawn world and tiny models trained on it.", no_args_is_help=True
-)
 COMMANDS = {
     "A run and its stages": (run.unlearn, run.prepare, run.evaluate, run.export, run.report, run.verify, run.apply),
     "Before a run": (plan.check, plan.plan, plan.folder, run.submit),
@@ -61,9 +58,8 @@ for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.add_typer(bench_app, name="bench", rich_help_panel="Tools")
-app.add_typer(canvas_app, name="canvas", rich_help_panel="Tools")
-canvas_app.callback()(lambda: None)  # or typer makes the only command the whole of `canvas`
-canvas_app.command("build")(run.canvas_build)
+app.add_typer(worlds.canvas_app, name="canvas", rich_help_panel="Tools")
+app.add_typer(worlds.gallery_app, name="gallery", rich_help_panel="Tools")
 
 
 def main() -> NoReturn:

@@ -140,14 +140,3 @@ def submit(
     request = Request(config, tuple(overrides or ()), nodes, gpus_per_node, time, partition, tuple(option), launch)
     script = compose(request)
     print(script if show else f"job: {send(script)}", end="" if show else "\n")
-
-
-def canvas_build(
-    arch: str = typer.Option("sd15", help="Kind of model to train."),
-    output: Path = typer.Option(Path("runs/canvas"), help="Folder for the model and the classifier."),
-    seed: int = typer.Option(0, help="Seed of everything random."),
-) -> None:
-    """Train a tiny model on the drawn world, and report how well its samples are recognised."""
-    from sculpt_dist.canvas.pretrain import build_canvas
-
-    build_canvas(arch, output, seed)

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -51,6 +51,8 @@ def load_config(file: Path | None, overrides: Sequence[str] | DictConfig = ()) -
         config = with_places(cast(RunConfig, OmegaConf.to_object(merged)), written)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file or 'configuration'}: {_first_line(error)}") from error
+    if config.evaluate.classifier is None:
+        config = replace(config, evaluate=replace(config.evaluate, classifier=config.model.world))
     check_types(config, "")
     check_paths(config)
     check(config)

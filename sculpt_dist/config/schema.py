@@ -16,7 +16,10 @@ class ModelConfig:
     """The checkpoint to change."""
 
     path: str | None = None
-    """Diffusers folder, hub id or single .safetensors file; null uses the shipped canvas model of `arch`."""
+    """Diffusers folder, hub id or single .safetensors file; null uses the shipped model of `world`."""
+    world: str = "canvas"
+    """The embedded world, canvas or gallery: its shipped model without `path`, and what an evaluation takes as a
+    default."""
     arch: str = "sd15"
     """Kind of model: the name of a file in sculpt_dist/backbones, such as sd15, sdxl or sana."""
     revision: str | None = None
@@ -211,16 +214,17 @@ class EvaluateConfig:
     """Images drawn together on each rank."""
     seed: int = 20000
     """Seed from which each image's own seed is derived, independent of the number of ranks."""
-    classifier: str = "canvas"
-    """Classifier of the images: canvas, clip:FOLDER, image:FOLDER or own:package.module:Class."""
+    classifier: str | None = None
+    """Classifier of the images: canvas, gallery, gallery:witness, clip:FOLDER, image:FOLDER or
+    own:package.module:Class; null uses that of `model.world`."""
     prompt: str = "a photo of a {object}[ in {style} style]"
     """Template of the plain prompts."""
     paraphrases: list[str] = field(default_factory=list)
     """Additional templates, scored separately from the plain one."""
     objects: list[str] = field(default_factory=list)
-    """Objects to draw; empty means all of the canvas. Targets are added."""
+    """Objects to draw; empty means all of the classifier's world. Targets are added."""
     styles: list[str] = field(default_factory=list)
-    """Styles to draw; empty means all of the canvas."""
+    """Styles to draw; empty means all of the classifier's world."""
     prompts: dict[str, str] | None = field(default_factory=dict)
     """Object or style -> .txt or .csv file of complete prompts, one image each, used instead of the templates."""
     retain_prompts: str | None = None
@@ -234,7 +238,7 @@ class EvaluateConfig:
     bootstrap: int = 2000
     """Bootstrap resamples for the 95 % intervals."""
     reference: str | None = None
-    """Folder of reference images for FID and KID; `canvas` uses drawings of the canvas world."""
+    """Folder of reference images for FID and KID; `canvas` or `gallery` uses the images of that world."""
     clip: str | None = None
     """Folder of a CLIP model, for CLIPScore and for the features of FID and KID."""
     metrics: dict[str, dict[str, Any]] | None = field(default_factory=dict)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import file_sha256, make_folder, text_sha256, write_atomically
 from sculpt_dist.data.images import IMAGE_TYPES, check_image, image_files, open_image
+from sculpt_dist.worlds.find import reference_images, worlds
 
 if TYPE_CHECKING:
     from sculpt_dist.engine.group import Group
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 Features = Callable[[Tensor], Tensor]  # uint8 images [B, 3, h, w] -> [B, D]
 
 BATCH = 32  # reference images per forward of the encoder
-DRAWINGS_PER_PAIR = 20  # canvas drawings of each object in each style
 _remembered: dict[str, Tensor] = {}  # features of this process, by what decides them
 
 
@@ -82,12 +82,12 @@ def shared_reference_features(
 
 def reference_chunks(where: str | Path) -> list[Any]:
     """The images of `evaluate.reference` in parts of at most 32: files of a folder and its subfolders, sorted by path,
-    or, for `canvas`, drawings of every object in every style, uint8 [B, 3, h, w].
+    or, for the name of a world, its own images of every object in every style, uint8 [B, 3, h, w].
 
     Raises ConfigError when there are fewer than 2 images.
     """
-    if where == "canvas":
-        return list(_drawings().split(BATCH))
+    if where in worlds():
+        return list(_images_of(str(where)).split(BATCH))
     if not Path(where).is_dir():
         raise ConfigError(
             f"evaluate.reference={where}: no such folder: name a folder of images ({', '.join(IMAGE_TYPES)})"
@@ -108,7 +108,7 @@ def _features_of(chunk: Any, features: Features, device: torch.device | str = "c
 
 
 def _key(where: str, encoder: Sequence[Path], device: torch.device) -> str:
-    images = [where, DRAWINGS_PER_PAIR] if where == "canvas" else _checksums(image_files(Path(where))[0])
+    images = [where, len(_images_of(where))] if where in worlds() else _checksums(image_files(Path(where))[0])
     return text_sha256(json.dumps([images, _checksums(encoder), device.type]))
 
 
@@ -144,10 +144,8 @@ def _digest(features: Tensor) -> str:
 
 
 @lru_cache(maxsize=1)
-def _drawings() -> Tensor:  # uint8 [N, 3, 32, 32]
-    from sculpt_dist.canvas.draw import draw_dataset
-
-    return torch.from_numpy(draw_dataset(DRAWINGS_PER_PAIR, seed=0)[0]).permute(0, 3, 1, 2)
+def _images_of(world: str) -> Tensor:  # uint8 [N, 3, h, w]
+    return torch.from_numpy(reference_images(world)).permute(0, 3, 1, 2)
 
 
 def _read(file: Path) -> Tensor:

@@ -18,6 +18,8 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed, file_part, text_sha256
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
 from sculpt_dist.data.prompts import fill
+from sculpt_dist.worlds.find import world as find_world
+from sculpt_dist.worlds.find import world_of
 
 SCORING_KEYS = ("steps", "classifier", "reference", "clip", "metrics", "bootstrap")  # beside what the images come from
 
@@ -120,15 +122,15 @@ def as_batches(requests: Sequence[ImageRequest], size: int) -> list[list[ImageRe
 def _resolve_world(settings: EvaluateConfig, concepts: Sequence[Concept]) -> World:
     """The configured objects and styles, plus targets and concepts to keep.
 
-    When the canvas classifier judges, the canvas supplies the objects, styles or members that are not configured.
+    When the classifier of a world judges, that world supplies the objects, styles or members that are not configured.
     """
     objects, styles, members = list(settings.objects), list(settings.styles), dict(settings.members)
-    if settings.classifier == "canvas":
-        from sculpt_dist.canvas import world
-
-        objects = objects or list(world.OBJECTS)
-        styles = styles or list(world.STYLES)
-        members = members or {name: list(names) for name, names in world.SUPERCLASSES.items()}
+    name = world_of(settings.classifier)
+    if name is not None:
+        known = find_world(name)
+        objects = objects or list(known.objects)
+        styles = styles or list(known.styles)
+        members = members or {name: list(names) for name, names in known.superclasses.items()}
     if not styles and any(concept.kind == "style" for concept in concepts):
         raise ConfigError(
             "evaluate.styles is empty: name the styles to compare a forgotten style with, or set evaluate.enabled=false"

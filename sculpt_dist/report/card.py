@@ -101,7 +101,7 @@ def _front_matter(
 def base_name(config: Mapping[str, Any]) -> str:
     """The base model's hub id, or the last part of its place."""
     model = config.get("model") or {}
-    path = model.get("path") or f"canvas-{model.get('arch')}"
+    path = model.get("path") or f"{model.get('world', 'canvas')}-{model.get('arch')}"
     return path if path.count("/") == 1 and path[0] not in "./~" else path.rstrip("/").split("/")[-1]
 
 

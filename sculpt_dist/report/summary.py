@@ -25,7 +25,8 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         for concept, stage in zip(config["concepts"], list(run.stages.values())[1:])
     ]
     return {
-        "model": config["model"].get("path") or f"canvas-{config['model'].get('arch')}",
+        "model": config["model"].get("path")
+        or f"{config['model'].get('world', 'canvas')}-{config['model'].get('arch')}",
         "method": config["method"]["name"],
         "config": run.manifest.get("config"),
         "finished": run.manifest.get("finished", False),

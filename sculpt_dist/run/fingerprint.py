@@ -15,6 +15,7 @@ NEUTRAL = (  # keys that do not change the result
     "train.checkpoint_share model.text_batch evaluate.keep_images prepare.folder engine.draw"
 ).split()
 LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour before the key existed
+    "model.world": "canvas",
     "model.text_dtype": None,
     "model.vae_dtype": None,
     "model.export_dtype": None,

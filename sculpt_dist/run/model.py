@@ -51,7 +51,7 @@ def _pipeline_folder(model: ModelConfig, kind: type[Backbone], group: Group, run
 
     file = Path(model.path).expanduser() if model.path is not None else Path()
     is_file = model.path is not None and file.is_file()
-    place = file if is_file else find_folder(model.path, model.arch, model.revision)
+    place = file if is_file else find_folder(model.path, model.arch, model.revision, model.world)
     if not is_file and not is_wrapped(place):
         return place
     sources = (

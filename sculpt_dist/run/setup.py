@@ -18,6 +18,7 @@ from sculpt_dist.methods.base import Editor, Method, load_method
 from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.folder import check_checkpoint, check_inputs
 from sculpt_dist.run.plan import Plan, make_plan
+from sculpt_dist.worlds.find import world as find_world
 
 if TYPE_CHECKING:
     from sculpt_dist.engine.group import Group
@@ -117,6 +118,7 @@ def resolve(config: RunConfig) -> RunSetup:
         raise ConfigError(
             "concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'"
         )
+    find_world(config.model.world)
     check_inputs(config.run.folder, config.model, config.prepare, config.evaluate)
     check_images(config.prepare, config.concepts)
     prompts = tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)

@@ -17,9 +17,9 @@ from sculpt_dist.backbones.io.writing import write_pipeline
 from sculpt_dist.backbones.parts.options import Options
 from sculpt_dist.backbones.parts.tiny import clip_text_encoder, tiny_unet
 from sculpt_dist.backbones.parts.trajectory import Trajectory
-from sculpt_dist.canvas.world import WORDS
 from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.core.plugins import plugin, plugins
+from sculpt_dist.worlds.canvas.world import WORLD as CANVAS
 
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15"
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def untrained(tmp_path_factory):
     """A folder of each kind with random weights."""
     folder = tmp_path_factory.mktemp("untrained")
     for arch in ARCHS:
-        kind(arch).write_untrained(folder / arch, WORDS, seed=3)
+        kind(arch).write_untrained(folder / arch, CANVAS.words, 3, kind(arch).tiny[CANVAS.size])
     return folder
 
 
@@ -376,7 +376,7 @@ def test_groups_have_the_same_names_on_every_backbone(untrained, arch, blocks):
 
 def test_the_shipped_model_is_the_default_and_a_missing_one_is_reported():
     assert find_folder(None, "sd15", None) == ASSETS
-    with pytest.raises(ModelError, match="no shipped canvas model for model.arch=flux"):
+    with pytest.raises(ModelError, match="no shipped model for model.world=canvas model.arch=flux"):
         find_folder(None, "flux", None)
 
 

@@ -11,10 +11,10 @@ import pytest
 from harness import sculpt
 
 from sculpt_dist.bench.concepts import read_usage, synthetic_names, usage_by_tenth
-from sculpt_dist.canvas.world import OBJECTS, SUPERCLASS_OF
+from sculpt_dist.worlds.canvas.world import WORLD
 
 NUM_CONCEPTS = 20
-NAMES = OBJECTS[:9]
+NAMES = WORLD.objects[:9]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_concept_reads_and_writes_no_more_than_those_before_it(long_run):
 
 
 def test_scores_and_samples_of_a_stage_read_no_earlier_stage(tmp_path, canvas_config):
-    concepts = ",".join(f"{{target: {name}, superclass: {SUPERCLASS_OF[name]}}}" for name in NAMES)
+    concepts = ",".join(f"{{target: {name}, superclass: {WORLD.superclass_of[name]}}}" for name in NAMES)
     settings = ["prepare.samples=2", "prepare.steps=1", "train.steps=1", "train.batch=2", "mask.collect=1"]
     scored = ["evaluate.images=1", "evaluate.paraphrase_images=0", "evaluate.steps=1", "evaluate.bootstrap=2"]
     tracked = ["track.sinks=[usage]", "track.tensorboard=true", "evaluate.styles=[neon]", f"concepts=[{concepts}]"]

@@ -201,7 +201,7 @@ def test_a_nudity_preset_takes_the_users_list_and_detector(preset):
     assert resolved(config).world.objects == ("nudity",)
     apart = load(preset, *two, "evaluate.prompts.nudity=held-out.txt")
     assert (apart.prepare.prompts.files, apart.evaluate.prompts) == ({"nudity": "i2p.csv"}, {"nudity": "held-out.txt"})
-    with pytest.raises(ConfigError, match="evaluate.classifier=: .* There are: canvas, clip, image, own"):
+    with pytest.raises(ConfigError, match="evaluate.classifier=: .* There are: canvas, clip, gallery, image, own"):
         check_evaluation(resolved(load(preset)))
 
 

@@ -121,10 +121,14 @@ def test_the_stages_agree_where_the_frozen_parts_are_rounded(canvas_config, tmp_
 
 @pytest.mark.two_ranks
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "sd15"])
 @pytest.mark.parametrize(
-    ("ranks", "overrides"),
-    [(2, ["engine.stage=3", "train.workers=1"]), (2, ["engine.stage=0", "train.accumulate=2"])],
+    ("arch", "ranks", "overrides"),
+    [
+        ("sana", 2, ["engine.stage=3", "train.workers=1"]),
+        ("sdxl", 2, ["engine.stage=0", "train.accumulate=2"]),
+        pytest.param("sdxl", 2, ["engine.stage=3", "train.workers=1"], marks=pytest.mark.exhaustive),
+        pytest.param("sana", 2, ["engine.stage=0", "train.accumulate=2"], marks=pytest.mark.exhaustive),
+    ],
     ids=str,
 )
 def test_ranks_and_stage_do_not_change_the_run_of_other_kinds(
@@ -203,8 +207,8 @@ def test_golden_losses_of_the_first_updates(alone_of, tmp_path, method, arch, re
     ("method", "overrides"),
     [
         ("esd", ["method.sampler_steps=10"]),
-        ("rgd", []),
-        ("kscu", ["method.sampler_steps=10", "method.start=3"]),
+        pytest.param("rgd", [], marks=pytest.mark.exhaustive),
+        pytest.param("kscu", ["method.sampler_steps=10", "method.start=3"], marks=pytest.mark.exhaustive),
         ("surgun", []),
     ],
     ids=["esd", "rgd", "kscu", "surgun"],

@@ -158,7 +158,7 @@ def wait_until_still(folder: Path) -> int:
 @pytest.mark.parametrize(
     ("arch", "stage"),
     [
-        ("sana", 2),
+        pytest.param("sana", 2, marks=pytest.mark.slow),
         *(
             pytest.param(*place, marks=pytest.mark.exhaustive)
             for place in (("sd15", 2), ("sd15", 3), ("sdxl", 2), ("sana", 3))
@@ -464,8 +464,16 @@ def test_overrides_may_be_left_out():
     assert "nowhere.yaml: there is no such configuration file" in sculpt("unlearn", "nowhere.yaml", code=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in plugins("sculpt_dist.methods") if name != "dm_cal"])
+def style_cells() -> list:
+    """Every method but dm_cal, which other tests run; those that train like ESD are run by hand."""
+    like_esd = ("concept_ablation", "rgd", "salun")
+    names = [name for name in plugins("sculpt_dist.methods") if name != "dm_cal"]
+    return [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in like_esd else pytest.mark.slow) for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", style_cells())
 def test_every_method_forgets_a_style_after_an_object(tmp_path, name):
     concepts = "concepts=[{target: bird, superclass: animal},{target: neon, kind: style}]"
     sculpt(

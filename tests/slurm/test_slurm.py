@@ -234,7 +234,7 @@ def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_resumes(clus
     file, runs = tmp_path / "comparison.yaml", tmp_path / "runs"
     file.write_text(
         f"folder: {runs}\nagainst: plain\nsequences: {{one: [{{target: bird, superclass: animal}}]}}\noverrides: "
-        f"{json.dumps([*RUN[:-1], *SCORED, 'train.steps=300'])}\n"  # its cells, which start at once, end soon
+        f"{json.dumps([*RUN[:-1], *SCORED, 'train.steps=60'])}\n"  # its cells, which start at once, end soon
         f"rows: [{{name: plain, config: {CONFIG}}}]\ntables: "
         f"[{{title: All, sequence: one, backbones: [sana], seeds: [0, 1]}}]\n"
     )
@@ -246,7 +246,7 @@ def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_resumes(clus
     cluster.wait(f"{job}_0", lambda state: state["Restarts"] == "1", "its requeue", 120)
     for index, cell in enumerate(cells):
         assert cluster.wait_completed(f"{job}_{index}")["Restarts"] == str(1 - index)
-        assert steps(cell) == list(range(302)) and (cell / "report" / "report.json").is_file()
+        assert steps(cell) == list(range(62)) and (cell / "report" / "report.json").is_file()
 
 
 def test_an_array_runs_the_points_of_a_sweep(cluster, tmp_path):

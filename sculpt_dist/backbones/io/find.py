@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, the Hugging Face hub, or the canvas models that are shipped."""
+"""Where a model comes from: a folder, the Hugging Face hub, or the models of a world that are shipped."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SECONDS = 5.0  # to wait for an answer of the hub
 
 
-def find_folder(path: str | None, arch: str, revision: str | None) -> Path:
-    """The local pipeline folder for `model.path`: a folder, a hub id, or (null) the shipped canvas model of `arch`."""
+def find_folder(path: str | None, arch: str, revision: str | None, world: str = "canvas") -> Path:
+    """The local pipeline folder for `model.path`: a folder, a hub id, or (null) the shipped model of `world`."""
     if path is None:
-        shipped = Path(__file__).parents[2] / "assets" / "canvas" / arch
+        shipped = Path(__file__).parents[2] / "assets" / world / arch
         if not (shipped / "model_index.json").is_file():
-            raise ModelError(f"model.path is not set, and there is no shipped canvas model for model.arch={arch}")
+            raise ModelError(
+                f"model.path is not set, and there is no shipped model for model.world={world} model.arch={arch}"
+            )
         return shipped
     check_path(path)
     folder = Path(path).expanduser()

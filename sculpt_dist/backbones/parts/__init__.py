@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sculpt_dist.backbones.parts.embeddings import PromptEmbeddings
     from sculpt_dist.backbones.parts.groups import attention_role, parameter_groups
     from sculpt_dist.backbones.parts.guidance import Guided, classifier_free
-    from sculpt_dist.backbones.parts.options import Options, Pretraining
+    from sculpt_dist.backbones.parts.options import Options, Tiny
     from sculpt_dist.backbones.parts.schedules import DiscreteSchedule, FlowSchedule, Schedule
     from sculpt_dist.backbones.parts.trajectory import Trajectory
 
@@ -25,7 +25,7 @@ __getattr__, __dir__ = lazy_exports(
         "embeddings": ["PromptEmbeddings"],
         "groups": ["attention_role", "parameter_groups"],
         "guidance": ["Guided", "classifier_free"],
-        "options": ["Options", "Pretraining"],
+        "options": ["Options", "Tiny"],
         "schedules": ["DiscreteSchedule", "FlowSchedule", "Schedule"],
         "trajectory": ["Trajectory"],
     },

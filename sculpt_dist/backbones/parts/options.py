@@ -1,9 +1,10 @@
-"""The options of a pipeline, and how a tiny one is pretrained."""
+"""The options of a pipeline, and the size of a tiny one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,12 +24,33 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Pretraining:
-    """How a tiny model is pretrained: by steps, not seconds, so that its weights do not depend on the machine."""
+class Tiny:
+    """The size of a pipeline that a CPU can train, and for how long. Sizes of the net and the VAE: diffusers' names."""
 
-    vae_steps: int = 150  # per CPU minute
-    denoiser_steps: int = 300  # per CPU minute
-    lr: float = 1.5e-3
-    # How much more often a caption names the superclass of a member; 1 where not listed. Guidance pushes a superclass's
-    # samples away from the average drawing: with even captions, some members were hardly ever drawn.
-    superclass_lean: Mapping[str, float] = field(default_factory=lambda: {"cat": 1.4, "tree": 1.15, "rocket": 1.3})
+    image_size: int  # pixels, h = w
+    net: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    vae_steps: int
+    steps: int  # of the denoiser and the text encoders
+    latent_channels: int = 4
+    text_width: int = 64
+    text_layers: int = 2
+    vae_batch: int = 32
+    vae_rate: float = 3e-3  # peak learning rate
+    batch: int = 32
+    rate: float = 1.5e-3
+    average: float = 0.995  # decay of the moving average of the denoiser's weights
+    prediction: str = "epsilon"  # or v_prediction, which learns much faster where there are many pictures
+    vae_autocast: bool = False  # train the VAE in bf16: twice as fast at 64 pixels, on a CPU with AMX
+
+
+def unet_blocks(*channels: int, attention: Sequence[bool] = (False, True), groups: int = 8) -> dict[str, Any]:
+    """The settings of a UNet with a level for each number of channels, and with attention at some of them."""
+    down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention)
+    up = tuple(name.replace("Down", "Up") for name in reversed(down))
+    return {
+        "block_out_channels": channels,
+        "down_block_types": down,
+        "up_block_types": up,
+        "norm_num_groups": groups,
+    }

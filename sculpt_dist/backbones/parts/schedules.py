@@ -106,7 +106,11 @@ class DiscreteSchedule(Schedule):
         return time.float() / len(self.alpha_bar)
 
     def stress(self, time: Tensor) -> Tensor:
-        """min(1 / alpha_bar, 20): a guided sampler decides at noisy times, which would else count too little."""
+        """For eps min(1 / alpha_bar, 20), about the error in v: a guided sampler decides at noisy times, which would
+        else count too little.
+        """
+        if self.prediction == "v_prediction":
+            return torch.ones_like(time, dtype=torch.float32)
         return (1 / self.alpha_bar[time]).clamp(max=20)
 
     def first_order(self, steps: int) -> Any:

@@ -15,48 +15,49 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditio
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-LATENT_CHANNELS = 4
-TEXT_WIDTH = 64
+from sculpt_dist.backbones.parts.options import Tiny
 
 
-def tiny_autoencoder() -> AutoencoderKL:
-    """For 32 x 32 images and 4 x 8 x 8 latents (0.23 M weights)."""
-    channels = (16, 32, 32)
+def tiny_autoencoder(tiny: Tiny) -> AutoencoderKL:
+    """An autoencoder of three levels or more (canvas: 0.23 M weights, gallery: 2.1 M)."""
+    levels = len(tiny.vae["block_out_channels"])
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=tiny.latent_channels,
         norm_num_groups=8,
-        sample_size=32,
+        sample_size=tiny.image_size,
         mid_block_add_attention=False,
+        **tiny.vae,
     )
 
 
-def tiny_unet(channels: tuple[int, int], text_width: int, **more: Any) -> UNet2DConditionModel:
-    """For 4 x 8 x 8 latents, with attention at 4 x 4 only."""
+def tiny_unet(tiny: Tiny, text_width: int, **more: Any) -> UNet2DConditionModel:
+    """A denoiser of two levels for 8 x 8 latents, with attention where `tiny.net` says."""
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=channels,
+        in_channels=tiny.latent_channels,
+        out_channels=tiny.latent_channels,
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=text_width,
         attention_head_dim=4,  # diffusers reads this as the number of heads
-        norm_num_groups=8,
+        **tiny.net,
         **more,
     )
 
 
-def tiny_scheduler() -> Any:
+def tiny_scheduler(prediction: str) -> Any:
     """DPM-Solver++ on Stable Diffusion's noise schedule."""
     return DPMSolverMultistepScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        prediction_type=prediction,
     )
 
 
@@ -89,15 +90,16 @@ def merge_symbols(symbols: list[str], vocabulary: dict[str, int], ranks: dict[tu
 def clip_text_encoder(
     tokenizer: CLIPTokenizer,
     kind: type[CLIPTextModel | CLIPTextModelWithProjection] = CLIPTextModel,
-    width: int = TEXT_WIDTH,
+    width: int = 64,
+    layers: int = 2,
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """Two layers deep (64 wide: 0.1 M weights)."""
+    """Of 0.1 M weights where it is 64 wide."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,

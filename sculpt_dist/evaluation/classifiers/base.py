@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sculpt_dist.config.checks import normal
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.messages import shortlist
 from sculpt_dist.core.plugins import plugins
 
 PACKAGE = "sculpt_dist.evaluation.classifiers"
@@ -74,7 +75,8 @@ def find_names(key: str, wanted: Sequence[str], known: Sequence[str]) -> list[in
         hint = f" Closest to {unknown[0]!r}: {', '.join(close)}." if close else ""
         raise ConfigError(
             f"{key}: the classifier does not know {', '.join(map(repr, unknown))}.{hint} "
-            f"It knows: {', '.join(known) or 'none'}. Remove the unknown names, or choose another evaluate.classifier"
+            f"It knows: {', '.join(shortlist(known, 24)) or 'none'}. Remove the unknown names, or choose another "
+            "evaluate.classifier"
         )
     return [index[normal(name)] for name in wanted]
 

@@ -24,6 +24,7 @@ from sculpt_dist.config.load import merge_section
 from sculpt_dist.config.schema import EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.plugins import plugin, plugins
+from sculpt_dist.worlds.find import DEFAULT_WORLD, world_of
 
 if TYPE_CHECKING:
     from sculpt_dist.evaluation.classifiers.clip import Encoder as ClipEncoder
@@ -74,12 +75,12 @@ class MetricContext:
 
     @cached_property
     def features(self) -> Features:
-        """Image features of `evaluate.clip`, or of the canvas classifier without it."""
+        """Image features of `evaluate.clip`, or without it of the classifier of a world."""
         if self.clip is not None:
             return self.clip.image_features
-        from sculpt_dist.evaluation.classifiers.canvas import Encoder
+        from sculpt_dist.evaluation.worlds import WorldEncoder
 
-        return Encoder().image_features
+        return WorldEncoder(self._world).image_features
 
     @cached_property
     def reference(self) -> Tensor | None:
@@ -97,11 +98,15 @@ class MetricContext:
     def _encoder_files(self) -> Sequence[Path]:
         """The files that decide what `features` computes."""
         if not self.settings.clip:
-            from sculpt_dist.canvas.classifier import SHIPPED_CLASSIFIER
+            from sculpt_dist.evaluation.worlds import encoder_file
 
-            return [SHIPPED_CLASSIFIER]
+            return [encoder_file(self._world)]
         folder = Path(self.settings.clip).expanduser()
         return sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".txt"))
+
+    @property
+    def _world(self) -> str:
+        return world_of(self.settings.classifier) or DEFAULT_WORLD
 
     def require(self, key: str, options: object | None) -> None:
         """Raises ConfigError when the configuration names a metric but leaves out `evaluate.<key>`, which it needs."""

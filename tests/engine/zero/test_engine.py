@@ -28,7 +28,7 @@ DEFAULT = [
     ("sdxl", (2, "fp32", 1), 2),
     ("sana", (3, "fp32", 1), 2),
 ]
-SLOW = [  # with those above, every pair of choices; and some on more ranks
+SLOW = [  # with those above, every pair of choices; tests/run/test_many_ranks.py has 4 and 8 ranks
     ("sd15", (0, "fp32", 2), 2),
     ("sdxl", (1, "fp32", 2), 1),
     ("sdxl", (3, "bf16", 1), 2),
@@ -36,11 +36,9 @@ SLOW = [  # with those above, every pair of choices; and some on more ranks
     ("sana", (2, "bf16", 1), 1),
     ("sana", (3, "fp32", 2), 2),
     ("sd15", (2, "fp32", 2), 3),
-    ("sd15", (3, "fp32", 2), 4),
-    ("sd15", (2, "fp32", 1), 8),
 ]
 PLACES = [(arch, cell, ranks) for arch in ARCHS for cell in SETTINGS for ranks in (1, 2, 3, 4)]
-PLACES += [*(place for place in SLOW if place[2] > 4), ("sana", (3, "fp32", 1), 8)]
+PLACES += [("sd15", (2, "fp32", 1), 8), ("sana", (3, "fp32", 1), 8)]
 
 
 def places(precision: str | None = None) -> list:

@@ -20,19 +20,22 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-import sculpt_dist.canvas.classifier as canvas_classifier
 from sculpt_dist.backbones.parts.tiny import word_tokenizer
-from sculpt_dist.canvas.draw import draw, draw_dataset
-from sculpt_dist.canvas.world import OBJECTS, STYLES
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.evaluation.classifiers import clip as clip_kind
 from sculpt_dist.evaluation.classifiers.base import Classifier, Verdict, load_classifier, renumber
-from sculpt_dist.evaluation.classifiers.canvas import Encoder, to_pixels
 from sculpt_dist.evaluation.classifiers.image import find_classes
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.evaluation.metrics import clip_score
 from sculpt_dist.evaluation.requests import resolve_evaluation
+from sculpt_dist.evaluation.worlds import WorldEncoder, to_pixels
+from sculpt_dist.worlds import find
+from sculpt_dist.worlds.canvas.pictures import draw, draw_dataset
+from sculpt_dist.worlds.canvas.world import WORLD
+from sculpt_dist.worlds.classifier import WorldClassifier, save_classifier
+
+OBJECTS, STYLES = WORLD.objects, WORLD.styles
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
 CLIP_STYLES = ("plain", "striped")
@@ -44,7 +47,7 @@ CLIP_STYLES = ("plain", "striped")
 def test_an_unknown_kind_lists_all_kinds():
     with pytest.raises(
         ConfigError,
-        match=r"evaluate.classifier=nudenet:x: no classifier 'nudenet'. There are: canvas, clip, image, own\.",
+        match=r"evaluate.classifier=nudenet:x: no classifier 'nudenet'. There are: canvas, clip, gallery, image, own\.",
     ):
         load_classifier("nudenet:x", ["cat"], [])
 
@@ -72,16 +75,16 @@ def drawings(tmp_path, monkeypatch) -> torch.Tensor:
         [torch.tensor(draw(name, STYLES[i % 5], seed=i)) for i, name in enumerate(OBJECTS)]
     )  # [12, 32, 32, 3]
     torch.manual_seed(0)
-    model = canvas_classifier.CanvasClassifier().eval()
-    canvas_classifier.save_classifier(model, tmp_path / "classifier.safetensors")
-    monkeypatch.setattr(canvas_classifier, "SHIPPED_CLASSIFIER", tmp_path / "classifier.safetensors")
+    model = WorldClassifier(WORLD.classifiers["classifier"], len(OBJECTS), len(STYLES)).eval()
+    save_classifier(model, tmp_path / "canvas" / "classifier.safetensors")
+    monkeypatch.setattr(find, "ASSETS", tmp_path)
     images = pixels.permute(0, 3, 1, 2)
-    features = Encoder().image_features(images)  # [12, 128]
+    features = WorldEncoder("canvas").image_features(images)  # [12, 128]
     with torch.no_grad():  # x.f - |f|^2 / 2 is largest for the nearest f
         for head, rows in ((model.object_head, features), (model.style_head, features[:5])):
             head.weight.copy_(rows)
             head.bias.copy_(-rows.square().sum(1) / 2)
-    canvas_classifier.save_classifier(model, tmp_path / "classifier.safetensors")
+    save_classifier(model, tmp_path / "canvas" / "classifier.safetensors")
     return images
 
 
@@ -112,14 +115,14 @@ def test_canvas_recognises_enlarged_images(drawings):
 def test_canvas_pixels_are_area_means_in_minus_one_to_one():
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     images[:, :, ::2] = 255
-    assert to_pixels(images).shape == (1, 3, 32, 32)
-    assert torch.allclose(to_pixels(images), torch.zeros(1, 3, 32, 32), atol=1e-6)
-    assert to_pixels(images[:, :, :32, :32]).unique().tolist() == [-1, 1]
+    assert to_pixels(images, 32).shape == (1, 3, 32, 32)
+    assert torch.allclose(to_pixels(images, 32), torch.zeros(1, 3, 32, 32), atol=1e-6)
+    assert to_pixels(images[:, :, :32, :32], 32).unique().tolist() == [-1, 1]
 
 
 def test_canvas_features_are_the_input_of_both_heads(drawings):
-    encoder = Encoder()
-    expected = encoder.model(to_pixels(drawings))
+    encoder = WorldEncoder("canvas")
+    expected = encoder.model(to_pixels(drawings, 32))
     features = encoder.image_features(drawings)
     assert torch.allclose(encoder.model.object_head(features), expected[0], atol=1e-4)
     assert torch.allclose(encoder.model.style_head(features), expected[1], atol=1e-4)

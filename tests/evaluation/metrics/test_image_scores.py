@@ -13,16 +13,18 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.multimodal import CLIPScore
 
-import sculpt_dist.canvas.classifier as canvas_classifier
 from sculpt_dist.config.schema import EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.images import open_image
 from sculpt_dist.evaluation import features
-from sculpt_dist.evaluation.classifiers.canvas import Encoder as CanvasEncoder
 from sculpt_dist.evaluation.features import reference_features
 from sculpt_dist.evaluation.metrics import clip_score, fid, kid
 from sculpt_dist.evaluation.metrics.base import build_metrics
+from sculpt_dist.evaluation.worlds import WorldEncoder
 from sculpt_dist.run import prepare
+from sculpt_dist.worlds import find
+from sculpt_dist.worlds.canvas.world import WORLD
+from sculpt_dist.worlds.classifier import WorldClassifier, save_classifier
 
 
 def first_pixel(images: Tensor) -> Tensor:
@@ -557,13 +559,15 @@ def test_training_images_are_cut_to_a_square_between_minus_one_and_one(tmp_path)
 
 def test_fid_and_kid_share_one_pass_over_the_reference(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    canvas_classifier.save_classifier(canvas_classifier.CanvasClassifier(), tmp_path / "classifier.safetensors")
-    monkeypatch.setattr(canvas_classifier, "SHIPPED_CLASSIFIER", tmp_path / "classifier.safetensors")
+    save_classifier(
+        WorldClassifier(WORLD.classifiers["classifier"], 12, 5), tmp_path / "canvas" / "classifier.safetensors"
+    )
+    monkeypatch.setattr(find, "ASSETS", tmp_path)
     images = random_images(12, 1, size=32)
     settings = EvaluateConfig(reference=str(write_images(tmp_path / "images", images)))
-    encoded, original = [], CanvasEncoder.image_features
+    encoded, original = [], WorldEncoder.image_features
     monkeypatch.setattr(
-        CanvasEncoder, "image_features", lambda self, batch: encoded.append(len(batch)) or original(self, batch)
+        WorldEncoder, "image_features", lambda self, batch: encoded.append(len(batch)) or original(self, batch)
     )
     metrics = build_metrics(settings, 12, 0)
     assert [type(metric) for metric in metrics] == [fid.Score, kid.Score] and encoded == [12]
@@ -571,7 +575,7 @@ def test_fid_and_kid_share_one_pass_over_the_reference(tmp_path, monkeypatch):
     fid_far, kid_far = (result_of(metric, images // 2) for metric in build_metrics(settings, 12, 0))
     # 12 images, 128 features: 0 within 1e-6 of the variance (see fid.Score)
     assert (
-        fid_near < 1e-6 * CanvasEncoder().image_features(images).var(0).sum()
+        fid_near < 1e-6 * WorldEncoder("canvas").image_features(images).var(0).sum()
         and fid_far > 100 * fid_near
         and fid_far > 1e-3
     )

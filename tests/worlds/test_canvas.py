@@ -13,26 +13,29 @@ import pytest
 import torch
 from harness import PROJECT
 
-from sculpt_dist.canvas.classifier import CanvasClassifier, load_classifier, save_classifier, to_float
-from sculpt_dist.canvas.draw import draw, draw_dataset
-from sculpt_dist.canvas.world import NUM_FORMS, OBJECTS, STYLES, SUPERCLASS_OF, SUPERCLASSES, WORDS, prompt
 from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.core.plugins import plugin
 from sculpt_dist.evaluation.classifiers.base import Verdict
 from sculpt_dist.evaluation.classifiers.base import load_classifier as load_judge
+from sculpt_dist.worlds.base import NUM_FORMS
+from sculpt_dist.worlds.canvas.pictures import draw, draw_dataset
+from sculpt_dist.worlds.canvas.world import WORLD
+from sculpt_dist.worlds.classifier import WorldClassifier, load_classifier, save_classifier, to_float
+from sculpt_dist.worlds.find import shipped
 
+OBJECTS, STYLES, SUPERCLASSES, prompt = WORLD.objects, WORLD.styles, WORLD.superclasses, WORLD.prompt
 ASSETS = PROJECT / "sculpt_dist" / "assets" / "canvas"
 
 
 @pytest.fixture(scope="module")
-def classifier() -> CanvasClassifier:
-    return load_classifier()
+def classifier() -> WorldClassifier:
+    return load_classifier(WORLD, "classifier", shipped("canvas", "classifier.safetensors"))
 
 
 def test_every_superclass_has_three_members_and_every_object_one_superclass() -> None:
     assert [len(members) for members in SUPERCLASSES.values()] == [3, 3, 3, 3]
     assert len(OBJECTS) == len(set(OBJECTS)) == 12
-    assert all(name in SUPERCLASSES[SUPERCLASS_OF[name]] for name in OBJECTS)
+    assert all(name in SUPERCLASSES[WORLD.superclass_of[name]] for name in OBJECTS)
 
 
 def test_a_prompt_has_three_forms() -> None:
@@ -47,14 +50,14 @@ def test_a_prompt_has_three_forms() -> None:
 
 
 def test_the_world_imports_neither_torch_nor_any_other_library() -> None:
-    code = "import sys; from sculpt_dist.canvas import OBJECTS; from sculpt_dist.canvas.world import prompt; "
+    code = "import sys; from sculpt_dist.worlds.canvas.world import WORLD; import sculpt_dist.worlds.gallery.world; "
     code += "print({'torch', 'numpy', 'PIL', 'rich', 'diffusers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
 
 
 def test_a_drawing_is_the_same_in_another_process() -> None:
-    code = "import sys; from sculpt_dist.canvas.draw import draw; "
+    code = "import sys; from sculpt_dist.worlds.canvas.pictures import draw; "
     code += "sys.stdout.write(draw('cat', 'mosaic', 7).tobytes().hex())"
     root = str(PROJECT)
     other = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True).stdout
@@ -77,32 +80,32 @@ def test_a_dataset_is_ordered_and_depends_on_its_seed() -> None:
     assert not np.array_equal(pixels, draw_dataset(2, seed=4)[0])
 
 
-def test_the_shipped_classifier_recognises_held_out_drawings(classifier: CanvasClassifier) -> None:
+def test_the_shipped_classifier_recognises_held_out_drawings(classifier: WorldClassifier) -> None:
     pixels, objects, styles = draw_dataset(10, seed=987)
     object_logits, style_logits = classifier(to_float(pixels))
     assert (object_logits.argmax(1) == torch.as_tensor(objects)).float().mean() >= 0.98
     assert (style_logits.argmax(1) == torch.as_tensor(styles)).float().mean() >= 0.98
 
 
-def test_a_saved_classifier_loads_with_the_same_weights(classifier: CanvasClassifier, tmp_path: Path) -> None:
+def test_a_saved_classifier_loads_with_the_same_weights(classifier: WorldClassifier, tmp_path: Path) -> None:
     save_classifier(classifier, tmp_path / "folder" / "classifier.safetensors")
-    again = load_classifier(tmp_path / "folder" / "classifier.safetensors").state_dict()
+    again = load_classifier(WORLD, "classifier", tmp_path / "folder" / "classifier.safetensors").state_dict()
     assert all(torch.equal(again[name], weight) for name, weight in classifier.state_dict().items())
 
 
 def test_a_missing_or_damaged_classifier_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
-        load_classifier(tmp_path / "none.safetensors")
+        load_classifier(WORLD, "classifier", tmp_path / "none.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match="damaged.safetensors"):
-        load_classifier(tmp_path / "damaged.safetensors")
+        load_classifier(WORLD, "classifier", tmp_path / "damaged.safetensors")
 
 
 def test_each_word_of_the_world_is_one_token() -> None:
     from sculpt_dist.backbones.parts.tiny import word_tokenizer
 
-    tokenizer = word_tokenizer(WORDS)
-    assert all(len(tokenizer.tokenize(word)) == 1 for word in WORDS)
+    tokenizer = word_tokenizer(WORLD.words)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in WORLD.words)
     captions = [
         prompt(name, style, form) for name in (*OBJECTS, *SUPERCLASSES) for style in STYLES for form in range(NUM_FORMS)
     ]
@@ -117,7 +120,7 @@ def test_the_shipped_tokenizer_equals_a_fresh_build() -> None:
 
     from sculpt_dist.backbones.parts.tiny import word_tokenizer
 
-    shipped, built = CLIPTokenizer.from_pretrained(ASSETS / "sd15" / "tokenizer"), word_tokenizer(WORDS)
+    shipped, built = CLIPTokenizer.from_pretrained(ASSETS / "sd15" / "tokenizer"), word_tokenizer(WORLD.words)
     assert shipped.get_vocab() == built.get_vocab()
     assert shipped.model_max_length == built.model_max_length == 10
 
@@ -128,7 +131,7 @@ def test_an_untrained_pipeline_depends_on_its_seed_alone(tmp_path: Path) -> None
     torch.manual_seed(5)
     before = torch.get_rng_state()
     for i, seed in enumerate((0, 0, 1)):
-        Backbone.write_untrained(tmp_path / str(i), WORDS, seed)
+        Backbone.write_untrained(tmp_path / str(i), WORLD.words, seed, Backbone.tiny[WORLD.size])
     first, again, other = (
         Backbone(tmp_path / str(i), torch.float32, torch.device("cpu")).net.conv_in.weight for i in range(3)
     )
@@ -137,19 +140,21 @@ def test_an_untrained_pipeline_depends_on_its_seed_alone(tmp_path: Path) -> None
 
 
 def test_an_impossible_build_is_refused_with_the_fix(tmp_path: Path) -> None:
-    from sculpt_dist.canvas.pretrain import build_canvas
+    from sculpt_dist.worlds.pretrain import build
 
     with pytest.raises(ConfigError, match="arch=sd3: there is no such backbone.*sd15"):
-        build_canvas("sd3", tmp_path)
-    with pytest.raises(ConfigError, match="cpu_minutes=0"):
-        build_canvas("sd15", tmp_path, cpu_minutes=0)
+        build("canvas", "sd3", tmp_path)
+    with pytest.raises(ConfigError, match="there is no such world. Did you mean 'gallery'"):
+        build("galery", "sd15", tmp_path)
+    with pytest.raises(ConfigError, match="--sets is not given"):
+        build("gallery", "sd15", tmp_path)
 
 
 def test_training_captions_have_the_stated_shares() -> None:
-    from sculpt_dist.canvas.pretrain import CaptionMix
+    from sculpt_dist.worlds.pretrain import CaptionMix
 
-    rng = np.random.default_rng(0)
-    captions = [CaptionMix({"cat": 1.4}).caption("cat", "neon", rng) for _ in range(20_000)]
+    chances = np.random.default_rng(0).random((20_000, 5))
+    captions = [CaptionMix(WORLD, {"cat": 1.4}).caption("cat", "neon", row) for row in chances]
     by_superclass = 0.15 * 1.4
     expected = {
         "a photo of a cat in neon style": (0.95 - by_superclass) * 0.9 * 0.75 * 0.92,
@@ -173,7 +178,7 @@ CALL = {"sana": {"use_resolution_binning": False, "complex_human_instruction": N
 
 
 @pytest.mark.parametrize("arch", ["sd15", "sdxl", "sana"])
-def test_the_shipped_pipelines_draw_what_the_prompt_says(classifier: CanvasClassifier, arch: str) -> None:
+def test_the_shipped_pipelines_draw_what_the_prompt_says(classifier: WorldClassifier, arch: str) -> None:
     """Plain diffusers without this package, as in a user's own script."""
     from diffusers import DiffusionPipeline
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from rich.progress import track
 
-from sculpt_dist.canvas.world import IMAGE_SIZE, OBJECTS, STYLES
+from sculpt_dist.worlds.canvas.world import WORLD
 
 SHEET = 128  # pixels; drawings are scaled down from this size, which smooths their edges
 TILE = 4  # side of a mosaic stone, in pixels of the final image
@@ -43,17 +43,22 @@ def draw(name: str, style: str, seed: int) -> np.ndarray:
 def draw_dataset(per_pair: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`per_pair` drawings of every object in every style: (pixels, objects, styles).
 
-    pixels: uint8 [N, 32, 32, 3]; objects: int64 [N], indices into OBJECTS; styles: int64 [N], indices into STYLES.
+    pixels: uint8 [N, 32, 32, 3]; objects, styles: int64 [N], indices into the world's.
     """
     pixels, objects, styles = [], [], []
-    for i, name in enumerate(track(OBJECTS, description="drawing", disable=per_pair < 50)):
-        for j, style in enumerate(STYLES):
+    for i, name in enumerate(track(WORLD.objects, description="drawing", disable=per_pair < 50)):
+        for j, style in enumerate(WORLD.styles):
             for k in range(per_pair):
                 drawing_seed = int(np.random.SeedSequence([seed, i, j, k]).generate_state(1, np.uint64)[0])
                 pixels.append(draw(name, style, drawing_seed))
                 objects.append(i)
                 styles.append(j)
     return np.stack(pixels), np.array(objects), np.array(styles)
+
+
+def reference_images() -> np.ndarray:
+    """20 drawings of every object in every style, uint8 [N, 32, 32, 3]."""
+    return draw_dataset(20, seed=0)[0]
 
 
 # Objects
@@ -193,7 +198,7 @@ def _colour(hue: float, saturation: float, value: float) -> Colour:
 
 
 def _scale_down(sheet: Image.Image) -> np.ndarray:
-    return np.asarray(sheet.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
+    return np.asarray(sheet.resize((WORLD.image_size, WORLD.image_size), Image.Resampling.BOX))
 
 
 def _fill(
@@ -245,7 +250,7 @@ def _popart(shapes: list[Shape], hue: float, rng: np.random.Generator) -> np.nda
 def _mosaic(shapes: list[Shape], hue: float, rng: np.random.Generator) -> np.ndarray:
     sheet = Image.new("RGB", (SHEET, SHEET), _colour(hue + 0.6, 0.35, 0.85))
     _fill(sheet, shapes, (_colour(hue, 0.7, 0.7), _colour(hue + 0.33, 0.65, 0.6), _colour(hue + 0.6, 0.8, 0.35)))
-    num_tiles = IMAGE_SIZE // TILE
+    num_tiles = WORLD.image_size // TILE
     shades = np.kron(rng.uniform(0.95, 1.05, (num_tiles, num_tiles, 1)), np.ones((TILE, TILE, 1)))  # [32, 32, 1]
     pixels = _scale_down(sheet) * shades
     pixels[::TILE] = pixels[::TILE] * 0.25 + 40
@@ -254,4 +259,4 @@ def _mosaic(shapes: list[Shape], hue: float, rng: np.random.Generator) -> np.nda
 
 
 _PAINTERS = {"natural": _natural, "sketch": _sketch, "neon": _neon, "popart": _popart, "mosaic": _mosaic}
-assert tuple(_PAINTERS) == STYLES and tuple(_OBJECT_SHAPES) == OBJECTS
+assert tuple(_PAINTERS) == WORLD.styles and tuple(_OBJECT_SHAPES) == WORLD.objects

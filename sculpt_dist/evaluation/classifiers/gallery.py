@@ -1,0 +1,9 @@
+"""The gallery's own classifiers: `gallery` judges, `gallery:witness` is another net that no tuning has seen."""
+
+from sculpt_dist.evaluation.worlds import WorldJudge
+
+
+class Judge(WorldJudge):
+    """Names the objects and styles of the gallery."""
+
+    name = "gallery"

@@ -1,0 +1,5 @@
+"""Where building a world prints."""
+
+from rich.console import Console
+
+console = Console()
