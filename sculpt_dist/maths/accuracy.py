@@ -35,7 +35,7 @@ Counts = Mapping[str, tuple[np.ndarray, np.ndarray]]
 def unlearning_scores(
     answers: Answers, targets: Sequence[Target], weight: np.ndarray | None = None
 ) -> dict[str, float | None]:
-    """UA, IRA, CRA, SA and CTA in [0, 1]; None for a score without images. `weight` [N] counts images several times."""
+    """UA, IRA (also near and far), CRA, SA and CTA in [0, 1]; None for a score without images. `weight` [N] counts images several times."""
     weight = np.ones(len(answers.prompt)) if weight is None else weight
     counts = score_counts(answers, targets)
     return {name: _share(float(weight @ right), float(weight @ among)) for name, (right, among) in counts.items()}
@@ -46,7 +46,8 @@ def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
 
     UA: the share of target images in which the target is not recognised. IRA and CRA: over images without any target,
     the accuracy in the targets' own domain and in the other one. When both domains have targets, each is its own IRA,
-    and CRA too is the mean of the two. SA: the share of target images recognised as another member of the superclass.
+    and CRA too is the mean of the two. IRA_near and IRA_far: IRA over the objects of a target's superclass, and over
+    all other objects, where a target is an object with siblings. SA: the share of target images recognised as another member of the superclass.
     CTA: the other domain's accuracy on target images.
     """
     num = len(answers.prompt)
@@ -74,7 +75,12 @@ def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
         for kind in kinds
         if other_domain[kind] in right
     ]
-    groups = {"UA": forgotten, "IRA": own, "CRA": cross, "SA": replaced, "CTA": other}
+    siblings = sorted({sibling for target in targets for sibling in target.siblings})
+    is_near = np.isin(asked["object"], siblings)
+    kept = ~of_target & names_one["object"] & bool(siblings)
+    near, far = ([(kept & chosen, right["object"])] for chosen in (is_near, ~is_near))
+    groups = {"UA": forgotten, "IRA": own, "IRA_near": near, "IRA_far": far}
+    groups |= {"CRA": cross, "SA": replaced, "CTA": other}
     return {name: _added(pairs, num) for name, pairs in groups.items()}
 
 

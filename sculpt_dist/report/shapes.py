@@ -91,8 +91,9 @@ TARGET: Shape = {
     **dict.fromkeys(("seen", "images"), is_count),
 }
 PART: Shape = {
-    **dict.fromkeys(("UA", "SA", "IRA", "CRA", "CTA"), is_share),
-    **dict.fromkeys(("UA_ci95", "SA_ci95", "IRA_ci95", "CRA_ci95", "CTA_ci95"), is_interval),
+    **dict.fromkeys(("UA", "SA", "IRA", "IRA_near", "IRA_far", "CRA", "CTA"), is_share),
+    **dict.fromkeys(("UA_ci95", "SA_ci95", "IRA_ci95", "IRA_near_ci95", "IRA_far_ci95"), is_interval),
+    **dict.fromkeys(("CRA_ci95", "CTA_ci95"), is_interval),
     "images": each(is_count),
     "targets": each(is_target, null=False),
     "objects": each(is_share),

@@ -22,7 +22,7 @@ CONFIGS = sorted(
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(PROJECT)))
 def test_every_config_loads_with_its_method(file):
-    path = [] if file.parent.name == "canvas" else ["model.path=/models/mine"]
+    path = [] if file.parent.name in ("canvas", "gallery") else ["model.path=/models/mine"]
     assert isinstance(method_of(load_config(file, path)), (Method, Editor))
 
 

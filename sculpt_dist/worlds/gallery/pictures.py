@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sculpt_dist.core.files import make_folder, written_aside
-from sculpt_dist.worlds.find import shipped
+from sculpt_dist.worlds import find
 from sculpt_dist.worlds.gallery.sets import render_pictures
 from sculpt_dist.worlds.gallery.world import WORLD
 
@@ -38,10 +38,21 @@ def draw_dataset(per_pair: int, seed: int, source: Path) -> tuple[np.ndarray, np
 def reference_images() -> np.ndarray:
     """Every picture once, uint8 [N, 64, 64, 3], from the shipped contact sheet."""
     size = WORLD.image_size
-    with Image.open(shipped("gallery", "pictures.png")) as sheet:
+    with Image.open(find.shipped("gallery", "pictures.png")) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))  # a row of pictures for each style
     rows = pixels.reshape(len(WORLD.styles), size, len(WORLD.objects), size, 3)
     return rows.transpose(2, 0, 1, 3, 4).reshape(-1, size, size, 3)
+
+
+def write_sheet(pictures: Path, file: Path) -> None:
+    """The contact sheet of the file that `keep_pictures` wrote: a row of pictures for each style, 64 pixels each."""
+    size = WORLD.image_size
+    sheets = np.load(pictures)  # uint8 [objects, styles, 128, 128, 3]
+    zoom = sheets.shape[2] // size
+    small = sheets.reshape(*sheets.shape[:2], size, zoom, size, zoom, 3).mean((3, 5)).round().astype(np.uint8)
+    pixels = small.transpose(1, 2, 0, 3, 4).reshape(len(WORLD.styles) * size, len(WORLD.objects) * size, 3)
+    with written_aside(file) as aside:
+        Image.fromarray(pixels).save(aside, "PNG", optimize=True)
 
 
 def keep_pictures(sets: Path, file: Path) -> Path:
