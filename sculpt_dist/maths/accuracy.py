@@ -35,7 +35,10 @@ Counts = Mapping[str, tuple[np.ndarray, np.ndarray]]
 def unlearning_scores(
     answers: Answers, targets: Sequence[Target], weight: np.ndarray | None = None
 ) -> dict[str, float | None]:
-    """UA, IRA (also near and far), CRA, SA and CTA in [0, 1]; None for a score without images. `weight` [N] counts images several times."""
+    """UA, IRA (also near and far), CRA, SA and CTA in [0, 1]; None for a score without images.
+
+    `weight` [N] counts images several times.
+    """
     weight = np.ones(len(answers.prompt)) if weight is None else weight
     counts = score_counts(answers, targets)
     return {name: _share(float(weight @ right), float(weight @ among)) for name, (right, among) in counts.items()}
@@ -46,9 +49,9 @@ def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
 
     UA: the share of target images in which the target is not recognised. IRA and CRA: over images without any target,
     the accuracy in the targets' own domain and in the other one. When both domains have targets, each is its own IRA,
-    and CRA too is the mean of the two. IRA_near and IRA_far: IRA over the objects of a target's superclass, and over
-    all other objects, where a target is an object with siblings. SA: the share of target images recognised as another member of the superclass.
-    CTA: the other domain's accuracy on target images.
+    and CRA too is the mean of the two. IRA_near and IRA_far: the accuracy over the objects of a target's superclass,
+    and over all other objects, where a target is an object with siblings. SA: the share of target images recognised as
+    another member of the superclass. CTA: the other domain's accuracy on target images.
     """
     num = len(answers.prompt)
     asked = {"object": answers.object_asked, "style": answers.style_asked}
