@@ -225,6 +225,8 @@ class EvaluateConfig:
     """Objects to draw; empty means all of the classifier's world. Targets are added."""
     styles: list[str] = field(default_factory=list)
     """Styles to draw; empty means all of the classifier's world."""
+    without: list[str] = field(default_factory=list)
+    """Pairs OBJECT/STYLE that templates do not draw, such as those that the base model gets wrong."""
     prompts: dict[str, str] | None = field(default_factory=dict)
     """Object or style -> .txt or .csv file of complete prompts, one image each, used instead of the templates."""
     retain_prompts: str | None = None

@@ -216,7 +216,18 @@ def _template_pairs(settings: EvaluateConfig, world: World) -> list[tuple[int, i
     from_files = {normal(name) for name in settings.prompts or {}}
     objects = [i for i, name in enumerate(world.objects) if normal(name) not in from_files]
     styles = [i for i, name in enumerate(world.styles) if normal(name) not in from_files] if world.styles else [-1]
-    return [(object_index, style_index) for object_index in objects for style_index in styles]
+    left_out = set(_left_out(settings, world))
+    return [pair for pair in ((i, j) for i in objects for j in styles) if pair not in left_out]
+
+
+def _left_out(settings: EvaluateConfig, world: World) -> Iterator[tuple[int, int]]:
+    """The pairs of `evaluate.without`. Raises ConfigError for one that names no object and style of the world."""
+    objects, styles = ({normal(name): i for i, name in enumerate(names)} for names in (world.objects, world.styles))
+    for pair in settings.without:
+        name, style = map(normal, pair.rpartition("/")[::2])
+        if name not in objects or style not in styles:
+            raise ConfigError(f"evaluate.without={pair}: is not OBJECT/STYLE with an object and a style to evaluate")
+        yield objects[name], styles[style]
 
 
 def _listed_requests(settings: EvaluateConfig, world: World, first_id: int) -> Iterator[ImageRequest]:

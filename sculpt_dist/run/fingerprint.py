@@ -23,6 +23,7 @@ LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour 
     "prepare.images_missing": "refuse",
     "evaluate.at": "all",
     "evaluate.subset": None,
+    "evaluate.without": [],
     "evaluate.prompts": {},
     "evaluate.retain_prompts": None,
     "evaluate.metrics": {},

@@ -51,6 +51,17 @@ def test_plain_prompts_come_first_and_only_their_first_image_is_saved() -> None:
     assert len({r.seed for r in requests}) == 6
 
 
+def test_pairs_may_be_left_out_and_the_others_keep_their_seeds() -> None:
+    whole, part = resolved(CAT).requests, resolved(CAT, "evaluate.without=[cat/neon, House/Sketch]").requests
+    seeds = {(request.prompt, request.seed) for request in part}
+    gone = {request.prompt for request in whole if (request.prompt, request.seed) not in seeds}
+    assert gone == {"a photo of a cat in neon style", "a photo of a house in sketch style"}
+    assert seeds < {(request.prompt, request.seed) for request in whole}
+    for wrong in ("cat", "cat/neno", "kat/neon"):
+        with pytest.raises(ConfigError, match=f"evaluate.without={wrong}: is not OBJECT/STYLE"):
+            _ = resolved(CAT, f"evaluate.without=[{wrong}]").requests
+
+
 def test_an_image_keeps_its_seed_when_the_evaluation_grows() -> None:
     few, many = (resolved(CAT, f"evaluate.images={number}").requests for number in (1, 3))
     seeds = {(request.prompt, request.seed) for request in many}

@@ -37,7 +37,7 @@ class Source:
 SOURCES: dict[str, Source] = {
     "noto": Source("noto", "1.2.9", "Apache-2.0", "Google", "https://github.com/googlefonts/noto-emoji"),
     "blob": Source("noto-v1", "1.2.5", "Apache-2.0", "Google", "https://github.com/googlefonts/noto-emoji"),
-    "twemoji": Source("twemoji", "1.2.5", "CC-BY-4.0", "Twitter", "https://github.com/twitter/twemoji"),
+    "twemoji": Source("twemoji", "1.2.5", "CC-BY-4.0", "Twitter", "https://github.com/jdecked/twemoji"),
     "fluent": Source("fluent-emoji", "1.2.7", "MIT", "Microsoft", "https://github.com/microsoft/fluentui-emoji"),
     "flat": Source("fluent-emoji-flat", "1.2.6", "MIT", "Microsoft", "https://github.com/microsoft/fluentui-emoji"),
     "emojione": Source("emojione", "1.2.3", "CC-BY-4.0", "EmojiOne", "https://github.com/EmojiTwo/emojitwo"),
