@@ -127,10 +127,10 @@ def _resolve_world(settings: EvaluateConfig, concepts: Sequence[Concept]) -> Wor
     objects, styles, members = list(settings.objects), list(settings.styles), dict(settings.members)
     name = world_of(settings.classifier)
     if name is not None:
-        known = find_world(name)
-        objects = objects or list(known.objects)
-        styles = styles or list(known.styles)
-        members = members or {name: list(names) for name, names in known.superclasses.items()}
+        default = find_world(name)
+        objects = objects or list(default.objects)
+        styles = styles or list(default.styles)
+        members = members or {name: list(names) for name, names in default.superclasses.items()}
     if not styles and any(concept.kind == "style" for concept in concepts):
         raise ConfigError(
             "evaluate.styles is empty: name the styles to compare a forgotten style with, or set evaluate.enabled=false"

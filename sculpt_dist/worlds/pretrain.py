@@ -77,7 +77,8 @@ def build(world_name: str, arch: str, folder: Path, seed: int = 0, sets: Path | 
     source = [images.keep_pictures(sets, work / "pictures.npy")] if of.needs_sets else []
     dataset = images.draw_dataset(of.per_pair, seed, *source)
     held_out = images.draw_dataset(2, seed + 1, *source)
-    report, judges = {}, {}
+    report: dict[str, float] = {}
+    judges: dict[str, WorldClassifier] = {}
     for i, name in enumerate(of.classifiers):
         judges[name] = _classifier(of, name, dataset, seed + i, folder, work)
         report |= {f"{name}/{key}": value for key, value in measure_images(judges[name], *held_out).items()}

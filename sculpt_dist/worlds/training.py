@@ -52,7 +52,7 @@ def descend(
     ends with the same weights as one that was never stopped. A file of another plan is not used.
     """
     named = {f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.named_parameters()}
-    weights = list(named.values())
+    weights: list[Tensor] = list(named.values())
     averages = [weight.detach().clone() for weight in weights] if plan.average is not None else []
     optimizer = torch.optim.AdamW(weights, plan.peak, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
     first = _restore(file, plan, modules, averages, optimizer, rng) if file is not None else 0

@@ -18,6 +18,7 @@ from sculpt_dist.config.checks import normal
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.messages import shortlist
 from sculpt_dist.core.plugins import plugins
+from sculpt_dist.worlds.find import DEFAULT_WORLD
 
 PACKAGE = "sculpt_dist.evaluation.classifiers"
 
@@ -48,13 +49,14 @@ class Classifier(ABC):
         """uint8 images [B, 3, h, w] -> Verdict."""
 
 
-def load_classifier(spec: str, objects: Sequence[str], styles: Sequence[str]) -> Classifier:
-    """The classifier of `evaluate.classifier`: `canvas`, `clip:FOLDER`, `image:FOLDER` or `own:package.module:Class`.
+def load_classifier(spec: str | None, objects: Sequence[str], styles: Sequence[str]) -> Classifier:
+    """The classifier of `evaluate.classifier`: that of a world (None: the default one), `clip:FOLDER`, `image:FOLDER`
+    or `own:package.module:Class`.
 
     Raises ConfigError for an unknown kind or a name that the classifier does not know, and ModelError for a folder
     that cannot be used.
     """
-    kind, _, where = spec.partition(":")
+    kind, _, where = (DEFAULT_WORLD if spec is None else spec).partition(":")
     if kind not in kinds():
         raise ConfigError(f"evaluate.classifier={spec}: no classifier {kind!r}. There are: {', '.join(kinds())}.")
     classifier: Classifier = importlib.import_module(f"{PACKAGE}.{kind}").Judge(where, objects, styles)
