@@ -139,6 +139,11 @@ def _check_concepts(config: RunConfig) -> None:
         if normal(concept.target) in seen:
             raise ConfigError(f"{key}: the target {shown(concept.target)!r} is named twice; remove one")
         seen.add(normal(concept.target))
+        if concept.superclass and normal(concept.superclass) in targets:
+            raise ConfigError(
+                f"{key}.superclass={shown(concept.superclass)} is itself a target: {shown(concept.target)!r} would turn "
+                "into what is forgotten; remove one of the two, or name another superclass"
+            )
         for kept in concept.keep:
             check_name(f"{key}.keep", kept)
             if not normal(kept):

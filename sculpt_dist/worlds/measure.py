@@ -39,27 +39,48 @@ def recognised(classifier: WorldClassifier, pixels: Tensor) -> tuple[Tensor, Ten
 
 
 def measure_samples(
-    world: World, backbone: Backbone, classifier: WorldClassifier, per_pair: int, seed: int = 1000
+    world: World, backbone: Backbone, classifiers: Mapping[str, WorldClassifier], per_pair: int, seed: int = 1000
 ) -> dict[str, float]:
     """Accuracy of sampled images by caption form and by object, and how evenly superclass prompts draw their members.
 
-    Keys: `object/form<k>`, `style/form<k>`; `<object>` (form 0); `<superclass>/<member>`, the share of that member.
+    Keys, each behind the name of a classifier: `object/form<k>`, `style/form<k>`; `<object>` (form 0);
+    `<superclass>/<member>`, the share of that member.
     """
     pairs = [(i, j) for i in range(len(world.objects)) for j in range(len(world.styles)) for _ in range(per_pair)]
     objects, styles = (torch.tensor(column) for column in zip(*pairs))
     report: dict[str, float] = {}
     for form in track(range(NUM_FORMS), description="sampling", console=console):
         prompts = [world.prompt(world.objects[i], world.styles[j], form) for i, j in pairs]
-        seen_objects, seen_styles = recognised(classifier, sample_images(backbone, prompts, seed=seed + form))
-        report[f"object/form{form}"] = _share(seen_objects == objects)
-        report[f"style/form{form}"] = _share(seen_styles == styles)
-        if form == 0:
-            report |= {name: _share((seen_objects == i)[objects == i]) for i, name in enumerate(world.objects)}
+        images = sample_images(backbone, prompts, seed=seed + form)
+        for judge, classifier in classifiers.items():
+            seen_objects, seen_styles = recognised(classifier, images)
+            report[f"{judge}/object/form{form}"] = _share(seen_objects == objects)
+            report[f"{judge}/style/form{form}"] = _share(seen_styles == styles)
+            for i, name in enumerate(world.objects if form == 0 else ()):
+                report[f"{judge}/{name}"] = _share((seen_objects == i)[objects == i])
     for superclass, members in world.superclasses.items():
         prompts = [world.prompt(superclass, style) for style in world.styles for _ in range(3 * per_pair)]
-        drawn, _ = recognised(classifier, sample_images(backbone, prompts, seed=seed))
-        report |= {f"{superclass}/{name}": _share(drawn == world.objects.index(name)) for name in members}
+        images = sample_images(backbone, prompts, seed=seed)
+        for judge, classifier in classifiers.items():
+            drawn, _ = recognised(classifier, images)
+            for name in members:
+                report[f"{judge}/{superclass}/{name}"] = _share(drawn == world.objects.index(name))
     return report
+
+
+def wrong_pairs(world: World, backbone: Backbone, classifier: WorldClassifier, seeds: int = 4) -> list[str]:
+    """Pairs OBJECT/STYLE of which fewer than half of the samples show both; a score that counts them measures the base.
+
+    As `evaluate.without` takes them.
+    """
+    pairs = [(i, j) for i in range(len(world.objects)) for j in range(len(world.styles))]
+    objects, styles = (torch.tensor(column) for column in zip(*pairs))
+    prompts = [world.prompt(world.objects[i], world.styles[j]) for i, j in pairs]
+    right = torch.zeros(len(pairs))
+    for seed in track(range(seeds), description="pairs", console=console):
+        seen = recognised(classifier, sample_images(backbone, prompts, steps=10, seed=2000 + seed))
+        right += (seen[0] == objects) & (seen[1] == styles)
+    return [f"{world.objects[i]}/{world.styles[j]}" for (i, j), count in zip(pairs, right) if 2 * count < seeds]
 
 
 def sample_images(

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.files import write_atomically
 from sculpt_dist.core.plugins import plugin
 from sculpt_dist.worlds.base import NUM_FORMS, World
 from sculpt_dist.worlds.classifier import WorldClassifier, load_classifier, save_classifier, to_float, train_classifier
 from sculpt_dist.worlds.find import world
-from sculpt_dist.worlds.measure import measure_images, measure_samples, print_report
+from sculpt_dist.worlds.measure import measure_images, measure_samples, print_report, wrong_pairs
 from sculpt_dist.worlds.training import Descent, descend
 
 if TYPE_CHECKING:
@@ -99,9 +100,13 @@ def build(world_name: str, arch: str, folder: Path, seed: int = 0, sets: Path | 
     captions = CaptionMix(of, of.lean.get(arch, {}))
     train_denoiser(backbone, latents, objects, styles, captions, tiny, rng, work / f"{arch}.safetensors")
     save_fp16(backbone, pipeline)
-    per_pair = max(1, 480 // (len(of.objects) * len(of.styles)))
-    report |= measure_samples(of, kind(pipeline, torch.float32, torch.device("cpu")), judges["classifier"], per_pair)
+    built = kind(pipeline, torch.float32, torch.device("cpu"))
+    report |= measure_samples(of, built, judges, max(1, 480 // (len(of.objects) * len(of.styles))))
+    wrong = wrong_pairs(of, built, judges["classifier"])
+    measured = json.dumps({"measured": report, "wrong_pairs": wrong}, indent=1)
+    write_atomically(folder / f"{arch}.json", f"{measured}\n".encode())
     print_report(report)
+    console.print(f"{len(wrong)} pairs of object and style are drawn wrong more often than right")
     return report
 
 

@@ -156,6 +156,13 @@ def test_names_with_invisible_characters_are_refused(mark):
         load_config(None, OmegaConf.create({"evaluate": {"objects": [name]}}))
 
 
+def test_a_target_that_is_the_superclass_of_another_is_refused():
+    concepts = [{"target": "Animal", "superclass": "thing"}, {"target": "cat", "superclass": "animal"}]
+    for order in (concepts, concepts[::-1]):
+        with pytest.raises(ConfigError, match=r"superclass=animal is itself a target: 'cat' would turn into what is"):
+            load_config(None, OmegaConf.create({"concepts": order}))
+
+
 def test_one_word_in_two_forms_of_unicode_is_one_concept():
     concepts = [{"target": name, "superclass": "dish"} for name in ("caf\u00e9", "cafe\u0301")]
     with pytest.raises(ConfigError, match="is named twice"):
