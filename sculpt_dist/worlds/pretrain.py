@@ -21,6 +21,7 @@ from sculpt_dist.core.files import write_atomically
 from sculpt_dist.core.plugins import plugin
 from sculpt_dist.worlds.base import NUM_FORMS, World
 from sculpt_dist.worlds.classifier import WorldClassifier, load_classifier, save_classifier, to_float, train_classifier
+from sculpt_dist.worlds.console import console
 from sculpt_dist.worlds.find import world
 from sculpt_dist.worlds.measure import measure_images, measure_samples, print_report, wrong_pairs
 from sculpt_dist.worlds.training import Descent, descend
