@@ -49,7 +49,16 @@ def options(
 
 
 COMMANDS = {
-    "A run and its stages": (run.unlearn, run.prepare, run.evaluate, run.export, run.report, run.verify, run.apply),
+    "A run and its stages": (
+        run.unlearn,
+        run.prepare,
+        run.evaluate,
+        run.export,
+        run.report,
+        run.verify,
+        run.apply,
+        run.merge,
+    ),
     "Before a run": (plan.check, plan.plan, plan.folder, run.submit),
     "Many runs": (experiments.compare, experiments.sweep, experiments.localize),
     "What there is": (reference.config, reference.configs, reference.methods, reference.models, reference.metrics),

@@ -99,6 +99,21 @@ def apply(
     print(f"model: {output}")
 
 
+def merge(
+    model: Path = typer.Argument(help="The pipeline folder that the deltas were made from."),
+    output: Path = typer.Argument(help="The new pipeline folder."),
+    deltas: list[Path] = typer.Argument(help="Two or more files that export --as delta wrote."),
+    how: str = typer.Option("ties", help="mean, task (their sum) or ties."),
+    density: float = typer.Option(0.2, help="ties: the share of each delta's weights that count."),
+    scale: float = typer.Option(1.0, help="Factor on the merged change."),
+) -> None:
+    """Merge the deltas of several runs into one model."""
+    from sculpt_dist.backbones.formats.merging import merge_deltas
+
+    number = merge_deltas(model, deltas, output, how, density, scale)
+    print(f"model: {output} ({number} tensors changed)")
+
+
 def report(folder: Path = typer.Argument(help="A run folder.")) -> None:
     """Rewrite the report of a run folder."""
     from sculpt_dist.core.errors import RunFolderError

@@ -141,8 +141,8 @@ def _check_concepts(config: RunConfig) -> None:
         seen.add(normal(concept.target))
         if concept.superclass and normal(concept.superclass) in targets:
             raise ConfigError(
-                f"{key}.superclass={shown(concept.superclass)} is itself a target: {shown(concept.target)!r} would turn "
-                "into what is forgotten; remove one of the two, or name another superclass"
+                f"{key}.superclass={shown(concept.superclass)} is itself a target: {shown(concept.target)!r} would "
+                "turn into what is forgotten; remove one of the two, or name another superclass"
             )
         for kept in concept.keep:
             check_name(f"{key}.keep", kept)

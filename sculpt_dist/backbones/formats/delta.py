@@ -7,8 +7,9 @@ in a finer dtype is rounded first.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,24 +96,34 @@ def apply_delta(folder: Path, file: Path, output: Path, remove: bool = False) ->
     with ExitStack() as stack:
         net = StoredNet(folder, stack)
         change = stack.enter_context(safe_open(file, "pt"))
-        _check_fits(net, delta, change, remove)
-        copied = _copied(net)
-        make_folder(output.parent)
-        with written_aside(output) as aside:
-            (aside / net.name).mkdir(parents=True)
-            checksums = {}
-            for source in copied:
-                target = aside / source.relative_to(folder)
-                target.parent.mkdir(exist_ok=True)
-                checksums[target] = copy_file(source, target)
-            for source in net.files:
-                planned, target = entries(source), aside / net.name / source.name
-                tensors = _applied(net, planned, delta, change)
-                checksums[target] = write_tensors(target, planned, tensors, file_metadata(source))
-            if delta.card:
-                _change_card(aside, delta.card, remove)
-            # the cards have changed places
-            write_checksums(aside, {file: sha256 for file, sha256 in checksums.items() if file.suffix != ".md"})
+        check_fits(net, delta, change, remove)
+        result = partial(_applied, net, delta, change)
+        write_changed(
+            net, output, result, partial(_change_card, card=delta.card, remove=remove) if delta.card else None
+        )
+
+
+def write_changed(
+    net: StoredNet, output: Path, result: Callable[[str], Tensor], change_card: Callable[[Path], None] | None
+) -> None:
+    """Write `output`, absent or complete: the folder of `net`, in which each tensor of the denoiser is its `result`."""
+    copied = _copied(net)
+    make_folder(output.parent)
+    with written_aside(output) as aside:
+        (aside / net.name).mkdir(parents=True)
+        checksums = {}
+        for source in copied:
+            target = aside / source.relative_to(net.folder)
+            target.parent.mkdir(exist_ok=True)
+            checksums[target] = copy_file(source, target)
+        for source in net.files:
+            planned, target = entries(source), aside / net.name / source.name
+            tensors = ((entry.name, result(entry.name)) for entry in planned)
+            checksums[target] = write_tensors(target, planned, tensors, file_metadata(source))
+        if change_card is not None:
+            change_card(aside)
+        # the cards have changed places
+        write_checksums(aside, {file: sha256 for file, sha256 in checksums.items() if file.suffix != ".md"})
 
 
 def _check_comparable(before: StoredNet, after: StoredNet) -> None:
@@ -154,7 +165,7 @@ def _changed(name: str, before: StoredNet, after: StoredNet) -> Tensor | None:
     return result
 
 
-def _check_fits(net: StoredNet, delta: Delta, change: Any, remove: bool) -> None:
+def check_fits(net: StoredNet, delta: Delta, change: Any, remove: bool) -> None:
     """Raises ModelError unless every changed tensor is there, and the delta turns its bytes into those promised."""
     other_base = f"{delta.file}: is of another base:"
     if (net.pipeline, net.name) != (delta.pipeline, delta.net):
@@ -228,10 +239,14 @@ def _change_card(folder: Path, card: str, remove: bool) -> None:
         own.write_text(card)
 
 
-def _applied(net: StoredNet, planned: list[Entry], delta: Delta, change: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, dtype, _ in planned:
-        tensor = net[name]
-        yield name, (_bits(tensor) ^ change.get_tensor(name)).view(dtype) if name in delta.changes else tensor
+def _applied(net: StoredNet, delta: Delta, change: Any, name: str) -> Tensor:
+    tensor = net[name]
+    return changed_bits(tensor, change.get_tensor(name)) if name in delta.changes else tensor
+
+
+def changed_bits(tensor: Tensor, difference: Tensor) -> Tensor:
+    """The tensor whose bits differ from those of `tensor` by `difference`, as a delta holds it."""
+    return (_bits(tensor) ^ difference).view(tensor.dtype)
 
 
 def _bits(tensor: Tensor) -> Tensor:
