@@ -118,6 +118,34 @@ def draw_mask(lines: Sequence[Line], targets: Sequence[str], num_trained: int | 
     return figure
 
 
+def draw_scores(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Figure | None:
+    """Scores with their 95 % intervals over the number of concepts forgotten, from (number, scores).
+
+    None where fewer than three stages were scored: a table says as much.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    names = ("UA", "IRA_near", "IRA_far", "IRA", "CRA")
+    curves = {name: [(n, scores) for n, scores in points if scores.get(name) is not None] for name in names}
+    if curves["IRA_near"]:
+        del curves["IRA"]  # the two others tell more
+    curves = {name: scored for name, scored in curves.items() if len(scored) > 2}
+    if not curves:
+        return None
+    figure = Figure(figsize=(WIDTH, 3.2))
+    axes = figure.subplots()
+    for name, scored in curves.items():
+        at, values = [n for n, _ in scored], [scores[name] for _, scores in scored]
+        (line,) = axes.plot(at, values, marker=".", label=name.replace("_", " "))
+        bounds = [scores.get(f"{name}_ci95") or (np.nan, np.nan) for _, scores in scored]
+        axes.fill_between(at, *zip(*bounds), color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("concepts forgotten")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
 def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str]) -> Figure | None:
     """Accuracy of each target (column) in the base model (first row) and after each step.
 
@@ -130,24 +158,27 @@ def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str])
     values = np.stack([_values(row) for row in rows])  # [1 + num_targets, num_targets]
     if not np.isfinite(values).any():
         return None
-    num = len(targets)
-    forgotten = np.arange(num + 1)[:, None] > np.arange(num)[None, :]  # by this row
-    figure = Figure(figsize=(min(2.2 + 0.95 * num, WIDTH), min(1.0 + 0.46 * (num + 1), 9)))
+    num, measured = len(targets), np.flatnonzero(np.isfinite(values).any(1))
+    values, height = values[measured], len(measured)
+    forgotten = measured[:, None] > np.arange(num)[None, :]  # by this row
+    figure = Figure(figsize=(min(2.2 + 0.95 * num, WIDTH), min(1.0 + 0.46 * height, 9)))
     axes = figure.subplots()
     for part, color in ((forgotten, ACCENT), (~forgotten, "#7b838e")):
         tint = LinearSegmentedColormap.from_list("tint", ["#faf8f4", color])
         axes.imshow(np.where(part, values, np.nan), cmap=tint, vmin=0, vmax=1, aspect="auto")
     names = [shorten(name, 16) for name in targets]
-    every = _interval(num)
+    every = max(_interval(num), -(-num // 40))  # more names would overlap
     rotation, alignment = (0, "center") if num <= 6 else (35, "left")
     axes.set_xticks(range(0, num, every), names[::every], rotation=rotation, ha=alignment)
-    axes.set_yticks(range(0, num + 1, every), ["base", *(f"after {name}" for name in names)][::every])
+    rows_named = _interval(height)
+    labels = ["base", *(f"after {name}" for name in names)]
+    axes.set_yticks(range(0, height, rows_named), [labels[row] for row in measured][::rows_named])
     axes.tick_params(length=0, labelcolor=INK, labelsize=9, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.grid(False)
     axes.spines[:].set_visible(False)
     if every == 1:
         axes.set_xticks(np.arange(num + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(num + 2) - 0.5, minor=True)
+        axes.set_yticks(np.arange(height + 1) - 0.5, minor=True)
         axes.grid(True, which="minor", axis="both", color="white", linewidth=2)
     if num <= 12:
         for (row, column), value in np.ndenumerate(values):

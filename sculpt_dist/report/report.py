@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.core.files import make_folder, read_object, write_atomically, write_record
-from sculpt_dist.report.figures import draw_loss, draw_mask, draw_pngs, draw_relapse
+from sculpt_dist.report.figures import draw_loss, draw_mask, draw_pngs, draw_relapse, draw_scores
 from sculpt_dist.report.grid import Grid, draw_grid, encode, read_grid
 from sculpt_dist.report.listed import listed_images
 from sculpt_dist.report.page import render_concepts, render_page
@@ -26,7 +26,7 @@ def write_report(folder: Path) -> Path:
     run = read_run(Path(folder))
     report = summarise(run)
     grid = _stage_grid(run.folder, run.stages, run.targets, run.last)
-    figures = _draw_figures(run)
+    figures = _draw_figures(run, report)
     if grid:
         figures["grid"] = encode(draw_grid(grid), "PNG")
     out = run.folder / "report"
@@ -72,11 +72,13 @@ def _stage_grid(
     return read_grid(before, after[0] if after else None, names, targets, checksums)
 
 
-def _draw_figures(run: RunRecord) -> dict[str, bytes]:
+def _draw_figures(run: RunRecord, report: Mapping[str, Any]) -> dict[str, bytes]:
     """PNGs of the figures for which the run has data."""
     num_trained = (run.costs.get("weights") or {}).get("trained")
+    points = [(0, report["before"]), *enumerate(report["concepts"], 1)]
     return draw_pngs(
         {
+            "scores": lambda: draw_scores(points),
             "loss": lambda: draw_loss(run.lines, run.targets),
             "mask": lambda: draw_mask(run.lines, run.targets, num_trained),
             "relapse": lambda: draw_relapse(run.accuracies, run.targets),

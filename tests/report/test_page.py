@@ -51,7 +51,7 @@ def test_the_page_loads_nothing_from_outside(finished: Path) -> None:
         for name, value in attrs.items()
         if name in ("src", "href", "srcset", "data", "action")
     ]
-    assert len(sources) == 12 * 5 * 2 + 3  # thumbnails and three charts
+    assert len(sources) == 12 * 5 * 2 + 4  # thumbnails and four charts
     assert all(re.fullmatch(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", source) for source in sources)
     text = (finished / "report" / "report.html").read_text()
     assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text

@@ -11,7 +11,7 @@ from sculpt_dist.report.report import write_report
 
 
 def test_every_figure_is_a_picture_that_is_not_blank(finished: Path) -> None:
-    for name in ("grid", "loss", "mask", "relapse"):
+    for name in ("grid", "loss", "mask", "relapse", "scores"):
         with Image.open(finished / "report" / f"{name}.png") as image:
             assert image.format == "PNG" and min(image.size) > 300, name
             assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10, name
