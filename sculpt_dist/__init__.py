@@ -21,8 +21,8 @@ def unlearn(
 ) -> Run:
     """Unlearn `concepts`, one after another, from the pipeline folder `model`, and return the finished run.
 
-    `model`: a diffusers folder or hub id; None is the shipped canvas model. `method`: a name, or a mapping with its
-    options; None is dm_cal, or what `config` names.
+    `model`: a diffusers folder or hub id; None is the shipped model of `model.world`. `method`: a name, or a mapping
+    with its options; None is dm_cal, or what `config` names.
     `concepts`: mappings such as {"target": "tench", "superclass": "fish"}. `config`: a yaml file to start from.
     `overrides`: sections as mappings (train={"lr": 1e-5}) or dotted keys through ** ({"train.lr": 1e-5}). Called again
     with the same arguments it goes on where it stopped. Under torchrun every rank calls it. Raises SculptError with

@@ -103,7 +103,7 @@ class Backbone(ABC):
 
     @classmethod
     @abstractmethod
-    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int, tiny: Tiny) -> None:
+    def write_untrained(cls, folder: Path, words: Sequence[str], seed: int, size: Tiny) -> None:
         """Write a random pipeline, small enough for a CPU; its tokenizer knows `words`."""
 
     @abstractmethod

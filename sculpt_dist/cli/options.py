@@ -48,11 +48,13 @@ def load(config: Path | None, overrides: list[str] | None) -> RunConfig:
     """
     from sculpt_dist.backbones.io.find import check_path
     from sculpt_dist.config.load import load_config
+    from sculpt_dist.worlds.find import world as find_world
 
     loaded = load_config(config, overrides or [])
     if config is not None and config.suffix and not config.exists() and is_first():
         print(f"{config}: is not here, so the packaged configuration of that name is used", file=sys.stderr)
     check_plugin(NAMED["model.arch"], loaded.model.arch, "model.arch")
+    find_world(loaded.model.world)
     _check_method(loaded.method)
     check_path(loaded.model.path)
     if is_first():

@@ -108,7 +108,7 @@ def _features_of(chunk: Any, features: Features, device: torch.device | str = "c
 
 
 def _key(where: str, encoder: Sequence[Path], device: torch.device) -> str:
-    images = [where, len(_images_of(where))] if where in worlds() else _checksums(image_files(Path(where))[0])
+    images = [where, _digest(_images_of(where))] if where in worlds() else _checksums(image_files(Path(where))[0])
     return text_sha256(json.dumps([images, _checksums(encoder), device.type]))
 
 

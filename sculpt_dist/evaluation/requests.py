@@ -15,11 +15,11 @@ from itertools import groupby
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept, EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import derived_seed, file_part, text_sha256
+from sculpt_dist.core.files import derived_seed, file_part, file_sha256, text_sha256
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
 from sculpt_dist.data.prompts import fill
+from sculpt_dist.worlds.find import DEFAULT_WORLD, shipped_classifier, world_of
 from sculpt_dist.worlds.find import world as find_world
-from sculpt_dist.worlds.find import world_of
 
 SCORING_KEYS = ("steps", "classifier", "reference", "clip", "metrics", "bootstrap")  # beside what the images come from
 
@@ -76,7 +76,19 @@ class Evaluation:
         """
         settings, world = self.settings, self.world
         first_id = len(_templates(settings)) * len(_template_pairs(settings, world))
-        return (*_template_requests(settings, world), *_listed_requests(settings, world, first_id))
+        found = (*_template_requests(settings, world), *_listed_requests(settings, world, first_id))
+        if settings.without:
+            self._check_left(found)
+        return found
+
+    def _check_left(self, requests: Sequence[ImageRequest]) -> None:
+        """Raises ConfigError where `evaluate.without` leaves no image of a target."""
+        for concept in self.concepts:
+            is_object = concept.kind == "object"
+            names = self.world.objects if is_object else self.world.styles
+            asked = {names[i] for r in requests if (i := r.object if is_object else r.style) >= 0 and r.judged}
+            if normal(concept.target) not in map(normal, asked):
+                raise ConfigError(f"evaluate.without: leaves no image of {concept.target!r}; name fewer pairs")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -85,6 +97,9 @@ class Evaluation:
             (r.prompt, r.prompt_id, r.paraphrased, r.object, r.style, r.seed, r.guidance, r.listed) for r in self.whole
         ]
         settings = {name: getattr(self.settings, name) for name in SCORING_KEYS}
+        judge = world_of(self.settings.classifier)
+        if judge not in (None, DEFAULT_WORLD):  # scores of the canvas, whose classifier stays, are older than this key
+            settings["weights"] = file_sha256(shipped_classifier(self.settings.classifier or ""))
         return text_sha256(json.dumps([images, asdict(self.world), settings], sort_keys=True))
 
     def part(self, most: int | None) -> Evaluation:

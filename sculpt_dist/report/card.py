@@ -62,6 +62,12 @@ def model_card(
     return f"---\n{front}\n---\n\n{body}"
 
 
+def _without_folder(classifier: str) -> str:
+    """clip:FOLDER without its folder, which lies on the user's machine; a world's classifier whole."""
+    kind = classifier.partition(":")[0]
+    return kind if kind in ("clip", "image", "own") else classifier
+
+
 def _front_matter(
     name: str,
     hub_id: str | None,
@@ -79,7 +85,7 @@ def _front_matter(
         EvalResult(
             task_type=PIPELINE,
             dataset_type="generated",
-            dataset_name=f"images of the evaluation, judged by {classifier.split(':')[0]}",
+            dataset_name=f"images of the evaluation, judged by {_without_folder(classifier)}",
             metric_type=score,
             metric_value=round(after[score], 4),
         )

@@ -128,11 +128,11 @@ def draw_scores(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Figure | Non
 
     names = ("UA", "IRA_near", "IRA_far", "IRA", "CRA")
     curves = {name: [(n, scores) for n, scores in points if scores.get(name) is not None] for name in names}
-    if curves["IRA_near"]:
-        del curves["IRA"]  # the two others tell more
     curves = {name: scored for name, scored in curves.items() if len(scored) > 2}
     if not curves:
         return None
+    if "IRA_near" in curves and "IRA_far" in curves:
+        curves.pop("IRA", None)  # the two others tell more
     figure = Figure(figsize=(WIDTH, 3.2))
     axes = figure.subplots()
     for name, scored in curves.items():

@@ -19,6 +19,7 @@ from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.folder import check_checkpoint, check_inputs
 from sculpt_dist.run.plan import Plan, make_plan
 from sculpt_dist.worlds.find import world as find_world
+from sculpt_dist.worlds.find import world_of
 
 if TYPE_CHECKING:
     from sculpt_dist.engine.group import Group
@@ -112,13 +113,24 @@ def check_images(prepare: PrepareConfig, concepts: Sequence[Concept]) -> None:
             )
 
 
+def check_world(config: RunConfig) -> None:
+    """Raises ConfigError for an unknown world, or a shipped model judged by the classifier of another world."""
+    wanted, judge = config.model.world, world_of(config.evaluate.classifier)
+    find_world(wanted)
+    if config.model.path is None and config.evaluate.enabled and judge not in (None, wanted):
+        raise ConfigError(
+            f"model.world={wanted} and evaluate.classifier={config.evaluate.classifier}: the shipped model of a world is "
+            f"not judged by another world; start from a configuration of {wanted}/, or set the classifier to null"
+        )
+
+
 def resolve(config: RunConfig) -> RunSetup:
     """Raises ConfigError for a configuration that cannot run; no model is opened."""
     if not config.concepts:
         raise ConfigError(
             "concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'"
         )
-    find_world(config.model.world)
+    check_world(config)
     check_inputs(config.run.folder, config.model, config.prepare, config.evaluate)
     check_images(config.prepare, config.concepts)
     prompts = tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from sculpt_dist.core.errors import ModelError
+from sculpt_dist.core.files import make_folder, write_atomically
 from sculpt_dist.worlds.base import ClassifierPlan, World
 from sculpt_dist.worlds.training import Descent, descend
 
@@ -50,6 +51,7 @@ def train_classifier(
     styles: np.ndarray,
     seed: int,
     file: Path | None = None,
+    made_from: str = "",
 ) -> WorldClassifier:
     """Train on images, uint8 pixels [N, h, w, 3], with indices objects [N] and styles [N].
 
@@ -69,14 +71,14 @@ def train_classifier(
         return F.cross_entropy(object_logits, object_ids[chosen]) + F.cross_entropy(style_logits, style_ids[chosen])
 
     descent = Descent(plan.steps, plan.rate, warmup=50, betas=(0.9, 0.999), clip=None)
-    descend({"classifier": model}, loss, descent, rng, name, file)
+    descend({"classifier": model}, loss, descent, rng, name, file, made_from)
     return model.eval()
 
 
 def save_classifier(model: WorldClassifier, path: Path) -> None:
     """Write the weights as safetensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), str(path))
+    make_folder(path.parent)
+    write_atomically(path, save(model.state_dict()))
 
 
 def load_classifier(world: World, name: str, path: Path) -> WorldClassifier:
@@ -85,7 +87,7 @@ def load_classifier(world: World, name: str, path: Path) -> WorldClassifier:
     Raises ModelError when the file is missing or does not hold this classifier.
     """
     if not path.is_file():
-        raise ModelError(f"{path}: no such file: give the {name}.safetensors that building the world wrote")
+        raise ModelError(f"{path}: no such file: this package lacks the {name} of that world; install it again")
     model = WorldClassifier(world.classifiers[name], len(world.objects), len(world.styles))
     try:
         with safe_open(path, "pt") as content:

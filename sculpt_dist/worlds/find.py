@@ -24,12 +24,12 @@ def worlds() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(sculpt_dist.worlds.__path__) if module.ispkg)
 
 
-def world(name: str, key: str = "model.world") -> World:
+def world(name: str) -> World:
     """A world by its name. Raises ConfigError, with the closest name, when there is none."""
     if name not in worlds():
         close = difflib.get_close_matches(name, worlds(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{key}={name}: there is no such world.{hint} There are: {', '.join(worlds())}.")
+        raise ConfigError(f"model.world={name}: there is no such world.{hint} There are: {', '.join(worlds())}.")
     found: World = importlib.import_module(f"sculpt_dist.worlds.{name}.world").WORLD
     return found
 
@@ -44,6 +44,12 @@ def reference_images(name: str) -> np.ndarray:
     """A world's own images, uint8 [N, h, w, 3], with which FID and KID compare what a model draws."""
     images: np.ndarray = importlib.import_module(f"sculpt_dist.worlds.{name}.pictures").reference_images()
     return images
+
+
+def shipped_classifier(classifier: str) -> Path:
+    """The file of a world's classifier, from `evaluate.classifier` such as gallery:witness."""
+    name, _, part = classifier.partition(":")
+    return shipped(name, f"{part or 'classifier'}.safetensors")
 
 
 def shipped(name: str, part: str) -> Path:

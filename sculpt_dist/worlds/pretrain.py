@@ -5,8 +5,10 @@ What is trained is saved on the way: a build that is killed goes on, and ends th
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.files import write_atomically
+from sculpt_dist.core.files import text_sha256, write_atomically
 from sculpt_dist.core.plugins import plugin
 from sculpt_dist.worlds.base import NUM_FORMS, World
-from sculpt_dist.worlds.classifier import WorldClassifier, load_classifier, save_classifier, to_float, train_classifier
+from sculpt_dist.worlds.classifier import WorldClassifier, save_classifier, to_float, train_classifier
 from sculpt_dist.worlds.console import console
 from sculpt_dist.worlds.find import world
 from sculpt_dist.worlds.measure import measure_images, measure_samples, print_report, wrong_pairs
@@ -67,41 +69,52 @@ def build(world_name: str, arch: str, folder: Path, seed: int = 0, sets: Path | 
     `sets`: the folder of icon sets that the gallery is made of. Accuracies are 0 to 1, measured on the fp16 folder
     after reloading it. Raises ConfigError for a kind of model or a world that there is not, or without its sets.
     """
-    of = world(world_name)
-    kind = plugin("sculpt_dist.backbones", arch, "arch").Backbone
+    of, kind = world(world_name), plugin("sculpt_dist.backbones", arch, "arch").Backbone
+    if of.size not in kind.tiny:
+        raise ConfigError(f"--arch {arch}: this kind has no {of.size} model, which the {world_name} needs")
+    if of.needs_sets and sets is None:
+        raise ConfigError(f"--sets is not given: the {world_name} is made of icon sets; name the folder that has them")
+    if (folder / arch).exists() and not (folder / f"{arch}.json").exists():
+        raise ConfigError(f"--output {folder}: {arch} is there already, and was not built; name another folder")
     from sculpt_dist.backbones.io.folders import quiet_libraries
 
-    work, images = folder / "work", importlib.import_module(f"sculpt_dist.worlds.{world_name}.pictures")
-    if of.needs_sets and sets is None:
-        raise ConfigError(
-            f"--sets is not given: the {world_name} is made of icon sets; name the folder that holds them"
-        )
-    source = [images.keep_pictures(sets, work / "pictures.npy")] if of.needs_sets else []
+    quiet_libraries()
+    work, tiny = folder / "work", kind.tiny[of.size]
+    images = importlib.import_module(f"sculpt_dist.worlds.{world_name}.pictures")
+    source = [images.keep_pictures(sets, work)] if of.needs_sets else []
     dataset = images.draw_dataset(of.per_pair, seed, *source)
     held_out = images.draw_dataset(2, seed + 1, *source)
+    data = f"{seed} {hashlib.sha256(dataset[0]).hexdigest()}"
     report: dict[str, float] = {}
     judges: dict[str, WorldClassifier] = {}
-    for i, name in enumerate(of.classifiers):
-        judges[name] = _classifier(of, name, dataset, seed + i, folder, work)
+    for i, (name, plan) in enumerate(of.classifiers.items()):
+        made_from = f"{data} {plan}"
+        judges[name] = train_classifier(of, name, *dataset, seed + i, work / f"{name}.safetensors", made_from)
+        save_classifier(judges[name], folder / f"{name}.safetensors")
         report |= {f"{name}/{key}": value for key, value in measure_images(judges[name], *held_out).items()}
 
-    quiet_libraries()
-    pipeline, tiny = folder / arch, kind.tiny[of.size]
-    kind.write_untrained(pipeline, of.words, seed, tiny)
-    backbone = kind(pipeline, torch.float32, torch.device("cpu"))
+    kind.write_untrained(work / arch, of.words, seed, tiny)
+    backbone = kind(work / arch, torch.float32, torch.device("cpu"))
     pixels, objects, styles = dataset
     rng = torch.Generator().manual_seed(seed)
-    report["vae/psnr"] = train_vae(
-        backbone, pixels, tiny, rng, work / f"{kind.parts['vae'].rpartition('.')[2]}.safetensors"
-    )
+    vae_file = work / f"{kind.parts['vae'].rpartition('.')[2]}.safetensors"  # kinds with the same VAE share it
+    made_from = f"{data} {tiny.vae} {tiny.latent_channels} {tiny.vae_batch} {tiny.vae_autocast}"
+    report["vae/psnr"] = train_vae(backbone, pixels, tiny, rng, vae_file, made_from)
     again = reconstructed(backbone, held_out[0])
     for name, judge in judges.items():
         report |= {f"vae/{name}/{key}": value for key, value in measure_images(judge, again, *held_out[1:]).items()}
     latents = encode_all(backbone, pixels)  # [N, C, 8, 8]
     captions = CaptionMix(of, of.lean.get(arch, {}))
-    train_denoiser(backbone, latents, objects, styles, captions, tiny, rng, work / f"{arch}.safetensors")
-    save_fp16(backbone, pipeline)
-    built = kind(pipeline, torch.float32, torch.device("cpu"))
+    file, made_from = work / f"{arch}.safetensors", text_sha256(f"{data} {captions} {tiny}")
+    train_denoiser(backbone, latents, objects, styles, captions, tiny, rng, file, made_from)
+    save_fp16(backbone, work / arch)
+    write_atomically(folder / f"{arch}.json", b"{}\n")
+    shutil.rmtree(folder / arch, ignore_errors=True)
+    shutil.copytree(work / arch, folder / arch)
+    if of.needs_sets:
+        images.write_sheet(*source, folder / "pictures.png")
+
+    built = kind(folder / arch, torch.float32, torch.device("cpu"))
     report |= measure_samples(of, built, judges, max(1, 480 // (len(of.objects) * len(of.styles))))
     wrong = wrong_pairs(of, built, judges["classifier"])
     measured = json.dumps({"measured": report, "wrong_pairs": wrong}, indent=1)
@@ -111,16 +124,9 @@ def build(world_name: str, arch: str, folder: Path, seed: int = 0, sets: Path | 
     return report
 
 
-def _classifier(world: World, name: str, dataset: Dataset, seed: int, folder: Path, work: Path) -> WorldClassifier:
-    """A classifier of the world: the one that an earlier build finished in `folder`, or a new one."""
-    file = folder / f"{name}.safetensors"
-    if not file.is_file():
-        trained = train_classifier(world, name, *dataset, seed, work / file.name)
-        save_classifier(trained, file)
-    return load_classifier(world, name, file)
-
-
-def train_vae(backbone: Backbone, pixels: np.ndarray, tiny: Tiny, rng: torch.Generator, file: Path) -> float:
+def train_vae(
+    backbone: Backbone, pixels: np.ndarray, tiny: Tiny, rng: torch.Generator, file: Path, made_from: str
+) -> float:
     """Train the VAE on uint8 pixels [N, h, w, 3], set its scaling factor, and return its reconstruction PSNR in dB."""
     vae = backbone.vae.requires_grad_(True).train()
 
@@ -131,7 +137,8 @@ def train_vae(backbone: Backbone, pixels: np.ndarray, tiny: Tiny, rng: torch.Gen
             decoded, penalty = backbone.autoencode(images, rng)
         return nn.functional.mse_loss(decoded, images) + 0.3 * nn.functional.l1_loss(decoded, images) + penalty
 
-    descend({"vae": vae}, loss, Descent(tiny.vae_steps, tiny.vae_rate, 50, weight_decay=1e-3), rng, "vae", file)
+    plan = Descent(tiny.vae_steps, tiny.vae_rate, 50, weight_decay=1e-3)
+    descend({"vae": vae}, loss, plan, rng, "vae", file, made_from)
     vae.requires_grad_(False).eval()
     vae.register_to_config(scaling_factor=1.0)
     vae.register_to_config(scaling_factor=float(1 / encode_all(backbone, pixels).std()))
@@ -160,6 +167,7 @@ def train_denoiser(
     tiny: Tiny,
     rng: torch.Generator,
     file: Path,
+    made_from: str,
 ) -> None:
     """Train the denoiser and the text encoders together on latents [N, C, H, W]; they end as their moving average."""
     trained = [name for name in (backbone.net_name, *backbone.parts) if name != "vae"]
@@ -172,7 +180,8 @@ def train_denoiser(
         texts = [captions.caption(names[objects[i]], hands[styles[i]], row) for i, row in zip(chosen.tolist(), chances)]
         return _denoising_loss(backbone, latents[chosen], texts, rng)
 
-    descend(parts, loss, Descent(tiny.steps, tiny.rate, average=tiny.average), rng, "denoiser", file)
+    plan = Descent(tiny.steps, tiny.rate, average=tiny.average)
+    descend(parts, loss, plan, rng, "denoiser", file, made_from)
     for part in parts.values():
         part.requires_grad_(False).eval()
 

@@ -45,17 +45,20 @@ def descend(
     rng: torch.Generator,
     description: str,
     file: Path | None = None,
+    made_from: str = "",
 ) -> None:
     """Train the modules on `loss`, a scalar of which every random number comes from `rng`.
 
     With `file`, the training is saved there every minute and at the end; a call that finds it goes on from there, and
-    ends with the same weights as one that was never stopped. A file of another plan is not used.
+    ends with the same weights as one that was never stopped. `made_from` names all else that decides the weights: data,
+    seed, settings. A file of another plan or made from something else is not used.
     """
+    about = {"plan": json.dumps(asdict(plan)), "made_from": made_from}
     named = {f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.named_parameters()}
     weights: list[Tensor] = list(named.values())
     averages = [weight.detach().clone() for weight in weights] if plan.average is not None else []
     optimizer = torch.optim.AdamW(weights, plan.peak, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
-    first = _restore(file, plan, modules, averages, optimizer, rng) if file is not None else 0
+    first = _restore(file, about, modules, averages, optimizer, rng) if file is not None else 0
     saved, shown = time.monotonic(), 0.0
     with Progress(console=console) as progress:
         task = progress.add_task(description, total=plan.steps, completed=first)
@@ -72,7 +75,7 @@ def descend(
                 torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
             progress.advance(task)
             if file is not None and (time.monotonic() > saved + SAVE_EVERY or step + 1 == plan.steps):
-                _save(file, plan, step + 1, modules, averages, optimizer, rng)
+                _save(file, {**about, "step": str(step + 1)}, modules, averages, optimizer, rng)
                 saved = time.monotonic()
                 if saved > shown + 600:
                     console.print(f"{description}: step {step + 1} of {plan.steps}, loss {value.item():.4f}")
@@ -104,8 +107,7 @@ def _tensors(
 
 def _save(
     file: Path,
-    plan: Descent,
-    step: int,
+    about: dict[str, str],
     modules: Mapping[str, nn.Module],
     averages: list[Tensor],
     optimizer: torch.optim.Optimizer,
@@ -113,24 +115,23 @@ def _save(
 ) -> None:
     tensors = {name: value.detach().contiguous() for name, value in _tensors(modules, averages, optimizer).items()}
     make_folder(file.parent)
-    about = {"step": str(step), "plan": json.dumps(asdict(plan))}
     write_atomically(file, save({**tensors, "rng": rng.get_state()}, about))
 
 
 def _restore(
     file: Path,
-    plan: Descent,
+    about: dict[str, str],
     modules: Mapping[str, nn.Module],
     averages: list[Tensor],
     optimizer: torch.optim.Optimizer,
     rng: torch.Generator,
 ) -> int:
-    """The steps done, once everything is as it was then; 0 without a file of this plan that can be read."""
+    """The steps done, once everything is as it was then; 0 without a readable file of this plan and origin."""
     tensors = _tensors(modules, averages, optimizer)
     try:
         with safe_open(file, "pt") as content:
-            about = content.metadata() or {}
-            if about.get("plan") != json.dumps(asdict(plan)) or set(content.keys()) != {*tensors, "rng"}:
+            found = content.metadata() or {}
+            if {key: found.get(key) for key in about} != about or set(content.keys()) != {*tensors, "rng"}:
                 return 0
             if any(tuple(content.get_slice(name).get_shape()) != tensor.shape for name, tensor in tensors.items()):
                 return 0
@@ -138,6 +139,6 @@ def _restore(
                 for name, value in tensors.items():
                     value.copy_(content.get_tensor(name))
             rng.set_state(content.get_tensor("rng"))
-            return int(about["step"])
+            return int(found["step"])
     except (OSError, SafetensorError):
         return 0

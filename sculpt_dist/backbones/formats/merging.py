@@ -27,8 +27,9 @@ def merge_deltas(
 
     `how`: mean, task or ties, see `maths.merging`; `density`: for ties the share of a delta's weights that count, the
     largest ones among the tensors that the delta changes. The sums are fp32, rounded once to the base's dtypes. One
-    delta's changes are in memory at a time for ties, else about a tensor of each. Raises ConfigError for impossible
-    options, ModelError where `apply_delta` does and when a merged value overflows the base's dtype.
+    delta's changes are in memory at a time for ties, several times over, else about a tensor of each. Raises
+    ConfigError for impossible options, ModelError where `apply_delta` does and when a merged value overflows the base's
+    dtype.
     """
     if how not in WAYS:
         raise ConfigError(f"--how {how}: choose {', '.join(WAYS)}")

@@ -1,4 +1,4 @@
-"""The gallery's own classifiers: `gallery` judges, `gallery:witness` is another net that no tuning has seen."""
+"""The gallery's own classifiers: `gallery` judges, `gallery:witness` is another net, to be kept out of all tuning."""
 
 from sculpt_dist.evaluation.worlds import WorldJudge
 

@@ -106,7 +106,8 @@ class MetricContext:
 
     @property
     def _world(self) -> str:
-        return world_of(self.settings.classifier) or DEFAULT_WORLD
+        """Whose classifier gives the features: that of the classifier, else of the reference, else the default one."""
+        return world_of(self.settings.classifier) or world_of(self.settings.reference or "") or DEFAULT_WORLD
 
     def require(self, key: str, options: object | None) -> None:
         """Raises ConfigError when the configuration names a metric but leaves out `evaluate.<key>`, which it needs."""

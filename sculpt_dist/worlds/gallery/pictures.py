@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sculpt_dist.core.files import make_folder, written_aside
 from sculpt_dist.worlds import find
-from sculpt_dist.worlds.gallery.sets import render_pictures
+from sculpt_dist.worlds.gallery.sets import checksum, render_pictures
 from sculpt_dist.worlds.gallery.world import WORLD
 
 SCALE = (0.92, 1.0)  # of the rendered picture
@@ -55,8 +55,9 @@ def write_sheet(pictures: Path, file: Path) -> None:
         Image.fromarray(pixels).save(aside, "PNG", optimize=True)
 
 
-def keep_pictures(sets: Path, file: Path) -> Path:
-    """Render the pictures once, and return the file that holds them."""
+def keep_pictures(sets: Path, folder: Path) -> Path:
+    """Render the pictures of these sets once into `folder`, and return the file that holds them."""
+    file = folder / f"pictures-{checksum(sets)[:12]}.npy"
     if not file.is_file():
         pictures = render_pictures(sets)
         make_folder(file.parent)

@@ -18,6 +18,7 @@ from PIL import Image
 from rich.progress import track
 
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.files import file_sha256, text_sha256
 from sculpt_dist.worlds.gallery.world import EMOJI, WORLD
 
 SHEET = 128  # pixels; pictures are rendered at this size, and scaled down when they are augmented
@@ -83,8 +84,9 @@ def read_sets(folder: Path) -> dict[str, Mapping[str, Any]]:
         file = folder / source.package / "icons.json"
         try:
             found[style] = json.loads(file.read_text("utf-8"))
-            assert isinstance(found[style]["icons"], dict)
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            if not isinstance(found[style]["icons"], dict):
+                raise TypeError("icons is no mapping")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             wrong.append(f"{source.package} ({type(error).__name__})")
     if wrong:
         packages = " ".join(f"@iconify-json/{source.package}@{source.version}" for source in SOURCES.values())
@@ -93,6 +95,13 @@ def read_sets(folder: Path) -> dict[str, Mapping[str, Any]]:
             f"`npm pack {packages}`, and unpack each into a folder of its name there"
         )
     return found
+
+
+def checksum(folder: Path) -> str:
+    """Over the names of the gallery and the six sets of icons; of what is missing, over its absence."""
+    files = [folder / source.package / "icons.json" for source in SOURCES.values()]
+    found = [file_sha256(file) if file.is_file() else None for file in files]
+    return text_sha256(f"{WORLD.objects} {EMOJI} {found}")
 
 
 def other_versions(folder: Path) -> list[str]:
@@ -111,7 +120,8 @@ def other_versions(folder: Path) -> list[str]:
 def find_icon(icons: Mapping[str, Any], emoji: str) -> Mapping[str, Any] | None:
     """An icon by its name, by its name with -face behind it, or by an alias of either."""
     for name in (emoji, f"{emoji}-face"):
-        name = icons.get("aliases", {}).get(name, {}).get("parent", name)
+        for _ in range(8):  # an alias may name an alias
+            name = icons.get("aliases", {}).get(name, {}).get("parent", name)
         if name in icons["icons"]:
             return icons["icons"][name]
     return None
@@ -124,7 +134,8 @@ def _render(icons: Mapping[str, Any], icon: Mapping[str, Any] | None, folder: Pa
     except ImportError as error:
         raise ConfigError("the gallery's pictures are rendered by resvg: pip install resvg-py") from error
 
-    assert icon is not None
+    if icon is None or not isinstance(icon.get("body"), str):
+        raise ConfigError(f"--sets {folder}: an icon has no picture; unpack the packages again")
     left, top, width, height = (
         icon.get(key, icons.get(key, default))
         for key, default in zip(("left", "top", "width", "height"), (0, 0, 16, 16))

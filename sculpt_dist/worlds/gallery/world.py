@@ -58,7 +58,7 @@ WORLD = World(
         "classifier": ClassifierPlan(
             channels=(32, 64, 128, 192, 256), strides=(2, 1, 2, 2, 2), steps=1200, batch=64, rate=2e-3
         ),
-        # Another net and another seed. No tuning, calibration or early choice ever asks it.
+        # Another net and another seed, for reports alone: nothing is to be tuned, calibrated or chosen by it.
         "witness": ClassifierPlan(
             channels=(48, 96, 192, 256), strides=(2, 2, 2, 2), layers="separable", steps=1200, batch=64, rate=2e-3
         ),

@@ -21,7 +21,7 @@ from sculpt_dist.core.files import file_sha256
 
 RUN = [*SMALL, "model.arch=sana", "evaluate.enabled=false", "train.steps=10", "prepare.samples=4", "prepare.steps=2"]
 RUN += ["train.checkpoint_share=1"]
-CELLS = [(1, 0), (2, 1), (1, 2), (2, 3), (2, 0), (1, 1), (2, 2), (1, 3)]  # (ranks, stage); the first four are CI's
+CELLS = [(1, 0), (2, 1), (1, 2), (1, 3), (2, 3), (2, 0), (1, 1), (2, 2)]  # (ranks, stage); the first five are CI's
 WAYS = ("TERM", "USR1", "STOP file", "KILL all", "KILL one")
 
 
@@ -65,7 +65,7 @@ def wait_for_step(folder: Path, pids: list[int], concept: int, step: int) -> Non
 
 @pytest.mark.two_ranks
 @pytest.mark.parametrize(
-    "kills", [pytest.param(len(CELLS) // 2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)]
+    "kills", [pytest.param(len(WAYS), marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)]
 )
 def test_runs_killed_at_random_moments_end_bit_identical(straight, canvas_config, tmp_path, kills):
     drawn, done = straight
