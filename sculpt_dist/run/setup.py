@@ -119,8 +119,8 @@ def check_world(config: RunConfig) -> None:
     find_world(wanted)
     if config.model.path is None and config.evaluate.enabled and judge not in (None, wanted):
         raise ConfigError(
-            f"model.world={wanted} and evaluate.classifier={config.evaluate.classifier}: the shipped model of a world is "
-            f"not judged by another world; start from a configuration of {wanted}/, or set the classifier to null"
+            f"model.world={wanted} and evaluate.classifier={config.evaluate.classifier}: the shipped model of a world "
+            f"is not judged by another world; start from a configuration of {wanted}/, or set the classifier to null"
         )
 
 

@@ -138,10 +138,8 @@ def test_the_contact_sheet_holds_every_picture_once(pictures, tmp_path, monkeypa
 
 
 def test_an_icon_is_found_by_its_name_with_face_or_by_an_alias():
-    icons = {
-        "icons": {"dog-face": {"body": "a"}, "bug": {"body": "b"}},
-        "aliases": {"worm": {"parent": "grub"}, "grub": {"parent": "bug"}},
-    }
+    aliases = {"worm": {"parent": "grub"}, "grub": {"parent": "bug"}}
+    icons = {"icons": {"dog-face": {"body": "a"}, "bug": {"body": "b"}}, "aliases": aliases}
     assert find_icon(icons, "dog") == {"body": "a"} and find_icon(icons, "worm") == {"body": "b"}
     assert find_icon(icons, "cat") is None
 

@@ -1,7 +1,7 @@
 """Classifiers, one kind per file. The file name is the kind in `evaluate.classifier=KIND:WHERE`.
 
 `base` is the interface. To add a kind, add a file with a class `Judge(Classifier)`; nothing else changes. The evaluator
-finds it with `base.load_classifier`. `clip` and the classifiers of worlds also provide the image features of the metrics.
+finds it with `base.load_classifier`. `clip` and the classifiers of worlds also provide the metrics' image features.
 """
 
 from typing import TYPE_CHECKING
