@@ -1,61 +1,47 @@
-"""The curves of a report."""
+"""What the figures of a report show."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
+from typing import Any
 
-import numpy as np
-from handmade_run import metric_lines
-
-from sculpt_dist.report.figures import draw_loss, draw_mask
+from sculpt_dist.report.figures import draw_relapse, draw_scores
 
 
-def test_curves_survive_a_nan_loss_and_a_term_that_starts_at_zero(tmp_path: Path) -> None:
-    lines = metric_lines()
-    lines[10]["terms"]["distill"] = 0.0
-    lines[12]["loss"] = lines[12]["terms"]["forget"] = math.nan
-    lines[13]["terms"]["forget"] = math.inf
-    axes = draw_loss(lines, ["cat", "car"]).axes[0]
-    assert axes.get_yscale() == "log"
-    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
-        "collecting saliency",
-        "forget",
-        "retain",
-        "distill",
+def curves(points: list[tuple[int, dict[str, Any]]]) -> dict[str, list[tuple[float, float]]]:
+    figure = draw_scores(points)
+    assert figure is not None
+    return {str(line.get_label()): list(zip(line.get_xdata(), line.get_ydata())) for line in figure.axes[0].lines}
+
+
+def test_the_scores_are_drawn_over_the_number_of_concepts_where_they_were_measured():
+    points = [(n, {"UA": 1 - n / 100, "CRA": 0.9 if n != 2 else None, "UA_ci95": [0.5, 1.0]}) for n in (0, 1, 2, 10)]
+    assert curves(points) == {
+        "UA": [(0, 1.0), (1, 0.99), (2, 0.98), (10, 0.9)],
+        "CRA": [(0, 0.9), (1, 0.9), (10, 0.9)],
     }
-    lines[20]["terms"]["forget"] = -1.0
-    assert draw_loss(lines, ["cat", "car"]).axes[0].get_yscale() == "linear"
 
 
-def test_the_open_share_refers_to_the_trained_weights_and_a_method_without_mask_has_no_mask_figure() -> None:
-    top = draw_mask(metric_lines(), ["cat", "car"], 122880).axes[0]
-    drawn = np.concatenate([line.get_ydata() for line in top.get_lines() if len(line.get_ydata()) > 2])
-    assert set(drawn[np.isfinite(drawn)]) == {0.5}, "with a gap between the concepts"
-    bare = [
-        {name: value for name, value in line.items() if name not in ("open", "swapped", "overlap")}
-        for line in metric_lines()
+def test_near_and_far_replace_ira_only_where_both_have_a_curve():
+    whole = [(n, {"IRA": 0.9, "IRA_near": 0.8, "IRA_far": 0.95}) for n in range(4)]
+    assert set(curves(whole)) == {"IRA near", "IRA far"}
+    partly = [(n, {"IRA": 0.9, "IRA_near": 0.8 if n in (1, 2) else None, "IRA_far": 0.95}) for n in range(4)]
+    assert set(curves(partly)) == {"IRA", "IRA far"}
+
+
+def test_two_stages_have_no_curve():
+    assert draw_scores([(0, {"UA": 0.0}), (1, {"UA": 1.0})]) is None
+
+
+def test_the_heat_map_has_a_row_for_each_measured_stage_and_names_that_do_not_overlap():
+    targets = [f"thing {i}" for i in range(100)]
+    rows = [[0.9] * 100 if row in (0, 1, 50, 100) else [None] * 100 for row in range(101)]
+    figure = draw_relapse(rows, targets)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "base",
+        "after thing 0",
+        "after thing 49",
+        "after thing 99",
     ]
-    assert draw_mask(bare, ["cat", "car"], 122880) is None
-
-
-def test_a_curve_of_many_short_concepts_shows_the_mean_of_each() -> None:
-    lines = [
-        {
-            "concept": concept,
-            "step": step,
-            "phase": "collect" if step == 0 else "train",
-            "loss": concept + step,
-            "open": 7,
-        }
-        for concept in range(300)
-        for step in range(3)
-    ]
-    axes = draw_loss(lines, ["thing"] * 300).axes[0]
-    collected, trained = (line.get_ydata() for line in axes.get_lines() if len(line.get_ydata()) == 300)
-    assert list(collected) == list(range(300)) and list(trained) == [concept + 1.5 for concept in range(300)]
-    assert len(axes.texts) == 20 and len(axes.patches) == 0, "some are named, and none shaded"
-    (opened,) = [
-        line for line in draw_mask(lines, ["thing"] * 300, None).axes[0].get_lines() if len(line.get_ydata()) > 2
-    ]
-    assert len(opened.get_ydata()) == 900 and set(opened.get_ydata()) == {7.0}
+    assert len(axes.get_xticks()) <= 40

@@ -15,7 +15,7 @@ from handmade_run import write_run
 
 from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.report.card import model_card
-from sculpt_dist.report.figures import draw_loss, draw_mask, draw_relapse
+from sculpt_dist.report.figures import draw_loss, draw_mask, draw_relapse, draw_scores
 from sculpt_dist.report.page import render_page
 from sculpt_dist.report.record import read_run
 from sculpt_dist.report.summary import summarise
@@ -83,6 +83,7 @@ def report(folder: Path, draws: bool = True) -> str:
         draw_loss(run.lines, run.targets)
         draw_mask(run.lines, run.targets, (run.costs.get("weights") or {}).get("trained"))
         draw_relapse(run.accuracies, run.targets)
+        draw_scores([(0, content["before"]), *enumerate(content["concepts"], 1)])
     model_card(run.config, content)
     page = render_page(run, content, {}, None)
     page.encode()
