@@ -87,7 +87,7 @@ def test_the_world_chooses_the_classifier_unless_another_is_named():
 def test_the_command_lists_what_there_is():
     listed = sculpt("gallery", "list", "reptile")
     assert "crocodile, turtle, snake" in listed and "emojione" in listed and "mammal" not in listed
-    assert "There are: mammal, bird" in sculpt("gallery", "list", "mamal", code=2)
+    assert "There are: mammal, bird" in sculpt("gallery", "list", "beast", code=2)
 
 
 # Pictures
