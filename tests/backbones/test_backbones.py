@@ -116,7 +116,7 @@ def test_a_checkpoint_like_stable_diffusion_2_1_samples_as_its_pipeline(folder_w
     with torch.random.fork_rng():
         torch.manual_seed(4)
         encoder = clip_text_encoder(tokenizer, width=96)
-        unet = tiny_unet((56, 80), 96, use_linear_projection=True)
+        unet = tiny_unet(kind("sd15").tiny["small"], 96, use_linear_projection=True)
     for name, part in (("text_encoder", encoder), ("unet", unet)):
         shutil.rmtree(folder / name)
         part.save_pretrained(folder / name)
