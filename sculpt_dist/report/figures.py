@@ -139,7 +139,8 @@ def draw_scores(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Figure | Non
         at, values = [n for n, _ in scored], [scores[name] for _, scores in scored]
         (line,) = axes.plot(at, values, marker=".", label=name.replace("_", " "))
         bounds = [scores.get(f"{name}_ci95") or (np.nan, np.nan) for _, scores in scored]
-        axes.fill_between(at, *zip(*bounds), color=line.get_color(), alpha=0.15, linewidth=0)
+        low, high = zip(*bounds)
+        axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("concepts forgotten")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
