@@ -84,7 +84,7 @@ def build(world_name: str, arch: str, folder: Path, seed: int = 0, sets: Path | 
     source = [images.keep_pictures(sets, work)] if of.needs_sets else []
     dataset: Dataset = images.draw_dataset(of.per_pair, seed, *source)
     held_out = images.draw_dataset(2, seed + 1, *source)
-    data = f"{seed} {hashlib.sha256(dataset[0]).hexdigest()}"
+    data = f"{seed} {hashlib.sha256(dataset[0].tobytes()).hexdigest()}"
     report: dict[str, float] = {}
     judges: dict[str, WorldClassifier] = {}
     for i, (name, plan) in enumerate(of.classifiers.items()):
