@@ -54,11 +54,11 @@ def descend(
     seed, settings. A file of another plan or made from something else is not used.
     """
     about = {"plan": json.dumps(asdict(plan)), "made_from": made_from}
-    named = {f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.named_parameters()}
-    weights: list[Tensor] = list(named.values())
+    weights: list[Tensor] = [weight for module in modules.values() for weight in module.parameters()]
     averages = [weight.detach().clone() for weight in weights] if plan.average is not None else []
     optimizer = torch.optim.AdamW(weights, plan.peak, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
-    first = _restore(file, about, modules, averages, optimizer, rng) if file is not None else 0
+    state = _State(modules, averages, optimizer, rng)
+    first = state.restore(file, about) if file is not None else 0
     saved, shown = time.monotonic(), 0.0
     with Progress(console=console) as progress:
         task = progress.add_task(description, total=plan.steps, completed=first)
@@ -75,7 +75,7 @@ def descend(
                 torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
             progress.advance(task)
             if file is not None and (time.monotonic() > saved + SAVE_EVERY or step + 1 == plan.steps):
-                _save(file, {**about, "step": str(step + 1)}, modules, averages, optimizer, rng)
+                state.save(file, {**about, "step": str(step + 1)})
                 saved = time.monotonic()
                 if saved > shown + 600:
                     console.print(f"{description}: step {step + 1} of {plan.steps}, loss {value.item():.4f}")
@@ -85,60 +85,50 @@ def descend(
             torch._foreach_copy_(weights, averages)
 
 
-def _tensors(
-    modules: Mapping[str, nn.Module], averages: list[Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Everything that a step changes, under names of its own; the tensors themselves."""
-    found = {
-        f"module/{part}/{key}": value for part, module in modules.items() for key, value in module.state_dict().items()
-    }
-    found |= {f"average/{i}": average for i, average in enumerate(averages)}
-    for i, weight in enumerate(optimizer.param_groups[0]["params"]):
-        state = optimizer.state[weight]
-        if not state:
-            state |= {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
-            }
-        found |= {f"optimizer/{i}/{key}": value for key, value in state.items()}
-    return found
+@dataclass(frozen=True)
+class _State:
+    """Everything that a step changes."""
 
+    modules: Mapping[str, nn.Module]
+    averages: list[Tensor]  # of the weights, each in its shape; empty without a moving average
+    optimizer: torch.optim.Optimizer
+    rng: torch.Generator
 
-def _save(
-    file: Path,
-    about: dict[str, str],
-    modules: Mapping[str, nn.Module],
-    averages: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    rng: torch.Generator,
-) -> None:
-    tensors = {name: value.detach().contiguous() for name, value in _tensors(modules, averages, optimizer).items()}
-    make_folder(file.parent)
-    write_atomically(file, save({**tensors, "rng": rng.get_state()}, about))
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the random numbers, under names of its own; the tensors themselves."""
+        found = {
+            f"module/{part}/{key}": value
+            for part, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
+        found |= {f"average/{i}": average for i, average in enumerate(self.averages)}
+        for i, weight in enumerate(self.optimizer.param_groups[0]["params"]):
+            moments = self.optimizer.state[weight]
+            if not moments:  # AdamW makes them at the first step
+                zero = torch.zeros_like
+                moments |= {"step": torch.tensor(0.0), "exp_avg": zero(weight), "exp_avg_sq": zero(weight)}
+            found |= {f"optimizer/{i}/{key}": value for key, value in moments.items()}
+        return found
 
+    def save(self, file: Path, about: dict[str, str]) -> None:
+        tensors = {name: value.detach().contiguous() for name, value in self.tensors().items()}
+        make_folder(file.parent)
+        write_atomically(file, save({**tensors, "rng": self.rng.get_state()}, about))
 
-def _restore(
-    file: Path,
-    about: dict[str, str],
-    modules: Mapping[str, nn.Module],
-    averages: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    rng: torch.Generator,
-) -> int:
-    """The steps done, once everything is as it was then; 0 without a readable file of this plan and origin."""
-    tensors = _tensors(modules, averages, optimizer)
-    try:
-        with safe_open(file, "pt") as content:
-            found = content.metadata() or {}
-            if {key: found.get(key) for key in about} != about or set(content.keys()) != {*tensors, "rng"}:
-                return 0
-            if any(tuple(content.get_slice(name).get_shape()) != tensor.shape for name, tensor in tensors.items()):
-                return 0
-            with torch.no_grad():
-                for name, value in tensors.items():
-                    value.copy_(content.get_tensor(name))
-            rng.set_state(content.get_tensor("rng"))
-            return int(found["step"])
-    except (OSError, SafetensorError):
-        return 0
+    def restore(self, file: Path, about: dict[str, str]) -> int:
+        """The steps done, once everything is as it was then; 0 without a readable file of this plan and origin."""
+        tensors = self.tensors()
+        try:
+            with safe_open(file, "pt") as content:
+                found = content.metadata() or {}
+                if {key: found.get(key) for key in about} != about or set(content.keys()) != {*tensors, "rng"}:
+                    return 0
+                if any(tuple(content.get_slice(name).get_shape()) != tensor.shape for name, tensor in tensors.items()):
+                    return 0
+                with torch.no_grad():
+                    for name, value in tensors.items():
+                        value.copy_(content.get_tensor(name))
+                self.rng.set_state(content.get_tensor("rng"))
+                return int(found["step"])
+        except (OSError, SafetensorError):
+            return 0
