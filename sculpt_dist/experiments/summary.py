@@ -12,8 +12,9 @@ from sculpt_dist.experiments.ledger import DONE, Outcome, retention
 from sculpt_dist.experiments.tables import SCORES
 from sculpt_dist.experiments.trials import Sweep
 from sculpt_dist.maths.sweep_points import undominated
-from sculpt_dist.report.figures import draw_front, draw_parameters, draw_pngs
+from sculpt_dist.report.figures import draw_pngs
 from sculpt_dist.report.render import render
+from sculpt_dist.report.sweep_figures import draw_front, draw_parameters
 
 
 def write_summary(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:

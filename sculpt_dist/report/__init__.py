@@ -13,7 +13,7 @@ from sculpt_dist.core.exports import lazy_exports
 
 if TYPE_CHECKING:
     from sculpt_dist.report.card import model_card
-    from sculpt_dist.report.figures import draw_front, draw_parameters, draw_pngs
+    from sculpt_dist.report.figures import draw_pngs
     from sculpt_dist.report.record import RunRecord, read_run
     from sculpt_dist.report.report import draw_stage, write_report
     from sculpt_dist.report.steps import read_metrics
@@ -23,7 +23,8 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "card": ["model_card"],
-        "figures": ["draw_front", "draw_parameters", "draw_pngs"],
+        "figures": ["draw_pngs"],
+        "sweep_figures": ["draw_front", "draw_parameters"],
         "record": ["RunRecord", "read_run"],
         "report": ["draw_stage", "write_report"],
         "steps": ["read_metrics"],
