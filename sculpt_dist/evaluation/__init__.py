@@ -11,14 +11,14 @@ from sculpt_dist.core.exports import lazy_exports
 
 if TYPE_CHECKING:
     from sculpt_dist.evaluation.evaluator import check_evaluation, check_prompts, evaluate
-    from sculpt_dist.evaluation.requests import Evaluation, ImageRequest, World, resolve_evaluation
+    from sculpt_dist.evaluation.requests import EvaluatedWorld, Evaluation, ImageRequest, resolve_evaluation
     from sculpt_dist.evaluation.scoring import score_targets
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "evaluator": ["check_evaluation", "check_prompts", "evaluate"],
-        "requests": ["Evaluation", "ImageRequest", "World", "resolve_evaluation"],
+        "requests": ["Evaluation", "ImageRequest", "EvaluatedWorld", "resolve_evaluation"],
         "scoring": ["score_targets"],
     },
 )

@@ -25,7 +25,7 @@ SCORING_KEYS = ("steps", "classifier", "reference", "clip", "metrics", "bootstra
 
 
 @dataclass(frozen=True)
-class World:
+class EvaluatedWorld:
     """The objects and styles to evaluate, and the objects that belong to each superclass."""
 
     objects: tuple[str, ...]
@@ -59,7 +59,7 @@ class Evaluation:
 
     settings: EvaluateConfig
     concepts: tuple[Concept, ...]
-    world: World
+    world: EvaluatedWorld
     most: int | None = None  # images; None for all
     shared: str | None = None  # the folder `prepare.folder`, which keeps the features of the reference images
 
@@ -134,7 +134,7 @@ def as_batches(requests: Sequence[ImageRequest], size: int) -> list[list[ImageRe
     return [group[i : i + size] for group in alike for i in range(0, len(group), size)]
 
 
-def _resolve_world(settings: EvaluateConfig, concepts: Sequence[Concept]) -> World:
+def _resolve_world(settings: EvaluateConfig, concepts: Sequence[Concept]) -> EvaluatedWorld:
     """The configured objects and styles, plus targets and concepts to keep.
 
     When the classifier of a world judges, that world supplies the objects, styles or members that are not configured.
@@ -165,10 +165,10 @@ def _resolve_world(settings: EvaluateConfig, concepts: Sequence[Concept]) -> Wor
             "evaluate.objects is empty and no concept is an object: name the objects to draw, or set "
             "evaluate.enabled=false"
         )
-    return World(tuple(objects), tuple(styles), {name: tuple(names) for name, names in members.items()})
+    return EvaluatedWorld(tuple(objects), tuple(styles), {name: tuple(names) for name, names in members.items()})
 
 
-def _template_requests(settings: EvaluateConfig, world: World) -> list[ImageRequest]:
+def _template_requests(settings: EvaluateConfig, world: EvaluatedWorld) -> list[ImageRequest]:
     """The images of the plain template, then those of the paraphrases, for every pair without a prompt file."""
     pairs = _template_pairs(settings, world)
     requests = []
@@ -226,7 +226,7 @@ def _templates(settings: EvaluateConfig) -> list[tuple[str, int]]:
     return [(settings.prompt, settings.images), *paraphrases]
 
 
-def _template_pairs(settings: EvaluateConfig, world: World) -> list[tuple[int, int]]:
+def _template_pairs(settings: EvaluateConfig, world: EvaluatedWorld) -> list[tuple[int, int]]:
     """(object, style) indices of the pairs drawn from templates; the style is -1 in a world without styles."""
     from_files = {normal(name) for name in settings.prompts or {}}
     objects = [i for i, name in enumerate(world.objects) if normal(name) not in from_files]
@@ -235,7 +235,7 @@ def _template_pairs(settings: EvaluateConfig, world: World) -> list[tuple[int, i
     return [pair for pair in ((i, j) for i in objects for j in styles) if pair not in left_out]
 
 
-def _left_out(settings: EvaluateConfig, world: World) -> Iterator[tuple[int, int]]:
+def _left_out(settings: EvaluateConfig, world: EvaluatedWorld) -> Iterator[tuple[int, int]]:
     """The pairs of `evaluate.without`. Raises ConfigError for one that names no object and style of the world."""
     objects, styles = ({normal(name): i for i, name in enumerate(names)} for names in (world.objects, world.styles))
     for pair in settings.without:
@@ -245,7 +245,7 @@ def _left_out(settings: EvaluateConfig, world: World) -> Iterator[tuple[int, int
         yield objects[name], styles[style]
 
 
-def _listed_requests(settings: EvaluateConfig, world: World, first_id: int) -> Iterator[ImageRequest]:
+def _listed_requests(settings: EvaluateConfig, world: EvaluatedWorld, first_id: int) -> Iterator[ImageRequest]:
     """One image per line of the user's prompt files. The bootstrap treats equal prompts as one prompt."""
     objects, styles = ([normal(name) for name in names] for names in (world.objects, world.styles))
     prompt_ids: dict[str, int] = {}

@@ -10,13 +10,13 @@ import numpy as np
 
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import Concept
-from sculpt_dist.evaluation.requests import Evaluation, ImageRequest, World
+from sculpt_dist.evaluation.requests import EvaluatedWorld, Evaluation, ImageRequest
 from sculpt_dist.maths.accuracy import Answers, Target, accuracy_by, bootstrap_intervals, unlearning_scores
 
 BatchVerdict = tuple[int, list[int], list[int] | None]  # number of the batch, objects seen, styles seen
 
 
-def score_targets(concepts: Sequence[Concept], world: World) -> list[Target]:
+def score_targets(concepts: Sequence[Concept], world: EvaluatedWorld) -> list[Target]:
     """The concepts as indices into the world."""
     places = {"object": _places(world.objects), "style": _places(world.styles)}
     members = {normal(name): of_superclass for name, of_superclass in world.members.items()}
@@ -58,7 +58,7 @@ def select_answers(answers: Answers, chosen: np.ndarray) -> Answers:
     )
 
 
-def answers_as_lists(answers: Answers, world: World) -> dict[str, Any]:
+def answers_as_lists(answers: Answers, world: EvaluatedWorld) -> dict[str, Any]:
     """The answers of all images, and the names behind their indices; comparisons compute scores over several runs."""
     columns = {f.name: getattr(answers, f.name) for f in fields(answers)}
     return {"objects": world.objects, "styles": world.styles} | {

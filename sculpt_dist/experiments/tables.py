@@ -12,7 +12,7 @@ import numpy as np
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.experiments import Comparison, Table
 from sculpt_dist.config.schema import Concept, RunConfig
-from sculpt_dist.evaluation.requests import World, image_name, resolve_evaluation
+from sculpt_dist.evaluation.requests import EvaluatedWorld, image_name, resolve_evaluation
 from sculpt_dist.evaluation.scoring import score_targets
 from sculpt_dist.maths.accuracy import Answers, Counts, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.maths.comparison import HARMONIC, percentiles, resampled_scores, resampling, score_means, stacked
@@ -28,7 +28,7 @@ class FinishedCell:
     """The result of a finished cell, with the parts of its configuration that the tables need."""
 
     concepts: Sequence[Concept]
-    world: World
+    world: EvaluatedWorld
     dtype: str  # of the exported weights
     result: Mapping[str, Any]  # see compare.finished
 

@@ -3,7 +3,7 @@
 `report` writes the report of a run folder: `record` reads the folder, with the lines of metrics.jsonl from `steps`, and
 `shapes` checks the values; `listed` reads images.csv. `summary` computes the numbers, `figures` and `grid` draw, and
 `page` renders the HTML. `render` fills in the templates. `card` writes the README of an exported model. The templates
-of the reports of comparisons and sweeps live here as well. Only this package imports matplotlib and jinja2. matplotlib,
+of the reports of comparisons and sweeps live here as well, and the figures of a sweep (`sweep_figures`). Only this package imports matplotlib and jinja2. matplotlib,
 PIL and jinja2 are imported inside functions only. Layers above (`track`, `run`, `experiments`, `cli`) may import it.
 """
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sculpt_dist.report.report import draw_stage, write_report
     from sculpt_dist.report.steps import read_metrics
     from sculpt_dist.report.summary import seen_counts, summarise
+    from sculpt_dist.report.sweep_figures import draw_front, draw_parameters
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
