@@ -3,8 +3,9 @@
 `report` writes the report of a run folder: `record` reads the folder, with the lines of metrics.jsonl from `steps`, and
 `shapes` checks the values; `listed` reads images.csv. `summary` computes the numbers, `figures` and `grid` draw, and
 `page` renders the HTML. `render` fills in the templates. `card` writes the README of an exported model. The templates
-of the reports of comparisons and sweeps live here as well, and the figures of a sweep (`sweep_figures`). Only this package imports matplotlib and jinja2. matplotlib,
-PIL and jinja2 are imported inside functions only. Layers above (`track`, `run`, `experiments`, `cli`) may import it.
+of the reports of comparisons and sweeps live here as well, and the figures of a sweep (`sweep_figures`). Only this
+package imports matplotlib and jinja2. matplotlib, PIL and jinja2 are imported inside functions only. Layers above
+(`track`, `run`, `experiments`, `cli`) may import it.
 """
 
 from typing import TYPE_CHECKING
