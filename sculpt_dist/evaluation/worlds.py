@@ -52,8 +52,9 @@ class WorldJudge(Classifier):
                 f"evaluate.classifier={self.name}:{where}: the classifiers of this world are "
                 f"{', '.join(known.classifiers)}; {self.name} alone is the first"
             )
-        self._wanted_objects = find_names("evaluate.objects", objects, known.objects)
-        self._wanted_styles = find_names("evaluate.styles", styles, known.styles)
+        listing = f"sculpt-dist {self.name} list"
+        self._wanted_objects = find_names("evaluate.objects", objects, known.objects, listing)
+        self._wanted_styles = find_names("evaluate.styles", styles, known.styles, listing)
         self._encoder = WorldEncoder(self.name, where or next(iter(known.classifiers)))
 
     def classify(self, images: Tensor) -> Verdict:

@@ -13,6 +13,7 @@ from harness import PROJECT, sculpt
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.evaluation.classifiers.base import load_classifier as load_judge
 from sculpt_dist.run.setup import resolve
 from sculpt_dist.worlds.base import NUM_FORMS
 from sculpt_dist.worlds.classifier import WorldClassifier, load_classifier, to_float
@@ -82,6 +83,15 @@ def test_the_world_chooses_the_classifier_unless_another_is_named():
     assert other.evaluate.classifier == "gallery:witness"
     with pytest.raises(ConfigError, match="model.world=galery: there is no such world. Did you mean 'gallery'"):
         resolve(load_config(None, ["model.world=galery", "concepts=[{target: cat, superclass: mammal}]"]))
+
+
+def test_an_unknown_object_is_answered_with_the_closest_and_the_command_that_lists_them():
+    with pytest.raises(ConfigError, match=r"does not know 'bycicle'. Closest to 'bycicle': bicycle"):
+        load_judge("gallery", ["fox", "bycicle"], [])
+    with pytest.raises(ConfigError, match=r"190 more \(`sculpt-dist gallery list`\)\. Remove"):
+        load_judge("gallery:witness", ["zebra"], [])
+    with pytest.raises(ConfigError, match="gallery:judge: the classifiers of this world are classifier, witness"):
+        load_judge("gallery:judge", ["fox"], [])
 
 
 def test_the_command_lists_what_there_is():

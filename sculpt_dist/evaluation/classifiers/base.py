@@ -68,16 +68,20 @@ def kinds() -> tuple[str, ...]:
     return tuple(plugins(PACKAGE))
 
 
-def find_names(key: str, wanted: Sequence[str], known: Sequence[str]) -> list[int]:
-    """The index in `known` of each wanted name, ignoring case. Raises ConfigError that lists all unknown names."""
+def find_names(key: str, wanted: Sequence[str], known: Sequence[str], listing: str = "") -> list[int]:
+    """The index in `known` of each wanted name, ignoring case. Raises ConfigError that lists all unknown names.
+
+    `listing`: the command that lists the known ones, where there is one.
+    """
     index = {normal(name): i for i, name in enumerate(known)}
     unknown = [name for name in wanted if normal(name) not in index]
     if unknown:
         close = difflib.get_close_matches(normal(unknown[0]), list(index), n=3)
         hint = f" Closest to {unknown[0]!r}: {', '.join(close)}." if close else ""
+        where = f" (`{listing}`)" if listing else ""
         raise ConfigError(
             f"{key}: the classifier does not know {', '.join(map(repr, unknown))}.{hint} "
-            f"It knows: {', '.join(shortlist(known, 24)) or 'none'}. Remove the unknown names, or choose another "
+            f"It knows: {', '.join(shortlist(known, 24)) or 'none'}{where}. Remove the unknown names, or choose another "
             "evaluate.classifier"
         )
     return [index[normal(name)] for name in wanted]
