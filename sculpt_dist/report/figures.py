@@ -143,6 +143,7 @@ def draw_scores(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Figure | Non
         axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("concepts forgotten")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 

@@ -28,6 +28,12 @@ def test_near_and_far_replace_ira_only_where_both_have_a_curve():
     assert set(curves(partly)) == {"IRA", "IRA far"}
 
 
+def test_concepts_are_counted_in_whole_numbers():
+    figure = draw_scores([(n, {"UA": 0.5}) for n in range(4)])
+    assert figure is not None
+    assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
+
+
 def test_two_stages_have_no_curve():
     assert draw_scores([(0, {"UA": 0.0}), (1, {"UA": 1.0})]) is None
 

@@ -81,8 +81,8 @@ def find_names(key: str, wanted: Sequence[str], known: Sequence[str], listing: s
         where = f" (`{listing}`)" if listing else ""
         raise ConfigError(
             f"{key}: the classifier does not know {', '.join(map(repr, unknown))}.{hint} "
-            f"It knows: {', '.join(shortlist(known, 24)) or 'none'}{where}. Remove the unknown names, or choose another "
-            "evaluate.classifier"
+            f"It knows: {', '.join(shortlist(known, 24)) or 'none'}{where}. Remove the unknown names, or choose "
+            "another evaluate.classifier"
         )
     return [index[normal(name)] for name in wanted]
 
