@@ -125,6 +125,7 @@ def draw_scores(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Figure | Non
     """
     import numpy as np
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = ("UA", "IRA_near", "IRA_far", "IRA", "CRA")
     curves = {name: [(n, scores) for n, scores in points if scores.get(name) is not None] for name in names}
@@ -143,7 +144,7 @@ def draw_scores(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Figure | Non
         axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("concepts forgotten")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
