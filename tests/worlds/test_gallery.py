@@ -86,8 +86,8 @@ def test_the_world_chooses_the_classifier_unless_another_is_named():
 
 
 def test_an_unknown_object_is_answered_with_the_closest_and_the_command_that_lists_them():
-    with pytest.raises(ConfigError, match=r"does not know 'bycicle'. Closest to 'bycicle': bicycle"):
-        load_judge("gallery", ["fox", "bycicle"], [])
+    with pytest.raises(ConfigError, match=r"does not know 'bicyle'. Closest to 'bicyle': bicycle"):
+        load_judge("gallery", ["fox", "bicyle"], [])
     with pytest.raises(ConfigError, match=r"190 more \(`sculpt-dist gallery list`\)\. Remove"):
         load_judge("gallery:witness", ["zebra"], [])
     with pytest.raises(ConfigError, match="gallery:judge: the classifiers of this world are classifier, witness"):
