@@ -63,7 +63,8 @@ def bench_step(arch: str, overrides: Sequence[str], group: Group, rounds: int = 
     All ranks must call it. Every figure is a median over `rounds` rounds of `STEPS` steps; each round times all three.
     Raises ConfigError for settings that a run refuses.
     """
-    given = [*SETTINGS, "train.batch=8", *overrides, f"model.arch={arch}", f"train.steps={STEPS}"]
+    fixed = [f"model.arch={arch}", f"train.steps={STEPS}", "hold.prompts=null"]
+    given = [*SETTINGS, "train.batch=8", *overrides, *fixed]
     setup = resolve(replace(load_config(None, given), concepts=[CONCEPT]))
     config = setup.config
     compares = group.size == 1 and config.engine.stage < 3

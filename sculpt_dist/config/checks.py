@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.vae_dtype": (*DTYPES, None),
     "model.export_dtype": (*DTYPES, "source", None),
     "prepare.images_missing": ("refuse", "draw"),
+    "hold.source": ("original", "teacher"),
     "train.schedule": ("one_cycle", "cosine", "linear", "constant"),
     "mask.scope": ("matrix", "global"),
     "mask.saliency": ("abs_sum", "sum_abs", "sum_sq", "random"),
@@ -33,9 +34,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "track.artifact": ("none", "reference", "files"),
 }
 POSITIVE = (
-    "prepare.samples prepare.steps prepare.batch train.steps train.batch train.accumulate train.lr mask.keep "
-    "engine.timeout engine.grace engine.gathered evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap "
-    "model.text_batch train.checkpoint_share"
+    "prepare.samples prepare.steps prepare.batch hold.share hold.weight train.steps train.batch train.accumulate "
+    "train.lr train.checkpoint_share mask.keep engine.timeout engine.grace engine.gathered evaluate.images "
+    "evaluate.steps evaluate.batch evaluate.bootstrap model.text_batch"
 ).split()
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, half of a pair, line and paragraph ends
 SHARES = "train.warmup train.checkpoint_share mask.keep mask.turnover mask.until".split()

@@ -9,7 +9,7 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import write_atomically
 
 PACKAGED = Path(__file__).parents[1] / "configs"  # in a checkout a link
-NAMED = re.compile(r"[\w./-]+\.yaml")  # a file that a configuration builds on
+NAMED = re.compile(r"[\w./-]+\.(?:yaml|txt)")  # a file that a configuration builds on
 
 
 def find_config(file: Path) -> Path:
@@ -17,11 +17,17 @@ def find_config(file: Path) -> Path:
 
     The name is a path without its ending, such as canvas/dm_cal; `configs/canvas/dm_cal.yaml` stands for it, too.
     """
+    return _given_or(file, _place(str(file)))
+
+
+def find_list(file: Path) -> Path:
+    """A list of prompts as given; where there is none, the packaged one of that name, such as gallery/hold.txt."""
+    return _given_or(file, _inside(str(file)))
+
+
+def _given_or(file: Path, packaged: Path) -> Path:
     try:
-        if file.exists():
-            return file
-        packaged = _place(str(file))
-        return packaged if packaged.is_file() else file
+        return packaged if not file.exists() and packaged.is_file() else file
     except (OSError, ValueError):  # no name that a file can have
         return file
 
@@ -50,7 +56,7 @@ def copy_config(name: str, folder: Path) -> list[Path]:
         if target.exists() and target.read_bytes() != content:
             raise ConfigError(f"{target}: is another file already; name another folder")
         named = NAMED.findall(content.decode())
-        others = [place.resolve() for word in named for place in (source.parent / word, _place(word))]
+        others = [place.resolve() for word in named for place in (source.parent / word, _place(word), _inside(word))]
         waiting += [other for other in others if other.is_file() and other.is_relative_to(root)]
     for target, content in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +66,11 @@ def copy_config(name: str, folder: Path) -> list[Path]:
 
 def _place(name: str) -> Path:
     """Where a packaged configuration of this name would be; outside of them there is none."""
-    inside = Path(f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml")
+    return _inside(f"{name.removesuffix('.yaml')}.yaml")
+
+
+def _inside(name: str) -> Path:
+    inside = Path(name.removeprefix("configs/"))
     return PACKAGED / inside if not inside.is_absolute() and ".." not in inside.parts else PACKAGED / "none"
 
 

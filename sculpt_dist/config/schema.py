@@ -107,6 +107,21 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class HoldConfig:
+    """General prompts that a run holds, whatever its method: on their samples the net is drawn to its earlier self."""
+
+    prompts: str | None = None
+    """File (.txt or .csv) of prompts without a target, your own or a packaged one such as gallery/hold.txt; null holds
+    none. The base model draws a sample of each, once for all concepts. Methods in closed form preserve the prompts."""
+    share: float = 1.0
+    """Samples of an update, as a share of train.batch."""
+    weight: float = 1.0
+    """Weight of the term."""
+    source: str = "original"
+    """Net whose predictions are held: original (before the first concept) or teacher (before this one)."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The optimisation of one concept."""
 
@@ -293,6 +308,8 @@ class RunConfig:
     """The concepts to forget, one after another."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """The training samples."""
+    hold: HoldConfig = field(default_factory=HoldConfig)
+    """General prompts that are held."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The optimisation."""
     mask: MaskConfig = field(default_factory=MaskConfig)

@@ -53,7 +53,7 @@ def check_passwords(content: Any) -> None:
 
 def paths(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Every path that a configuration names: (key, path)."""
-    for key in (*PLACES, "evaluate.retain_prompts"):
+    for key in (*PLACES, "hold.prompts", "evaluate.retain_prompts"):
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if value is not None:

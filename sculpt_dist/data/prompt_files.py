@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from sculpt_dist.config.packaged import find_list
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.messages import shown
 from sculpt_dist.data.remote import is_remote, local_copy
@@ -38,12 +39,13 @@ class ListedPrompt:
 def read_prompts(file: str | Path) -> tuple[ListedPrompt, ...]:
     """Read a .txt file with one prompt per line, or a .csv file with a column `prompt`, optionally seeds and guidances.
 
-    `file` may be a URL. Empty lines are skipped. Raises ConfigError with the file and line for text that is not UTF-8,
-    control characters, a missing column or prompt, too many fields, and an invalid seed or guidance.
+    `file` may be a URL, or the name of a packaged list. Empty lines are skipped. Raises ConfigError with the file and
+    line for text that is not UTF-8, control characters, a missing column or prompt, too many fields, and an invalid
+    seed or guidance.
     """
     named = shown(file)
     try:
-        path = local_copy(str(file)) if is_remote(file) else Path(file).expanduser()
+        path = local_copy(str(file)) if is_remote(file) else find_list(Path(file).expanduser())
         exists = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, an unknown user
         raise ConfigError(f"{named}: is no file that can be read ({shown(error)})") from error

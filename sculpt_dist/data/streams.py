@@ -5,6 +5,7 @@ A method declares its streams (`StreamSpec`); each draws on one or several sourc
     target, superclass    samples of the concept's own prompts
     keep                  samples of the concepts to keep
     earlier_targets       samples of every target before this concept, each a source of its own
+    hold                  samples of the prompts that a run holds, the same for all its concepts
     anything else         samples of the names that `Method.extra_concepts` gives under it
 """
 
@@ -29,6 +30,8 @@ from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import Sample
 
 EARLIER_TARGETS = "earlier_targets"
+HOLD = "hold"
+ALONE = ("anchor", HOLD)  # roles whose prompts have no counterpart
 ORDER = ("target", "superclass", "anchor", "distractor")  # the number that seeds a role's order; others get one by name
 
 
@@ -253,7 +256,7 @@ def micro_batches(
             prompts=texts,
             keys=tuple(sample.key for sample in samples),
             positions=tuple(streams.positions(role, micro)),
-            counterpart=None if role == "anchor" else conditions(samples, counterparts),
+            counterpart=None if role in ALONE else conditions(samples, counterparts),
         )
 
     for roles, item in zip(load(streams, items, workers), items):  # the loader first: it must be read to its end

@@ -17,8 +17,7 @@ from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import ConceptBatch, Denoiser, Stream, TextCond
-from sculpt_dist.data.prompts import ConceptPrompts
-from sculpt_dist.data.streams import EARLIER_TARGETS, Draws, Layout, StreamSpec
+from sculpt_dist.data.streams import EARLIER_TARGETS, HOLD, Draws, Layout, StreamSpec
 from sculpt_dist.engine.zero import DTYPES
 from sculpt_dist.methods.base import LossFunction, Method, Predictor, Setup, Step
 from sculpt_dist.run.build import trained_names
@@ -69,6 +68,7 @@ def open_on_meta(setup: RunSetup) -> Backbone:
     backbone = open_backbone(setup.config.model, META_GROUP, setup.folder)
     prompts = setup.prompts
     texts = [text for concept in prompts for text in (*concept.target, *concept.superclass, *concept.keep)]
+    texts += setup.held
     with as_model_error(f"{backbone.folder}, the text encoders"):
         backbone.embed(texts)
         backbone.embed(["", *(concept.negative for concept in prompts)], negative=True)
@@ -127,7 +127,7 @@ def first_step(setup: RunSetup, backbone: Backbone, size: int) -> tuple[Method, 
     method, plan = setup.trained
     frozen: Any = torch.no_grad  # without values, a teacher differs only in having no gradient
     student, earlier = Predictor(backbone, backbone.net), Predictor(backbone, backbone.net, frozen)
-    batch = _batch(method, backbone, setup.prompts, size)
+    batch = _batch(method, backbone, setup, size)
     with as_model_error(f"{backbone.folder / backbone.net_name}, the method's preparation"):
         method = method.prepare(Setup(0, backbone, plan.updates, setup.prompts[-1]))
     draws, path = Draws(0, 0, 0, range(size), META), MetaTrajectory(backbone)
@@ -135,14 +135,15 @@ def first_step(setup: RunSetup, backbone: Backbone, size: int) -> tuple[Method, 
     return method, Step(student, teacher, original, batch, backbone, draws, path, 0, 0.0)
 
 
-def _batch(method: Method, backbone: Backbone, prompts: Sequence[ConceptPrompts], size: int) -> ConceptBatch:
+def _batch(method: Method, backbone: Backbone, setup: RunSetup, size: int) -> ConceptBatch:
     """A micro-batch of the last concept, which has the most anchors; its latents have shapes alone."""
-    last = prompts[-1]
+    prompts, last = setup.prompts, setup.prompts[-1]
     known = {
         "target": last.target,
         "superclass": last.superclass,
         "keep": last.keep,
         EARLIER_TARGETS: tuple(text for earlier in prompts[:-1] for text in earlier.target),
+        HOLD: setup.held,
     }
 
     def stream(spec: StreamSpec, texts: Sequence[str]) -> Stream:

@@ -121,10 +121,10 @@ def _drawn_batches(setup: RunSetup) -> int:
         for source in drawn_sources(method):
             has_texts = source != "keep" or prompts.keep
             count += of_source if has_texts and not own_images(prepare.images, own.get(source))[0] else 0
-    return count
+    return count + -(-len(setup.held) // prepare.batch)
 
 
 def _num_prompts(setup: RunSetup) -> int:
     """Distinct prompts that `prepare` embeds, and negative prompts."""
     known = {text for concept in setup.prompts for text in (*concept.target, *concept.superclass, *concept.keep)}
-    return len(known) + len({"", *(concept.negative for concept in setup.prompts)})
+    return len(known.union(setup.held)) + len({"", *(concept.negative for concept in setup.prompts)})

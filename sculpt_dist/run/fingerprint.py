@@ -21,6 +21,10 @@ LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour 
     "model.export_dtype": None,
     "prepare.prompts.files": {},
     "prepare.images_missing": "refuse",
+    "hold.prompts": None,
+    "hold.share": 1.0,
+    "hold.weight": 1.0,
+    "hold.source": "original",
     "evaluate.at": "all",
     "evaluate.subset": None,
     "evaluate.without": [],
@@ -60,10 +64,10 @@ def deciding_keys(content: dict[Any, Any]) -> dict[str, Any]:
 
 def list_checksums(config: RunConfig) -> dict[str, str]:
     """File -> checksum over the prompts that are read from it. Raises ConfigError for a file that cannot be read."""
-    retained = config.evaluate.retain_prompts
+    lists = (config.hold.prompts, config.evaluate.retain_prompts)
     files = [
         *config.prepare.prompts.files.values(),
         *(config.evaluate.prompts or {}).values(),
-        *([retained] if retained else []),
+        *(file for file in lists if file),
     ]
     return {file: text_sha256(repr(read_prompts(file))) for file in files}

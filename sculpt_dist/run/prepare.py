@@ -22,7 +22,7 @@ from sculpt_dist.core.progress import progress
 from sculpt_dist.data.images import own_images, read_image
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import Sample, read_index, write_shard
-from sculpt_dist.data.streams import EARLIER_TARGETS
+from sculpt_dist.data.streams import EARLIER_TARGETS, HOLD
 from sculpt_dist.engine.group import Group
 from sculpt_dist.methods.base import Method, Setup
 from sculpt_dist.run.owned import keep_foreign_embeddings
@@ -60,6 +60,11 @@ def data_folder(run: Path, concept: Concept, source: str) -> Path:
     return run / "data" / f"{concept.kind}-{unique}" / source
 
 
+def hold_folder(run: Path) -> Path:
+    """The shards of the prompts that a run holds."""
+    return run / "data" / "hold" / "prompts"
+
+
 def drawn_prompts(run: Path, concept: Concept, source: str) -> tuple[str, ...]:
     """The prompts with which a source's samples were drawn, in rotation; empty if there are no such samples."""
     folder = data_folder(run, concept, source)
@@ -69,13 +74,13 @@ def drawn_prompts(run: Path, concept: Concept, source: str) -> tuple[str, ...]:
 def drawn_sources(method: Method) -> frozenset[str]:
     """The sources whose samples the base model draws for a method: those of streams with latents, and a method's own.
 
-    An earlier target's samples are those of its own concept.
+    An earlier target's samples are those of its own concept; those of held prompts are the run's.
     """
     found = set()
     for spec in method.streams():
         for source in spec.source_names:
             name = "target" if source == EARLIER_TARGETS else source
-            if spec.latents or name not in FIRST:
+            if name != HOLD and (spec.latents or name not in FIRST):
                 found.add(name)
     return frozenset(found)
 
@@ -99,7 +104,7 @@ def prepare_samples(
     for concept_setup in setups:
         names = group.on_first(lambda: dict(method.extra_concepts(concept_setup)))  # noqa: B023 (called at once)
         extras.append({source: concept_setup.prompts.of(members) for source, members in names.items()})
-    _embed_once(backbone, setup.prompts, extras, base, setup.folder, group)
+    _embed_once(backbone, setup, extras, base, group)
     if group.is_first:
         _name_images(setup.config.prepare, setup.concepts)
     plans = [
@@ -107,6 +112,8 @@ def prepare_samples(
         for concept, prompts, extra in zip(setup.concepts, setup.prompts, extras)
         for plan in _plans(setup, drawn_sources(method), concept, prompts, extra)
     ]
+    if setup.held:
+        plans.append(SourcePlan(hold_folder(setup.folder), "hold", setup.held, "", len(setup.held), ()))
     passes = drawing.make(plans)
     return {str(p.folder.relative_to(setup.folder)): file_sha256(p.folder / "index.json") for p in plans}, passes
 
@@ -265,18 +272,18 @@ class Drawing:
 
 def _embed_once(
     backbone: Backbone,
-    concepts: Sequence[ConceptPrompts],
+    setup: RunSetup,
     extras: Sequence[Mapping[str, tuple[str, ...]]],
     base: str,
-    run: Path,
     group: Group,
 ) -> None:
     """Embed all prompts on the first rank and store them next to the shards; all ranks read the same bits."""
+    concepts = setup.prompts
     known = [text for concept in concepts for text in (*concept.target, *concept.superclass, *concept.keep)]
     further = [text for extra in extras for texts in extra.values() for text in texts]
-    prompts = list(dict.fromkeys([*known, *further]))
+    prompts = list(dict.fromkeys([*known, *further, *setup.held]))
     negatives = list(dict.fromkeys(["", *(concept.negative for concept in concepts)]))
-    file = run / "data" / "embeddings.safetensors"
+    file = setup.folder / "data" / "embeddings.safetensors"
     key = text_sha256(json.dumps([base, *backbone.frozen_dtypes, prompts, negatives]))
 
     def embed() -> None:

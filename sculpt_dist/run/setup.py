@@ -17,6 +17,7 @@ from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
 from sculpt_dist.methods.base import Editor, Method, load_method
 from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.folder import check_checkpoint, check_inputs
+from sculpt_dist.run.holding import Holding, hold_prompts
 from sculpt_dist.run.plan import Plan, make_plan
 from sculpt_dist.worlds.find import world as find_world
 from sculpt_dist.worlds.find import world_of
@@ -33,6 +34,7 @@ class RunSetup:
     method: Method | Editor
     plan: Plan | None  # the steps of each concept; None for a method in closed form
     prompts: tuple[ConceptPrompts, ...]  # of each concept
+    held: tuple[str, ...] = ()  # prompts that the run holds
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -134,6 +136,10 @@ def resolve(config: RunConfig) -> RunSetup:
     check_inputs(config.run.folder, config.model, config.prepare, config.evaluate)
     check_images(config.prepare, config.concepts)
     prompts = tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)
-    method = load_method(config.method)
-    plan = make_plan(config.train, config.mask, config.engine, method) if isinstance(method, Method) else None
-    return RunSetup(config, method, plan, prompts)
+    method, held = load_method(config.method), hold_prompts(config.hold, config.concepts)
+    if isinstance(method, Editor):
+        last = replace(prompts[-1], keep=(*prompts[-1].keep, *held))
+        return RunSetup(config, method, None, (*prompts[:-1], last))
+    if held:
+        method = Holding(method, config.hold)
+    return RunSetup(config, method, make_plan(config.train, config.mask, config.engine, method), prompts, held)

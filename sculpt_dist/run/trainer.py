@@ -23,6 +23,7 @@ from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.shards import ShardReader
 from sculpt_dist.data.streams import (
     EARLIER_TARGETS,
+    HOLD,
     ConceptStreams,
     LateSources,
     Layout,
@@ -39,7 +40,7 @@ from sculpt_dist.evaluation.evaluator import evaluate
 from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.methods.base import Setup
 from sculpt_dist.run.build import build_engine
-from sculpt_dist.run.prepare import FIRST, data_folder, drawn_prompts, drawn_sources, prepare_samples
+from sculpt_dist.run.prepare import FIRST, data_folder, drawn_prompts, drawn_sources, hold_folder, prepare_samples
 from sculpt_dist.run.session import Session
 from sculpt_dist.run.setup import RunSetup
 from sculpt_dist.run.state import TrainingState, find_checkpoint
@@ -198,7 +199,7 @@ def _parts(spec: StreamSpec, config: RunConfig, number: int) -> list[tuple[str, 
             return number
         if source == "keep":
             return int(bool(concept.keep))
-        return int(source in FIRST or bool(drawn_prompts(Path(config.run.folder), concept, source)))
+        return int(source in (*FIRST, HOLD) or bool(drawn_prompts(Path(config.run.folder), concept, source)))
 
     parts = [(source, count(source)) for source in spec.source_names]
     return [(source, of_part) for source, of_part in parts if of_part]
@@ -219,6 +220,8 @@ def _open_source(
     source, of = parts[part][0], number
     if source == EARLIER_TARGETS:
         source, of = "target", place - starts[part]
+    if source == HOLD:
+        return ShardReader(hold_folder(Path(config.run.folder)))
     if source in drawn:
         return ShardReader(data_folder(Path(config.run.folder), config.concepts[of], source))
     texts = {"target": prompts[of].target, "superclass": prompts[of].superclass, "keep": prompts[of].keep}[source]

@@ -20,7 +20,7 @@ TINY = [
     "prepare.steps=2",
     "evaluate.steps=2",
 ]
-TINY += ["evaluate.bootstrap=10", "model.arch=sana"]
+TINY += ["evaluate.images=1", "evaluate.paraphrase_images=0", "evaluate.bootstrap=10", "model.arch=sana"]
 
 
 @pytest.mark.parametrize(("arch", "blocks"), [("sd15", [1, 2, 3]), ("sdxl", [1, 2, 3]), ("sana", [0, 1, 2, 3])])

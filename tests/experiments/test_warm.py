@@ -71,7 +71,7 @@ def test_no_call_outlives_the_process_that_asked_for_it(parent, canvas_config, t
     assert (tmp_path / "run" / "REQUEUE").exists()  # it had time to save
 
 
-@pytest.mark.parametrize("noticed", [0.0, 0.5])
+@pytest.mark.parametrize("noticed", [0.0, pytest.param(0.5, marks=pytest.mark.exhaustive)])
 def test_a_forking_process_that_was_killed_leaves_no_call_waiting(parent, canvas_config, tmp_path, noticed):
     call = parent.start(["unlearn", canvas_config, *LONG, f"run.folder={tmp_path / 'run'}"], rank_environment())
     os.kill(parent._server.pid, signal.SIGKILL)

@@ -65,7 +65,6 @@ MEASURED = {  # what is measured: ranks, kind, stored as, overrides
     ),
 }
 SETTINGS = {"sana": SANA, "sd15": UNET}
-IN_CI = ("stage 2, open moments",)
 SMALLER = {  # of 25 to 58 M parameters
     "sana": SANA | {"num_layers": 3},
     "sd15": UNET | {"block_out_channels": [128, 256, 256], "transformer_layers_per_block": [1, 1, 2]},
@@ -122,7 +121,7 @@ COMBINED = {  # the same of smaller nets, with choices that are not alone
         ["engine.stage=3", "train.batch=4", "train.accumulate=2", "engine.checkpointing=true"],
     ),
 }
-IN_CI_TOO = ("stage 3, open moments, sd15",)
+IN_CI = ("stage 3, open moments, sd15",)
 BY_DEFAULT = ("stage 1, one rank, activations again, sd15",)
 
 
@@ -171,7 +170,7 @@ def predicted_and_measured(case, ranks, overrides, arch, model, folder):
     "case",
     [
         pytest.param(
-            case, marks=[] if case in BY_DEFAULT else [pytest.mark.slow if case in IN_CI_TOO else pytest.mark.huge]
+            case, marks=[] if case in BY_DEFAULT else [pytest.mark.slow if case in IN_CI else pytest.mark.huge]
         )
         for case in COMBINED
     ],
@@ -182,9 +181,8 @@ def test_the_peak_of_combined_choices_is_predicted_within_a_tenth(case, models, 
 
 
 @pytest.mark.two_ranks
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case in IN_CI else pytest.mark.huge) for case in MEASURED]
-)
+@pytest.mark.huge
+@pytest.mark.parametrize("case", MEASURED)
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(case, models, tmp_path):
     ranks, arch, dtype, overrides = MEASURED[case]
     predicted, told = predicted_and_measured(case, ranks, overrides, arch, models(arch, dtype), tmp_path / "run")

@@ -155,15 +155,10 @@ def wait_until_still(folder: Path) -> int:
 
 
 @pytest.mark.two_ranks
+@pytest.mark.exhaustive  # CI kills shorter runs, in tests/engine/checkpoints/test_kills.py
 @pytest.mark.parametrize(
     ("arch", "stage"),
-    [
-        pytest.param("sana", 2, marks=pytest.mark.slow),
-        *(
-            pytest.param(*place, marks=pytest.mark.exhaustive)
-            for place in (("sd15", 2), ("sd15", 3), ("sdxl", 2), ("sana", 3))
-        ),
-    ],
+    [("sd15", 2), ("sd15", 3), ("sdxl", 2), ("sana", 2), ("sana", 3)],
 )
 def test_a_killed_run_resumes_to_the_same_weights(canvas_config, tmp_path, arch, stage):
     arguments = ["unlearn", canvas_config, *SMALL, *LONGER, f"model.arch={arch}", f"engine.stage={stage}"]
@@ -490,20 +485,20 @@ def test_every_method_forgets_a_style_after_an_object(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_hundred_and_twenty_concepts_are_forgotten_with_few_open_files(tmp_path):
+def test_sixty_concepts_are_forgotten_with_few_open_files(tmp_path):
     folder = tmp_path / "run"
-    concepts = json.dumps([{"target": f"n{i}", "superclass": "animal"} for i in range(120)])
+    concepts = json.dumps([{"target": f"n{i}", "superclass": "animal"} for i in range(60)])
     given = [f"concepts={concepts}", 'prepare.prompts.object=["{concept}"]', "model.cut_prompts=true"]
     given += ["prepare.samples=2", "prepare.steps=1", "prepare.batch=1", "train.steps=2", "train.batch=2"]
     given += ["mask.collect=0", "mask.refresh=0", "mask.saliency=random", "train.checkpoint_every=0"]
     given += ["evaluate.enabled=false", f"run.folder={folder}"]
-    limited = ["bash", "-c", 'ulimit -n 256; exec "$@"', "-", sys.executable, "-m", "sculpt_dist", "unlearn"]
+    limited = ["bash", "-c", 'ulimit -n 196; exec "$@"', "-", sys.executable, "-m", "sculpt_dist", "unlearn"]
     config = str(PROJECT / "configs" / "canvas" / "dm_cal.yaml")
     done = subprocess.run([*limited, config, *given], env=rank_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     kept = {path.name for path in (folder / "checkpoints").glob("step-*")}
-    assert kept == {"step-119-000000", "step-120-000000"}
+    assert kept == {"step-059-000000", "step-060-000000"}
     assert [(entry["concept"], entry["step"]) for entry in lines(folder)] == [
-        (c, s) for c in range(120) for s in (0, 1)
+        (c, s) for c in range(60) for s in (0, 1)
     ]
-    assert len(json.loads((folder / "report" / "report.json").read_text())["concepts"]) == 120
+    assert len(json.loads((folder / "report" / "report.json").read_text())["concepts"]) == 60

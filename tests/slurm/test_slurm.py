@@ -145,6 +145,7 @@ def test_a_job_at_its_time_limit_and_preempted_later_is_requeued_twice_and_loses
     assert_same(folder, uninterrupted)
 
 
+@pytest.mark.exhaustive  # CI preempts a job under srun
 def test_a_preempted_job_under_torchrun_is_requeued_and_loses_no_step(cluster, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     job = cluster.submit("unlearn.sbatch", CONFIG, *RUN, f"run.folder={folder}", options=TWO_NODES, LAUNCH="torchrun")
@@ -230,6 +231,7 @@ SCORED = [
 ]
 
 
+@pytest.mark.exhaustive  # CI runs an array of a sweep's trials
 def test_an_array_runs_the_cells_of_a_comparison_and_a_stopped_task_resumes(cluster, tmp_path):
     file, runs = tmp_path / "comparison.yaml", tmp_path / "runs"
     file.write_text(
