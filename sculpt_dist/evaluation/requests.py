@@ -17,7 +17,7 @@ from sculpt_dist.config.schema import Concept, EvaluateConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed, file_part, file_sha256, text_sha256
 from sculpt_dist.data.prompt_files import ListedPrompt, read_prompts
-from sculpt_dist.data.prompts import fill
+from sculpt_dist.data.prompts import fill, naming
 from sculpt_dist.worlds.find import DEFAULT_WORLD, shipped_classifier, world_of
 from sculpt_dist.worlds.find import world as find_world
 
@@ -31,6 +31,7 @@ class EvaluatedWorld:
     objects: tuple[str, ...]
     styles: tuple[str, ...]  # empty when only objects are evaluated
     members: dict[str, tuple[str, ...]]
+    held: tuple[str, ...] = ()  # objects that a prompt of `hold.prompts` names
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,10 @@ class Evaluation:
         judge = world_of(self.settings.classifier)
         if judge not in (None, DEFAULT_WORLD):  # scores of the canvas, whose classifier stays, are older than this key
             settings["weights"] = file_sha256(shipped_classifier(self.settings.classifier or ""))
-        return text_sha256(json.dumps([images, asdict(self.world), settings], sort_keys=True))
+        world = asdict(self.world)
+        if not self.world.held:  # scores without held objects may be older than they
+            del world["held"]
+        return text_sha256(json.dumps([images, world, settings], sort_keys=True))
 
     def part(self, most: int | None) -> Evaluation:
         """The same with at most so many images, evenly of everything; None for all. Reads no prompt file again."""
@@ -116,9 +120,17 @@ class Evaluation:
         return not request.judged if self.settings.retain_prompts else not request.paraphrased
 
 
-def resolve_evaluation(settings: EvaluateConfig, concepts: Sequence[Concept]) -> Evaluation:
-    """The evaluation of these concepts. Raises ConfigError when the settings name nothing to draw."""
-    return Evaluation(settings, tuple(concepts), _resolve_world(settings, concepts))
+def resolve_evaluation(
+    settings: EvaluateConfig, concepts: Sequence[Concept], held_prompts: Sequence[str] = ()
+) -> Evaluation:
+    """The evaluation of these concepts. Raises ConfigError when the settings name nothing to draw.
+
+    Objects that one of `held_prompts` names are scored apart.
+    """
+    world = _resolve_world(settings, concepts)
+    text = "\n".join(held_prompts)
+    held = tuple(name for name in world.objects if naming(name).search(text))
+    return Evaluation(settings, tuple(concepts), replace(world, held=held))
 
 
 def as_batches(requests: Sequence[ImageRequest], size: int) -> list[list[ImageRequest]]:

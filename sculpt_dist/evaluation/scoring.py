@@ -29,6 +29,11 @@ def score_targets(concepts: Sequence[Concept], world: EvaluatedWorld) -> list[Ta
     return targets
 
 
+def held_objects(world: EvaluatedWorld) -> list[int]:
+    """The objects that training held, as indices into the world."""
+    return [i for i, name in enumerate(world.objects) if name in world.held]
+
+
 def _places(names: Sequence[str]) -> dict[str, int]:
     """Each name's first place."""
     return {normal(name): place for place, name in reversed(list(enumerate(names)))}
@@ -83,8 +88,9 @@ def compute_scores(
 
 def _score_part(evaluation: Evaluation, answers: Answers, forgotten: Sequence[Concept]) -> dict[str, Any]:
     world, targets = evaluation.world, score_targets(forgotten, evaluation.world)
-    scores: dict[str, Any] = dict(unlearning_scores(answers, targets))
-    intervals = bootstrap_intervals(answers, targets, evaluation.settings.bootstrap)
+    held = held_objects(world)
+    scores: dict[str, Any] = dict(unlearning_scores(answers, targets, held=held))
+    intervals = bootstrap_intervals(answers, targets, evaluation.settings.bootstrap, held=held)
     scores |= {f"{name}_ci95": interval and list(interval) for name, interval in intervals.items()}
     object_is_right = answers.object_seen == answers.object_asked
     scores["objects"] = accuracy_by(answers.object_asked, object_is_right, world.objects)

@@ -13,9 +13,10 @@ from sculpt_dist.config.checks import normal
 from sculpt_dist.config.experiments import Comparison, Table
 from sculpt_dist.config.schema import Concept, RunConfig
 from sculpt_dist.evaluation.requests import EvaluatedWorld, image_name, resolve_evaluation
-from sculpt_dist.evaluation.scoring import score_targets
+from sculpt_dist.evaluation.scoring import held_objects, score_targets
 from sculpt_dist.maths.accuracy import Answers, Counts, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.maths.comparison import HARMONIC, percentiles, resampled_scores, resampling, score_means, stacked
+from sculpt_dist.run.holding import hold_prompts
 
 SCORES = ("UA", "IRA", "CRA", "SA", "H")
 ROUNDS = 4000  # of the bootstrap
@@ -63,7 +64,8 @@ class Line:
 
 
 def finished_cell(config: RunConfig, result: Mapping[str, Any]) -> FinishedCell:
-    world = resolve_evaluation(config.evaluate, config.concepts).world
+    held = hold_prompts(config.hold, config.concepts)
+    world = resolve_evaluation(config.evaluate, config.concepts, held).world
     return FinishedCell(config.concepts, world, config.model.dtype, result)
 
 
@@ -180,7 +182,8 @@ def _differences(
 def _counts(cell: FinishedCell) -> Counts:
     """What each prompt of a cell adds to each score, [P]."""
     answers = _answers(cell)
-    return per_prompt(answers, score_counts(answers, score_targets(cell.concepts, cell.world)))[1]
+    targets = score_targets(cell.concepts, cell.world)
+    return per_prompt(answers, score_counts(answers, targets, held_objects(cell.world)))[1]
 
 
 def _answers(cell: FinishedCell) -> Answers:

@@ -33,25 +33,26 @@ Counts = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def unlearning_scores(
-    answers: Answers, targets: Sequence[Target], weight: np.ndarray | None = None
+    answers: Answers, targets: Sequence[Target], weight: np.ndarray | None = None, held: Sequence[int] = ()
 ) -> dict[str, float | None]:
-    """UA, IRA (also near and far), CRA, SA and CTA in [0, 1]; None for a score without images.
+    """UA, IRA (also near, far and held), CRA, SA and CTA in [0, 1]; None for a score without images.
 
-    `weight` [N] counts images several times.
+    `weight` [N] counts images several times. `held`: see `score_counts`.
     """
     weight = np.ones(len(answers.prompt)) if weight is None else weight
-    counts = score_counts(answers, targets)
+    counts = score_counts(answers, targets, held)
     return {name: _share(float(weight @ right), float(weight @ among)) for name, (right, among) in counts.items()}
 
 
-def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
+def score_counts(answers: Answers, targets: Sequence[Target], held: Sequence[int] = ()) -> Counts:
     """What every image adds to each score; a score is the sum of `right` divided by the sum of `among`.
 
     UA: the share of target images in which the target is not recognised. IRA and CRA: over images without any target,
     the accuracy in the targets' own domain and in the other one. When both domains have targets, each is its own IRA,
     and CRA too is the mean of the two. IRA_near and IRA_far: the accuracy over the objects of a target's superclass,
-    and over all other objects, where a target is an object with siblings. SA: the share of target images recognised as
-    another member of the superclass. CTA: the other domain's accuracy on target images.
+    and over all other objects, where a target is an object with siblings; without those that training held. IRA_held:
+    the same over these, the object indices `held`. SA: the share of target images recognised as another member of the
+    superclass. CTA: the other domain's accuracy on target images.
     """
     num = len(answers.prompt)
     asked = {"object": answers.object_asked, "style": answers.style_asked}
@@ -79,23 +80,24 @@ def score_counts(answers: Answers, targets: Sequence[Target]) -> Counts:
         if other_domain[kind] in right
     ]
     siblings = sorted({sibling for target in targets for sibling in target.siblings})
-    is_near = np.isin(asked["object"], siblings)
-    kept = ~of_target & names_one["object"] & bool(siblings)
-    near, far = ([(kept & chosen, right["object"])] for chosen in (is_near, ~is_near))
-    groups = {"UA": forgotten, "IRA": own, "IRA_near": near, "IRA_far": far}
+    is_near, is_held = (np.isin(asked["object"], indices) for indices in (siblings, list(held)))
+    kept = ~of_target & names_one["object"]
+    untouched = kept & ~is_held & bool(siblings)
+    parts = {"near": untouched & is_near, "far": untouched & ~is_near, "held": kept & is_held}
+    groups = {"UA": forgotten, "IRA": own} | {f"IRA_{name}": [(part, right["object"])] for name, part in parts.items()}
     groups |= {"CRA": cross, "SA": replaced, "CTA": other}
     return {name: _added(pairs, num) for name, pairs in groups.items()}
 
 
 def bootstrap_intervals(
-    answers: Answers, targets: Sequence[Target], rounds: int, seed: int = 0
+    answers: Answers, targets: Sequence[Target], rounds: int, seed: int = 0, held: Sequence[int] = ()
 ) -> dict[str, tuple[float, float] | None]:
     """95 % percentile intervals [low, high] of every score, by resampling prompts, each with all its images.
 
     None for a score that rests on a single prompt: it has no spread over prompts.
     """
     rng = np.random.default_rng(seed)
-    prompts, counts = per_prompt(answers, score_counts(answers, targets))
+    prompts, counts = per_prompt(answers, score_counts(answers, targets, held))
     columns = np.stack([part for pair in counts.values() for part in pair], axis=1)  # [P, 2 scores], whole numbers
     sums = np.empty((rounds, columns.shape[1]))
     for round_ in range(rounds):  # one by one: a table of rounds x prompts would not fit into memory

@@ -127,7 +127,7 @@ def draw_scores(points: Sequence[tuple[int, Mapping[str, Any]]]) -> Figure | Non
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    names = ("UA", "IRA_near", "IRA_far", "IRA", "CRA")
+    names = ("UA", "IRA_near", "IRA_far", "IRA_held", "IRA", "CRA")
     curves = {name: [(n, scores) for n, scores in points if scores.get(name) is not None] for name in names}
     curves = {name: scored for name, scored in curves.items() if len(scored) > 2}
     if not curves:

@@ -91,8 +91,8 @@ TARGET: Shape = {
     **dict.fromkeys(("seen", "images"), is_count),
 }
 PART: Shape = {
-    **dict.fromkeys(("UA", "SA", "IRA", "IRA_near", "IRA_far", "CRA", "CTA"), is_share),
-    **dict.fromkeys(("UA_ci95", "SA_ci95", "IRA_ci95", "IRA_near_ci95", "IRA_far_ci95"), is_interval),
+    **dict.fromkeys(("UA", "SA", "IRA", "IRA_near", "IRA_far", "IRA_held", "CRA", "CTA"), is_share),
+    **dict.fromkeys(("UA_ci95", "SA_ci95", "IRA_ci95", "IRA_near_ci95", "IRA_far_ci95", "IRA_held_ci95"), is_interval),
     **dict.fromkeys(("CRA_ci95", "CTA_ci95"), is_interval),
     "images": each(is_count),
     "targets": each(is_target, null=False),

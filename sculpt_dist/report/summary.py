@@ -71,7 +71,9 @@ def largest_losses(run: RunRecord, most: int = 3) -> list[tuple[str, float, floa
 
 
 def _scores(stage: Mapping[str, Any]) -> dict[str, Any]:
-    shares = [name for score in (*SCORES, "IRA_near", "IRA_far", "CTA") for name in (score, f"{score}_ci95")]
+    shares = [
+        name for score in (*SCORES, "IRA_near", "IRA_far", "IRA_held", "CTA") for name in (score, f"{score}_ci95")
+    ]
     names = [*shares, "images", "targets", "extra"]
     return {**_members(stage.get("plain"), names), "paraphrased": _members(stage.get("paraphrased"), names)}
 

@@ -63,7 +63,7 @@ class RunSetup:
     @cached_property
     def evaluation(self) -> Evaluation:
         """The images to draw and score. Raises ConfigError where the configuration is incomplete."""
-        resolved = resolve_evaluation(self.config.evaluate, self.config.concepts)
+        resolved = resolve_evaluation(self.config.evaluate, self.config.concepts, self.held)
         return replace(resolved, shared=self.config.prepare.folder)
 
     @cached_property

@@ -38,18 +38,24 @@ ROWS = [
 
 def test_scores_of_an_object_by_hand():
     scores = unlearning_scores(answers(ROWS), [Target("object", CAT, (DOG,))])
-    near_and_far = {"IRA_near": 0.5, "IRA_far": 1.0}  # the dogs, and the cars
+    near_and_far = {"IRA_near": 0.5, "IRA_far": 1.0, "IRA_held": None}  # the dogs, and the cars
     assert scores == {"UA": 0.75, "IRA": 0.75, "CRA": 0.75, "SA": 0.25, "CTA": 0.75, **near_and_far}
 
 
 def test_scores_of_a_style_by_hand():
     scores = unlearning_scores(answers(ROWS), [Target("style", 1, ())])
-    assert scores == {"UA": 0.25, "IRA": 0.75, "CRA": 0.5, "SA": None, "CTA": 0.5, "IRA_near": None, "IRA_far": None}
+    missing = dict.fromkeys(("SA", "IRA_near", "IRA_far", "IRA_held"))
+    assert scores == {"UA": 0.25, "IRA": 0.75, "CRA": 0.5, "CTA": 0.5, **missing}
 
 
 def test_a_target_is_no_neighbour_of_another_target():
     scores = unlearning_scores(answers(ROWS), [Target("object", CAT, (DOG,)), Target("object", DOG, (CAT,))])
     assert scores["IRA_near"] is None and scores["IRA_far"] == scores["IRA"] == 1.0
+
+
+def test_held_objects_are_neither_near_nor_far():
+    scores = unlearning_scores(answers(ROWS), [Target("object", CAT, (DOG,))], held=[DOG])
+    assert (scores["IRA"], scores["IRA_near"], scores["IRA_far"], scores["IRA_held"]) == (0.75, None, 1.0, 0.5)
 
 
 def test_with_targets_of_both_kinds_only_images_of_neither_are_retained():

@@ -14,7 +14,7 @@ from sculpt_dist.report.report import write_report
 
 def expected_scores(stage: int) -> dict[str, Any]:
     def kept(members: dict[str, Any]) -> dict[str, Any]:
-        missing = {f"{name}{of}": None for name in ("IRA_near", "IRA_far", "CTA") for of in ("", "_ci95")}
+        missing = {f"{name}{of}": None for name in ("IRA_near", "IRA_far", "IRA_held", "CTA") for of in ("", "_ci95")}
         return missing | {name: value for name, value in members.items() if name not in ("objects", "styles")}
 
     return {**kept(score_set(stage)), "paraphrased": kept(score_set(stage, worse=0.01))}

@@ -498,7 +498,5 @@ def test_sixty_concepts_are_forgotten_with_few_open_files(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     kept = {path.name for path in (folder / "checkpoints").glob("step-*")}
     assert kept == {"step-059-000000", "step-060-000000"}
-    assert [(entry["concept"], entry["step"]) for entry in lines(folder)] == [
-        (c, s) for c in range(60) for s in (0, 1)
-    ]
+    assert [(entry["concept"], entry["step"]) for entry in lines(folder)] == [(c, s) for c in range(60) for s in (0, 1)]
     assert len(json.loads((folder / "report" / "report.json").read_text())["concepts"]) == 60
