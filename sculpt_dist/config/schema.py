@@ -139,6 +139,10 @@ class TrainConfig:
     """Learning rate after the warm-up: one_cycle (torch's cosine cycle), cosine (to 0), linear (to 0) or constant."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's first and second moments."""
+    l1sp: float = 0.0
+    """Weight of L1-SP, the sum of |w - w0| over the open weights; w0 are those before the first concept."""
+    l2sp: float = 0.0
+    """Weight of L2-SP, half the sum of (w - w0)^2 over the open weights."""
     weight_decay: float = 0.0
     """Decoupled weight decay, applied to open weights."""
     clip: float = 0.0

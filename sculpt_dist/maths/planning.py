@@ -83,6 +83,7 @@ class Kept:
     copies: bool  # a checkpoint is copied in memory while it is written
     embeddings: int  # bytes
     packed: bool = False
+    pulled: bool = False  # towards a copy of the weights before the first concept
 
 
 def resting(layout: Layout, kept: Kept) -> dict[str, float]:
@@ -97,7 +98,8 @@ def resting(layout: Layout, kept: Kept) -> dict[str, float]:
         "saliency": FP32 * s,
         "mask": s,
         "teacher": teacher * kept.teachers,
-        "start": FP32 * s * (1 + kept.candidate),  # the shard before the concept, and the best so far
+        # the shard before the concept, the best so far, and the one before the first concept
+        "start": FP32 * s * (1 + kept.candidate + kept.pulled),
         "checkpoint copy": copied if kept.copies else 0,
         "embeddings": kept.embeddings,
     }

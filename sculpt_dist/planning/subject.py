@@ -105,4 +105,5 @@ class Subject:
             copies=config.train.background_save and config.train.checkpoint_every > 0,
             embeddings=self.embeddings,
             packed=packed,
+            pulled=bool(config.train.l1sp or config.train.l2sp),
         )

@@ -32,6 +32,8 @@ LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour 
     "evaluate.retain_prompts": None,
     "evaluate.metrics": {},
     "train.schedule": "one_cycle",
+    "train.l1sp": 0.0,
+    "train.l2sp": 0.0,
     "engine.moments": "all",
     "engine.kernel": "auto",
     "engine.gathered": 1e9,

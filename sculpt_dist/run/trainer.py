@@ -82,6 +82,8 @@ class Trainer:
         state = TrainingState(session, engine, saver, fingerprints)
         session.costs.weights = self._count_weights(engine)
         original = engine.snapshot() if self.method.needs_original else None
+        if train.l1sp or train.l2sp:
+            engine.pull_to_present(train.l1sp, train.l2sp)
         first, resumed = state.resume(self.found)
         session.tracker.start(first, resumed["step"] if resumed else 0, self.plan.steps)
         if resumed is None and is_scored(self.setup.config.evaluate.at, first, len(concepts)):

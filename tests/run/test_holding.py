@@ -54,7 +54,8 @@ def test_a_method_without_a_stream_of_targets_latents_is_held_too_and_prepares_a
 
 @pytest.mark.two_ranks
 @pytest.mark.parametrize(
-    ("method", "overrides"), [("dm_cal", ["engine.stage=3", "hold.share=0.5"]), ("rgd", ["train.accumulate=2"])]
+    ("method", "overrides"),
+    [("dm_cal", ["engine.stage=3", "hold.share=0.5"]), ("rgd", ["train.accumulate=2", "train.l1sp=1e-3"])],
 )
 def test_two_ranks_hold_as_one_does(listed, tmp_path, method, overrides):
     given = [str(CONFIGS / f"{method}.yaml"), *TINY_RUN, "evaluate.enabled=false", listed, overrides[-1]]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from sculpt_dist.core.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from sculpt_dist.engine.optimizer.masked_adamw import Combine, MaskedAdamW, ShardedVector, sum_gradients
+    from sculpt_dist.engine.optimizer.masked_adamw import Combine, MaskedAdamW, Pull, ShardedVector, sum_gradients
 
 __getattr__, __dir__ = lazy_exports(
-    __name__, {"masked_adamw": ["Combine", "MaskedAdamW", "ShardedVector", "sum_gradients"]}
+    __name__, {"masked_adamw": ["Combine", "MaskedAdamW", "Pull", "ShardedVector", "sum_gradients"]}
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,6 +39,25 @@ class ShardedVector:
         return ShardedVector([a.add(b, alpha=scale) for a, b in zip(self.pieces, other.pieces)], self.group)
 
 
+@dataclass(frozen=True)
+class Pull:
+    """The penalty l1 |w - w0| + l2 (w - w0)^2 / 2 on every open weight (L1-SP and L2-SP, Li et al., arXiv 1802.01483).
+
+    w0 is `origin`, a copy of this rank's shards, [n] each.
+    """
+
+    origin: Sequence[Tensor]
+    l1: float
+    l2: float
+
+    def add_to(self, gradient: ShardedVector, shards: Sequence[Shard]) -> None:
+        """Add the penalty's gradient in place."""
+        for piece, shard, origin in zip(gradient.pieces, shards, self.origin):
+            for part, weights, start in zip(piece.split(CHUNK), shard.flat.split(CHUNK), origin.split(CHUNK)):
+                moved = weights - start
+                part.add_(moved, alpha=self.l2).add_(moved.sign_(), alpha=self.l1)
+
+
 def sum_gradients(gradients: Sequence[ShardedVector]) -> ShardedVector:
     """The default rule: the sum of the gradients of all loss groups."""
     total = gradients[0]
@@ -51,7 +71,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     `phase` decides what a step does. `hold` does nothing. `collect` adds the reduced gradient to the saliency and moves
     nothing. `capture` keeps it as the gradient of one loss group. `train` adds it to the saliency, combines it with the
-    captured ones, clips it by the norm of its open part over all ranks, and moves the open weights.
+    captured ones, adds that of `pull`, clips it by the norm of its open part over all ranks, and moves the open weights.
 
     Adam follows Kingma and Ba (arXiv 1412.6980, algorithm 1) with decoupled decay (Loshchilov and Hutter, arXiv
     1711.05101); each weight counts its updates from the moment it was opened. A non-finite gradient gives a non-finite
@@ -72,6 +92,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.phase = "hold"
         self.statistic = "abs_sum"
         self.combine: Combine = sum_gradients
+        self.pull: Pull | None = None
         self.updates = 0
         self.steps_seen = 0
         self._grad_norm = self._moved = torch.zeros((), dtype=torch.float64)
@@ -91,7 +112,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             return
         gradients = [shard.gradient() for shard in self.shards]
         statistic = None if self.statistic == "random" else self.statistic
-        if self.phase == "train" and not self._captured:
+        if self.phase == "train" and not self._captured and self.pull is None:
             self._train(ShardedVector(gradients, self.group), statistic)
             return
         if statistic is not None:
@@ -102,6 +123,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         elif self.phase == "train":
             combined = self.combine([*self._captured, ShardedVector(gradients, self.group)])
             self._captured = []
+            if self.pull is not None:
+                self.pull.add_to(combined, self.shards)
             self._train(combined, None)
 
     def measures(self) -> tuple[Tensor, Tensor]:

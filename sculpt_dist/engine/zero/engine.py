@@ -16,7 +16,7 @@ from sculpt_dist.core.errors import NonFiniteError
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.masking.mask import DynamicMask, MaskSettings
 from sculpt_dist.engine.optimizer.kernels import choose_kernel
-from sculpt_dist.engine.optimizer.masked_adamw import Combine, MaskedAdamW
+from sculpt_dist.engine.optimizer.masked_adamw import Combine, MaskedAdamW, Pull
 from sculpt_dist.engine.sharding.partitions import check_coverage, find_shards, parameter_sizes
 from sculpt_dist.engine.sharding.shards import Fragment, Shard
 from sculpt_dist.engine.zero.drawing import fits, gathered_net
@@ -209,6 +209,10 @@ class Engine:
             zero._reassign_or_swap_out_partitioned_parameters(0)
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def pull_to_present(self, l1: float, l2: float) -> None:
+        """From now on, pull the weights towards their present values in every update (see `Pull`)."""
+        self.optimizer.pull = Pull(self.masters(), l1, l2)
 
     def masters(self) -> list[Tensor]:
         """A copy of this rank's fp32 shards, [n] each."""

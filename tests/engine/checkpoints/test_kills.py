@@ -26,7 +26,8 @@ WAYS = ("TERM", "USR1", "STOP file", "KILL all", "KILL one")
 
 
 def arguments(canvas_config: str, folder: Path, stage: int) -> list[str]:
-    return ["unlearn", canvas_config, *RUN, f"engine.stage={stage}", f"run.folder={folder}"]
+    pulled = [f"train.l2sp={int(stage == 2)}"]  # towards weights that a resumed run has to find again
+    return ["unlearn", canvas_config, *RUN, *pulled, f"engine.stage={stage}", f"run.folder={folder}"]
 
 
 def straight(canvas_config: str, folder: Path, cells: Sequence[tuple[int, int]]) -> tuple[Path, dict]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sculpt_dist.engine.masking import DynamicMask, MaskSettings
-from sculpt_dist.engine.optimizer import MaskedAdamW, ShardedVector
+from sculpt_dist.engine.optimizer import MaskedAdamW, Pull, ShardedVector
 from sculpt_dist.engine.sharding import Fragment, Shard
 
 
@@ -99,6 +99,27 @@ def test_first_step_of_a_weight_opened_late_is_the_learning_rate():
     before = shard.master.detach().clone()
     update(optimizer, shard, torch.full((6,), 1e-3))
     assert float(before[0] - shard.master.detach()[0]) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_the_pull_adds_the_gradient_of_l1sp_and_l2sp_and_is_no_saliency():
+    optimizer, shard, mask = build()
+    optimizer.pull = Pull([shard.flat.clone()], l1=0.5, l2=2.0)
+    shard.flat.add_(torch.tensor([0.5, -0.25, 0.0, 0.0, 1.0, 0.0]))  # moved since
+    seen: list[list[float]] = []
+    train = optimizer._train
+    optimizer._train = lambda gradient, statistic: (
+        seen.append(gradient.pieces[0].tolist()),
+        train(gradient, statistic),
+    )
+    update(optimizer, shard, torch.ones(6))
+    assert seen == [[1 + 1.0 + 0.5, 1 - 0.5 - 0.5, 1.0, 1.0, 1 + 2.0 + 0.5, 1.0]]
+    assert shard.saliency.tolist() == [1.0] * 6
+    kept = shard.opened.clone()
+    mask.build()
+    before = shard.flat.clone()
+    update(optimizer, shard, torch.zeros(6))
+    closed = shard.opened == 0
+    assert closed.any() and kept.all() and torch.equal(shard.flat[closed], before[closed])
 
 
 def test_a_non_finite_gradient_has_a_non_finite_norm_and_with_clipping_moves_nothing():
