@@ -71,7 +71,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     `phase` decides what a step does. `hold` does nothing. `collect` adds the reduced gradient to the saliency and moves
     nothing. `capture` keeps it as the gradient of one loss group. `train` adds it to the saliency, combines it with the
-    captured ones, adds that of `pull`, clips it by the norm of its open part over all ranks, and moves the open weights.
+    captured ones, adds `pull`, clips it by the norm of its open part over all ranks, and moves the open weights.
 
     Adam follows Kingma and Ba (arXiv 1412.6980, algorithm 1) with decoupled decay (Loshchilov and Hutter, arXiv
     1711.05101); each weight counts its updates from the moment it was opened. A non-finite gradient gives a non-finite
