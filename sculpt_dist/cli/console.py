@@ -33,8 +33,9 @@ def print_run(folder: Path, report: dict[str, Any]) -> None:
         row("before", report["before"])
         for concept in concepts if len(concepts) <= MOST_ROWS else concepts[-1:]:
             row(f"after {concept['target']}", concept)
-        if report["after"].get("paraphrased"):
-            row("after, paraphrased", report["after"]["paraphrased"])
+        for kind in ("paraphrased", "witness"):
+            if report["after"].get(kind):
+                row(f"after, {kind}", report["after"][kind])
         Console().print(table)
         for name, now, images, then in seen_counts(report)[:MOST_ROWS]:
             print(f"{name} is seen in {now} of {images} images" + ("" if then is None else f", {then} before"))

@@ -54,8 +54,8 @@ def evaluate(
 
     scores, where = evaluate_only(loaded, model, output)
     if is_first():
-        for kind in ("plain", "paraphrased"):
-            if part := scores[kind]:
+        for kind in ("plain", "paraphrased", "witness"):
+            if part := scores.get(kind):
                 named = ((name, part[name]) for name in ("UA", "IRA", "CRA", "SA"))
                 print(kind, *(f"{name} {value:.3f}" for name, value in named if value is not None))
         print(f"scores: {where / 'scores.json'}")

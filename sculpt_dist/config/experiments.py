@@ -40,6 +40,8 @@ class Table:
     """Names of its rows; empty means all."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """Seeds of every cell."""
+    witness: bool = False
+    """Whether the scores are those of `evaluate.witness`."""
 
 
 @dataclass(frozen=True)

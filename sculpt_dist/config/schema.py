@@ -236,6 +236,9 @@ class EvaluateConfig:
     classifier: str | None = None
     """Classifier of the images: canvas, gallery, gallery:witness, clip:FOLDER, image:FOLDER or
     own:package.module:Class; null uses that of `model.world`."""
+    witness: str | None = None
+    """A second classifier of the same images, such as gallery:witness, by which nothing is chosen: its scores tell
+    whether a method deceives the first."""
     prompt: str = "a photo of a {object}[ in {style} style]"
     """Template of the plain prompts."""
     paraphrases: list[str] = field(default_factory=list)

@@ -15,8 +15,8 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.messages import PASSWORD, redacted, shown
 
 PLACES = (
-    "model.path model.config prepare.images prepare.folder evaluate.classifier evaluate.reference evaluate.clip "
-    "run.folder"
+    "model.path model.config prepare.images prepare.folder evaluate.classifier evaluate.witness evaluate.reference "
+    "evaluate.clip run.folder"
 ).split()
 NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 LONGEST_PART, LONGEST_PATH = 255, 4095  # bytes, on every usual file system

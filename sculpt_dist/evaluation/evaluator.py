@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 def check_evaluation(evaluation: Evaluation) -> None:
     """Detect before training what would make the evaluation fail. Raises ConfigError or ModelError."""
-    settings, world = evaluation.settings, evaluation.world
+    settings = evaluation.settings
     _ = evaluation.requests  # reads the prompt files
-    classifier = load_classifier(settings.classifier, world.objects, world.styles)
+    classifier, *_ = _classifiers(evaluation)
     style = next((concept.target for concept in evaluation.concepts if concept.kind == "style"), None)
     if style is not None and not classifier.styles:
         raise ConfigError(
@@ -48,6 +48,13 @@ def check_evaluation(evaluation: Evaluation) -> None:
             "forgotten; choose another classifier, or set evaluate.enabled=false"
         )
     build_metrics(settings, 1, 0, lambda where, features, _: first_reference_features(where, features))
+
+
+def _classifiers(evaluation: Evaluation) -> list[Classifier]:
+    """The classifier, and the witness where there is one."""
+    settings, world = evaluation.settings, evaluation.world
+    specs = [settings.classifier, *([] if settings.witness is None else [settings.witness])]
+    return [load_classifier(spec, world.objects, world.styles) for spec in specs]
 
 
 def check_prompts(evaluation: Evaluation, backbone: Backbone) -> None:
@@ -74,13 +81,13 @@ def evaluate(
     `model` names the weights: an evaluation of the same ones that was stopped goes on from the images that it drew.
     """
     settings, world = evaluation.settings, evaluation.world
-    classifier = load_classifier(settings.classifier, world.objects, world.styles)
+    classifiers = _classifiers(evaluation)
     batches = as_batches(evaluation.requests, settings.batch)
     group.on_first(lambda: make_folder(folder / "images"))
     num_images = _num_rounds(batches, group) * settings.batch  # that one rank draws at most
     shared = partial(shared_reference_features, group=group, device=backbone.device, folder=evaluation.shared)
     metrics = build_metrics(settings, num_images * group.size, num_images * group.rank, shared)
-    verdicts: list[BatchVerdict] = []
+    verdicts: list[list[BatchVerdict]] = [[] for _ in classifiers]
     total = 0
     made_by = None if model is None else _made_by(model, evaluation, backbone, net)
     with DrawnImages(folder / "images", evaluation, made_by) as files:
@@ -88,23 +95,27 @@ def evaluate(
         for number, images, passes in _draw_batches(evaluation, backbone, net, group, batches, files, label, stop):
             batch = batches[number]
             total += passes
-            if batch[0].judged:
-                verdicts.append((number, *_recognise(classifier, images)))
+            for classifier, found in zip(classifiers, verdicts) if batch[0].judged else ():
+                found.append((number, *_recognise(classifier, images)))
             counted = [i for i, request in enumerate(batch) if evaluation.counts_for_metrics(request)]
             for metric in metrics if counted else ():
                 metric.update(images[counted], [batch[i].prompt for i in counted])
         checksums = files.finish()
     of_ranks = group.to_all((verdicts, checksums, total))
-    all_verdicts = [verdict for of_rank, _, _ in of_ranks for verdict in of_rank]
+    all_verdicts = [[verdict for of_rank, _, _ in of_ranks for verdict in of_rank[i]] for i in range(len(classifiers))]
     extra = _metric_results(metrics, group)
 
     def score() -> dict[str, Any]:
         judged = [request for batch in batches for request in batch if request.judged]
-        answers = collect_answers(judged, all_verdicts)
+        plain = np.array([not request.paraphrased for request in judged])
+        answers, *witnessed = (collect_answers(judged, found) for found in all_verdicts)
         scores = compute_scores(evaluation, judged, answers, forgotten)
         scores["plain"] |= {"extra": extra, "made_by": evaluation.fingerprint, "subset": evaluation.most}
-        plain = select_answers(answers, np.array([not request.paraphrased for request in judged]))
-        write_record(folder / "answers.json", answers_as_lists(plain, world))
+        lists = answers_as_lists(select_answers(answers, plain), world)
+        for of_witness in witnessed:
+            scores["witness"] = compute_scores(evaluation, judged, of_witness, forgotten)["plain"]
+            lists["witness"] = answers_as_lists(select_answers(of_witness, plain), world)
+        write_record(folder / "answers.json", lists)
         listed = images_csv(evaluation, files.kept, dict(item for _, found, _ in of_ranks for item in found.items()))
         write_atomically(folder / "images.csv", listed.encode())
         scores |= {"passes": sum(count for _, _, count in of_ranks), "files": {"images.csv": text_sha256(listed)}}

@@ -98,9 +98,12 @@ class Evaluation:
             (r.prompt, r.prompt_id, r.paraphrased, r.object, r.style, r.seed, r.guidance, r.listed) for r in self.whole
         ]
         settings = {name: getattr(self.settings, name) for name in SCORING_KEYS}
-        judge = world_of(self.settings.classifier)
-        if judge not in (None, DEFAULT_WORLD):  # scores of the canvas, whose classifier stays, are older than this key
-            settings["weights"] = file_sha256(shipped_classifier(self.settings.classifier or ""))
+        judge, witness = self.settings.classifier, self.settings.witness
+        if world_of(judge) not in (None, DEFAULT_WORLD):  # scores of the canvas, whose classifier stays, are older
+            settings["weights"] = file_sha256(shipped_classifier(judge or ""))
+        if witness is not None:
+            weights = file_sha256(shipped_classifier(witness)) if world_of(witness) is not None else None
+            settings["witness"] = [witness, weights]
         world = asdict(self.world)
         if not self.world.held:  # scores without held objects may be older than they
             del world["held"]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sculpt_dist.config.experiments import Comparison
 from sculpt_dist.core.files import make_folder, write_atomically
-from sculpt_dist.experiments.tables import SCORES, FinishedCell, Line, extra_names, table_lines
+from sculpt_dist.experiments.tables import FinishedCell, Line, extra_names, score_names, table_lines, trade_off
+from sculpt_dist.maths.sweep_points import undominated
+from sculpt_dist.report.figures import draw_pngs
 from sculpt_dist.report.render import render
+from sculpt_dist.report.sweep_figures import draw_front
 
 
 @dataclass(frozen=True)
@@ -42,31 +46,42 @@ def as_page(comparison: Comparison, blocks: Sequence[Block]) -> str:
     """The tables as a self-contained page."""
     return render(
         "compare.html",
-        {"number": _number, "extra_names": lambda block: extra_names(block.lines)},
+        {
+            "number": _number,
+            "extra_names": lambda block: extra_names(block.lines),
+            "score_names": lambda block: score_names(block.lines),
+        },
         comparison=comparison,
         blocks=blocks,
-        names=SCORES,
+        figures=draw_pngs({str(i): partial(_front, block) for i, block in enumerate(blocks)}),
     )
+
+
+def _front(block: Block) -> Any:
+    """Forgetting against keeping, a point per row; None where fewer than three rows have both."""
+    pairs = trade_off(block.lines)
+    points = list(pairs.values())
+    return draw_front(points, undominated(points), list(pairs)) if len(points) > 2 else None
 
 
 def as_markdown(comparison: Comparison, blocks: Sequence[Block]) -> str:
     """The tables in GitHub's Markdown, followed by the notes."""
     parts = []
     for block in blocks:
-        extra = extra_names(block.lines)
-        heads = ["", *SCORES, "UA of each", "relapse", "FID", "KID", *extra]
+        scores, extra = score_names(block.lines), extra_names(block.lines)
+        heads = ["", *scores, "UA of each", "relapse", "FID", "KID", *extra]
         heads += ["passes", "CPU-s", "MB", "trained", "stored MB", "seeds"]
-        rows = [heads, ["---"] * len(heads), *(_cells(line, comparison.against, extra) for line in block.lines)]
+        rows = [heads, ["---"] * len(heads), *(_cells(line, comparison.against, scores, extra) for line in block.lines)]
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         parts.append(f"### {block.title}, {block.backbone}\n\n{table}")
     return "\n\n".join([*parts, *comparison.notes]) + "\n"
 
 
-def _cells(line: Line, against: str, extra: Sequence[str]) -> list[str]:
+def _cells(line: Line, against: str, scores: Sequence[str], extra: Sequence[str]) -> list[str]:
     label = line.name + (f" ({line.note})" if line.note else "")
     return [
         f"**{label}**" if line.name == against else label,
-        *(_score_text(line, name) for name in SCORES),
+        *(_score_text(line, name) for name in scores),
         ", ".join(f"{name} {_number(value, '.3f')}" for name, value in line.targets.items()),
         _number(line.relapse, "+.3f"),
         _number(line.fid, ".2f"),

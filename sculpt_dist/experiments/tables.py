@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,19 @@ from sculpt_dist.config.schema import Concept, RunConfig
 from sculpt_dist.evaluation.requests import EvaluatedWorld, image_name, resolve_evaluation
 from sculpt_dist.evaluation.scoring import held_objects, score_targets
 from sculpt_dist.maths.accuracy import Answers, Counts, per_prompt, score_counts, unlearning_scores
-from sculpt_dist.maths.comparison import HARMONIC, percentiles, resampled_scores, resampling, score_means, stacked
+from sculpt_dist.maths.comparison import (
+    HARMONIC,
+    harmonic,
+    percentiles,
+    resampled_scores,
+    resampling,
+    score_means,
+    stacked,
+)
 from sculpt_dist.run.holding import hold_prompts
 
 SCORES = ("UA", "IRA", "CRA", "SA", "H")
+TABLE_SCORES = ("UA", "IRA", "IRA_near", "IRA_far", "CRA", "SA", "H")
 ROUNDS = 4000  # of the bootstrap
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEGA = 1e6
@@ -69,6 +78,12 @@ def finished_cell(config: RunConfig, result: Mapping[str, Any]) -> FinishedCell:
     return FinishedCell(config.concepts, world, config.model.dtype, result)
 
 
+def by_witness(cell: FinishedCell) -> FinishedCell | None:
+    """The cell with the answers of `evaluate.witness`; None where it had none."""
+    answers = cell.result["answers"].get("witness")
+    return None if answers is None else replace(cell, result={**cell.result, "answers": answers})
+
+
 def table_lines(
     comparison: Comparison, table: Table, backbone: str, finished: Mapping[str, FinishedCell]
 ) -> list[Line]:
@@ -79,7 +94,10 @@ def table_lines(
 
     def cells_of(row: str) -> dict[int, FinishedCell]:
         keys = {seed: f"{table.sequence}/{backbone}/{row}/seed-{seed}" for seed in table.seeds}
-        return {seed: finished[key] for seed, key in keys.items() if key in finished}
+        found = {seed: finished[key] for seed, key in keys.items() if key in finished}
+        if not table.witness:
+            return found
+        return {seed: judged for seed, cell in found.items() if (judged := by_witness(cell)) is not None}
 
     base = cells_of(comparison.against)
     lines = []
@@ -89,6 +107,18 @@ def table_lines(
             folder = Path(comparison.folder) / table.sequence / backbone / row.name
             lines.append(_line(row.name, row.note, cells, base if row.name != comparison.against else {}, folder))
     return lines
+
+
+def score_names(lines: Sequence[Line]) -> list[str]:
+    """Names of the scores that any of these lines has."""
+    return [name for name in TABLE_SCORES if any(name in line.scores for line in lines)]
+
+
+def trade_off(lines: Sequence[Line]) -> dict[str, tuple[float, float]]:
+    """(UA, the harmonic mean of IRA and CRA) of each line that has them, by its name."""
+    means = {line.name: {name: score.mean for name, score in line.scores.items()} for line in lines}
+    pairs = {name: (scores.get("UA"), harmonic(scores, ("IRA", "CRA"))) for name, scores in means.items()}
+    return {name: (ua, kept) for name, (ua, kept) in pairs.items() if ua is not None and kept is not None}
 
 
 def extra_names(lines: Sequence[Line]) -> list[str]:
@@ -153,7 +183,7 @@ def _scores(cells: Mapping[int, FinishedCell], base: Mapping[int, FinishedCell])
     if single & set(HARMONIC) & set(means):
         single.add("H")
     scores = {}
-    for name in SCORES:
+    for name in TABLE_SCORES:
         if name in means:
             difference, difference_interval = differences.get(name, (None, None))
             scores[name] = Score(

@@ -102,7 +102,7 @@ PART: Shape = {
     "made_by": is_text,
     "subset": is_count,
 }
-SCORES: Shape = {"plain": PART, "paraphrased": PART, "passes": is_count, "files": each(is_text)}
+SCORES: Shape = {"plain": PART, "paraphrased": PART, "witness": PART, "passes": is_count, "files": each(is_text)}
 COSTS: Shape = {
     **dict.fromkeys(("seconds", "cpu_seconds", "passes", "weights"), each(is_number)),
     "peak_memory_bytes": every(is_number),

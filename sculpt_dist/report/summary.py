@@ -75,7 +75,8 @@ def _scores(stage: Mapping[str, Any]) -> dict[str, Any]:
         name for score in (*SCORES, "IRA_near", "IRA_far", "IRA_held", "CTA") for name in (score, f"{score}_ci95")
     ]
     names = [*shares, "images", "targets", "extra"]
-    return {**_members(stage.get("plain"), names), "paraphrased": _members(stage.get("paraphrased"), names)}
+    others = {kind: _members(stage.get(kind), names) for kind in ("paraphrased", "witness")}
+    return {**_members(stage.get("plain"), names), **others}
 
 
 def _members(record: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The scatter plots of a sweep: scores over parameters, and forgetting against what is kept."""
+"""The scatter plots of sweeps and comparisons: scores over parameters, and forgetting against what is kept."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def draw_parameters(
 
 
 def draw_front(pairs: Sequence[tuple[float, float]], front: Sequence[bool], labels: Sequence[str]) -> Figure:
-    """UA against retention, both in [0, 1], a point per trial; the Pareto front is connected and labelled."""
+    """UA against retention, both in [0, 1], a point per trial or method; the Pareto front is connected and labelled."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH * 0.55, 4.4))

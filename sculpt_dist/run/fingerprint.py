@@ -28,6 +28,7 @@ LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour 
     "evaluate.at": "all",
     "evaluate.subset": None,
     "evaluate.without": [],
+    "evaluate.witness": None,
     "evaluate.prompts": {},
     "evaluate.retain_prompts": None,
     "evaluate.metrics": {},

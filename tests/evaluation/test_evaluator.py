@@ -80,7 +80,7 @@ def test_two_ranks_share_the_images_and_give_the_scores_of_one(
     (tmp_path / "2" / "images").mkdir(parents=True)
     nothing, second = run(1, 2, [])
     assert nothing is None and drawn == ["a photo of a fish in neon style", "a photo of a car in neon style"]
-    verdicts, checksums, passes = second
+    (verdicts,), checksums, passes = second  # of one classifier
     assert [number for number, *_ in verdicts] == [1]  # the third batch was only drawn along with the first rank
     assert list(checksums) == ["fish--neon.png"] and passes == 2 * 4  # guidance, steps; none for the third batch
     scores, _ = run(0, 2, [second])
@@ -210,3 +210,24 @@ def test_a_stopped_evaluation_goes_on_from_its_images_and_ends_as_an_undisturbed
             save_image(file, 255 - pixels, image.text)
     drawn.clear()
     assert run("drawn otherwise") == whole and len(drawn) == 7
+
+
+def test_the_witness_judges_the_same_images_as_if_it_were_the_classifier(tmp_path: Path) -> None:
+    gallery = Backbone(PROJECT / "sculpt_dist/assets/gallery/sd15", torch.float32, torch.device("cpu"))
+    given = ["model.world=gallery", "evaluate.objects=[fox, cow, piano]", "evaluate.styles=[noto, flat]"]
+    given += ["concepts=[{target: fox, superclass: mammal}]", "evaluate.images=1", "evaluate.steps=3"]
+    given += ["evaluate.prompt=a picture of a {object}[ in {style} style]", "evaluate.paraphrase_images=0"]
+    group = StubRank(rank=0, size=1, others=[])
+
+    def scores(folder: str, *more: str) -> dict[str, Any]:
+        config = load_config(None, [*given, *more])
+        found = resolve_evaluation(config.evaluate, config.concepts)
+        return evaluate(found, gallery, gallery.net, group, tmp_path / folder, found.concepts, "", None)  # type: ignore[arg-type]
+
+    both = scores("both", "evaluate.witness=gallery:witness")
+    alone = scores("alone", "evaluate.classifier=gallery:witness")
+    assert "witness" not in alone and both["plain"]["images"] == both["witness"]["images"]
+    same = [name for name in both["witness"] if name not in ("extra", "made_by", "subset")]
+    assert {name: both["witness"][name] for name in same} == {name: alone["plain"][name] for name in same}
+    answers, theirs = (read_object(tmp_path / name / "answers.json", "") for name in ("both", "alone"))
+    assert answers["witness"]["object_seen"] == theirs["object_seen"] and answers["witness"]["style_seen"]

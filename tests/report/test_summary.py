@@ -17,7 +17,8 @@ def expected_scores(stage: int) -> dict[str, Any]:
         missing = {f"{name}{of}": None for name in ("IRA_near", "IRA_far", "IRA_held", "CTA") for of in ("", "_ci95")}
         return missing | {name: value for name, value in members.items() if name not in ("objects", "styles")}
 
-    return {**kept(score_set(stage)), "paraphrased": kept(score_set(stage, worse=0.01))}
+    witness = dict.fromkeys(kept(score_set(stage)))
+    return {**kept(score_set(stage)), "paraphrased": kept(score_set(stage, worse=0.01)), "witness": witness}
 
 
 def test_report_json_holds_the_scores_and_costs_of_the_run(finished: Path) -> None:
