@@ -39,7 +39,7 @@ POSITIVE = (
     "evaluate.steps evaluate.batch evaluate.bootstrap model.text_batch"
 ).split()
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, half of a pair, line and paragraph ends
-SHARES = "train.warmup train.checkpoint_share mask.keep mask.turnover mask.until".split()
+SHARES = "hold.empty train.warmup train.checkpoint_share mask.keep mask.turnover mask.until".split()
 MOST = {  # (limit, its unit) of the keys that it applies to
     (1000, "steps, as many as a sampler has"): "prepare.steps evaluate.steps",
     (1e6, "workers"): "train.workers",

@@ -117,6 +117,8 @@ class HoldConfig:
     """Samples of an update, as a share of train.batch."""
     weight: float = 1.0
     """Weight of the term."""
+    empty: float = 0.25
+    """Share of the held samples whose prompt is left out: guidance leads away from the prediction without one."""
     source: str = "original"
     """Net whose predictions are held: original (before the first concept) or teacher (before this one)."""
 

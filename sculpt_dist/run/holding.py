@@ -2,14 +2,17 @@
 
     L = L of the method + w MSE(e(x_h, c_h), sg e0(x_h, c_h))
 
-e is the student, e0 the net before the first concept (or before this one), c_h a prompt of the list and x_h an image
-that the base model drew of it. A closed form has no steps, and preserves the prompts with those of the superclass.
+e is the student, e0 the net before the first concept (or before this one), and x_h an image that the base model drew
+of a prompt of the list. c_h is that prompt, or for a share of the samples the empty one, which guidance needs, too. A
+closed form has no steps, and preserves the prompts with those of the superclass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from sculpt_dist.config.schema import Concept, HoldConfig
 from sculpt_dist.core.errors import ConfigError
@@ -61,8 +64,12 @@ class Holding(Method):
         held = step.batch[HOLD]
         time = step.backbone.sample_time(step.rng.at(held.positions).uniform("hold time"))  # [B]
         noisy, _ = step.corrupted(held, time, HOLD)
-        (kept,) = step.frozen(self.hold.source).all([(noisy, time, held.cond)])
-        term = mse(step.student(noisy, time, held.cond), kept)
+        share = self.hold.empty
+        is_empty = [int((place + 1) * share) > int(place * share) for place in held.positions]
+        chosen = torch.tensor(is_empty, device=held.latents.device)
+        cond = held.cond.where(chosen, step.empty(len(held)))
+        (kept,) = step.frozen(self.hold.source).all([(noisy, time, cond)])
+        term = mse(step.student(noisy, time, cond), kept)
         return Losses({**losses.terms, HOLD: self.hold.weight * term})
 
     def prepare(self, setup: Setup) -> Method:
