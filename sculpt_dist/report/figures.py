@@ -155,27 +155,44 @@ def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str])
     `rows`: [1 + num_targets, num_targets]. Returns None if no accuracy was measured.
     """
     import numpy as np
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
 
     values = np.stack([_values(row) for row in rows])  # [1 + num_targets, num_targets]
     if not np.isfinite(values).any():
         return None
-    num, measured = len(targets), np.flatnonzero(np.isfinite(values).any(1))
-    values, height = values[measured], len(measured)
-    forgotten = measured[:, None] > np.arange(num)[None, :]  # by this row
+    measured = np.flatnonzero(np.isfinite(values).any(1))
+    forgotten = measured[:, None] > np.arange(len(targets))[None, :]  # by this row
+    labels = ["base", *(f"after {shorten(name, 16)}" for name in targets)]
+    return _heat_map(values[measured], forgotten, targets, [labels[row] for row in measured])
+
+
+def draw_hurt(stages: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[float | None]]) -> Figure | None:
+    """What each name (column) lost of its accuracy at each stage (row), [num_stages, num_names]; None without names."""
+    import numpy as np
+
+    if not names:
+        return None
+    losses = np.stack([_values(row) for row in rows])
+    return _heat_map(losses, np.ones(losses.shape, bool), names, stages)
+
+
+def _heat_map(values: np.ndarray, is_marked: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> Figure:
+    """Shares in [0, 1] as tinted cells, [num_rows, num_columns]: the marked ones orange, the others grey."""
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    height, num = values.shape
     figure = Figure(figsize=(min(2.2 + 0.95 * num, WIDTH), min(1.0 + 0.46 * height, 9)))
     axes = figure.subplots()
-    for part, color in ((forgotten, ACCENT), (~forgotten, "#7b838e")):
+    for part, color in ((is_marked, ACCENT), (~is_marked, "#7b838e")):
         tint = LinearSegmentedColormap.from_list("tint", ["#faf8f4", color])
         axes.imshow(np.where(part, values, np.nan), cmap=tint, vmin=0, vmax=1, aspect="auto")
-    names = [shorten(name, 16) for name in targets]
+    names = [shorten(name, 16) for name in columns]
     every = max(_interval(num), -(-num // 40))  # more names would overlap
     rotation, alignment = (0, "center") if num <= 6 else (35, "left")
     axes.set_xticks(range(0, num, every), names[::every], rotation=rotation, ha=alignment)
     rows_named = _interval(height)
-    labels = ["base", *(f"after {name}" for name in names)]
-    axes.set_yticks(range(0, height, rows_named), [labels[row] for row in measured][::rows_named])
+    axes.set_yticks(range(0, height, rows_named), list(rows)[::rows_named])
     axes.tick_params(length=0, labelcolor=INK, labelsize=9, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -184,17 +201,10 @@ def draw_relapse(rows: Sequence[Sequence[float | None]], targets: Sequence[str])
         axes.set_yticks(np.arange(height + 1) - 0.5, minor=True)
         axes.grid(True, which="minor", axis="both", color="white", linewidth=2)
     if num <= 12:
-        for (row, column), value in np.ndenumerate(values):
+        for place, value in np.ndenumerate(values):
             text, color = ("-", MUTED) if np.isnan(value) else (f"{100 * value:.0f}", "white" if value > 0.55 else INK)
-            axes.text(
-                column,
-                row,
-                text,
-                ha="center",
-                va="center",
-                color=color,
-                fontweight="bold" if forgotten[row, column] else "normal",
-            )
+            weight = "bold" if is_marked[place] else "normal"
+            axes.text(place[1], place[0], text, ha="center", va="center", color=color, fontweight=weight)
     return figure
 
 

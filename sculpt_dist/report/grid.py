@@ -21,6 +21,7 @@ THUMB = 192  # side of a thumbnail in pixels; the page shows it at half that siz
 TINY = 64  # images up to this side are enlarged without smoothing
 MAX_PIXELS = 25_000_000
 MAX_ROWS, MAX_STYLES = 12, 6
+PAGE_ROWS = 24  # of a page with nothing but images
 NUM_BANDS = {1: 3, 2: 2}  # by number of styles: with few styles, rows are split into bands side by side
 
 
@@ -61,10 +62,12 @@ def read_grid(
     names: Sequence[str],
     targets: Sequence[str],
     checksums: Mapping[Path, str] | None = None,
+    page: int | None = None,
 ) -> Grid | None:
     """Read `<object>--<style>.png` from two folders, targets first, then in the order of `names`.
 
-    Returns None if there is no image. Raises RunFolderError if an image is damaged, or differs from its checksum.
+    `page`: these PAGE_ROWS objects of all, counted from 0; None chooses MAX_ROWS of them, targets and others. Returns
+    None if there is no image. Raises RunFolderError if an image is damaged, or differs from its checksum.
     """
     sides = [_find_images(before), _find_images(after) if after else {}]
     found = [*sides[0], *sides[1]]
@@ -76,7 +79,12 @@ def read_grid(
     all_objects, all_styles = (
         sorted({pair[at] for pair in found}, key=lambda slug: (order.get(slug, len(order)), slug)) for at in (0, 1)
     )
-    objects, styles = _selection(all_objects, is_target, MAX_ROWS), _selection(all_styles, is_target, MAX_STYLES)
+    styles = _selection(all_styles, is_target, MAX_STYLES)
+    if page is None:
+        objects = _selection(all_objects, is_target, MAX_ROWS)
+    else:
+        in_order = _selection(all_objects, is_target, len(all_objects))
+        objects = in_order[page * PAGE_ROWS : (page + 1) * PAGE_ROWS]
     images = [
         [[_open(side.get((name, style)), checksums or {}) for style in styles] for side in sides] for name in objects
     ]

@@ -1,21 +1,31 @@
-"""The pages of a report: report.html and, of a long run, a page for every 100 concepts. All are self-contained."""
+"""The pages of a report: report.html, pages of images where there are many, and of a long run a page for every 100
+concepts. All are self-contained.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.report.figures import shorten
-from sculpt_dist.report.grid import Grid, encode
+from sculpt_dist.report.grid import TINY, Grid, encode
 from sculpt_dist.report.record import CONCEPTS_A_PAGE, RunRecord
 from sculpt_dist.report.render import data_uri, render
-from sculpt_dist.report.summary import SCORES, largest_losses, seen_counts
+from sculpt_dist.report.summary import SCORES, most_hurt, seen_counts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class ImagePage:
+    """One page of images."""
+
+    file: str
+    names: str
 
 
 @dataclass(frozen=True)
@@ -39,21 +49,54 @@ def concept_pages(run: RunRecord) -> list[ConceptPage]:
     return pages
 
 
-def render_page(run: RunRecord, report: Mapping[str, Any], figures: Mapping[str, bytes], grid: Grid | None) -> str:
+def image_pages(grids: Sequence[Grid]) -> list[ImagePage]:
+    """The pages of these grids."""
+    rows = [[row.name for band in grid.bands for row in band] for grid in grids]
+    names = [f"{shorten(of_page[0], 30)} to {shorten(of_page[-1], 30)}" for of_page in rows]
+    return [ImagePage(f"images-{number}.html", of_page) for number, of_page in enumerate(names, 1)]
+
+
+def render_images(report: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, str]:
+    """File name -> page, of all images."""
+    pages = image_pages(grids)
+    around = zip(grids, pages, [None, *pages], [*pages[1:], None])
+    return {
+        page.file: render(
+            "images.html", _filters(grid), report=report, grid=grid, page=page, before=before, after=after
+        )
+        for grid, page, before, after in around
+    }
+
+
+def _filters(grid: Grid | None) -> dict[str, Callable[[Image], str]]:
+    is_tiny = grid is not None and grid.is_tiny
+    return {"thumbnail": lambda image: _thumbnail_uri(image, is_tiny)}
+
+
+def render_page(
+    run: RunRecord,
+    report: Mapping[str, Any],
+    figures: Mapping[str, bytes],
+    grid: Grid | None,
+    images: Sequence[ImagePage] = (),
+) -> str:
     """The page with all images inlined and all text of the user escaped. `figures`: PNGs by name.
 
-    Of a long run, it leaves out what `render_concepts` lists.
+    Of a long run, it leaves out what `render_concepts` lists. `images`: the pages of all images.
     """
     from yaml import safe_dump
 
-    is_tiny = grid is not None and grid.is_tiny
     num_scored = list(run.stages).index(run.last) if run.last else 0
-    scored = list(enumerate(report["concepts"][:num_scored], 1))
+    scored = [
+        (number, record)
+        for number, record in enumerate(report["concepts"][:num_scored], 1)
+        if number == num_scored or any(record[name] is not None for name in SCORES)
+    ]
     config = {key: section for key, section in run.config.items() if not (run.is_long and key == "concepts")}
     paged = _paged_groups(run)
     return render(
         "page.html",
-        {"thumbnail": lambda image: _thumbnail_uri(image, is_tiny)},
+        _filters(grid),
         report=report,
         config=safe_dump(config, sort_keys=False, allow_unicode=True),
         scores=SCORES,
@@ -61,12 +104,13 @@ def render_page(run: RunRecord, report: Mapping[str, Any], figures: Mapping[str,
         num_scored=num_scored,
         scored=scored[-1:] if run.is_long else scored,
         accuracies=run.accuracies,
-        losses=largest_losses(run),
+        losses=[(hurt.name, hurt.base, hurt.end) for hurt in most_hurt(run, 3)],
         counts=seen_counts(report),
         manifest={name: member for name, member in run.manifest.items() if name not in paged},
         figures=figures,
         grid=grid,
         pages=concept_pages(run),
+        image_pages=images,
         paged=list(paged),
     )
 
@@ -121,5 +165,6 @@ def _paged_groups(run: RunRecord) -> dict[str, Mapping[str, Any]]:
 
 
 def _thumbnail_uri(image: Image, is_tiny: bool) -> str:
-    kind = "png" if is_tiny else "jpeg"  # a photograph is ten times larger as PNG
-    return data_uri(encode(image, kind), kind)
+    if is_tiny:  # enlarged without smoothing, as the page does itself
+        return data_uri(encode(image.resize((TINY, TINY), 0), "png"), "png")
+    return data_uri(encode(image, "jpeg"), "jpeg")  # a photograph is ten times larger as PNG

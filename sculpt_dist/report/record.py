@@ -51,7 +51,12 @@ class RunRecord:
     @property
     def last(self) -> str | None:
         """The last evaluated stage after a concept."""
-        return next((name for name in reversed(self.stages) if name != "before" and self.stages[name]), None)
+        return next(reversed(self.scored_stages), None)
+
+    @property
+    def scored_stages(self) -> list[str]:
+        """The evaluated stages after a concept."""
+        return [name for name, scores in self.stages.items() if name != "before" and scores]
 
     @cached_property
     def accuracies(self) -> list[list[float | None]]:

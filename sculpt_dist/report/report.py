@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.core.files import make_folder, read_object, write_atomically, write_record
-from sculpt_dist.report.figures import draw_loss, draw_mask, draw_pngs, draw_relapse, draw_scores
-from sculpt_dist.report.grid import Grid, draw_grid, encode, read_grid
+from sculpt_dist.report.figures import draw_hurt, draw_loss, draw_mask, draw_pngs, draw_relapse, draw_scores, shorten
+from sculpt_dist.report.grid import PAGE_ROWS, Grid, draw_grid, encode, read_grid
 from sculpt_dist.report.listed import listed_images
-from sculpt_dist.report.page import render_concepts, render_page
+from sculpt_dist.report.page import image_pages, render_concepts, render_images, render_page
 from sculpt_dist.report.record import RunRecord, plain_scores, read_run, read_scores
-from sculpt_dist.report.summary import summarise
+from sculpt_dist.report.summary import most_hurt, summarise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+HURT_ROWS = 12  # of the matrix of what lost most
 
 
 def write_report(folder: Path) -> Path:
@@ -34,10 +36,11 @@ def write_report(folder: Path) -> Path:
     for name, png in figures.items():
         write_atomically(out / f"{name}.png", png)
     write_record(out / "report.json", report)
-    pages = render_concepts(run, report)
-    for name, page in {**pages, "report.html": render_page(run, report, figures, grid)}.items():
+    grids = _paged_grids(run, grid)
+    pages = {**render_concepts(run, report), **render_images(report, grids)}
+    for name, page in {**pages, "report.html": render_page(run, report, figures, grid, image_pages(grids))}.items():
         write_atomically(out / name, page.encode())
-    for earlier in out.glob("concepts-*.html"):
+    for earlier in (*out.glob("concepts-*.html"), *out.glob("images-*.html")):
         if earlier.name not in pages:
             earlier.unlink()
     return out / "report.html"
@@ -55,8 +58,21 @@ def draw_stage(folder: Path, stage: str, targets: Sequence[str]) -> Image | None
     return draw_grid(grid) if grid else None
 
 
+def _paged_grids(run: RunRecord, shown: Grid | None) -> list[Grid]:
+    """All images, page by page; none where the report itself shows every object."""
+    if shown is None or shown.num_shown == shown.num_objects:
+        return []
+    pages = range(-(-shown.num_objects // PAGE_ROWS))
+    grids = (_stage_grid(run.folder, run.stages, run.targets, run.last, page) for page in pages)
+    return [grid for grid in grids if grid is not None]
+
+
 def _stage_grid(
-    folder: Path, stages: Mapping[str, Mapping[str, Any]], targets: Sequence[str], stage: str | None
+    folder: Path,
+    stages: Mapping[str, Mapping[str, Any]],
+    targets: Sequence[str],
+    stage: str | None,
+    page: int | None = None,
 ) -> Grid | None:
     names = [
         name for kind in ("objects", "styles") for scores in stages.values() for name in plain_scores(scores, kind)
@@ -69,18 +85,24 @@ def _stage_grid(
         for name, sha256 in listed_images(side, stages[side.name]).items()
     }
     before, *after = (side / "images" for side in sides)
-    return read_grid(before, after[0] if after else None, names, targets, checksums)
+    return read_grid(before, after[0] if after else None, names, targets, checksums, page)
 
 
 def _draw_figures(run: RunRecord, report: Mapping[str, Any]) -> dict[str, bytes]:
     """PNGs of the figures for which the run has data."""
     num_trained = (run.costs.get("weights") or {}).get("trained")
     points = [(0, report["before"]), *enumerate(report["concepts"], 1)]
+    hurt = most_hurt(run, HURT_ROWS)
+    lost = zip(*([None if share is None else member.base - share for share in member.after] for member in hurt))
+    after = [
+        f"after {shorten(target, 16)}" for target, stage in zip(run.targets, list(run.stages.values())[1:]) if stage
+    ]
     return draw_pngs(
         {
             "scores": lambda: draw_scores(points),
             "loss": lambda: draw_loss(run.lines, run.targets),
             "mask": lambda: draw_mask(run.lines, run.targets, num_trained),
             "relapse": lambda: draw_relapse(run.accuracies, run.targets),
+            "hurt": lambda: draw_hurt(after, [member.name for member in hurt], list(lost)),
         }
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sculpt_dist.config.checks import normal
@@ -55,19 +56,31 @@ def seen_counts(report: Mapping[str, Any]) -> list[tuple[str, int, int | None, i
     ]
 
 
-def largest_losses(run: RunRecord, most: int = 3) -> list[tuple[str, float, float]]:
-    """(name, accuracy before, accuracy after) of the objects and styles to keep whose accuracy fell most."""
-    if run.last is None:
-        return []
+@dataclass(frozen=True)
+class Hurt:
+    """An object or a style to keep that lost accuracy: that of the base model, and that after each scored stage."""
+
+    name: str
+    base: float
+    after: tuple[float | None, ...]
+
+    @property
+    def end(self) -> float:
+        return next(share for share in reversed(self.after) if share is not None)
+
+
+def most_hurt(run: RunRecord, most: int) -> list[Hurt]:
+    """The objects and styles to keep whose accuracy fell most between the base model and the last scored stage."""
     targets = {normal(target) for target in run.targets}
-    lost = []
-    for kind in ("objects", "styles"):
-        after = plain_scores(run.stages[run.last], kind)
+    stages = [run.stages[name] for name in run.scored_stages]
+    found = []
+    for kind in ("objects", "styles") if stages else ():
+        of_stages = [plain_scores(stage, kind) for stage in stages]
         for name, share in plain_scores(run.stages["before"], kind).items():
-            now = after.get(name)
+            now = of_stages[-1].get(name)
             if share is not None and now is not None and share > now and normal(name) not in targets:
-                lost.append((name, share, now))
-    return sorted(lost, key=lambda loss: loss[2] - loss[1])[:most]
+                found.append(Hurt(name, share, tuple(of_stage.get(name) for of_stage in of_stages)))
+    return sorted(found, key=lambda hurt: hurt.end - hurt.base)[:most]
 
 
 def _scores(stage: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,3 +58,12 @@ def test_the_grid_limits_objects_and_styles_and_reserves_places_for_other_than_t
     rows = [row for band in grid.bands for row in band]
     assert (len(rows), grid.num_shown, grid.num_objects, len(grid.styles), grid.num_styles) == (12, 12, 20, 6, 9)
     assert [row.name for row in rows if not row.is_target] == names[15:19]
+
+
+def test_pages_of_images_hold_every_object_once_targets_first(tmp_path: Path) -> None:
+    names = [f"thing {at:02d}" for at in range(30)]
+    draw(tmp_path / "before", 0, 8, ["neon"], objects=names)
+    pages = [read_grid(tmp_path / "before", None, names=names, targets=names[-2:], page=page) for page in (0, 1)]
+    rows = [[row.name for band in page.bands for row in band] for page in pages if page is not None]
+    assert [len(of_page) for of_page in rows] == [24, 6] and rows[0][:3] == [*names[-2:], names[0]]
+    assert sorted(rows[0] + rows[1]) == names

@@ -29,6 +29,7 @@ def test_the_page_shows_headline_scores_grid_relapse_curves_cost_and_config_in_t
         "Before and after",
         "Relapse",
         "cat 98.0 0.0 3.1 +3.1",
+        "Hurt most",
         "Loss by term",
         "Mask",
         "Cost",
@@ -51,7 +52,7 @@ def test_the_page_loads_nothing_from_outside(finished: Path) -> None:
         for name, value in attrs.items()
         if name in ("src", "href", "srcset", "data", "action")
     ]
-    assert len(sources) == 12 * 5 * 2 + 4  # thumbnails and four charts
+    assert len(sources) == 12 * 5 * 2 + 5  # thumbnails and five charts
     assert all(re.fullmatch(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", source) for source in sources)
     text = (finished / "report" / "report.html").read_text()
     assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
@@ -91,7 +92,11 @@ def test_no_tag_or_attribute_of_a_report_is_made_from_names_keys_or_values(tmp_p
     assert shape(hostile) == shape(plain) and len(shape(plain)) > 100
     page = Page(hostile)
     assert page.count("script") == 0 and page.words.count("<script>alert(1)</script>") > 10
-    assert not [name for _, names in shape(hostile) for name in names if name.startswith("on") or name == "href"]
+    assert not [name for _, names in shape(hostile) for name in names if name.startswith("on")]
+    links = [value for _, attributes in page.tags for name, value in attributes.items() if name == "href"]
+    assert links == ["images-1.html"], "the page of its thirteen objects"
+    images = Page(hostile.with_name("images-1.html"))
+    assert images.count("script") == 0 and images.words.count("<script>alert(1)</script>") > 1
 
 
 def test_no_tag_or_attribute_of_a_comparison_is_made_from_names(tmp_path: Path) -> None:
