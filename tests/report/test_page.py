@@ -96,7 +96,7 @@ def test_no_tag_or_attribute_of_a_report_is_made_from_names_keys_or_values(tmp_p
     links = [value for _, attributes in page.tags for name, value in attributes.items() if name == "href"]
     assert links == ["images-1.html"], "the page of its thirteen objects"
     images = Page(hostile.with_name("images-1.html"))
-    assert images.count("script") == 0 and images.words.count("<script>alert(1)</script>") > 1
+    assert images.count("script") == 0 and "<script>alert(1)</script>" in images.words
 
 
 def test_no_tag_or_attribute_of_a_comparison_is_made_from_names(tmp_path: Path) -> None:
