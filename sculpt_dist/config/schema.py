@@ -127,6 +127,9 @@ class HoldConfig:
 class TrainConfig:
     """The optimisation of one concept."""
 
+    together: bool = False
+    """Train all concepts at once, their samples in turn, instead of one after another. steps, mask.collect and
+    mask.refresh still count for each concept, so that n concepts take n times as many."""
     steps: int = 450
     """Updates per concept, after the collect steps."""
     batch: int = 2

@@ -91,6 +91,19 @@ def concept_prompts(concept: Concept, prepare: PrepareConfig) -> ConceptPrompts:
     return prompts if file is None else with_whole_prompts(prompts, concept, file, prepare.samples)
 
 
+def taking_turns(of_concepts: Sequence[ConceptPrompts], samples: int) -> ConceptPrompts:
+    """The prompts of n concepts whose samples take turns: prompt k n + c is that of sample k of concept c."""
+    if len(of_concepts) == 1:
+        return of_concepts[0]
+
+    def in_turn(role: str) -> tuple[str, ...]:
+        lists: list[tuple[str, ...]] = [getattr(prompts, role) for prompts in of_concepts]
+        return tuple(prompts[k % len(prompts)] for k in range(samples) for prompts in lists)
+
+    kept = dict.fromkeys(text for prompts in of_concepts for text in prompts.keep)
+    return ConceptPrompts(in_turn("target"), in_turn("superclass"), "", tuple(kept), of_concepts[0].templates)
+
+
 def naming(name: str) -> re.Pattern[str]:
     """A pattern that finds a concept's name in a prompt, as a whole word in upper or lower case.
 

@@ -133,6 +133,20 @@ class Reader(Protocol):
     def __getitem__(self, position: int) -> Sample: ...
 
 
+class InTurn:
+    """A source of concept c of n that train together: sample k has the key k n + c (see `taking_turns`)."""
+
+    def __init__(self, reader: Reader, concept: int, concepts: int) -> None:
+        self.reader, self.concept, self.concepts = reader, concept, concepts
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, position: int) -> Sample:
+        sample = self.reader[position]
+        return replace(sample, key=sample.key * self.concepts + self.concept)
+
+
 class LateSources:
     """The sources of a stream, each opened when its turn comes: of many earlier targets, few have one in a concept."""
 
@@ -180,6 +194,11 @@ class ConceptStreams(Dataset[Item]):
     def __getitem__(self, item: int) -> Item:
         step, micro = divmod(item, self.layout.accumulate)
         return {role: self._samples(role, step, micro) for role in self.sources}
+
+    @property
+    def most_samples(self) -> int:
+        """The samples of the largest source of targets."""
+        return max(map(len, self.sources.get("target", ())), default=0)
 
     def positions(self, role: str, micro: int) -> range:
         """This rank's positions within the global batch of a role."""

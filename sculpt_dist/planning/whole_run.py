@@ -91,7 +91,7 @@ def count_work(setup: RunSetup, subject: Subject, drawing: Drawing) -> Work:
     between = sum(is_scored(config.evaluate.at, done, total) for done in range(1, total))
     stages = [scoring(None, 2), scoring(config.evaluate.subset, between)] if config.evaluate.enabled else []
     return Work(
-        concepts=len(config.concepts),
+        concepts=len(config.concepts) - setup.first_concept,
         prompts=_num_prompts(setup),
         prompt_flops=subject.prompt_flops(),
         drawing=sampling(_drawn_batches(setup), prepare.batch, prepare.steps, False),

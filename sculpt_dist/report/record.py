@@ -70,6 +70,11 @@ class RunRecord:
         return rows
 
 
+def first_concept(config: Mapping[str, Any]) -> int:
+    """The concept with which training began: where all train together, the last one stands for them."""
+    return len(config["concepts"]) - 1 if (config.get("train") or {}).get("together") else 0
+
+
 def read_run(folder: Path, with_steps: bool = True) -> RunRecord:
     """Read a run folder, or all of it but its steps; the run may still be going on.
 
@@ -83,7 +88,8 @@ def read_run(folder: Path, with_steps: bool = True) -> RunRecord:
     last = next(reversed(made_by.values()), None)
     outdated = {name: made for name, made in made_by.items() if made != last}
     steps = read_metrics(folder / "metrics.jsonl", MOST_LINES) if with_steps else Steps([])
-    notes = step_notes(steps, len(config["concepts"]) if manifest.get("finished") else 0)
+    num_finished = len(config["concepts"]) if manifest.get("finished") else 0
+    notes = step_notes(steps, num_finished, first_concept(config))
     if with_steps and manifest.get("finished") and manifest.get("shards") and not steps.lines:
         notes.append("metrics.jsonl holds no step of the run.")
     if is_changed:

@@ -11,7 +11,7 @@ from sculpt_dist.report.figures import draw_hurt, draw_loss, draw_mask, draw_png
 from sculpt_dist.report.grid import PAGE_ROWS, Grid, draw_grid, encode, read_grid
 from sculpt_dist.report.listed import listed_images
 from sculpt_dist.report.page import image_pages, render_concepts, render_images, render_page
-from sculpt_dist.report.record import RunRecord, plain_scores, read_run, read_scores
+from sculpt_dist.report.record import RunRecord, first_concept, plain_scores, read_run, read_scores
 from sculpt_dist.report.summary import most_hurt, summarise
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def _stage_grid(
 def _draw_figures(run: RunRecord, report: Mapping[str, Any]) -> dict[str, bytes]:
     """PNGs of the figures for which the run has data."""
     num_trained = (run.costs.get("weights") or {}).get("trained")
+    num_together = first_concept(run.config)
+    trained = [*run.targets[:-1], f"{num_together + 1} concepts"] if num_together else run.targets
     points = [(0, report["before"]), *enumerate(report["concepts"], 1)]
     hurt = most_hurt(run, HURT_ROWS)
     lost = zip(*([None if share is None else member.base - share for share in member.after] for member in hurt))
@@ -100,8 +102,8 @@ def _draw_figures(run: RunRecord, report: Mapping[str, Any]) -> dict[str, bytes]
     return draw_pngs(
         {
             "scores": lambda: draw_scores(points),
-            "loss": lambda: draw_loss(run.lines, run.targets),
-            "mask": lambda: draw_mask(run.lines, run.targets, num_trained),
+            "loss": lambda: draw_loss(run.lines, trained),
+            "mask": lambda: draw_mask(run.lines, trained, num_trained),
             "relapse": lambda: draw_relapse(run.accuracies, run.targets),
             "hurt": lambda: draw_hurt(after, [member.name for member in hurt], list(lost)),
         }

@@ -33,9 +33,10 @@ class Steps:
         """Whether every line of the file is a step, as it was written."""
         return not (self.num_unreadable or self.num_changed)
 
-    def num_missing(self, num_finished: int) -> int:
+    def num_missing(self, num_finished: int, first: int = 0) -> int:
         """How many steps have no line: before the last line, and in the first `num_finished` concepts.
 
+        `first`: the concept with which training began.
         Earlier versions did not write how many steps a concept has; then only gaps between two steps are found.
         """
         if self.interval > 1 or not self.lines:
@@ -50,7 +51,7 @@ class Steps:
         last = self.lines[-1]["concept"]
         if last >= num_finished:
             expected[last] = highest
-        num_concepts = max(last + 1, num_finished)
+        num_concepts = max(last + 1, num_finished) - first
         whole = self.lines[-1].get("steps") or 0
         without_lines = (num_concepts - len(found)) * whole
         return sum(expected[concept] - found[concept] for concept in found) + without_lines
@@ -102,9 +103,9 @@ def _count_lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(LONGEST), b""))
 
 
-def step_notes(steps: Steps, num_finished: int) -> list[str]:
+def step_notes(steps: Steps, num_finished: int, first: int = 0) -> list[str]:
     """What a reader of the report should know about its curves."""
-    missing = steps.num_missing(num_finished) - steps.num_changed
+    missing = steps.num_missing(num_finished, first) - steps.num_changed
     found = []
     if steps.num_unreadable:
         found.append(f"{_lines(steps.num_unreadable)} of metrics.jsonl cannot be read.")

@@ -33,6 +33,7 @@ LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour 
     "evaluate.prompts": {},
     "evaluate.retain_prompts": None,
     "evaluate.metrics": {},
+    "train.together": False,
     "train.schedule": "one_cycle",
     "train.l1sp": 0.0,
     "train.l2sp": 0.0,

@@ -55,13 +55,17 @@ class Plan:
         return done * self.epochs // total / self.epochs  # that of the epoch in which the step lies
 
 
-def make_plan(train: TrainConfig, mask: MaskConfig, engine: EngineConfig, method: Method) -> Plan:
-    """The plan of every concept of a run. Raises ConfigError where mask, steps and method do not fit together."""
-    collect, refresh = as_steps(mask.collect, train.steps), as_steps(mask.refresh, train.steps)
+def make_plan(train: TrainConfig, mask: MaskConfig, engine: EngineConfig, method: Method, at_once: int = 1) -> Plan:
+    """The plan of every concept of a run, or of `at_once` concepts that train together.
+
+    Raises ConfigError where mask, steps and method do not fit together.
+    """
+    collect, refresh = (at_once * as_steps(steps, train.steps) for steps in (mask.collect, mask.refresh))
+    updates = at_once * train.steps
     if not mask.turnover:
         refresh = 0
     masked = mask.keep < 1
-    if masked and refresh and train.steps / refresh > MAX_GENERATIONS - 1:
+    if masked and refresh and updates / refresh > MAX_GENERATIONS - 1:
         raise ConfigError(
             f"mask.refresh={mask.refresh}: more than {MAX_GENERATIONS - 1} turnovers in train.steps={train.steps}; "
             "refresh less often"
@@ -78,7 +82,7 @@ def make_plan(train: TrainConfig, mask: MaskConfig, engine: EngineConfig, method
     needed = collect if masked else 0
     return Plan(
         collect=needed,
-        updates=train.steps,
+        updates=updates,
         refresh=refresh,
         turnover=mask.turnover,
         until=mask.until,

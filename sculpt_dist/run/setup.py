@@ -41,6 +41,15 @@ class RunSetup:
         return tuple(self.config.concepts)
 
     @property
+    def first_concept(self) -> int:
+        """The concept with which training begins: the last one stands for all that train together."""
+        return len(self.concepts) - 1 if self.config.train.together else 0
+
+    def trained_with(self, number: int) -> range:
+        """The concepts that train when it is the turn of concept `number`."""
+        return range(number + 1) if self.config.train.together else range(number, number + 1)
+
+    @property
     def method_name(self) -> str:
         return str(self.config.method.get("name", "dm_cal"))
 
@@ -142,4 +151,6 @@ def resolve(config: RunConfig) -> RunSetup:
         return RunSetup(config, method, None, (*prompts[:-1], last))
     if held:
         method = Holding(method, config.hold)
-    return RunSetup(config, method, make_plan(config.train, config.mask, config.engine, method), prompts, held)
+    at_once = len(prompts) if config.train.together else 1
+    plan = make_plan(config.train, config.mask, config.engine, method, at_once)
+    return RunSetup(config, method, plan, prompts, held)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from bisect import bisect
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,15 +13,15 @@ from torch import Tensor
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.config.checks import is_scored
-from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import append_line, derived_seed, text_sha256
-from sculpt_dist.data.prompts import ConceptPrompts
+from sculpt_dist.data.prompts import taking_turns
 from sculpt_dist.data.shards import ShardReader
 from sculpt_dist.data.streams import (
     EARLIER_TARGETS,
     HOLD,
     ConceptStreams,
+    InTurn,
     LateSources,
     Layout,
     PromptReader,
@@ -84,10 +81,12 @@ class Trainer:
         original = engine.snapshot() if self.method.needs_original else None
         if train.l1sp or train.l2sp:
             engine.pull_to_present(train.l1sp, train.l2sp)
-        first, resumed = state.resume(self.found)
-        session.tracker.start(first, resumed["step"] if resumed else 0, self.plan.steps)
-        if resumed is None and is_scored(self.setup.config.evaluate.at, first, len(concepts)):
-            session.score(engine.drawing, stage_after(first - 1), concepts[:first] if first else concepts)
+        done, resumed = state.resume(self.found)
+        first = max(done, self.setup.first_concept)
+        step = resumed["step"] if resumed else 0
+        session.tracker.start(first, step, self._steps_before(first) + step)
+        if resumed is None and is_scored(self.setup.config.evaluate.at, done, len(concepts)):
+            session.score(engine.drawing, stage_after(done - 1), concepts[:done] if done else concepts)
         for number in range(first, len(concepts)):
             run = self._concept_run(engine, number, original)
             if resumed is not None:
@@ -121,23 +120,29 @@ class Trainer:
             raise ConfigError(f"mask.keep={keep}: opens none of {trained:,} weights; raise it")
         return {"total": total, "trained": trained, "open": opened}
 
+    def _steps_before(self, number: int) -> int:
+        return (number - self.setup.first_concept) * self.plan.steps
+
     def _concept_run(self, engine: Engine, number: int, original: FrozenWeights | None) -> ConceptRun:
         """The state of a concept before its first step."""
-        concept, prompts = self.setup.concepts[number], self.setup.prompts[number]
+        setup, own = self.setup, self.setup.trained_with(number)
+        streams = concept_streams(setup, self.backbone, self.group, number)
+        prompts = taking_turns([setup.prompts[concept] for concept in own], streams.most_samples)
         start = engine.masters()
         run = ConceptRun(
             number=number,
-            target=concept.target,
-            method=self.method.prepare(Setup(number, self.backbone, self.plan.updates, prompts, self.setup.concepts)),
+            target=setup.concepts[number].target if len(own) == 1 else f"{len(own)} concepts",
+            method=self.method.prepare(Setup(number, self.backbone, self.plan.updates, prompts, setup.concepts)),
             plan=self.plan,
-            streams=concept_streams(self.setup, self.backbone, self.group, number),
+            streams=streams,
             prompts=prompts,
             measure=lambda: self._calibrate(engine, number),
             teacher=engine.snapshot() if self.method.needs_teacher else None,
             original=original,
             recent=LossWindow(),
             start=start,
-            trajectories=[Trajectory(self.backbone) for _ in range(self.setup.config.train.accumulate)],
+            trajectories=[Trajectory(self.backbone) for _ in range(setup.config.train.accumulate)],
+            steps_before=self._steps_before(number),
         )
         self.backbone.embed([""], negative=True)  # guidance needs it, and the encoders are still loaded
         engine.begin_concept(number)
@@ -173,58 +178,60 @@ def concept_streams(setup: RunSetup, backbone: Backbone, group: Group, number: i
 
     Raises ShardError where its own are missing or damaged.
     """
-    (method, _), config = setup.trained, setup.config
+    (method, _), config, own = setup.trained, setup.config, setup.trained_with(number)
     drawn, specs = drawn_sources(method), method.streams()
     sources: dict[str, LateSources] = {}
     fixed: dict[str, tuple[int, float]] = {}
     for spec in specs:
-        parts = _parts(spec, config, number)
-        *starts, count = accumulate((of_part for _, of_part in parts), initial=0)
-        opener = partial(_open_source, config, setup.prompts, drawn, backbone.size_ids, number, parts, starts)
-        sources[spec.role] = LateSources(count, opener)
-        for (source, of_part), start in zip(parts, starts):
-            if source != EARLIER_TARGETS:
-                _ = sources[spec.role][start]  # opens it
-            if spec.fixed is not None and source == spec.fixed[0]:
-                fixed[spec.role] = (start + of_part - 1, spec.fixed[1])
+        places = _places(spec, setup, number)
+        opener = partial(_open_source, setup, drawn, backbone.size_ids, own, places)
+        sources[spec.role] = LateSources(len(places), opener)
+        for place, (_, concept) in enumerate(places):
+            if concept in own:
+                _ = sources[spec.role][place]  # opens it
+        if spec.fixed is not None and len(own) == 1 and (spec.fixed[0], number) in places:
+            fixed[spec.role] = (places.index((spec.fixed[0], number)), spec.fixed[1])
     layout = Layout(config.train.batch, group.size, group.rank, config.train.accumulate)
     layouts = {spec.role: layout.shared(spec) for spec in specs}
     return ConceptStreams(sources, layout, config.train.seed, number, layouts, fixed)
 
 
-def _parts(spec: StreamSpec, config: RunConfig, number: int) -> list[tuple[str, int]]:
-    """The sources of a stream of concept `number` by name, and how many there are of each name."""
-    concept = config.concepts[number]
+def _places(spec: StreamSpec, setup: RunSetup, number: int) -> list[tuple[str, int]]:
+    """The sources of a stream of concept `number`, each by name and concept."""
+    own = setup.trained_with(number)
 
-    def count(source: str) -> int:
-        if source == EARLIER_TARGETS:
-            return number
+    def has(source: str, concept: int) -> bool:
         if source == "keep":
-            return int(bool(concept.keep))
-        return int(source in (*FIRST, HOLD) or bool(drawn_prompts(Path(config.run.folder), concept, source)))
+            return bool(setup.concepts[concept].keep)
+        return source in FIRST or bool(drawn_prompts(setup.folder, setup.concepts[concept], source))
 
-    parts = [(source, count(source)) for source in spec.source_names]
-    return [(source, of_part) for source, of_part in parts if of_part]
+    found: list[tuple[str, int]] = []
+    for source in spec.source_names:
+        if source == HOLD:
+            found.append((HOLD, number))
+        elif source == EARLIER_TARGETS:
+            found += [("target", concept) for concept in range(own.start)]
+        else:
+            found += [(source, concept) for concept in own if has(source, concept)]
+    return found
 
 
 def _open_source(
-    config: RunConfig,
-    prompts: Sequence[ConceptPrompts],
+    setup: RunSetup,
     drawn: Container[str],
     size_ids: tuple[int, ...] | None,
-    number: int,
-    parts: Sequence[tuple[str, int]],
-    starts: Sequence[int],
+    own: range,
+    places: Sequence[tuple[str, int]],
     place: int,
 ) -> Reader:
-    """The source at a place of a stream of concept `number`, whose parts begin at `starts`."""
-    part = bisect(starts, place) - 1
-    source, of = parts[part][0], number
-    if source == EARLIER_TARGETS:
-        source, of = "target", place - starts[part]
+    """The source at a place of a stream."""
+    source, concept = places[place]
     if source == HOLD:
-        return ShardReader(hold_folder(Path(config.run.folder)))
+        return ShardReader(hold_folder(setup.folder))
     if source in drawn:
-        return ShardReader(data_folder(Path(config.run.folder), config.concepts[of], source))
-    texts = {"target": prompts[of].target, "superclass": prompts[of].superclass, "keep": prompts[of].keep}[source]
-    return PromptReader(texts, config.prepare.samples, size_ids)
+        reader: Reader = ShardReader(data_folder(setup.folder, setup.concepts[concept], source))
+    else:
+        prompts = setup.prompts[concept]
+        texts = {"target": prompts.target, "superclass": prompts.superclass, "keep": prompts.keep}[source]
+        reader = PromptReader(texts, setup.config.prepare.samples, size_ids)
+    return InTurn(reader, concept, len(own)) if len(own) > 1 else reader

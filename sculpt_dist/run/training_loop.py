@@ -64,6 +64,7 @@ class ConceptRun:
     recent: LossWindow
     start: list[Tensor]  # this rank's fp32 shards before the concept
     trajectories: list[Trajectory]  # one per micro-batch
+    steps_before: int = 0  # of all concepts before this one
     candidate: list[Tensor] | None = None
     step: int = 0
 
@@ -185,7 +186,7 @@ def _entry(
         "target": run.target,
         "step": step,
         "steps": run.plan.steps,
-        "global_step": run.number * run.plan.steps + step,
+        "global_step": run.steps_before + step,
         "phase": "collect" if step < run.plan.collect else "train",
         "loss": sum(result.terms.values()),
         "terms": result.terms,

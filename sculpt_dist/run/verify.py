@@ -20,7 +20,7 @@ from sculpt_dist.core.files import file_sha256, is_intact, is_text_intact
 from sculpt_dist.data.shards import damage, read_index
 from sculpt_dist.engine.checkpoints.restore import verify, written
 from sculpt_dist.report.listed import listed_images
-from sculpt_dist.report.record import read_run
+from sculpt_dist.report.record import first_concept, read_run
 from sculpt_dist.report.steps import read_metrics
 from sculpt_dist.run.owned import RECORD
 
@@ -72,7 +72,8 @@ def _run(folder: Path) -> Iterator[Finding]:
     for stage in sorted(path for path in folder.glob("evaluation/*") if (path / "scores.json").exists()):
         yield from _stage(stage)
     run = read_run(folder, with_steps=False)
-    yield from _metrics(folder / "metrics.jsonl", len(run.targets) if run.manifest.get("finished") else 0)
+    num_finished = len(run.targets) if run.manifest.get("finished") else 0
+    yield from _metrics(folder / "metrics.jsonl", num_finished, first_concept(run.config))
     for index in sorted(folder.glob("data/*/*/index.json")):
         yield from _shards(index, (run.manifest.get("shards") or {}).get(index.parent.relative_to(folder).as_posix()))
     embeddings = folder / "data" / "embeddings.safetensors"
@@ -100,14 +101,14 @@ def _record(file: Path) -> Iterator[Finding]:
     yield file, _judged(is_intact(content)) if isinstance(content, dict) else "cannot be read"
 
 
-def _metrics(file: Path, num_finished: int) -> Iterator[Finding]:
+def _metrics(file: Path, num_finished: int, first: int) -> Iterator[Finding]:
     if not file.exists():
         return
     steps = read_metrics(file)
     faults = {
         "cannot be read": steps.num_unreadable,
         "differ from their checksums": steps.num_changed,
-        "are missing": steps.num_missing(num_finished),
+        "are missing": steps.num_missing(num_finished, first),
     }
     found = [f"{number:,} of its lines {fault}" for fault, number in faults.items() if number]
     yield file, found[0] if found else NO_CHECKSUM if steps.num_unsealed else None

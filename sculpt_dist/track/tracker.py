@@ -62,19 +62,20 @@ class Tracker:
         for sink in self._sinks:
             sink.close(DONE if kind is None else STOPPED if kind is StopRequested else FAILED)
 
-    def start(self, concept: int = 0, step: int = 0, steps: int = 0) -> None:
-        """Open the trackers at `step` of `concept`, where the run starts or resumes; each concept has `steps` steps."""
+    def start(self, concept: int = 0, step: int = 0, global_step: int = 0) -> None:
+        """Open the trackers at `step` of `concept`, where the run starts or resumes; `global_step` counts them all."""
         if not self._active:
             return
         lines = truncate_metrics(self._folder / "metrics.jsonl", (concept, step))
-        self._step = concept * steps + step
+        self._step = global_step
         for name in dict.fromkeys(["jsonl", *requested_sinks(self._track)]):
             self._sinks.append(_sink_class(name)(self._track, self._values, self._folder, self._step))
         previous = None
         for line in lines:
             if line["concept"] != previous:
+                stage = "before" if previous is None else stage_after(line["concept"] - 1)
+                self._log_stage(stage, line["global_step"], replayed=True)
                 previous = line["concept"]
-                self._log_stage(stage_after(previous - 1), line["global_step"], replayed=True)
             for sink in self._sinks:
                 if sink.replays:
                     sink.log(line)

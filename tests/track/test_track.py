@@ -272,7 +272,7 @@ def test_a_tracker_is_one_new_file_that_the_configuration_names(monkeypatch, tmp
     check_tracking(config.track)
     for step in range(2):
         with Tracker(config.track, plain_values(config), tmp_path, True) as tracker:
-            tracker.start(0, step, 2)
+            tracker.start(0, step, step)
             tracker.log({"concept": 0, "step": step, "global_step": step, "loss": 1.0})
     assert json.loads((tmp_path / "memory.json").read_text()) == [None, "dm_cal", 1, 0, 1, "done"]
     assert [entry["step"] for entry in lines(tmp_path)] == [0, 1]
