@@ -1,8 +1,8 @@
 """Training data: prompts, shards of latents, and the streams of batches.
 
 `prompts` fills templates, `prompt_files` reads the user's lists and `images` their image files. `shards` stores latents
-in tars; `streams` turns them into batches that do not depend on the number of ranks. Only this folder imports
-webdataset. It knows no model; every layer above may import it.
+in tars; `streams` turns `sources` of them into batches that do not depend on the number of ranks. Only this folder
+imports webdataset. It knows no model; every layer above may import it.
 """
 
 from typing import TYPE_CHECKING

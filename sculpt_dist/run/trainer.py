@@ -17,17 +17,8 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import append_line, derived_seed, text_sha256
 from sculpt_dist.data.prompts import taking_turns
 from sculpt_dist.data.shards import ShardReader
-from sculpt_dist.data.streams import (
-    EARLIER_TARGETS,
-    HOLD,
-    ConceptStreams,
-    InTurn,
-    LateSources,
-    Layout,
-    PromptReader,
-    Reader,
-    StreamSpec,
-)
+from sculpt_dist.data.sources import InTurn, LateSources, PromptReader, Reader
+from sculpt_dist.data.streams import EARLIER_TARGETS, HOLD, ConceptStreams, Layout, StreamSpec
 from sculpt_dist.engine.checkpoints.save import Saver
 from sculpt_dist.engine.checkpoints.timer import CheckpointTimer
 from sculpt_dist.engine.group import Group

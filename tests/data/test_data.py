@@ -25,16 +25,8 @@ from sculpt_dist.core.types import TextCond
 from sculpt_dist.data import shards
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts, fill
 from sculpt_dist.data.shards import ShardReader, read_index, scan_shard, write_index
-from sculpt_dist.data.streams import (
-    ConceptStreams,
-    Draws,
-    GlobalOrder,
-    LateSources,
-    Layout,
-    PromptReader,
-    load,
-    micro_batches,
-)
+from sculpt_dist.data.sources import LateSources, PromptReader
+from sculpt_dist.data.streams import ConceptStreams, Draws, GlobalOrder, Layout, load, micro_batches
 
 
 def test_text_in_brackets_is_dropped_without_a_style():

@@ -13,7 +13,8 @@ from runs import lines, start, wait_for_step
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.types import TextCond
 from sculpt_dist.data.prompts import concept_prompts, taking_turns
-from sculpt_dist.data.streams import ConceptStreams, InTurn, Layout, PromptReader, micro_batches
+from sculpt_dist.data.sources import InTurn, PromptReader
+from sculpt_dist.data.streams import ConceptStreams, Layout, micro_batches
 from sculpt_dist.run.setup import resolve
 
 TOGETHER = [*SMALL, "train.together=true", "evaluate.enabled=false"]
