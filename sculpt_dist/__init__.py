@@ -19,7 +19,7 @@ def unlearn(
     config: str | None = None,
     **overrides: Any,
 ) -> Run:
-    """Unlearn `concepts`, one after another, from the pipeline folder `model`, and return the finished run.
+    """Unlearn `concepts`, by default one after another, from the pipeline folder `model`, and return the finished run.
 
     `model`: a diffusers folder or hub id; None is the shipped model of `model.world`. `method`: a name, or a mapping
     with its options; None is dm_cal, or what `config` names.

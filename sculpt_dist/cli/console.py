@@ -34,7 +34,7 @@ def print_run(folder: Path, report: dict[str, Any]) -> None:
         for concept in concepts if len(concepts) <= MOST_ROWS else concepts[-1:]:
             row(f"after {concept['target']}", concept)
         for kind in ("paraphrased", "witness"):
-            if report["after"].get(kind):
+            if (report["after"].get(kind) or {}).get("UA") is not None:
                 row(f"after, {kind}", report["after"][kind])
         Console().print(table)
         for name, now, images, then in seen_counts(report)[:MOST_ROWS]:

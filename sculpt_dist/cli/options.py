@@ -20,6 +20,7 @@ NAMED = {  # keys whose value is the name of a file in a package
     "model.arch": "sculpt_dist.backbones",
     "method.name": "sculpt_dist.methods",
     "evaluate.classifier": "sculpt_dist.evaluation.classifiers",
+    "evaluate.witness": "sculpt_dist.evaluation.classifiers",
 }
 
 

@@ -113,12 +113,12 @@ class HoldConfig:
     prompts: str | None = None
     """File (.txt or .csv) of prompts without a target, your own or a packaged one such as gallery/hold.txt; null holds
     none. The base model draws a sample of each, once for all concepts. Methods in closed form preserve the prompts."""
+    samples: int = 1000
+    """Prompts of the list that are used, the first ones."""
     share: float = 1.0
     """Samples of an update, as a share of train.batch."""
     weight: float = 1.0
-    """Weight of the term."""
-    empty: float = 0.25
-    """Share of the held samples whose prompt is left out: guidance leads away from the prediction without one."""
+    """Weight of the term in the loss; where a method combines several gradients, in the last one."""
     source: str = "original"
     """Net whose predictions are held: original (before the first concept) or teacher (before this one)."""
 
@@ -317,7 +317,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The checkpoint to change."""
     concepts: list[Concept] = field(default_factory=list)
-    """The concepts to forget, one after another."""
+    """The concepts to forget, one after another or together."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """The training samples."""
     hold: HoldConfig = field(default_factory=HoldConfig)

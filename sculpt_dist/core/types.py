@@ -32,19 +32,6 @@ class TextCond:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def where(self, chosen: Tensor, other: TextCond) -> TextCond:
-        """The prompts of `other` where `chosen` [B] is True; the sizes of the images stay."""
-
-        def mixed(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            if mine is None or theirs is None:
-                return mine
-            return torch.where(chosen.view(-1, *[1] * (mine.dim() - 1)), theirs.to(mine.dtype), mine)
-
-        tokens = mixed(self.tokens, other.tokens)
-        assert tokens is not None
-        masks, pooled = mixed(self.token_mask, other.token_mask), mixed(self.pooled, other.pooled)
-        return TextCond(tokens, masks, pooled, self.size_ids)
-
     @staticmethod
     def cat(conds: Sequence[TextCond]) -> TextCond:
         """Concatenate along B. All conditions come from one backbone, so they have the same members."""

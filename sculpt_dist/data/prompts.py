@@ -92,9 +92,10 @@ def concept_prompts(concept: Concept, prepare: PrepareConfig) -> ConceptPrompts:
 
 
 def taking_turns(of_concepts: Sequence[ConceptPrompts], samples: int) -> ConceptPrompts:
-    """The prompts of n concepts whose samples take turns: prompt k n + c is that of sample k of concept c."""
-    if len(of_concepts) == 1:
-        return of_concepts[0]
+    """The prompts of n concepts whose samples take turns: prompt k n + c is that of sample k of concept c.
+
+    `samples`: of the largest source.
+    """
 
     def in_turn(role: str) -> tuple[str, ...]:
         lists: list[tuple[str, ...]] = [getattr(prompts, role) for prompts in of_concepts]

@@ -49,7 +49,8 @@ class StreamSpec:
     share: float = 1.0
     """Samples of a step, as a share of train.batch."""
     fixed: tuple[str, float] | None = None
-    """(source, its share of the stream): the other sources take turns in the rest. None: all sources take turns."""
+    """(source, its share of the stream): the other sources take turns in the rest. None: all sources take turns, and so
+    they do where concepts train together. Not for earlier targets."""
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -143,8 +144,8 @@ class ConceptStreams(Dataset[Item]):
 
     @property
     def most_samples(self) -> int:
-        """The samples of the largest source of targets."""
-        return max(map(len, self.sources.get("target", ())), default=0)
+        """The samples of the largest source whose prompts have counterparts."""
+        return max((len(source) for role, sources in self.sources.items() if role not in ALONE for source in sources))
 
     def positions(self, role: str, micro: int) -> range:
         """This rank's positions within the global batch of a role."""

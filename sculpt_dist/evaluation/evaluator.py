@@ -40,21 +40,27 @@ def check_evaluation(evaluation: Evaluation) -> None:
     """Detect before training what would make the evaluation fail. Raises ConfigError or ModelError."""
     settings = evaluation.settings
     _ = evaluation.requests  # reads the prompt files
-    classifier, *_ = _classifiers(evaluation)
     style = next((concept.target for concept in evaluation.concepts if concept.kind == "style"), None)
-    if style is not None and not classifier.styles:
-        raise ConfigError(
-            f"evaluate.classifier={settings.classifier}: knows no styles, so it cannot tell whether {style!r} is "
-            "forgotten; choose another classifier, or set evaluate.enabled=false"
-        )
+    keys = (f"evaluate.classifier={settings.classifier}", f"evaluate.witness={settings.witness}")
+    for key, classifier in zip(keys, _classifiers(evaluation)):
+        if style is not None and not classifier.styles:
+            raise ConfigError(
+                f"{key}: knows no styles, so it cannot tell whether {style!r} is forgotten; choose another classifier, "
+                "or set evaluate.enabled=false"
+            )
     build_metrics(settings, 1, 0, lambda where, features, _: first_reference_features(where, features))
 
 
 def _classifiers(evaluation: Evaluation) -> list[Classifier]:
     """The classifier, and the witness where there is one."""
     settings, world = evaluation.settings, evaluation.world
-    specs = [settings.classifier, *([] if settings.witness is None else [settings.witness])]
-    return [load_classifier(spec, world.objects, world.styles) for spec in specs]
+    found = [load_classifier(settings.classifier, world.objects, world.styles)]
+    if settings.witness is not None:
+        try:
+            found.append(load_classifier(settings.witness, world.objects, world.styles))
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("evaluate.classifier=", "evaluate.witness=")) from error
+    return found
 
 
 def check_prompts(evaluation: Evaluation, backbone: Backbone) -> None:

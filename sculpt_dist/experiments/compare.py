@@ -71,6 +71,7 @@ def run_comparison(
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, overrides))
     configs = checked_configs(cells, ranks)
+    _check_witnesses(comparison, [configs[cell.key] for cell in cells])
     place = file.parent / comparison.record if comparison.record else None
     if place is not None and file.is_relative_to(PACKAGED) and not place.parent.is_dir():
         place = None  # the record of the project, which an installed program does not have
@@ -170,6 +171,13 @@ def checked_configs(cells: Sequence[Cell], ranks: int = 1) -> dict[str, RunConfi
         train, run = replace(config.train, seed=cell.seed), replace(config.run, folder=str(cell.folder))
         configs[cell.key] = replace(config, train=train, run=run)
     return configs
+
+
+def _check_witnesses(comparison: Comparison, configs: Sequence[RunConfig]) -> None:
+    """Raises ConfigError for a table by the witness where some cell has none."""
+    titles = [table.title for table in comparison.tables if table.witness]
+    if titles and any(config.evaluate.witness is None for config in configs):
+        raise ConfigError(f"the table {titles[0]!r} has witness: true: give evaluate.witness to every row")
 
 
 def _check_comparable(

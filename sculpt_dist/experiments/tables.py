@@ -27,7 +27,7 @@ from sculpt_dist.maths.comparison import (
 from sculpt_dist.run.holding import hold_prompts
 
 SCORES = ("UA", "IRA", "CRA", "SA", "H")
-TABLE_SCORES = ("UA", "IRA", "IRA_near", "IRA_far", "CRA", "SA", "H")
+TABLE_SCORES = ("UA", "IRA", "IRA_near", "IRA_far", "IRA_held", "CRA", "SA", "H")
 ROUNDS = 4000  # of the bootstrap
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEGA = 1e6
@@ -81,7 +81,7 @@ def finished_cell(config: RunConfig, result: Mapping[str, Any]) -> FinishedCell:
 def by_witness(cell: FinishedCell) -> FinishedCell | None:
     """The cell with the answers of `evaluate.witness`; None where it had none."""
     answers = cell.result["answers"].get("witness")
-    return None if answers is None else replace(cell, result={**cell.result, "answers": answers})
+    return None if answers is None else replace(cell, result={**cell.result, "answers": answers, "relapse": []})
 
 
 def table_lines(
@@ -99,13 +99,16 @@ def table_lines(
             return found
         return {seed: judged for seed, cell in found.items() if (judged := by_witness(cell)) is not None}
 
-    base = cells_of(comparison.against)
+    rows = {row.name: cells_of(row.name) for row in comparison.rows}
+    held = dict.fromkeys(name for cells in rows.values() for cell in cells.values() for name in cell.world.held)
+    for cells in rows.values():  # what any row holds is scored apart in all of them
+        cells.update({seed: replace(cell, world=replace(cell.world, held=tuple(held))) for seed, cell in cells.items()})
     lines = []
     for row in comparison.rows:
-        cells = cells_of(row.name) if not table.rows or row.name in table.rows else {}
-        if cells:
+        if rows[row.name] and (not table.rows or row.name in table.rows):
+            base = rows[comparison.against] if row.name != comparison.against else {}
             folder = Path(comparison.folder) / table.sequence / backbone / row.name
-            lines.append(_line(row.name, row.note, cells, base if row.name != comparison.against else {}, folder))
+            lines.append(_line(row.name, row.note, rows[row.name], base, folder))
     return lines
 
 

@@ -5,6 +5,7 @@ Planning needs neither weights nor a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,8 +165,11 @@ def cheapest_change(planner: Planner, variant: Variant, memory: float) -> dict[s
     """
     reference_mask = planner.subject(variant).method.reference_mask
 
-    def size(changes: Sequence[Change]) -> int:
-        return planner.fullest(variant.changed(changes))
+    def size(changes: Sequence[Change]) -> float:
+        try:
+            return planner.fullest(variant.changed(changes))
+        except ConfigError:  # a stream with a share of the batch may not divide
+            return math.inf
 
     together: list[Change] = []
     found = next(([change] for change in variant.changes(reference_mask) if size([change]) <= memory), None)
@@ -181,4 +185,4 @@ def cheapest_change(planner: Planner, variant: Variant, memory: float) -> dict[s
             found = without
     merged = {key: value for change in found for key, value in change.items()}
     overrides = [f"{key}={str(value).lower()}" for key, value in merged.items() if key != "ranks"]
-    return {"overrides": overrides, "ranks": merged.get("ranks", variant.ranks), "peak": size(found)}
+    return {"overrides": overrides, "ranks": merged.get("ranks", variant.ranks), "peak": int(size(found))}

@@ -88,7 +88,7 @@ def count_work(setup: RunSetup, subject: Subject, drawing: Drawing) -> Work:
         scored, evaluation = config.evaluate, replace(setup.evaluation, most=most)
         return sampling(len(as_batches(evaluation.requests, scored.batch)), scored.batch, scored.steps, True, times)
 
-    between = sum(is_scored(config.evaluate.at, done, total) for done in range(1, total))
+    between = sum(is_scored(config.evaluate.at, done, total) for done in range(setup.first_concept + 1, total))
     stages = [scoring(None, 2), scoring(config.evaluate.subset, between)] if config.evaluate.enabled else []
     return Work(
         concepts=len(config.concepts) - setup.first_concept,

@@ -11,7 +11,13 @@ from sculpt_dist.core.messages import shortlist
 from sculpt_dist.report.render import render
 from sculpt_dist.report.summary import SCORES
 
-SECTIONS = ("method", "train", "mask", "engine")  # sections of the configuration that the card lists as settings
+SECTIONS = (
+    "method",
+    "hold",
+    "train",
+    "mask",
+    "engine",
+)  # sections of the configuration that the card lists as settings
 PIPELINE = "text-to-image"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
@@ -41,6 +47,7 @@ def model_card(
         is_hub_id=is_hub_id,
         adapter=adapter,
         concepts=concepts,
+        together=(config.get("train") or {}).get("together", False),
         named=[_plain(name) for name in shortlist([concept["target"] for concept in concepts])],
         example=next((concept["superclass"] for concept in concepts if concept["superclass"]), "house"),
         options="".join(f", {name}={value!r}" for name, value in options.items()),
@@ -49,7 +56,7 @@ def model_card(
             f"{name}.{key}": value
             for name in SECTIONS
             for key, value in (config.get(name) or {}).items()
-            if key != "name"
+            if key != "name" and not (name == "hold" and (config["hold"] or {}).get("prompts") is None)
         },
         scores=SCORES,
         report=report,

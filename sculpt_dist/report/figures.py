@@ -200,7 +200,7 @@ def _heat_map(values: np.ndarray, is_marked: np.ndarray, columns: Sequence[str],
         axes.set_xticks(np.arange(num + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(height + 1) - 0.5, minor=True)
         axes.grid(True, which="minor", axis="both", color="white", linewidth=2)
-    if num <= 12:
+    if num <= 12 and height <= 25:
         for place, value in np.ndenumerate(values):
             text, color = ("-", MUTED) if np.isnan(value) else (f"{100 * value:.0f}", "white" if value > 0.55 else INK)
             weight = "bold" if is_marked[place] else "normal"

@@ -89,11 +89,12 @@ def read_grid(
         [[_open(side.get((name, style)), checksums or {}) for style in styles] for side in sides] for name in objects
     ]
     is_tiny = all(max(image.size) <= TINY for row in images for side in row for image in side if image)
+    size = TINY if is_tiny and page is not None else THUMB
     rows = [
         GridRow(
             labels.get(name, name),
             name in is_target,
-            tuple([_thumbnail(image, is_tiny) for image in side] for side in row),
+            tuple([_thumbnail(image, is_tiny, size) for image in side] for side in row),
         )
         for name, row in zip(objects, images)
     ]
@@ -180,13 +181,13 @@ def _open(path: Path | None, checksums: Mapping[Path, str]) -> Image | None:
     return pixels
 
 
-def _thumbnail(image: Image | None, is_tiny: bool) -> Image | None:
+def _thumbnail(image: Image | None, is_tiny: bool, size: int) -> Image | None:
     from PIL import Image, ImageOps
 
     if image is None:
         return None
     resampling = Image.Resampling.NEAREST if is_tiny else Image.Resampling.LANCZOS
-    return ImageOps.pad(image, (THUMB, THUMB), method=resampling, color="white")
+    return ImageOps.pad(image, (size, size), method=resampling, color="white")
 
 
 def _name_slug(name: str) -> str:

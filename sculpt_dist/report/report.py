@@ -17,7 +17,7 @@ from sculpt_dist.report.summary import most_hurt, summarise
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-HURT_ROWS = 12  # of the matrix of what lost most
+MOST_HURT = 12  # names in the matrix of what lost most
 
 
 def write_report(folder: Path) -> Path:
@@ -91,10 +91,10 @@ def _stage_grid(
 def _draw_figures(run: RunRecord, report: Mapping[str, Any]) -> dict[str, bytes]:
     """PNGs of the figures for which the run has data."""
     num_trained = (run.costs.get("weights") or {}).get("trained")
-    num_together = first_concept(run.config)
-    trained = [*run.targets[:-1], f"{num_together + 1} concepts"] if num_together else run.targets
+    first = first_concept(run.config)
+    trained = [*run.targets[:-1], f"{first + 1} concepts"] if first else run.targets
     points = [(0, report["before"]), *enumerate(report["concepts"], 1)]
-    hurt = most_hurt(run, HURT_ROWS)
+    hurt = most_hurt(run, MOST_HURT)
     lost = zip(*([None if share is None else member.base - share for share in member.after] for member in hurt))
     after = [
         f"after {shorten(target, 16)}" for target, stage in zip(run.targets, list(run.stages.values())[1:]) if stage

@@ -24,7 +24,7 @@ LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour 
     "hold.prompts": None,
     "hold.share": 1.0,
     "hold.weight": 1.0,
-    "hold.empty": 0.25,
+    "hold.samples": 1000,
     "hold.source": "original",
     "evaluate.at": "all",
     "evaluate.subset": None,

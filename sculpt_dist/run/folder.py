@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from sculpt_dist.config.load import plain_values, read_run_config, to_yaml
-from sculpt_dist.config.schema import EvaluateConfig, ModelConfig, PrepareConfig, RunConfig
+from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.core.files import (
     is_text_intact,
@@ -39,6 +39,7 @@ CONTENTS = (
 ).split()
 MANIFEST_REMEDY = "remove it and repeat the command, which writes it anew"
 BEFORE_A_RUN = ("data", "log.txt", "STOP", "REQUEUE")  # may lie in a folder in which no run has begun
+LATER_SECTIONS = {"hold"}  # of a configuration, which runs of earlier versions lack
 NAMED = 20  # finished concepts that a checkpoint names
 JOB_LOGS = (".out", ".err", ".log")
 KEPT_BY_FRESH = ("data", "STOP")  # recipes decide which data is reused; STOP may arrive while a run starts
@@ -122,13 +123,16 @@ def _write_config(folder: Path, config: RunConfig) -> None:
     write_atomically(file, sealed_text(to_yaml(config)).encode())
 
 
-def check_inputs(folder: str, model: ModelConfig, prepare: PrepareConfig, evaluate: EvaluateConfig) -> None:
+def check_inputs(config: RunConfig) -> None:
     """Raises ConfigError for an input inside the run folder, where the run would write over it."""
+    folder, model, prepare, hold = config.run.folder, config.model, config.prepare, config.hold
+    evaluate = config.evaluate
     inputs = {
         "model.path": model.path,
         "model.config": model.config,
         "prepare.images": prepare.images,
         "prepare.folder": prepare.folder,
+        "hold.prompts": hold.prompts,
         "evaluate.reference": evaluate.reference,
         "evaluate.clip": evaluate.clip,
         "evaluate.retain_prompts": evaluate.retain_prompts,
@@ -198,7 +202,8 @@ def _read_config(file: Path) -> dict[Any, Any] | None:
         values = read_run_config(file)  # OmegaConf.load refuses the concepts of a long run
     except (OSError, YAMLError, UnicodeDecodeError):
         return None
-    is_ours = isinstance(values, dict) and {section.name for section in fields(RunConfig)} <= set(values)
+    sections = {section.name for section in fields(RunConfig)} - LATER_SECTIONS
+    is_ours = isinstance(values, dict) and sections <= set(values)
     return values if is_ours else None
 
 
@@ -265,7 +270,7 @@ def check_checkpoint(
         raise RunFolderError(
             f"{path}: belongs to another {name} ({state[name][:12]}, now {fingerprints[name][:12]}); {remedy}"
         )
-    finished = targets[: state["concept"]]
+    finished = targets[: _num_finished(state)]
     recorded = state.get("finished_sha256") or _names_sha256(state["finished"])  # earlier versions named them all
     if recorded != _names_sha256(finished):
         begins = ", ".join(shortlist(targets))
@@ -278,7 +283,12 @@ def check_checkpoint(
 
 def finished_concepts(targets: Sequence[str]) -> dict[str, Any]:
     """What a checkpoint records of the concepts before it, whatever their number: the last names, and a checksum."""
-    return {"finished": list(targets[-NAMED:]), "finished_sha256": _names_sha256(targets)}
+    return {"num_finished": len(targets), "finished": list(targets[-NAMED:]), "finished_sha256": _names_sha256(targets)}
+
+
+def _num_finished(state: Mapping[str, Any]) -> int:
+    """How many concepts a checkpoint has finished; earlier versions trained none together."""
+    return int(state.get("num_finished", state["concept"]))
 
 
 def _names_sha256(names: Sequence[str]) -> str:
@@ -287,5 +297,5 @@ def _names_sha256(names: Sequence[str]) -> str:
 
 def named_finished(state: Mapping[str, Any]) -> str:
     """The finished concepts of a checkpoint in words."""
-    names, number = state["finished"], state["concept"]
+    names, number = state["finished"], _num_finished(state)
     return ", ".join(names) if number <= len(names) else f"{number:,} concepts, the last of them {names[-1]}"

@@ -2,17 +2,16 @@
 
     L = L of the method + w MSE(e(x_h, c_h), sg e0(x_h, c_h))
 
-e is the student, e0 the net before the first concept (or before this one), and x_h an image that the base model drew
-of a prompt of the list. c_h is that prompt, or for a share of the samples the empty one, which guidance needs, too. A
-closed form has no steps, and preserves the prompts with those of the superclass.
+e is the student, e0 the net before the first concept (or before this one), c_h a prompt of the list and x_h an image
+that the base model drew of it. Where a method combines several gradients, the term belongs to the last one. A closed
+form has no steps, and preserves the prompts with those of the superclass.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
 
 from sculpt_dist.config.schema import Concept, HoldConfig
 from sculpt_dist.core.errors import ConfigError
@@ -30,7 +29,13 @@ def hold_prompts(hold: HoldConfig, concepts: Sequence[Concept]) -> tuple[str, ..
     """The prompts to hold; none without a list. Raises ConfigError for one that names a target."""
     if hold.prompts is None:
         return ()
-    found = tuple(dict.fromkeys(line.prompt for line in read_prompts(hold.prompts)))
+    listed = tuple(dict.fromkeys(line.prompt for line in read_prompts(hold.prompts)))
+    found = listed[: hold.samples]
+    if len(listed) > len(found):
+        warnings.warn(
+            f"{hold.prompts}: contains {len(listed):,} prompts; only the first {len(found):,} are held: hold.samples",
+            stacklevel=2,
+        )
     for concept in concepts:
         named = next(filter(naming(" ".join(concept.target.split())).search, found), None)
         if named is not None:
@@ -64,12 +69,8 @@ class Holding(Method):
         held = step.batch[HOLD]
         time = step.backbone.sample_time(step.rng.at(held.positions).uniform("hold time"))  # [B]
         noisy, _ = step.corrupted(held, time, HOLD)
-        share = self.hold.empty
-        is_empty = [int((place + 1) * share) > int(place * share) for place in held.positions]
-        chosen = torch.tensor(is_empty, device=held.latents.device)
-        cond = held.cond.where(chosen, step.empty(len(held)))
-        (kept,) = step.frozen(self.hold.source).all([(noisy, time, cond)])
-        term = mse(step.student(noisy, time, cond), kept)
+        (kept,) = step.frozen(self.hold.source).all([(noisy, time, held.cond)])
+        term = mse(step.student(noisy, time, held.cond), kept)
         return Losses({**losses.terms, HOLD: self.hold.weight * term})
 
     def prepare(self, setup: Setup) -> Method:

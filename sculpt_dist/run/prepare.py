@@ -38,7 +38,10 @@ FIRST = ("target", "superclass", "keep")  # sources in the order in which they a
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """How the samples of one source of one concept are made; the recipe decides whether shards can be reused."""
+    """How the samples of a source are made, of a concept or of the held prompts.
+
+    The recipe decides whether shards can be reused.
+    """
 
     folder: Path
     label: str

@@ -142,13 +142,13 @@ def resolve(config: RunConfig) -> RunSetup:
             "concepts is empty: name at least one, for example 'concepts=[{target: cat, superclass: animal}]'"
         )
     check_world(config)
-    check_inputs(config.run.folder, config.model, config.prepare, config.evaluate)
+    check_inputs(config)
     check_images(config.prepare, config.concepts)
     prompts = tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)
     method, held = load_method(config.method), hold_prompts(config.hold, config.concepts)
     if isinstance(method, Editor):
         last = replace(prompts[-1], keep=(*prompts[-1].keep, *held))
-        return RunSetup(config, method, None, (*prompts[:-1], last))
+        return RunSetup(config, method, None, (*prompts[:-1], last), held)
     if held:
         method = Holding(method, config.hold)
     at_once = len(prompts) if config.train.together else 1

@@ -77,8 +77,9 @@ class TrainingState:
         trajectories: Mapping[str, Tensor],
     ) -> None:
         self.engine.check_weights()
-        concept, step = place
-        finished = finished_concepts([done.target for done in self.session.setup.concepts[:concept]])
+        (concept, step), setup = place, self.session.setup
+        num_finished = setup.trained_with(concept).start if step else concept
+        finished = finished_concepts([done.target for done in setup.concepts[:num_finished]])
         about = {"concept": concept, "step": step, **finished, "code": code_versions()}
         # replicas are written once
         held = self.engine.shards if self.session.group.is_first or not self.engine.replicated else []

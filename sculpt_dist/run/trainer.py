@@ -72,8 +72,9 @@ class Trainer:
         original = engine.snapshot() if self.method.needs_original else None
         if train.l1sp or train.l2sp:
             engine.pull_to_present(train.l1sp, train.l2sp)
-        done, resumed = state.resume(self.found)
-        first = max(done, self.setup.first_concept)
+        first, resumed = state.resume(self.found)
+        first = max(first, self.setup.first_concept)
+        done = len(concepts) if first == len(concepts) else self.setup.trained_with(first).start
         step = resumed["step"] if resumed else 0
         session.tracker.start(first, step, self._steps_before(first) + step)
         if resumed is None and is_scored(self.setup.config.evaluate.at, done, len(concepts)):
@@ -118,7 +119,9 @@ class Trainer:
         """The state of a concept before its first step."""
         setup, own = self.setup, self.setup.trained_with(number)
         streams = concept_streams(setup, self.backbone, self.group, number)
-        prompts = taking_turns([setup.prompts[concept] for concept in own], streams.most_samples)
+        prompts = setup.prompts[number]
+        if len(own) > 1:
+            prompts = taking_turns([setup.prompts[concept] for concept in own], streams.most_samples)
         start = engine.masters()
         run = ConceptRun(
             number=number,
@@ -148,6 +151,7 @@ class Trainer:
             settings,
             images=self.method.calibration_images,
             paraphrase_images=0,
+            witness=None,
             seed=derived_seed(settings.seed, "calibrate", number),
             prompts={},  # templates only: a file may give the seeds of the images that are reported
             retain_prompts=None,
@@ -199,7 +203,7 @@ def _places(spec: StreamSpec, setup: RunSetup, number: int) -> list[tuple[str, i
     found: list[tuple[str, int]] = []
     for source in spec.source_names:
         if source == HOLD:
-            found.append((HOLD, number))
+            found += [(HOLD, number)] if setup.held else []
         elif source == EARLIER_TARGETS:
             found += [("target", concept) for concept in range(own.start)]
         else:

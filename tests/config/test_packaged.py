@@ -113,3 +113,9 @@ def test_the_commands_of_the_readme_work_from_a_wheel(installed):
     assert "UNet2DConditionModel" in run("check", "configs/canvas/dm_cal.yaml")
     assert run("folder", "configs/sd15/dm_cal.yaml", "model.path=x/y", "run.folder=here") == "here\n"
     assert "LAUNCH=srun" in run("submit", "canvas/dm_cal", "--print")
+    listed = [
+        sys.executable,
+        "-c",
+        "from sculpt_dist.data import read_prompts; print(len(read_prompts('gallery/hold.txt')))",
+    ]
+    assert subprocess.run(listed, cwd=work, env=environment, capture_output=True, text=True).stdout == "408\n"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from harness import PROJECT, SMALL, TINY_RUN, sculpt
-from linear import EMPTY, LinearBackbone, linear_step, net, noise, stream
+from linear import linear_step, net, noise, stream
 from runs import lines
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.config.schema import HoldConfig
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.types import ConceptBatch, Losses
+from sculpt_dist.core.types import ConceptBatch
 from sculpt_dist.methods.base import load_method
 from sculpt_dist.planning.plan import plan_run
 from sculpt_dist.run.holding import Holding
@@ -44,25 +44,6 @@ def test_the_term_is_the_weighted_distance_to_the_original_net(name):
     by_hand = 0.5 * ((3 - 1) * (2 + noise(step, "hold"))).pow(2).mean()  # (weight - weight0) x noisy
     assert terms["hold"] == pytest.approx(float(by_hand), rel=1e-6)
     assert {"hold": terms["hold"], **theirs(step).terms} == terms
-
-
-def test_a_share_of_the_samples_has_the_empty_prompt(monkeypatch):
-    student = net(3.0)
-    step = linear_step(student, net(1.0))
-    held = stream(2.0, 3.0, count=4)
-    step = replace(step, original=step.teacher, batch=ConceptBatch(step.batch.streams | {"hold": held}))
-    seen: list[float] = []
-    denoise = LinearBackbone.denoise
-
-    def noted(backbone, of, noisy, time, cond):
-        seen.extend(cond.tokens.flatten().tolist())
-        return denoise(backbone, of, noisy, time, cond)
-
-    monkeypatch.setattr(LinearBackbone, "denoise", noted)
-    for empty, expected in ((0.0, [3.0] * 4), (0.5, [3.0, EMPTY, 3.0, EMPTY]), (1.0, [EMPTY] * 4)):
-        seen.clear()
-        Holding(load_method({"name": "esd"}), HoldConfig("hold.txt", empty=empty))._with_held(Losses({}), step)
-        assert seen == expected * 2  # the original net, then the student
 
 
 def test_a_method_without_a_stream_of_targets_latents_is_held_too_and_prepares_as_ever():
@@ -103,6 +84,12 @@ def test_a_closed_form_preserves_the_prompts(listed):
     config = load_config(CONFIGS / "uce.yaml", [*TINY_RUN, listed])
     first, last = resolve(config).prompts
     assert first.keep == () and last.keep == ("a picture of a tree", "a neon picture")
+
+
+def test_only_the_first_prompts_of_a_long_list_are_held(canvas_config, listed):
+    with pytest.warns(UserWarning, match="contains 2 prompts; only the first 1 are held"):
+        setup = resolve(load_config(Path(canvas_config), [*QUICK, listed, "hold.samples=1"]))
+    assert setup.held == ("a picture of a tree",)
 
 
 def test_a_plan_counts_the_held_samples(canvas_config, listed):

@@ -53,9 +53,9 @@ class Pull:
     def add_to(self, gradient: ShardedVector, shards: Sequence[Shard]) -> None:
         """Add the penalty's gradient in place."""
         for piece, shard, origin in zip(gradient.pieces, shards, self.origin):
-            for part, weights, start in zip(piece.split(CHUNK), shard.flat.split(CHUNK), origin.split(CHUNK)):
-                moved = weights - start
-                part.add_(moved, alpha=self.l2).add_(moved.sign_(), alpha=self.l1)
+            for span in shard.spans:
+                moved = shard.flat[span] - origin[span]
+                piece[span].add_(moved, alpha=self.l2).add_(moved.sign_(), alpha=self.l1)
 
 
 def sum_gradients(gradients: Sequence[ShardedVector]) -> ShardedVector:
