@@ -39,7 +39,6 @@ class Backbone(Base):
             vae_batch=16,
             vae_rate=2e-3,
             steps=9600,
-            again=(8000, 1e-3),
             latent_channels=8,
             text_width=128,
             batch=48,

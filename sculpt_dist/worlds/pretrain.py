@@ -180,7 +180,7 @@ def train_denoiser(
         texts = [captions.caption(names[objects[i]], hands[styles[i]], row) for i, row in zip(chosen.tolist(), chances)]
         return _denoising_loss(backbone, latents[chosen], texts, rng)
 
-    plan = Descent(tiny.steps, tiny.rate, average=tiny.average, again=tiny.again)
+    plan = Descent(tiny.steps, tiny.rate, average=tiny.average)
     descend(parts, loss, plan, rng, "denoiser", file, made_from)
     for part in parts.values():
         part.requires_grad_(False).eval()

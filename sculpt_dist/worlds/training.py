@@ -23,7 +23,7 @@ SAVE_EVERY = 60.0  # seconds
 
 @dataclass(frozen=True)
 class Descent:
-    """AdamW under a warm-up and a cosine, once or a second time."""
+    """AdamW under a warm-up and a cosine."""
 
     steps: int
     peak: float  # learning rate
@@ -32,19 +32,10 @@ class Descent:
     weight_decay: float = 1e-2
     clip: float | None = 1.0  # norm of the gradient
     average: float | None = None  # decay of a moving average that replaces the weights at the end
-    again: tuple[int, float] | None = None  # steps and learning rate of a second cycle
-
-    @property
-    def total(self) -> int:
-        """The steps of all cycles."""
-        return self.steps + (self.again[0] if self.again else 0)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
-        steps, peak = self.steps, self.peak
-        if self.again is not None and step >= steps:
-            step, (steps, peak) = step - steps, self.again
-        return peak * min(1, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        return self.peak * min(1, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
 
 
 def descend(
@@ -70,8 +61,8 @@ def descend(
     first = state.restore(file, about) if file is not None else 0
     saved, shown = time.monotonic(), 0.0
     with Progress(console=console) as progress:
-        task = progress.add_task(description, total=plan.total, completed=first)
-        for step in range(first, plan.total):
+        task = progress.add_task(description, total=plan.steps, completed=first)
+        for step in range(first, plan.steps):
             optimizer.param_groups[0]["lr"] = plan.rate(step)
             value = loss()
             optimizer.zero_grad()
@@ -83,11 +74,11 @@ def descend(
                 decay = min(plan.average, (step + 2) / (step + 11))
                 torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
             progress.advance(task)
-            if file is not None and (time.monotonic() > saved + SAVE_EVERY or step + 1 == plan.total):
+            if file is not None and (time.monotonic() > saved + SAVE_EVERY or step + 1 == plan.steps):
                 state.save(file, {**about, "step": str(step + 1)})
                 saved = time.monotonic()
                 if saved > shown + 600:
-                    console.print(f"{description}: step {step + 1} of {plan.total}, loss {value.item():.4f}")
+                    console.print(f"{description}: step {step + 1} of {plan.steps}, loss {value.item():.4f}")
                     shown = saved
     with torch.no_grad():
         if averages:

@@ -39,7 +39,6 @@ class Tiny:
     vae_rate: float = 3e-3  # peak learning rate
     batch: int = 32
     rate: float = 1.5e-3
-    again: tuple[int, float] | None = None  # steps and rate of a second cycle of the denoiser
     average: float = 0.995  # decay of the moving average of the denoiser's weights
     prediction: str = "epsilon"  # or v_prediction, which learns much faster where there are many pictures
     vae_autocast: bool = False  # train the VAE in bf16: twice as fast at 64 pixels, on a CPU with AMX
