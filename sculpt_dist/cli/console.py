@@ -31,7 +31,8 @@ def print_run(folder: Path, report: dict[str, Any]) -> None:
 
     if report["after"]["UA"] is not None:
         row("before", report["before"])
-        for concept in concepts if len(concepts) <= MOST_ROWS else concepts[-1:]:
+        scored = [concept for concept in concepts if concept["UA"] is not None]
+        for concept in scored if len(scored) <= MOST_ROWS else scored[-1:]:
             row(f"after {concept['target']}", concept)
         for kind in ("paraphrased", "witness"):
             if (report["after"].get(kind) or {}).get("UA") is not None:
