@@ -521,7 +521,7 @@ def scores_of(folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.two_ranks
-@pytest.mark.slow
+@pytest.mark.exhaustive  # CI runs an array on Slurm, and stops and resumes a comparison
 def test_a_grid_runs_as_an_array_resumes_after_a_kill_and_is_summarised(tmp_path):
     out = tmp_path / "out"
     file = written(tmp_path, ("train.steps=4", "train.steps=60"))
@@ -586,7 +586,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_run(tmp_path):
     assert "): " not in printed.split("ConfigError")[0]  # reported again, not run again
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # CI stops a comparison
 def test_a_stopped_sweep_saves_its_running_trials(tmp_path):
     out = tmp_path / "out"
     command = [
@@ -613,7 +613,7 @@ def test_a_stopped_sweep_saves_its_running_trials(tmp_path):
     assert list((lines.parent / "checkpoints").glob("step-*")) and not (out / "trials" / "0001.failed").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_on_a_bayes_sweep_take_trials_of_their_own(tmp_path):
     pytest.importorskip("optuna")
     out = tmp_path / "out"

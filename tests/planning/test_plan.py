@@ -121,7 +121,6 @@ COMBINED = {  # the same of smaller nets, with choices that are not alone
         ["engine.stage=3", "train.batch=4", "train.accumulate=2", "engine.checkpointing=true"],
     ),
 }
-IN_CI = ("stage 3, open moments, sd15",)
 BY_DEFAULT = ("stage 1, one rank, activations again, sd15",)
 
 
@@ -168,12 +167,7 @@ def predicted_and_measured(case, ranks, overrides, arch, model, folder):
 @pytest.mark.two_ranks
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(
-            case, marks=[] if case in BY_DEFAULT else [pytest.mark.slow if case in IN_CI else pytest.mark.huge]
-        )
-        for case in COMBINED
-    ],
+    [pytest.param(case, marks=[] if case in BY_DEFAULT else pytest.mark.huge) for case in COMBINED],
 )
 def test_the_peak_of_combined_choices_is_predicted_within_a_tenth(case, models, tmp_path):
     ranks, arch, dtype, overrides = COMBINED[case]
