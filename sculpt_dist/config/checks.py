@@ -202,7 +202,10 @@ def _check_evaluation(config: RunConfig) -> None:
         repeated = [name for i, name in enumerate(names) if normal(name) in map(normal, names[:i])]
         if repeated:
             raise ConfigError(f"{key} contains {shown(repeated[0])!r} twice: remove one")
-    if config.evaluate.witness is not None and config.evaluate.witness == config.evaluate.classifier:
+    judges = [
+        (judge or "").removesuffix(":classifier") for judge in (config.evaluate.classifier, config.evaluate.witness)
+    ]
+    if judges[0] and judges[0] == judges[1]:
         raise ConfigError(
             f"evaluate.witness={shown(config.evaluate.witness)}: is the classifier itself; name another one, or null"
         )

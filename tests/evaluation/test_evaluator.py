@@ -15,11 +15,11 @@ from PIL import Image
 
 from sculpt_dist.backbones.sd15 import Backbone
 from sculpt_dist.config.load import load_config
-from sculpt_dist.core.errors import StopRequested
+from sculpt_dist.core.errors import ConfigError, StopRequested
 from sculpt_dist.core.files import file_sha256, read_object
 from sculpt_dist.evaluation import evaluator
 from sculpt_dist.evaluation.drawn_images import save_image
-from sculpt_dist.evaluation.evaluator import evaluate
+from sculpt_dist.evaluation.evaluator import check_evaluation, evaluate
 from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
 from sculpt_dist.report.listed import listed_images
 
@@ -231,3 +231,19 @@ def test_the_witness_judges_the_same_images_as_if_it_were_the_classifier(tmp_pat
     assert {name: both["witness"][name] for name in same} == {name: alone["plain"][name] for name in same}
     answers, theirs = (read_object(tmp_path / name / "answers.json", "") for name in ("both", "alone"))
     assert answers["witness"]["object_seen"] == theirs["object_seen"] and answers["witness"]["style_seen"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["model.world=gallery", "evaluate.witness=gallery:classifier"], "is the classifier itself"),
+        (["evaluate.witness=clpi:x"], "evaluate.witness=clpi:x: no classifier 'clpi'"),
+    ],
+)
+def test_a_witness_that_cannot_be_one_is_refused(given: list[str], message: str) -> None:
+    def checked() -> None:
+        config = load_config(None, [*given, "concepts=[{target: cat, superclass: animal}]"])
+        check_evaluation(resolve_evaluation(config.evaluate, config.concepts))
+
+    with pytest.raises(ConfigError, match=message):
+        checked()
