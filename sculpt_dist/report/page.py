@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagePage:
-    """One page of images."""
+    """One page of images, called after its first and last object."""
 
     file: str
-    names: str
+    title: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class ConceptPage:
     first: int
     last: int
     names: str
+
+    @property
+    def title(self) -> str:
+        return f"concepts {self.first:,} to {self.last:,}"
 
 
 def concept_pages(run: RunRecord) -> list[ConceptPage]:
