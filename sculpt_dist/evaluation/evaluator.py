@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +87,7 @@ def evaluate(
     the model should have forgotten by now; `label` names the evaluation in the progress bar and in a stop message.
     `model` names the weights: an evaluation of the same ones that was stopped goes on from the images that it drew.
     """
-    settings, world = evaluation.settings, evaluation.world
-    classifiers = _classifiers(evaluation)
+    settings, world, classifiers = evaluation.settings, evaluation.world, _classifiers(evaluation)
     batches = as_batches(evaluation.requests, settings.batch)
     group.on_first(lambda: make_folder(folder / "images"))
     num_images = _num_rounds(batches, group) * settings.batch  # that one rank draws at most
@@ -108,13 +108,13 @@ def evaluate(
                 metric.update(images[counted], [batch[i].prompt for i in counted])
         checksums = files.finish()
     of_ranks = group.to_all((verdicts, checksums, total))
-    all_verdicts = [[verdict for of_rank, _, _ in of_ranks for verdict in of_rank[i]] for i in range(len(classifiers))]
     extra = _metric_results(metrics, group)
 
     def score() -> dict[str, Any]:
         judged = [request for batch in batches for request in batch if request.judged]
-        plain = np.array([not request.paraphrased for request in judged])
-        answers, *witnessed = (collect_answers(judged, found) for found in all_verdicts)
+        plain = np.array([not request.paraphrased for request in judged])  # [N]
+        by_classifier = zip(*(of_rank for of_rank, _, _ in of_ranks))  # for each, the verdicts of every rank
+        answers, *witnessed = (collect_answers(judged, list(chain(*found))) for found in by_classifier)
         scores = compute_scores(evaluation, judged, answers, forgotten)
         scores["plain"] |= {"extra": extra, "made_by": evaluation.fingerprint, "subset": evaluation.most}
         lists = answers_as_lists(select_answers(answers, plain), world)

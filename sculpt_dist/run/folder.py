@@ -125,14 +125,13 @@ def _write_config(folder: Path, config: RunConfig) -> None:
 
 def check_inputs(config: RunConfig) -> None:
     """Raises ConfigError for an input inside the run folder, where the run would write over it."""
-    folder, model, prepare, hold = config.run.folder, config.model, config.prepare, config.hold
-    evaluate = config.evaluate
+    folder, model, prepare, evaluate = config.run.folder, config.model, config.prepare, config.evaluate
     inputs = {
         "model.path": model.path,
         "model.config": model.config,
         "prepare.images": prepare.images,
         "prepare.folder": prepare.folder,
-        "hold.prompts": hold.prompts,
+        "hold.prompts": config.hold.prompts,
         "evaluate.reference": evaluate.reference,
         "evaluate.clip": evaluate.clip,
         "evaluate.retain_prompts": evaluate.retain_prompts,
