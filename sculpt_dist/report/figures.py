@@ -172,21 +172,28 @@ def draw_hurt(stages: Sequence[str], names: Sequence[str], rows: Sequence[Sequen
     if not names:
         return None
     losses = np.stack([_values(row) for row in rows])
-    return _heat_map(losses, np.ones(losses.shape, bool), names, stages)
+    return _heat_map(losses, np.ones(losses.shape, bool), names, stages, room=12)
 
 
-def _heat_map(values: np.ndarray, is_marked: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> Figure:
-    """Shares in [0, 1] as tinted cells, [num_rows, num_columns]: the marked ones orange, the others grey."""
+def _heat_map(
+    values: np.ndarray, is_marked: np.ndarray, columns: Sequence[str], rows: Sequence[str], room: int = 0
+) -> Figure:
+    """Shares in [0, 1] as tinted cells, [num_rows, num_columns]: the marked ones orange, the others grey.
+
+    `room`: the figure is at least as wide as for so many columns.
+    """
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     height, num = values.shape
-    figure = Figure(figsize=(min(2.2 + 0.95 * num, WIDTH), min(1.0 + 0.46 * height, 9)))
+    room = max(room, num)
+    figure = Figure(figsize=(min(2.2 + 0.95 * room, WIDTH), min(1.0 + 0.46 * height, 9)))
     axes = figure.subplots()
     for part, color in ((is_marked, ACCENT), (~is_marked, "#7b838e")):
         tint = LinearSegmentedColormap.from_list("tint", ["#faf8f4", color])
         axes.imshow(np.where(part, values, np.nan), cmap=tint, vmin=0, vmax=1, aspect="auto")
+    axes.set_xlim(-0.5, room - 0.5)
     names = [shorten(name, 16) for name in columns]
     every = max(_interval(num), -(-num // 40))  # more names would overlap
     rotation, alignment = (0, "center") if num <= 6 else (35, "left")
