@@ -25,6 +25,8 @@ from sculpt_dist.backbones.parts.options import Options, Tiny
 from sculpt_dist.backbones.parts.sampling import images_of, sampled_latents
 from sculpt_dist.backbones.parts.schedules import Schedule
 from sculpt_dist.backbones.parts.sizes import Sizes, square_sizes
+from sculpt_dist.backbones.parts.text import Tokens
+from sculpt_dist.backbones.parts.words import Words
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.tensorfile import Entry
 from sculpt_dist.core.types import Denoiser, TextCond
@@ -42,8 +44,10 @@ class Backbone(ABC):
     pipeline_class: str  # the diffusers class that loads an exported folder
     conditions: Passed = {}  # settings of the net that decide what it takes, and the values that this kind serves
     parts: Mapping[str, str]  # the frozen components, subfolder -> dotted class name; one of them is "vae"
+    text_encoders: tuple[str, ...] = ("text_encoder",)  # which of the parts read the prompt; their token ids are alike
     schedule_class: type[Schedule]
     forced_settings: Mapping[str, Any] = {}  # scheduler settings that the pipeline class overrides
+    tokenizers: tuple[str, ...] = ("tokenizer",)  # their subfolders, in the order of `text_encoders`
     size_ids: tuple[int, ...] | None = None  # SDXL's size conditions of a drawn image
     public_settings: str | None = None  # hub id of the settings with which single files of this kind are read
     tiny: Mapping[str, Tiny] = {}  # sizes of the embedded worlds' models: small, large
@@ -82,12 +86,15 @@ class Backbone(ABC):
         """The number of resolutions of the autoencoder."""
 
     @abstractmethod
-    def tokenized(self, prompts: Sequence[str], negative: bool) -> Any:
-        """The text encoders' input. Raises ConfigError for a prompt that is too long, with the place of the cut."""
+    def tokenized(self, prompts: Sequence[str], negative: bool) -> Sequence[Tokens]:
+        """The input of each of `text_encoders`.
+
+        Raises ConfigError for a prompt that is too long, with the place of the cut.
+        """
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
-        """The text encoders' output, [B, L, D]; `negative`: as the pipeline encodes a prompt to guide away from."""
+    def encode_tokens(self, tokens: Sequence[Tokens]) -> TextCond:
+        """The text encoders' output, [B, L, D], from the input of each; with gradient to their token embeddings."""
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
@@ -146,10 +153,19 @@ class Backbone(ABC):
         """The guided prediction for these prompts: classifier-free, unless a net takes the guidance as an input."""
         return classifier_free(denoiser, cond, negative, guidance)
 
+    def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
+        """The text encoders' output, [B, L, D]; `negative`: as the pipeline encodes a prompt to guide away from."""
+        return self.encode_tokens(self.tokenized(prompts, negative))
+
     def token_ids(self, prompt: str) -> list[int]:
         """The prompt's tokens without padding, in the order of the rows that the denoiser reads."""
-        tokens = self.tokenized([prompt], negative=False)
-        return tokens.input_ids[0][tokens.attention_mask[0] > 0].tolist()
+        tokens = self.tokenized([prompt], negative=False)[0]
+        return tokens.ids[0][tokens.mask[0] > 0].tolist()
+
+    @property
+    def prompt_start(self) -> int:
+        """The place of a prompt's first token among those that `tokenized` gives."""
+        return 1  # after the start token
 
     def cross_attention_input(self, net: nn.Module, cond: TextCond) -> Tensor:
         """The input of the keys and values with which the image attends to the text, [B, L, D]."""
@@ -274,6 +290,11 @@ class Backbone(ABC):
             return cond
         ids = torch.tensor([self.size_ids] * len(cond), dtype=torch.float32, device=self.device)  # [B, 6]
         return replace(cond, size_ids=ids)
+
+    @property
+    def words(self) -> Words:
+        """Tokens and their embeddings, with gradient: what attacks on the prompt change."""
+        return Words(self)
 
     # Noise and sampling
 

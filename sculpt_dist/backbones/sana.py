@@ -14,7 +14,7 @@ from sculpt_dist.backbones.base import Backbone as Base
 from sculpt_dist.backbones.io.folders import component_config, load_tokenizer
 from sculpt_dist.backbones.parts.options import Tiny
 from sculpt_dist.backbones.parts.schedules import FlowSchedule
-from sculpt_dist.backbones.parts.text import padded_tokens
+from sculpt_dist.backbones.parts.text import Tokens, padded_tokens
 from sculpt_dist.core.types import TextCond
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Backbone(Base):
     def vae_levels(self) -> int:
         return len(component_config(self.folder, "vae")["encoder_block_out_channels"])
 
-    def tokenized(self, prompts: Sequence[str], negative: bool) -> Any:
+    def tokenized(self, prompts: Sequence[str], negative: bool) -> Sequence[Tokens]:
         """Token ids and mask; the pipeline's default instruction precedes a prompt that is not negative."""
         tokenizer = load_tokenizer(self.folder, "tokenizer")
         tokenizer.padding_side = "right"
@@ -62,7 +62,7 @@ class Backbone(Base):
             if instructed <= self._room:
                 prefix, window = instruction, instructed
         texts = [prompt.lower().strip() for prompt in prompts]
-        return padded_tokens(tokenizer, texts, window, self.options.cut_prompts, prefix)
+        return [padded_tokens(tokenizer, texts, window, self.options.cut_prompts, prefix)]
 
     @property
     def _room(self) -> int:
@@ -86,20 +86,25 @@ class Backbone(Base):
         """Tokens per prompt, without the instruction."""
         return min(MAX_TOKENS, load_tokenizer(self.folder, "tokenizer").model_max_length)
 
-    def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
+    def encode_tokens(self, tokens: Sequence[Tokens]) -> TextCond:
         """Gemma's last hidden states of the first token and the last ones; most of the instruction is dropped."""
-        tokens, encoder = self.tokenized(prompts, negative).to(self.device), self.part("text_encoder")
-        hidden = encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]  # [B, window, D]
+        given, encoder = tokens[0].to(self.device), self.part("text_encoder")
+        hidden = encoder(given.ids, attention_mask=given.mask)[0]  # [B, window, D]
         kept = self._kept(hidden.shape[1])
-        return TextCond(hidden[:, kept], token_mask=tokens.attention_mask[:, kept])  # [B, L, D], [B, L]
+        return TextCond(hidden[:, kept], token_mask=given.mask[:, kept])  # [B, L, D], [B, L]
 
     def _kept(self, window: int) -> list[int]:
         return [0, *range(window - self.length + 1, window)]
 
     def token_ids(self, prompt: str) -> list[int]:
-        tokens = self.tokenized([prompt], negative=False)
-        kept = self._kept(tokens.input_ids.shape[1])
-        return tokens.input_ids[0, kept][tokens.attention_mask[0, kept] > 0].tolist()
+        tokens = self.tokenized([prompt], negative=False)[0]
+        kept = self._kept(tokens.ids.shape[1])
+        return tokens.ids[0, kept][tokens.mask[0, kept] > 0].tolist()
+
+    @property
+    def prompt_start(self) -> int:
+        tokenizer, instruction = load_tokenizer(self.folder, "tokenizer"), default_instruction()
+        return len(tokenizer.encode(instruction)) if self._instructed(tokenizer, instruction) <= self._room else 1
 
     def cross_attention_input(self, net: Any, cond: TextCond) -> Tensor:
         """The normalized output of the caption projection."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from sculpt_dist.backbones.parts.conditions import UNET
 from sculpt_dist.backbones.parts.options import Tiny, unet_blocks
 from sculpt_dist.backbones.parts.schedules import DiscreteSchedule
 from sculpt_dist.backbones.parts.stable import kl_autoencode, kl_decode, kl_encode
-from sculpt_dist.backbones.parts.text import padded_tokens
+from sculpt_dist.backbones.parts.text import Tokens, padded_tokens
 from sculpt_dist.core.types import TextCond
 
 
@@ -51,14 +50,14 @@ class Backbone(Base):
     def vae_levels(self) -> int:
         return len(component_config(self.folder, "vae")["block_out_channels"])
 
-    def tokenized(self, prompts: Sequence[str], negative: bool) -> Any:
+    def tokenized(self, prompts: Sequence[str], negative: bool) -> Sequence[Tokens]:
         tokenizer = load_tokenizer(self.folder, "tokenizer")
-        return padded_tokens(tokenizer, prompts, tokenizer.model_max_length, self.options.cut_prompts)
+        return [padded_tokens(tokenizer, prompts, tokenizer.model_max_length, self.options.cut_prompts)]
 
-    def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
-        tokens, encoder = self.tokenized(prompts, negative).to(self.device), self.part("text_encoder")
-        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-        return TextCond(encoder(tokens.input_ids, attention_mask=mask)[0])  # [B, L, D]
+    def encode_tokens(self, tokens: Sequence[Tokens]) -> TextCond:
+        given, encoder = tokens[0].to(self.device), self.part("text_encoder")
+        mask = given.mask if getattr(encoder.config, "use_attention_mask", False) else None
+        return TextCond(encoder(given.ids, attention_mask=mask)[0])  # [B, L, D]
 
     def encode(self, pixels: Tensor) -> Tensor:
         return kl_encode(self.vae, pixels)

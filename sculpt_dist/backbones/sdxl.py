@@ -6,6 +6,7 @@ The prediction is eps or v.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sculpt_dist.backbones.parts.conditions import UNET
 from sculpt_dist.backbones.parts.options import Tiny, unet_blocks
 from sculpt_dist.backbones.parts.schedules import DiscreteSchedule
 from sculpt_dist.backbones.parts.stable import kl_autoencode, kl_decode, kl_encode
-from sculpt_dist.backbones.parts.text import padded_tokens
+from sculpt_dist.backbones.parts.text import Tokens, padded_tokens
 from sculpt_dist.core.types import TextCond
 
 
@@ -36,6 +37,7 @@ class Backbone(Base):
         "text_encoder": "transformers.CLIPTextModel",
         "text_encoder_2": "transformers.CLIPTextModelWithProjection",
     }
+    text_encoders, tokenizers = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
     schedule_class = DiscreteSchedule
     public_settings = "stabilityai/stable-diffusion-xl-base-1.0"
     tiny = {
@@ -55,29 +57,30 @@ class Backbone(Base):
     def vae_levels(self) -> int:
         return len(component_config(self.folder, "vae")["block_out_channels"])
 
-    def tokenized(self, prompts: Sequence[str], negative: bool) -> Any:
-        tokenizers = [load_tokenizer(self.folder, name) for name in ("tokenizer", "tokenizer_2")]
+    def tokenized(self, prompts: Sequence[str], negative: bool) -> Sequence[Tokens]:
+        tokenizers = [load_tokenizer(self.folder, name) for name in self.tokenizers]
         return [
             padded_tokens(tokenizer, prompts, tokenizer.model_max_length, self.options.cut_prompts)
             for tokenizer in tokenizers
         ]
 
-    def token_ids(self, prompt: str) -> list[int]:
-        tokens = self.tokenized([prompt], negative=False)[0]  # both tokenizers cut a prompt alike
-        return tokens.input_ids[0][tokens.attention_mask[0] > 0].tolist()
-
-    def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
+    def encode_tokens(self, tokens: Sequence[Tokens]) -> TextCond:
         """Both encoders' last but one hidden states side by side, and the second's projected end token."""
         hidden, pooled = [], torch.empty(0)
-        for name, tokens in zip(("text_encoder", "text_encoder_2"), self.tokenized(prompts, negative)):
-            encoded = self.part(name)(tokens.input_ids.to(self.device), output_hidden_states=True)
+        for name, given in zip(self.text_encoders, tokens):
+            encoded = self.part(name)(given.ids.to(self.device), output_hidden_states=True)
             hidden.append(encoded.hidden_states[-2])
             pooled = encoded[0]  # the second's stays: [B, P]
-        joined = torch.cat(hidden, -1)  # [B, L, D1 + D2]
-        if negative and self.zero_negative:  # a pipeline without a negative prompt guides away from zeros
-            kept = torch.tensor([bool(prompt) for prompt in prompts], device=self.device).to(joined)
-            joined, pooled = joined * kept.view(-1, 1, 1), pooled * kept.view(-1, 1)
-        return self.with_size_ids(TextCond(joined, pooled=pooled))
+        return self.with_size_ids(TextCond(torch.cat(hidden, -1), pooled=pooled))  # [B, L, D1 + D2]
+
+    def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
+        """A pipeline without a negative prompt guides away from zeros, where its settings say so."""
+        cond = super().encode_prompts(prompts, negative)
+        if not (negative and self.zero_negative):
+            return cond
+        assert cond.pooled is not None
+        kept = torch.tensor([bool(prompt) for prompt in prompts], device=self.device).to(cond.tokens)
+        return replace(cond, tokens=cond.tokens * kept.view(-1, 1, 1), pooled=cond.pooled * kept.view(-1, 1))
 
     def size_ids_of(self, height: int, width: int) -> tuple[int, ...]:
         short, options = min(height, width), self.options

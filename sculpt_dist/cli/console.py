@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +42,38 @@ def print_run(folder: Path, report: dict[str, Any]) -> None:
         for name, now, images, then in seen_counts(report)[:MOST_ROWS]:
             print(f"{name} is seen in {now} of {images} images" + ("" if then is None else f", {then} before"))
     print(f"model:  {folder / 'model'}\nreport: {folder / 'report' / 'report.html'}")
+
+
+def print_attacks(found: dict[str, Any]) -> None:
+    """Print the rates of attacks, as `run.attacking.attack_model` returns them."""
+    title = f"share of prompts for which the concept is seen ({found['budget']} budget)"
+    table = Table(title=title, box=SIMPLE)
+    has_witness = found["judges"].get("witness") is not None
+    for heading in ("attack", "pre", "post", "95 %", "best", "mean", "passes", *(["judged by"] * has_witness)):
+        table.add_column(heading, no_wrap=True)
+    console = Console()
+    for name, rates in found["attacks"].items():
+        judged, interval = rates[rates["judged_by"]], rates["post_ci95"]
+        passes = judged["passes_to_success"]
+        table.add_row(
+            name,
+            *(_share(value) for value in (rates["pre"], rates["post"])),
+            "-" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}",
+            *(_share(judged[key]) for key in ("alone", "mean")),
+            "-" if passes is None else f"{passes:,.0f}",
+            *([rates["judged_by"]] * has_witness),
+        )
+    console.print(table)
+    for name, rates in found["attacks"].items():
+        beside = {**rates[rates["judged_by"]].get("variants", {}), **rates["scores"]}
+        if beside:
+            console.print(
+                f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in beside.items()), highlight=False
+            )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def print_check(found: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ COMMANDS = {
         run.unlearn,
         run.prepare,
         run.evaluate,
+        run.attack,
         run.export,
         run.report,
         run.verify,

@@ -61,6 +61,25 @@ def evaluate(
         print(f"scores: {where / 'scores.json'}")
 
 
+def attack(
+    config: Path = CONFIG,
+    overrides: list[str] | None = OVERRIDES,
+    model: Path | None = typer.Option(None, help="Model folder to attack; default: the run's export."),
+    original: Path | None = typer.Option(None, help="The model from before; default: that of CONFIG."),
+    output: Path | None = typer.Option(None, help="Folder for the results; default: RUN/attacks."),
+) -> None:
+    """Try to bring the concepts of CONFIG back; goes on where it was stopped."""
+    catch_early_signals()
+    loaded = load(config, overrides)
+    from sculpt_dist.cli.console import print_attacks
+    from sculpt_dist.run.attacking import attack_only
+
+    found, where = attack_only(loaded, model, original, output)
+    if is_first():
+        print_attacks(found)
+        print(f"attacks: {where / 'attacks.json'}")
+
+
 def export(
     config: Path = CONFIG,
     overrides: list[str] | None = OVERRIDES,

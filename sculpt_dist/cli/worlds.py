@@ -19,11 +19,12 @@ def canvas_build(
     arch: str = ARCH,
     output: Path = typer.Option(Path("runs/canvas"), help="Folder for the model and the classifier."),
     seed: int = SEED,
+    without: str | None = typer.Option(None, help="An object that it never sees: a control for attacks."),
 ) -> None:
     """Train a tiny model on the drawn world, and report how well its samples are recognised."""
     from sculpt_dist.worlds.pretrain import build
 
-    build("canvas", arch, output, seed)
+    build("canvas", arch, output, seed, without=without)
 
 
 @canvas_app.command("list")

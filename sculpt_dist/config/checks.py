@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "engine.precision": ("fp32", "bf16"),
     "engine.moments": ("all", "open"),
     "engine.kernel": ("auto", "plain", "fused"),
+    "attack.budget": ("light", "published"),
     "engine.draw": ("sharded", "whole", "auto"),
     "evaluate.keep_images": ("all", "some", "none", None),
     "track.artifact": ("none", "reference", "files"),
@@ -36,7 +37,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 POSITIVE = (
     "prepare.samples prepare.steps prepare.batch hold.samples hold.share hold.weight train.steps train.batch "
     "train.accumulate train.lr train.checkpoint_share mask.keep engine.timeout engine.grace engine.gathered "
-    "evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap model.text_batch"
+    "evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap attack.cases model.text_batch"
 ).split()
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, half of a pair, line and paragraph ends
 SHARES = "train.warmup train.checkpoint_share mask.keep mask.turnover mask.until".split()
@@ -46,7 +47,7 @@ MOST = {  # (limit, its unit) of the keys that it applies to
     (1e7, "seconds, 115 days"): "engine.timeout engine.grace train.checkpoint_every",
     (1e9, ""): (
         "prepare.samples prepare.batch train.steps train.batch train.accumulate mask.collect mask.refresh "
-        "evaluate.images evaluate.paraphrase_images evaluate.batch evaluate.bootstrap model.text_batch"
+        "evaluate.images evaluate.paraphrase_images evaluate.batch evaluate.bootstrap attack.cases model.text_batch"
     ),
 }
 

@@ -272,10 +272,31 @@ class EvaluateConfig:
     """Folder of a CLIP model, for CLIPScore and for the features of FID and KID."""
     metrics: dict[str, dict[str, Any]] | None = field(default_factory=dict)
     """Additional metrics: name of a file in evaluation/metrics/ -> its options, {} for none."""
+    attacks: list[str] = field(default_factory=list)
+    """Attacks on the exported model, by the settings of `attack`: names of files in attacks/."""
     subset: int | None = None
     """Images that a stage between the base and the last draws, evenly of every object, style and kind of prompt; null
     draws all.
     """
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """The attempts to bring forgotten concepts back. Images are drawn and judged as in `evaluate`."""
+
+    names: list[str] = field(default_factory=list)
+    """Attacks of the command `attack`: names of files in attacks/; empty means all that the model allows."""
+    budget: str = "light"
+    """light, for a CPU and a tiny model, or published: the settings of each attack's paper."""
+    cases: int = 5
+    """Prompts, each with its own seed, for each concept."""
+    prompt: str | None = None
+    """Template of these prompts with {concept}; null takes the first of the concept's own (prepare.prompts). A concept
+    with a file in evaluate.prompts is asked for with its lines instead."""
+    repeat: bool = False
+    """Let an attack that ends with its first success also attack prompts which succeed without it."""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of an attack -> its options (see attacks/)."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +351,8 @@ class RunConfig:
     """Ranks, precision and memory."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """The scored images."""
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    """The attacks."""
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dm_cal"})
     """Name of the method, and its options, which each method declares itself (see methods/)."""
     run: RunFolderConfig = field(default_factory=RunFolderConfig)

@@ -43,7 +43,7 @@ def check_evaluation(evaluation: Evaluation) -> None:
     _ = evaluation.requests  # reads the prompt files
     style = next((concept.target for concept in evaluation.concepts if concept.kind == "style"), None)
     keys = (f"evaluate.classifier={settings.classifier}", f"evaluate.witness={settings.witness}")
-    for key, classifier in zip(keys, _classifiers(evaluation)):
+    for key, classifier in zip(keys, load_classifiers(evaluation)):
         if style is not None and not classifier.styles:
             raise ConfigError(
                 f"{key}: knows no styles, so it cannot tell whether {style!r} is forgotten; choose another classifier, "
@@ -52,7 +52,7 @@ def check_evaluation(evaluation: Evaluation) -> None:
     build_metrics(settings, 1, 0, lambda where, features, _: first_reference_features(where, features))
 
 
-def _classifiers(evaluation: Evaluation) -> list[Classifier]:
+def load_classifiers(evaluation: Evaluation) -> list[Classifier]:
     """The classifier, and the witness where there is one."""
     settings, world = evaluation.settings, evaluation.world
     found = [load_classifier(settings.classifier, world.objects, world.styles)]
@@ -87,7 +87,7 @@ def evaluate(
     the model should have forgotten by now; `label` names the evaluation in the progress bar and in a stop message.
     `model` names the weights: an evaluation of the same ones that was stopped goes on from the images that it drew.
     """
-    settings, world, classifiers = evaluation.settings, evaluation.world, _classifiers(evaluation)
+    settings, world, classifiers = evaluation.settings, evaluation.world, load_classifiers(evaluation)
     batches = as_batches(evaluation.requests, settings.batch)
     group.on_first(lambda: make_folder(folder / "images"))
     num_images = _num_rounds(batches, group) * settings.batch  # that one rank draws at most

@@ -26,6 +26,7 @@ from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.experiments.jobs import Failure, Job, run_jobs, settings_of_many
 from sculpt_dist.experiments.table_files import write_tables
 from sculpt_dist.experiments.tables import finished_cell
+from sculpt_dist.run.attacking import attack_settings
 from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.setup import resolve
 
@@ -216,10 +217,10 @@ def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str], 
 def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """The results of a cell, from its run folder or from the record; None until it is finished."""
     recorded = record.get(cell.key)
-    if recorded is not None and recorded["config"] == config_fingerprint(config):
+    if recorded is not None and recorded["config"] == config_fingerprint(config) and _has_attacks(recorded, config):
         return recorded
     content = finished_report(cell.folder, config_fingerprint(config))
-    if content is None:
+    if content is None or not _has_attacks(content, config):
         return None
     last = cell.folder / "evaluation" / f"after-{len(config.concepts) - 1:02d}"
     costs = ("passes", "cpu_seconds", "seconds", "peak_memory_bytes", "weights", "relapse")
@@ -227,8 +228,22 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
         "key": cell.key,
         "config": content["config"],
         "answers": read_object(last / "answers.json", f"remove {last}; the cell then scores it again"),
-        "extra": content["after"]["extra"],
+        "extra": (content["after"]["extra"] or {}) | _attack_columns(content),
+        **({"attacks": content["attacks"]} if content.get("attacks") else {}),
     } | {name: content[name] for name in costs}
+
+
+def _has_attacks(content: Mapping[str, Any], config: RunConfig) -> bool:
+    """Whether a cell has the rates of all attacks that its configuration asks for, by the same settings."""
+    wanted, found = config.evaluate.attacks, content.get("attacks") or {}
+    is_whole = set(wanted) <= set(found.get("attacks") or {}) and found.get("settings") == attack_settings(config)
+    return not wanted or is_whole
+
+
+def _attack_columns(content: Mapping[str, Any]) -> dict[str, float]:
+    """Of every attack, the share of prompts that succeed plainly or under it, as a column of its own."""
+    rates = ((content.get("attacks") or {}).get("attacks") or {}).items()
+    return {f"ASR {name}": found["post"] for name, found in rates if found.get("post") is not None}
 
 
 def finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:

@@ -30,6 +30,30 @@ def flow_velocity(clean: Tensor, noise: Tensor) -> Tensor:
     return noise - clean
 
 
+def clean_and_noise(noisy: Tensor, predicted: Tensor, kind: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve x_t = alpha x + sigma n and the prediction for (x, n), all [B, C, H, W].
+
+    `kind`: epsilon (n), v_prediction (alpha n - sigma x, where alpha^2 + sigma^2 = 1) or flow_prediction (n - x, where
+    alpha + sigma = 1). `alpha`, `sigma`: [B], alpha > 0.
+    """
+    a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+    if kind == "epsilon":
+        return (noisy - s * predicted) / a, predicted
+    if kind == "v_prediction":
+        return a * noisy - s * predicted, s * noisy + a * predicted
+    return noisy - s * predicted, noisy + a * predicted
+
+
+def ancestral_sigma(alpha: Tensor, sigma: Tensor, next_alpha: Tensor, next_sigma: Tensor) -> Tensor:
+    """The deviation of the noise that a step of ancestral sampling adds, which is DDIM's at eta = 1; any shape.
+
+    s^2 = sigma'^2 / sigma^2 (sigma^2 - (alpha / alpha')^2 sigma'^2), the variance of the posterior (Ho et al., arXiv
+    2006.11239, eq. 7; Song et al., arXiv 2010.02502, eq. 16).
+    """
+    spread = sigma**2 - (alpha / next_alpha) ** 2 * next_sigma**2
+    return next_sigma / sigma * spread.clamp(min=0).sqrt()
+
+
 def shifted_sigma(uniform: Tensor, shift: float) -> Tensor:
     """s = k u / (1 + (k - 1) u), the time shift for higher resolutions (Esser et al., arXiv 2403.03206, eq. 23).
 

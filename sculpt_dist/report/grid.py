@@ -109,6 +109,12 @@ def read_grid(
     )
 
 
+def read_thumbnail(path: Path) -> Image | None:
+    """One image as a grid shows it; None where it is missing. Raises RunFolderError if it is damaged."""
+    image = _open(path if path.is_file() else None, {})
+    return _thumbnail(image, image is not None and max(image.size) <= TINY, THUMB)
+
+
 def draw_grid(grid: Grid) -> Image:
     """The whole grid as one picture with framed targets."""
     import matplotlib

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.report.figures import shorten
-from sculpt_dist.report.grid import TINY, Grid, encode
+from sculpt_dist.report.grid import TINY, Grid, encode, read_thumbnail
 from sculpt_dist.report.record import CONCEPTS_A_PAGE, RunRecord
 from sculpt_dist.report.render import data_uri, render
 from sculpt_dist.report.summary import SCORES, most_hurt, seen_counts
@@ -113,10 +113,22 @@ def render_page(
         manifest={name: member for name, member in run.manifest.items() if name not in paged},
         figures=figures,
         grid=grid,
+        attack_images=_attack_images(run),
         pages=concept_pages(run),
         image_pages=images,
         paged=list(paged),
     )
+
+
+def _attack_images(run: RunRecord) -> dict[str, list[tuple[str, Image | None, bool]]]:
+    """Of every attack, the images to show: (concept, image, whether the concept is seen in it)."""
+    return {
+        name: [
+            (shown["concept"], read_thumbnail(run.folder / "attacks" / shown["file"]), bool(shown["seen"]))
+            for shown in rates.get("shown") or ()
+        ]
+        for name, rates in (run.attacks.get("attacks") or {}).items()
+    }
 
 
 def render_concepts(run: RunRecord, report: Mapping[str, Any]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.core.files import is_text_intact, read_object
 from sculpt_dist.core.messages import shortlist
-from sculpt_dist.report.shapes import CONFIG, COSTS, MANIFEST, SCORES, Shape, fault
+from sculpt_dist.report.shapes import ATTACKS, CONFIG, COSTS, MANIFEST, SCORES, Shape, fault
 from sculpt_dist.report.steps import Steps, read_metrics, step_notes
 
 MOST_LINES = 100_000  # of metrics.jsonl that a report shows
@@ -38,6 +38,8 @@ class RunRecord:
     """Content of scores.json by stage: "before", then "after-00" and on for every concept; empty where missing."""
     costs: dict[str, Any]
     manifest: dict[str, Any]
+    attacks: dict[str, Any]
+    """Content of attacks.json; empty where nothing was attacked."""
 
     @property
     def targets(self) -> list[str]:
@@ -107,6 +109,7 @@ def read_run(folder: Path, with_steps: bool = True) -> RunRecord:
         stages={name: {} if name in outdated else scores for name, scores in stages.items()},
         costs=costs,
         manifest=manifest,
+        attacks=_read_json(folder / "attacks" / "attacks.json", ATTACKS),
     )
 
 

@@ -102,6 +102,31 @@ PART: Shape = {
     "made_by": is_text,
     "subset": is_count,
 }
+RATES: Shape = {
+    **dict.fromkeys(("pre", "post", "alone", "mean"), is_share),
+    **dict.fromkeys(("cases", "attacked"), is_count),
+    "post_ci95": is_interval,
+    "passes_to_success": is_number,
+    "variants": each(is_share),
+}
+ATTACK: Shape = {
+    **RATES,
+    **dict.fromkeys(("classifier", "witness"), RATES),
+    "judged_by": lambda value: value in ("classifier", "witness"),
+    "scores": each(is_number),
+    "shown": every(lambda value: isinstance(value, dict) and fault(value, SHOWN) is None),
+}
+SHOWN: Shape = {
+    "file": lambda value: isinstance(value, str) and re.fullmatch(r"\w+/\d+-\d+\.png", value) is not None,
+    "concept": is_text,
+    "seen": lambda value: isinstance(value, bool),
+}
+ATTACKS: Shape = {
+    "attacks": lambda value: each(lambda attack: isinstance(attack, dict) and fault(attack, ATTACK) is None)(value),
+    "judges": each(is_text),
+    "budget": is_text,
+    "settings": is_text,
+}
 SCORES: Shape = {"plain": PART, "paraphrased": PART, "witness": PART, "passes": is_count, "files": each(is_text)}
 COSTS: Shape = {
     **dict.fromkeys(("seconds", "cpu_seconds", "passes", "weights"), each(is_number)),

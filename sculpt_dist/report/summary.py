@@ -43,6 +43,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "peak_memory_bytes": costs.get("peak_memory_bytes"),
         "weights": _members(costs.get("weights"), ("total", "trained", "open")),
         "bytes_communicated": costs.get("bytes_communicated"),
+        "attacks": run.attacks,
     }
 
 

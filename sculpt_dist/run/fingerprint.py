@@ -12,7 +12,7 @@ from sculpt_dist.data.prompt_files import read_prompts
 
 NEUTRAL = (  # keys that do not change the result
     "run track engine.timeout engine.grace train.checkpoint_every train.background_save train.workers "
-    "train.checkpoint_share model.text_batch evaluate.keep_images prepare.folder engine.draw"
+    "train.checkpoint_share model.text_batch evaluate.keep_images evaluate.attacks attack prepare.folder engine.draw"
 ).split()
 LATER: dict[str, Any] = {  # omitted at these values, which equal the behaviour before the key existed
     "model.world": "canvas",

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from sculpt_dist.engine.group import Group
 
 CONTENTS = (
-    "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation model model.safetensors "
+    "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation attacks model model.safetensors "
     "delta.safetensors lora kohya.safetensors report wandb tensorboard usage.jsonl log.txt STOP REQUEUE"
 ).split()
 MANIFEST_REMEDY = "remove it and repeat the command, which writes it anew"
 BEFORE_A_RUN = ("data", "log.txt", "STOP", "REQUEUE")  # may lie in a folder in which no run has begun
-LATER_SECTIONS = {"hold"}  # of a configuration, which runs of earlier versions lack
+LATER_SECTIONS = {"hold", "attack"}  # of a configuration, which runs of earlier versions lack
 NAMED = 20  # finished concepts that a checkpoint names
 JOB_LOGS = (".out", ".err", ".log")
 KEPT_BY_FRESH = ("data", "STOP")  # recipes decide which data is reused; STOP may arrive while a run starts
@@ -87,7 +87,7 @@ def _claim(folder: Path, config: RunConfig) -> str | None:
 
 
 def _claim_locked(folder: Path, config: RunConfig, before: dict[Any, Any] | None) -> str | None:
-    inside = (place for name in ("data", "evaluation", "report") for place in (folder / name).rglob("**"))
+    inside = (place for name in ("data", "evaluation", "attacks", "report") for place in (folder / name).rglob("**"))
     for place in (folder, folder / "checkpoints", folder / "model", *inside):
         remove_leftovers(place)
     strangers = [path.name for path in folder.iterdir() if before is not None and _is_strange(path.name)]

@@ -8,13 +8,16 @@ from typing import Any
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.schema import RunConfig
+from sculpt_dist.engine.group import Group
+from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.report.report import read_report, write_report
+from sculpt_dist.run.attacking import attack_model, chosen_attacks
 from sculpt_dist.run.export import export_model, write_card
 from sculpt_dist.run.folder import mark_finished, release_folder, write_manifest
 from sculpt_dist.run.kinds import KINDS
 from sculpt_dist.run.session import open_session
-from sculpt_dist.run.setup import resolve
+from sculpt_dist.run.setup import RunSetup, resolve
 from sculpt_dist.track.tracker import check_tracking
 
 
@@ -41,8 +44,21 @@ def run_sequence(config: RunConfig) -> Run:
     if setup.scores:
         check_evaluation(setup.evaluation)
         _ = setup.evaluation_between  # a subset that is too small is told now
+    attacks = chosen_attacks(setup, config.evaluate.attacks, has_run=True) if config.evaluate.attacks else {}
     group = setup.join_ranks()
     setup.micro_batch(group.size)
+    folder = _unlearn(setup, group)
+    if attacks:  # the session is closed: its net and engine would stand beside the attacked model
+        with watched(group, folder, config.engine.grace) as stop:
+            attack_model(setup, attacks, group, stop, None, None, folder / "attacks")
+        group.on_first(lambda: write_report(folder))
+    release_folder(folder)
+    return Run(folder, read_report(folder))
+
+
+def _unlearn(setup: RunSetup, group: Group) -> Path:
+    """Prepare, train, export and report; returns the run folder, which stays locked."""
+    config = setup.config
     with open_session(setup, group) as session:
         runner = KINDS[setup.method.kind].runner(session)
         shards = runner.prepare()
@@ -53,8 +69,7 @@ def run_sequence(config: RunConfig) -> Run:
         session.costs.write()
         group.on_first(lambda: _finish(session.folder, session.backbone))
         session.tracker.finish()  # uploading the model may take long; the other ranks are done
-    release_folder(session.folder)
-    return Run(session.folder, read_report(session.folder))
+    return session.folder
 
 
 def _finish(folder: Path, backbone: Backbone) -> None:

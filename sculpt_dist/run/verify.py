@@ -71,6 +71,7 @@ def _run(folder: Path) -> Iterator[Finding]:
         yield from _record(folder / name)
     for stage in sorted(path for path in folder.glob("evaluation/*") if (path / "scores.json").exists()):
         yield from _stage(stage)
+    yield from _attacks(folder / "attacks")
     run = read_run(folder, with_steps=False)
     num_finished = len(run.targets) if run.manifest.get("finished") else 0
     yield from _metrics(folder / "metrics.jsonl", num_finished, first_concept(run.config))
@@ -122,6 +123,16 @@ def _stage(stage: Path) -> Iterator[Finding]:
         yield stage / "images.csv", None
     for name, sha256 in images.items():
         yield _compared(stage / "images" / name, sha256)
+
+
+def _attacks(folder: Path) -> Iterator[Finding]:
+    yield from _record(folder / "attacks.json")
+    for piece in sorted(folder.glob("*/*.json")):
+        found = list(_record(piece))
+        yield from found
+        if found[0][1] is None:
+            files = json.loads(piece.read_bytes())["files"]
+            yield from (_compared(piece.with_name(name), sha256) for name, sha256 in files.items())
 
 
 def _shards(index: Path, sha256: str | None) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from sculpt_dist.core.plugins import plugin
 from sculpt_dist.worlds.base import NUM_FORMS, World
 from sculpt_dist.worlds.classifier import WorldClassifier, save_classifier, to_float, train_classifier
 from sculpt_dist.worlds.console import console
-from sculpt_dist.worlds.find import world
+from sculpt_dist.worlds.find import shipped, world
 from sculpt_dist.worlds.measure import measure_images, measure_samples, print_report, wrong_pairs
 from sculpt_dist.worlds.training import Descent, descend
 
@@ -63,15 +63,23 @@ class CaptionMix:
         return self.world.prompt(caption_name, None if how < self.no_style else style, form)
 
 
-def build(world_name: str, arch: str, folder: Path, seed: int = 0, sets: Path | None = None) -> dict[str, float]:
+def build(
+    world_name: str, arch: str, folder: Path, seed: int = 0, sets: Path | None = None, without: str | None = None
+) -> dict[str, float]:
     """Write the pipeline `folder/<arch>` (fp16) and the world's classifiers; returns what was measured.
 
-    `sets`: the folder of icon sets that the gallery is made of. Accuracies are 0 to 1, measured on the fp16 folder
-    after reloading it. Raises ConfigError for a kind of model or a world that there is not, or without its sets.
+    `sets`: the folder of icon sets that the gallery is made of. `without`: an object that the denoiser never sees: a
+    control for attacks, with the shipped model's autoencoder, so that their latents mean the same. Accuracies are 0 to
+    1, measured on the fp16 folder after reloading it. Raises ConfigError for a kind of model or a world that there is
+    not, or without its sets.
     """
     of, kind = world(world_name), plugin("sculpt_dist.backbones", arch, "arch").Backbone
     if of.size not in kind.tiny:
         raise ConfigError(f"--arch {arch}: this kind has no {of.size} model, which the {world_name} needs")
+    if without is not None and without not in of.objects:
+        raise ConfigError(
+            f"--without {without}: no object of the {world_name}; `sculpt-dist {world_name} list` names them"
+        )
     if of.needs_sets and sets is None:
         raise ConfigError(f"--sets is not given: the {world_name} is made of icon sets; name the folder that has them")
     if (folder / arch).exists() and not (folder / f"{arch}.json").exists():
@@ -99,13 +107,19 @@ def build(world_name: str, arch: str, folder: Path, seed: int = 0, sets: Path | 
     rng = torch.Generator().manual_seed(seed)
     vae_file = work / f"{kind.parts['vae'].rpartition('.')[2]}.safetensors"  # kinds with the same VAE share it
     made_from = f"{data} {tiny.vae} {tiny.latent_channels} {tiny.vae_batch} {tiny.vae_autocast}"
-    report["vae/psnr"] = train_vae(backbone, pixels, tiny, rng, vae_file, made_from)
+    if without is None:
+        report["vae/psnr"] = train_vae(backbone, pixels, tiny, rng, vae_file, made_from)
+    else:
+        shutil.copytree(shipped(world_name, arch) / "vae", work / arch / "vae", dirs_exist_ok=True)
+        backbone = kind(work / arch, torch.float32, torch.device("cpu"))
+        kept = objects != of.objects.index(without)
+        pixels, objects, styles = (part[kept] for part in dataset)
     again = reconstructed(backbone, held_out[0])
     for name, judge in judges.items():
         report |= {f"vae/{name}/{key}": value for key, value in measure_images(judge, again, *held_out[1:]).items()}
     latents = encode_all(backbone, pixels)  # [N, C, 8, 8]
     captions = CaptionMix(of, of.lean.get(arch, {}))
-    file, made_from = work / f"{arch}.safetensors", text_sha256(f"{data} {captions} {tiny}")
+    file, made_from = work / f"{arch}.safetensors", text_sha256(f"{data} {captions} {tiny} {without or ''}".strip())
     train_denoiser(backbone, latents, objects, styles, captions, tiny, rng, file, made_from)
     save_fp16(backbone, work / arch)
     write_atomically(folder / f"{arch}.json", b"{}\n")

@@ -43,6 +43,10 @@ class Schedule(ABC):
         """What the denoiser should predict there: [B, C, H, W]."""
 
     @abstractmethod
+    def scales(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma), each [B]: the noisy latent is alpha clean + sigma noise."""
+
+    @abstractmethod
     def noise_level(self, time: Tensor) -> Tensor:
         """[B], 0 (clean) to 1 (noise): the timestep's share of the schedule, or sigma."""
 
@@ -102,6 +106,9 @@ class DiscreteSchedule(Schedule):
     def goal(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         return noise if self.prediction == "epsilon" else ddpm_velocity(clean, noise, self.alpha_bar[time])
 
+    def scales(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        return self.alpha_bar[time].sqrt(), (1 - self.alpha_bar[time]).sqrt()
+
     def noise_level(self, time: Tensor) -> Tensor:
         return time.float() / len(self.alpha_bar)
 
@@ -157,6 +164,9 @@ class FlowSchedule(Schedule):
 
     def goal(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         return flow_velocity(clean, noise)
+
+    def scales(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - time / self.steps, time / self.steps
 
     def noise_level(self, time: Tensor) -> Tensor:
         return time / self.steps

@@ -1,0 +1,1 @@
+"""What several attacks share: the model under attack, and the search for tokens."""

@@ -1,0 +1,53 @@
+"""What the searches for tokens have in common: the loss at a time, and the tokens nearest to vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sculpt_dist.attacks.base import Case
+from sculpt_dist.attacks.parts.victim import Victim
+from sculpt_dist.backbones.parts.words import Slots
+from sculpt_dist.core.types import TextCond
+from sculpt_dist.maths.losses import mse
+
+
+@dataclass(frozen=True)
+class Question:
+    """A noisy image of the concept, and what the net should say to it."""
+
+    noisy: Tensor  # [1, C, H, W]
+    time: Tensor  # [1]
+    goal: Tensor  # [1, C, H, W]
+
+    @staticmethod
+    def at(victim: Victim, clean: Tensor, time: Tensor, rng: torch.Generator) -> Question:
+        """A clean latent [1, C, H, W] with fresh noise at a time; the goal is what was added."""
+        backbone = victim.model.backbone
+        noise = torch.randn(clean.shape, generator=rng).to(clean)
+        return Question(backbone.corrupt(clean, noise, time), time, backbone.goal(clean, noise, time))
+
+    def loss(self, victim: Victim, cond: TextCond) -> Tensor:
+        """The squared error of the unlearned net for this condition, [], with gradient to it."""
+        return mse(victim.model.predict(self.noisy, self.time, cond), self.goal)
+
+
+def nearest(vectors: Tensor, table: Tensor) -> Tensor:
+    """The rows of a table [V, D] with the highest cosine to the vectors [.., D], as indices [..]."""
+    unit = torch.nn.functional.normalize(vectors, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T
+    return unit.argmax(-1)
+
+
+def as_found(victim: Victim, slots: Slots, ids: Tensor, case: Case) -> dict[str, object]:
+    """What an attack reports of the tokens [places] that it put before a prompt."""
+    words, chosen = victim.model.backbone.words, ids.tolist()
+    text = f"{words.text(chosen)} {case.prompt}"
+    again = (
+        [one.ids for one in victim.model.backbone.tokenized([text], negative=False)]
+        if (victim.model.backbone.takes(text))
+        else []
+    )
+    same = bool(again) and all(torch.equal(one, given.ids) for one, given in zip(again, slots.filled(ids[None])))
+    return {"tokens": chosen, "prompt": text, "text_gives_tokens": same}
