@@ -62,7 +62,14 @@ COMMANDS = {
     ),
     "Before a run": (plan.check, plan.plan, plan.folder, run.submit),
     "Many runs": (experiments.compare, experiments.sweep, experiments.localize),
-    "What there is": (reference.config, reference.configs, reference.methods, reference.models, reference.metrics),
+    "What there is": (
+        reference.config,
+        reference.configs,
+        reference.methods,
+        reference.models,
+        reference.attacks,
+        reference.metrics,
+    ),
 }
 for panel, commands in COMMANDS.items():
     for command in commands:

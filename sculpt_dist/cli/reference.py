@@ -50,6 +50,11 @@ def models() -> None:
     _list("sculpt_dist.backbones")
 
 
+def attacks() -> None:
+    """List the attacks: the values of attack.names and evaluate.attacks."""
+    _list("sculpt_dist.attacks")
+
+
 def metrics() -> None:
     """List the metrics, and the classifiers that evaluate.classifier may name."""
     _list("sculpt_dist.evaluation.metrics")

@@ -40,12 +40,18 @@ def method_keys(name: str) -> list[Key]:
     return list(_keys(_classes(plugin_file("sculpt_dist.methods", name)), "Config", "method."))
 
 
+def attack_keys(name: str) -> list[Key]:
+    """The keys of an attack's own options."""
+    return list(_keys(_classes(plugin_file("sculpt_dist.attacks", name)), "Config", f"attack.options.{name}."))
+
+
 def reference(prefix: str = "") -> list[Key]:
     """All keys that start with `prefix`; the options of methods are named method.NAME.key."""
     found = run_keys()
     for name in plugins("sculpt_dist.methods"):
         options = [key for key in method_keys(name) if key.name != "method.name"]
         found += [Key(f"method.{name}.{key.name[7:]}", key.type, key.default, key.meaning) for key in options]
+    found += [key for name in plugins("sculpt_dist.attacks") for key in attack_keys(name)]
     return [key for key in found if key.name.startswith(prefix)]
 
 
@@ -86,7 +92,7 @@ def _classes(file: Path) -> dict[str, ast.ClassDef]:
 
 
 def _keys(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> Iterator[Key]:
-    body = classes[name].body
+    body = classes[name].body if name in classes else []  # the options of a plugin without any
     for node, after in zip(body, [*body[1:], None]):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue

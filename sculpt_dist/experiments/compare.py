@@ -228,7 +228,7 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
         "key": cell.key,
         "config": content["config"],
         "answers": read_object(last / "answers.json", f"remove {last}; the cell then scores it again"),
-        "extra": (content["after"]["extra"] or {}) | _attack_columns(content),
+        "extra": content["after"]["extra"],
         **({"attacks": content["attacks"]} if content.get("attacks") else {}),
     } | {name: content[name] for name in costs}
 
@@ -238,12 +238,6 @@ def _has_attacks(content: Mapping[str, Any], config: RunConfig) -> bool:
     wanted, found = config.evaluate.attacks, content.get("attacks") or {}
     is_whole = set(wanted) <= set(found.get("attacks") or {}) and found.get("settings") == attack_settings(config)
     return not wanted or is_whole
-
-
-def _attack_columns(content: Mapping[str, Any]) -> dict[str, float]:
-    """Of every attack, the share of prompts that succeed plainly or under it, as a column of its own."""
-    rates = ((content.get("attacks") or {}).get("attacks") or {}).items()
-    return {f"ASR {name}": found["post"] for name, found in rates if found.get("post") is not None}
 
 
 def finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:

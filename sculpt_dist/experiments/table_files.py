@@ -11,7 +11,15 @@ from typing import Any
 
 from sculpt_dist.config.experiments import Comparison
 from sculpt_dist.core.files import make_folder, write_atomically
-from sculpt_dist.experiments.tables import FinishedCell, Line, extra_names, score_names, table_lines, trade_off
+from sculpt_dist.experiments.tables import (
+    FinishedCell,
+    Line,
+    attack_columns,
+    extra_names,
+    score_names,
+    table_lines,
+    trade_off,
+)
 from sculpt_dist.maths.sweep_points import undominated
 from sculpt_dist.report.figures import draw_pngs
 from sculpt_dist.report.render import render
@@ -50,6 +58,8 @@ def as_page(comparison: Comparison, blocks: Sequence[Block]) -> str:
             "number": _number,
             "extra_names": lambda block: extra_names(block.lines),
             "score_names": lambda block: score_names(block.lines),
+            "attack_columns": lambda block: attack_columns(block.lines),
+            "attack_text": attack_text,
         },
         comparison=comparison,
         blocks=blocks,
@@ -74,7 +84,26 @@ def as_markdown(comparison: Comparison, blocks: Sequence[Block]) -> str:
         rows = [heads, ["---"] * len(heads), *(_cells(line, comparison.against, scores, extra) for line in block.lines)]
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         parts.append(f"### {block.title}, {block.backbone}\n\n{table}")
+        if names := attack_columns(block.lines):
+            parts.append(f"#### Attacks: {block.title}, {block.backbone}\n\n{_attack_table(block.lines, names)}")
     return "\n\n".join([*parts, *comparison.notes]) + "\n"
+
+
+def _attack_table(lines: Sequence[Line], names: Sequence[str]) -> str:
+    """The rate of every attack on every row, with its interval."""
+    rows = [["", *names, "seeds"], ["---"] * (len(names) + 2)]
+    for line in lines:
+        rates = [attack_text(line, name) for name in names]
+        rows.append([line.name, *rates, str(len(line.seeds))])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def attack_text(line: Line, name: str) -> str:
+    """Rate [interval] of an attack on a row."""
+    rate, interval = line.attacks.get(name, (None, None))
+    if rate is None:
+        return "-"
+    return f"{rate:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 def _cells(line: Line, against: str, scores: Sequence[str], extra: Sequence[str]) -> list[str]:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from sculpt_dist.attacks.base import PLAIN
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.experiments import Comparison, Table
 from sculpt_dist.config.schema import Concept, RunConfig
 from sculpt_dist.evaluation.requests import EvaluatedWorld, image_name, resolve_evaluation
 from sculpt_dist.evaluation.scoring import held_objects, score_targets
 from sculpt_dist.maths.accuracy import Answers, Counts, per_prompt, score_counts, unlearning_scores
+from sculpt_dist.maths.attack_rates import pooled_rate
 from sculpt_dist.maths.comparison import (
     HARMONIC,
     harmonic,
@@ -64,6 +66,7 @@ class Line:
     fid: float | None
     kid: float | None
     extra: Mapping[str, float | None]  # results of all other metrics
+    attacks: Mapping[str, tuple[float, list[float] | None]]  # rate of each attack, and its 95 % interval
     passes: float  # per concept, for sampling and training
     cpu_seconds: float  # per concept, for sampling and training
     peak_memory: float  # MB of one rank
@@ -124,6 +127,12 @@ def trade_off(lines: Sequence[Line]) -> dict[str, tuple[float, float]]:
     return {name: (ua, kept) for name, (ua, kept) in pairs.items() if ua is not None and kept is not None}
 
 
+def attack_columns(lines: Sequence[Line]) -> list[str]:
+    """Names of the attacks in any of these lines, the plain prompt first."""
+    names = dict.fromkeys(name for line in lines for name in line.attacks)
+    return sorted(names, key=lambda name: name != PLAIN)
+
+
 def extra_names(lines: Sequence[Line]) -> list[str]:
     """Names of the results, in any of these lines, that have no column of their own."""
     return sorted({name for line in lines for name in line.extra})
@@ -150,6 +159,7 @@ def _line(
         fid=_mean([(result["extra"] or {}).get("fid") for result in results]),
         kid=_mean([(result["extra"] or {}).get("kid") for result in results]),
         extra=_other_metrics(results),
+        attacks=_attacks(results),
         passes=_mean(passes) or 0.0,
         cpu_seconds=_mean([(part["prepare"] + part["train"]) / num_concepts for part in cpu_seconds]) or 0.0,
         peak_memory=_mean([max(result["peak_memory_bytes"]) / MEGA for result in results]) or 0.0,
@@ -172,6 +182,21 @@ def _other_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float | No
     extras = [result["extra"] or {} for result in results]
     names = sorted({name for extra in extras for name in extra} - {"fid", "kid"})
     return {name: _mean([extra.get(name) for extra in extras]) for name in names}
+
+
+def _attacks(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, list[float] | None]]:
+    """The rate of every attack that judged images, over all seeds."""
+    of_seeds = [(result.get("attacks") or {}).get("attacks") or {} for result in results]
+    names = dict.fromkeys(name for rates in of_seeds for name in rates)
+    judged = {
+        name: [
+            {"cases": (rates[name].get("classifier") or {}).get("cases", 0), **rates[name]}
+            for rates in of_seeds
+            if name in rates
+        ]
+        for name in names
+    }
+    return {name: rate for name, rates in judged.items() if (rate := pooled_rate(rates)) is not None}
 
 
 def _scores(cells: Mapping[int, FinishedCell], base: Mapping[int, FinishedCell]) -> dict[str, Score]:

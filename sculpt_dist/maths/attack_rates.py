@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,9 @@ class Tried:
 def attack_rates(cases: Sequence[Tried], counts: str = "best") -> dict[str, float | int | list[float] | None]:
     """The rates of an attack over its cases, in [0, 1].
 
-    pre: the share of cases that succeed plainly. post, with its 95 % interval: where the best counts, the share of those
-    that succeed plainly or under attack; where the mean counts, of all attempts, resampled case by case. alone: of the
-    cases attacked, those in which any attempt succeeded. mean: of all attempts, those that succeeded.
+    pre: the share of cases that succeed plainly. post, with its 95 % interval: the share that succeed plainly or under
+    attack, where the best counts; the share of all attempts, resampled case by case, where the mean counts. alone: of
+    the cases attacked, those in which any attempt succeeded. mean: of all attempts, those that succeeded.
     passes_to_success: the median over successful attacks, None where none is.
     """
     attacked = [case for case in cases if case.seen]
@@ -79,6 +80,19 @@ def mean_interval(cases: Sequence[Tried], rounds: int = 2000) -> list[float] | N
     drawn = np.random.default_rng(0).integers(0, len(cases), (rounds, len(cases)))
     low, high = np.percentile(right[drawn].sum(1) / among[drawn].sum(1), [2.5, 97.5])
     return [float(low), float(high)]
+
+
+def pooled_rate(of_seeds: Sequence[Mapping[str, Any]]) -> tuple[float, list[float] | None] | None:
+    """(rate, its 95 % interval) of an attack over several models, from what `attack_rates` gives for each.
+
+    The interval takes all cases as independent; a rate that is a mean over attempts has none. None without a rate.
+    """
+    judged = [rates for rates in of_seeds if rates.get("post") is not None]
+    if not judged:
+        return None
+    rate, cases = sum(rates["post"] for rates in judged) / len(judged), sum(rates["cases"] for rates in judged)
+    is_share = all(rates["counts"] == "best" for rates in judged)
+    return rate, wilson_interval(round(rate * cases), cases) if is_share else None
 
 
 def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A method, a backbone, a metric, a classifier and a tracker are one new file each: no other file is edited."""
+"""A method, a backbone, a metric, a classifier, an attack and a tracker are one new file each; no other is edited."""
 
 from __future__ import annotations
 
@@ -111,6 +111,28 @@ class Judge(Classifier):
         zeros = torch.zeros(len(images), dtype=torch.int64)
         return Verdict(zeros, zeros if self.styles else None)
 ''',
+    "attacks/echo.py": '''
+"""Says the prompt twice."""
+
+from dataclasses import dataclass, replace
+
+from sculpt_dist.attacks.base import Attack as Base
+from sculpt_dist.attacks.base import Attempt
+
+
+@dataclass(frozen=True)
+class Config:
+    times: int = 2
+    """How often the prompt is said."""
+
+
+class Attack(Base):
+    def attempts(self, victim, cases):
+        for place, case in enumerate(cases):
+            prompt = " ".join([case.prompt] * self.config.times)
+            if victim.model.backbone.takes(prompt):
+                yield Attempt(place, victim.model.draw(replace(case, prompt=prompt)), found={"prompt": prompt})
+''',
     "track/sinks/note.py": '''
 """Writes the number of steps into note.txt."""
 
@@ -169,6 +191,9 @@ def run(extended: Path, *arguments: str, code: int = 0) -> str:
 def test_the_new_files_are_listed(extended):
     assert "fade" in run(extended, "methods") and "sd15_again" in run(extended, "models")
     assert "brightness" in run(extended, "metrics") and "Says that every image" in run(extended, "metrics")
+    assert "echo" in run(extended, "attacks") and "attack.options.echo.times" in run(
+        extended, "config", "attack.options"
+    )
     assert "method.fade.weight" in run(extended, "config", "method.fade")
     assert "Did you mean 'method.weight'" in run(
         extended, "unlearn", str(WORLD), "method.name=fade", "method.wight=2", code=2
@@ -187,6 +212,8 @@ def test_they_run_through_compare_and_report(extended, tmp_path):
         "evaluate.objects=[cat, bird]",
         "evaluate.styles=[sketch]",
         "track.sinks=[note]",
+        'prepare.prompts.object=["a {concept}"]',
+        "evaluate.attacks=[echo]",
     ]
     file = tmp_path / "comparison.yaml"
     file.write_text(COMPARISON.format(folder=tmp_path / "out", overrides=json.dumps(overrides), config=WORLD))
@@ -198,6 +225,7 @@ def test_they_run_through_compare_and_report(extended, tmp_path):
     assert report["method"] == "fade" and 0 < report["after"]["extra"]["brightness"] <= 510
     assert report["after"]["targets"]["bird"]["accuracy"] == 0.0, "the new classifier sees cats everywhere"
     assert (folder / "report" / "note.txt").read_text() == str(len(lines))
-    assert "brightness" in (tmp_path / "out" / "compare.md").read_text()
+    page = (tmp_path / "out" / "compare.md").read_text()
+    assert "brightness" in page and "| plain | echo |" in page
     (folder / "report" / "report.html").unlink()
     assert "report:" in run(extended, "report", str(folder)) and (folder / "report" / "report.html").is_file()
