@@ -56,6 +56,7 @@ COMMANDS = {
         run.attack,
         run.export,
         run.report,
+        run.audit,
         run.verify,
         run.apply,
         run.merge,

@@ -143,16 +143,53 @@ def report(folder: Path = typer.Argument(help="A run folder.")) -> None:
     print(f"report: {write_report(folder)}")
 
 
-def verify(place: Path = typer.Argument(help="A run folder, a model folder or a delta file.")) -> None:
-    """Compare the files of a run, model or delta with the checksums that were written with them; changes nothing."""
+def audit(
+    folder: Path = typer.Argument(help="A finished run folder."),
+    output: Path | None = typer.Option(None, help="Folder or .zip to write; default: RUN/audit."),
+    sign: Path | None = typer.Option(None, help="Private key with which ssh-keygen signs the list of checksums."),
+) -> None:
+    """Write what someone needs to check the claims of a run: card, scores, attacks, checksums."""
+    from sculpt_dist.run.audit import write_audit
+
+    print(f"audit bundle: {write_audit(folder, output, sign)}")
+
+
+def verify(
+    place: Path = typer.Argument(help="A run folder, a model folder, a delta file or an audit bundle."),
+    signers: Path | None = typer.Option(None, help="Allowed signers of an audit bundle, as ssh-keygen reads them."),
+    images: int = typer.Option(0, min=0, help="Images of an audit bundle to draw and judge again; needs --model."),
+    model: Path | None = typer.Option(None, help="The model folder that an audit bundle is about."),
+) -> None:
+    """Compare the files of a run, model, delta or bundle with their checksums; changes nothing."""
     from sculpt_dist.run.verify import verify_place
 
     found = verify_place(place)
+    _print_bundle(place, signers, images, model)
     print(f"{found.num_files:,} file{'s are as they were' if found.num_files > 1 else ' is as it was'} written")
     if found.without:
         named = ", ".join(str(file) for file in found.without[:5])
         more = f" and {len(found.without) - 5:,} more" if len(found.without) > 5 else ""
         print(f"not compared, for lack of a checksum: {named}{more}")
+
+
+def _print_bundle(place: Path, signers: Path | None, images: int, model: Path | None) -> None:
+    """Check and print what only an audit bundle has: its signature, and verdicts that can be reproduced."""
+    from sculpt_dist.core.errors import ConfigError
+    from sculpt_dist.run.audit_files import check_signature, is_bundle
+
+    if not is_bundle(place):
+        if signers is not None or images:
+            raise ConfigError(f"{place}: --signers and --images are for audit bundles")
+        return
+    if (who := check_signature(place, signers)) is not None:
+        print(who)
+    if images:
+        from sculpt_dist.run.rescore import rescore
+
+        if model is None:
+            raise ConfigError("--images: needs --model, the folder that the bundle is about")
+        same, drawn = rescore(place, model, images)
+        print(f"{same:,} of {drawn:,} images drawn again are judged as recorded")
 
 
 def submit(

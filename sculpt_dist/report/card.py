@@ -65,7 +65,9 @@ def model_card(
         images=after.get("images"),
         classifier=evaluate.get("classifier"),
     )
-    front = _front_matter(name, path if is_hub_id else None, str(evaluate.get("classifier")), after, licence, adapter)
+    attacks = (report.get("attacks") or {}).get("attacks") or {}
+    classifier, hub_id = str(evaluate.get("classifier")), path if is_hub_id else None
+    front = _front_matter(name, hub_id, classifier, after, attacks, licence, adapter)
     return f"---\n{front}\n---\n\n{body}"
 
 
@@ -80,10 +82,11 @@ def _front_matter(
     hub_id: str | None,
     classifier: str,
     after: Mapping[str, Any],
+    attacks: Mapping[str, Any],
     licence: Mapping[str, Any],
     adapter: str | None,
 ) -> str:
-    """The card's yaml, which the hub reads; `after`: the last scores."""
+    """The card's yaml, which the hub reads; `after`: the last scores; `attacks`: the rates of each."""
     from huggingface_hub import EvalResult, ModelCardData
     from huggingface_hub.utils import yaml_dump
 
@@ -98,6 +101,17 @@ def _front_matter(
         )
         for score in SCORES
         if adapter is None and after.get(score) is not None
+    ]
+    results += [
+        EvalResult(
+            task_type=PIPELINE,
+            dataset_type="generated",
+            dataset_name=f"images of the attack {attack}, judged by {_without_folder(classifier)}",
+            metric_type=f"ASR_{attack}",
+            metric_value=round(rates["post"], 4),
+        )
+        for attack, rates in attacks.items()
+        if adapter is None and rates.get("post") is not None
     ]
     data = ModelCardData(
         library_name="diffusers",

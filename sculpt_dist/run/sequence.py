@@ -16,6 +16,7 @@ from sculpt_dist.run.attacking import attack_model, chosen_attacks
 from sculpt_dist.run.export import export_model, write_card
 from sculpt_dist.run.folder import mark_finished, release_folder, write_manifest
 from sculpt_dist.run.kinds import KINDS
+from sculpt_dist.run.model import open_backbone
 from sculpt_dist.run.session import open_session
 from sculpt_dist.run.setup import RunSetup, resolve
 from sculpt_dist.track.tracker import check_tracking
@@ -51,7 +52,8 @@ def run_sequence(config: RunConfig) -> Run:
     if attacks:  # the session is closed: its net and engine would stand beside the attacked model
         with watched(group, folder, config.engine.grace) as stop:
             attack_model(setup, attacks, group, stop, None, None, folder / "attacks")
-        group.on_first(lambda: write_report(folder))
+        backbone = open_backbone(config.model, group, folder)  # its parts load on first use, and none is used
+        group.on_first(lambda: _report(folder, backbone))
     release_folder(folder)
     return Run(folder, read_report(folder))
 
@@ -74,5 +76,9 @@ def _unlearn(setup: RunSetup, group: Group) -> Path:
 
 def _finish(folder: Path, backbone: Backbone) -> None:
     mark_finished(folder)
+    _report(folder, backbone)
+
+
+def _report(folder: Path, backbone: Backbone) -> None:
     write_report(folder)
     write_card(folder, backbone)

@@ -1,4 +1,4 @@
-"""Compares everything in a run folder, a model folder or a delta with the checksums that were written with it.
+"""Compares all in a run folder, a model folder, a delta or an audit bundle with the checksums written with it.
 
 Nothing is changed. Files without a checksum of ours, such as those of earlier versions, are counted apart.
 """
@@ -22,6 +22,7 @@ from sculpt_dist.engine.checkpoints.restore import verify, written
 from sculpt_dist.report.listed import listed_images
 from sculpt_dist.report.record import first_concept, read_run
 from sculpt_dist.report.steps import read_metrics
+from sculpt_dist.run.audit_files import bundle_findings, is_bundle
 from sculpt_dist.run.owned import RECORD
 
 Finding = tuple[Path, str | None]  # a file, and what is wrong with it; NO_CHECKSUM where that cannot be known
@@ -55,13 +56,15 @@ def verify_place(place: Path) -> Verified:
 
 
 def _findings(place: Path) -> Iterator[Finding]:
+    if is_bundle(place):
+        return bundle_findings(place)
     if place.is_file():
         return _tensors(place)
     if (place / "model_index.json").is_file():
         return _model(place)
     if (place / "config.yaml").is_file():
         return _run(place)
-    raise RunFolderError(f"{place}: is no run folder, model folder or delta file")
+    raise RunFolderError(f"{place}: is no run folder, model folder, delta file or audit bundle")
 
 
 def _run(folder: Path) -> Iterator[Finding]:

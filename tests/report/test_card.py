@@ -50,7 +50,17 @@ def test_the_card_shows_scores_with_intervals_settings_and_limits(finished: Path
     assert "classifier `canvas` on 210 images of targets and 630 other images" in body
     assert 'pipeline("a photo of an animal")' in body
     headings = re.findall(r"^## (.*)$", body, flags=re.MULTILINE)
-    assert headings == ["Base model", "Concepts removed", "Method", "Scores", "How to load", "Limits", "Licence"]
+    assert headings == [
+        "Base model",
+        "Concepts removed",
+        "Method",
+        "Scores",
+        "Attacks",
+        "How to load",
+        "Limits",
+        "Licence",
+    ]
+    assert "No attack was tried." in body
 
 
 def test_the_front_matter_holds_the_scores_as_a_model_index(finished: Path) -> None:
