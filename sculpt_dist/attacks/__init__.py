@@ -1,6 +1,6 @@
 """Attacks: attempts to bring a forgotten concept back, and probes of what is left of it.
 
-One attack per file, found by its name; `base.py` is the contract and `parts/` what they share. `run/attacking.py` runs
+One attack per file, found by its name; `base.py` is the contract and `parts/` what they share. `run/attacking/` runs
 them, over all ranks. Imported by run and above.
 """
 

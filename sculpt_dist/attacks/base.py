@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sculpt_dist.config.load import merge_section
 from sculpt_dist.config.schema import Concept
+from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.plugins import check_plugin, plugin, plugins
 from sculpt_dist.evaluation.classifiers.base import Verdict
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sculpt_dist.attacks.parts.victim import Victim
 
 PACKAGE = "sculpt_dist.attacks"
+MAY_BE_ZERO = ("misspellings", "weight_decay", "momentum", "crossover", "mutation", "etas")
 PLAIN = "plain"  # the attack that attacks nothing: its successes are the pre-ASR
 
 
@@ -70,8 +72,11 @@ class Attack(ABC):
     stops: ClassVar[bool] = False  # whether the first success ends it: the classifier then steers it
     counts: ClassVar[str] = "best"  # what its rate is: of cases with any success (best), or of all images (mean)
     needs_original: ClassVar[bool] = False  # whether it uses the model from before the unlearning
+    needs_gradient: ClassVar[bool] = False  # whether it optimises through the net
     needs_run: ClassVar[bool] = False  # whether it reads the folder of the run
+    version: ClassVar[int] = 1  # higher where the code changes what it finds: earlier results then do not count
     slots: int = 0  # tokens that it adds to a prompt
+    keeps_prompt: bool = True  # whether these come beside the prompt's own
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -92,7 +97,14 @@ def load_attack(name: str, budget: str, options: Mapping[str, Mapping[str, Any]]
     module = plugin(PACKAGE, name, "attack.names")
     published = vars(module).get("PUBLISHED", {}) if budget == "published" else {}
     key = f"attack.options.{name}"
-    attack: Attack = module.Attack(merge_section(module.Config, {**published, **options.get(name, {})}, key, f"{key}."))
+    config = merge_section(module.Config, {**published, **options.get(name, {})}, key, f"{key}.")
+    for field_, value in vars(config).items():
+        numbers = value if isinstance(value, list) else [value]
+        counts = [number for number in numbers if isinstance(number, (int, float)) and not isinstance(number, bool)]
+        may_be_none = field_ in MAY_BE_ZERO
+        if (isinstance(value, list) and not value) or (not may_be_none and any(number <= 0 for number in counts)):
+            raise ConfigError(f"{key}.{field_}={value}: must be greater than 0")
+    attack: Attack = module.Attack(config)
     return attack
 
 

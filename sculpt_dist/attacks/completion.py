@@ -29,6 +29,7 @@ PUBLISHED = {"steps": [1, 2]}
 
 
 class Attack(Base):
+    counts = "mean"
     needs_original = True
     config: Config
 
@@ -42,12 +43,11 @@ class Attack(Base):
 
 def begun_by(first: Guided, then: Guided, steps: int) -> Guided:
     """A prediction that is `first` for so many steps of a sampler, and `then` afterwards."""
-    taken = 0
+    times: set[float] = set()  # some samplers call the net twice at a time
 
     def predict(latents: Tensor, time: Tensor) -> Tensor:
-        nonlocal taken
-        taken += 1
+        times.add(float(time))
         with torch.no_grad():
-            return (first if taken <= steps else then)(latents, time)
+            return (first if len(times) <= steps else then)(latents, time)
 
     return predict

@@ -19,6 +19,7 @@ from sculpt_dist.attacks.base import Attack as Base
 from sculpt_dist.attacks.base import Attempt, Case
 from sculpt_dist.attacks.parts.victim import Victim
 from sculpt_dist.core.types import TextCond
+from sculpt_dist.data.prompts import naming
 from sculpt_dist.maths.losses import mse
 
 
@@ -43,7 +44,7 @@ PUBLISHED = {"steps": 5000, "batch": 16, "images": 25, "lr": 0.08}
 
 class Attack(Base):
     unit = "concept"
-    needs_original = True
+    needs_original = needs_gradient = True
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -62,7 +63,7 @@ class Attack(Base):
         """The vectors for a case's concept, [1, tokens, width] for each text encoder."""
         model, config = victim.model, self.config
         images = victim.references(case, config.images)
-        start = [table[model.backbone.words.ids()].mean(0) for table in model.backbone.words.table()]
+        start = [table[model.backbone.words.ids()].float().mean(0) for table in model.backbone.words.table()]
         vectors = [mean.expand(1, config.tokens, -1).clone().requires_grad_() for mean in start]
         optimizer = torch.optim.Adam(vectors, config.lr)
         rng = victim.rng("inversion", case.concept.target)
@@ -86,4 +87,4 @@ class Attack(Base):
 
 def without_name(case: Case) -> str:
     """The case's prompt without the concept's name, so that nothing but the vector asks for it."""
-    return " ".join(case.prompt.replace(case.concept.target, " ").split())
+    return " ".join(naming(case.concept.target).sub(" ", case.prompt).split())

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import normalize
 
 from sculpt_dist.attacks.base import Attack as Base
 from sculpt_dist.attacks.base import Attempt, Case
@@ -41,7 +42,7 @@ PUBLISHED = {"tokens": 16, "steps": 3000, "every": 50}
 
 class Attack(Base):
     stops = True
-    needs_original = True
+    needs_original = needs_gradient = True
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -58,6 +59,7 @@ class Attack(Base):
             victim.known.embed(case.prompt),
         )
         usable, tables = words.ids(), [table.float() for table in words.table()]
+        known = normalize(torch.cat([table[usable.to(table.device)] for table in tables], -1), dim=-1)
         ids = usable[torch.randint(len(usable), (config.tokens,), generator=rng)]
         vectors = [table[ids.to(table.device)].clone().requires_grad_() for table in tables]
         optimizer = torch.optim.AdamW(vectors, config.lr, weight_decay=config.weight_decay)
@@ -66,8 +68,7 @@ class Attack(Base):
             question = Question.at(victim, clean, time, rng)
             with torch.no_grad():
                 goal = victim.known.predict(question.noisy, time, cond)
-            places = nearest(vectors[0].detach(), tables[0][usable])  # the first encoder's choice; ids are shared
-            ids = usable[places.cpu()]
+            ids = usable[nearest(torch.cat(vectors, -1).detach(), known).cpu()]  # one choice for all text encoders
             straight = [
                 vector + (table[ids.to(table.device)] - vector).detach() for vector, table in zip(vectors, tables)
             ]

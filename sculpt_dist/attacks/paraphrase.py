@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from sculpt_dist.attacks.base import Attack as Base
 from sculpt_dist.attacks.base import Attempt, Case
 from sculpt_dist.attacks.parts.victim import Victim
+from sculpt_dist.data.prompts import naming
 
 OBJECT = (
     "{}",
@@ -49,7 +50,7 @@ class Attack(Base):
         name = case.concept.target
         templates = OBJECT if case.concept.kind == "object" else STYLE
         asked = [template.replace("{}", name) for template in templates]
-        asked += [case.prompt.replace(name, wrong) for wrong in misspelled(name)[: self.config.misspellings]]
+        asked += [naming(name).sub(wrong, case.prompt) for wrong in misspelled(name)[: self.config.misspellings]]
         asked += self.config.translations.get(name, [])
         return [prompt for prompt in dict.fromkeys(asked) if prompt != case.prompt]
 

@@ -45,7 +45,7 @@ PUBLISHED = {"times": 50, "steps": 20}
 
 class Attack(Base):
     stops = True
-    needs_original = True
+    needs_original = needs_gradient = True
     config: Config
 
     def attempts(self, victim: Victim, cases: Sequence[Case]) -> Iterator[Attempt]:

@@ -11,7 +11,7 @@ from sculpt_dist.attacks.base import Attack as Base
 from sculpt_dist.attacks.base import Attempt, Case
 from sculpt_dist.attacks.base import NoOptions as Config
 from sculpt_dist.attacks.parts.victim import Victim
-from sculpt_dist.core.files import by_number, read_object
+from sculpt_dist.core.files import read_object
 
 __all__ = ["Attack", "Config"]
 
@@ -23,7 +23,7 @@ class Attack(Base):
     def attempts(self, victim: Victim, cases: Sequence[Case]) -> Iterator[Attempt]:
         assert victim.run is not None, "the driver refuses such an attack where there is no run"
         case, seen = cases[0], {}
-        for file in sorted((victim.run / "evaluation").glob("after-*/scores.json"), key=by_number):
+        for file in (victim.run / "evaluation").glob("after-*/scores.json"):
             scores = read_object(file, "remove its folder, and repeat the run", ("plain",))
             alone = scores["plain"]["targets"].get(case.concept.target)
             number = int(file.parent.name.removeprefix("after-"))

@@ -33,12 +33,9 @@ class Config:
     """Learning rate of AdamW, constant."""
 
 
-PUBLISHED = {"lr": 1e-5}
-
-
 class Attack(Base):
     unit = "model"
-    needs_original = True
+    needs_original = needs_gradient = True
     config: Config
 
     def attempts(self, victim: Victim, cases: Sequence[Case]) -> Iterator[Attempt]:

@@ -22,7 +22,9 @@ from sculpt_dist.attacks.base import Attack as Base
 from sculpt_dist.attacks.base import Attempt, Case
 from sculpt_dist.attacks.parts.victim import Victim
 from sculpt_dist.backbones.parts.words import Slots
+from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import TextCond
+from sculpt_dist.data.prompts import naming
 
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "one {}", "the {}", "a drawing of {}", "a {}", "an image of {}")
 
@@ -51,6 +53,12 @@ PUBLISHED = {"tokens": 16, "population": 200, "generations": 3000}
 class Attack(Base):
     config: Config
 
+    def __init__(self, config: Config) -> None:
+        if config.population < 2:
+            raise ConfigError(f"attack.options.ring_a_bell.population={config.population}: must be at least 2")
+        super().__init__(config)
+        self.slots, self.keeps_prompt = config.tokens, False
+
     def attempts(self, victim: Victim, cases: Sequence[Case]) -> Iterator[Attempt]:
         (case,) = cases
         config, words = self.config, victim.model.backbone.words
@@ -72,7 +80,7 @@ class Attack(Base):
         pairs = [pair for pair in pairs if backbone.takes(pair[0])]  # the tiny models' tokenizers know few words
         with_it, without = (flat(backbone.embed(list(side))) for side in zip(*pairs))
         superclass = case.concept.superclass or ""
-        seed_prompt = " ".join(case.prompt.replace(name, superclass).split())
+        seed_prompt = " ".join(naming(name).sub(superclass, case.prompt).split())
         return flat(backbone.embed([seed_prompt])) + self.config.eta * (with_it - without).mean(0, keepdim=True)
 
     def next_generation(self, survivors: Tensor, usable: Tensor, rng: torch.Generator) -> Tensor:
@@ -97,9 +105,11 @@ class Attack(Base):
 
 
 def flat(cond: TextCond) -> Tensor:
-    """All that the denoiser reads of prompts, [B, n]."""
-    parts = [cond.tokens.float().flatten(1)]
-    return torch.cat(parts if cond.pooled is None else [*parts, cond.pooled.float()], 1)
+    """All that the denoiser reads of prompts, [B, n]; 0 where it attends to nothing."""
+    tokens = cond.tokens.float()
+    if cond.token_mask is not None:
+        tokens = tokens * (cond.token_mask > 0).unsqueeze(-1)
+    return torch.cat([tokens.flatten(1)] if cond.pooled is None else [tokens.flatten(1), cond.pooled.float()], 1)
 
 
 def distances(victim: Victim, slots: Slots, people: Tensor, aim: Tensor) -> Tensor:

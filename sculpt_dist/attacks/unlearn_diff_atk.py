@@ -29,9 +29,9 @@ class Config:
 
     tokens: int = 3
     """Tokens before the prompt, k: published 3 for objects and styles, 5 for nudity."""
-    times: int = 10
+    times: int = 20
     """Times at which it optimises, and images that it draws at most."""
-    steps: int = 20
+    steps: int = 10
     """Updates at each time."""
     lr: float = 0.01
     """Learning rate of Adam."""
@@ -44,7 +44,7 @@ PUBLISHED = {"times": 50, "steps": 40}
 
 class Attack(Base):
     stops = True
-    needs_original = True
+    needs_original = needs_gradient = True
     config: Config
 
     def __init__(self, config: Config) -> None:
@@ -56,7 +56,7 @@ class Attack(Base):
         config, words = self.config, victim.model.backbone.words
         slots, clean = words.open(case.prompt, config.tokens), victim.reference(case)
         usable = words.ids()  # [V]
-        tables = [table[usable.to(table.device)] for table in words.table()]
+        tables = [table[usable.to(table.device)].float() for table in words.table()]
         weights = torch.full((config.tokens, len(usable)), 1 / len(usable), device=victim.device, requires_grad=True)
         optimizer = torch.optim.Adam([weights], config.lr, weight_decay=config.weight_decay)
         rng = victim.rng("unlearn_diff_atk", case.seed)
@@ -64,7 +64,7 @@ class Attack(Base):
             for _ in range(config.steps):
                 drawn = torch.multinomial(weights.detach().cpu(), 1, generator=rng)[:, 0].to(weights.device)
                 chosen = _StraightThrough.apply(weights, drawn)  # [k, V]
-                cond = words.embed(slots, [(chosen @ table.float())[None] for table in tables])
+                cond = words.embed(slots, [(chosen @ table)[None] for table in tables])
                 optimizer.zero_grad()
                 Question.at(victim, clean, time, rng).loss(victim, cond).backward()
                 optimizer.step()

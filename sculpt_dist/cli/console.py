@@ -54,13 +54,12 @@ def print_attacks(found: dict[str, Any]) -> None:
     console = Console()
     for name, rates in found["attacks"].items():
         judged, interval = rates[rates["judged_by"]], rates["post_ci95"]
-        passes = judged["passes_to_success"]
         table.add_row(
             name,
             *(_share(value) for value in (rates["pre"], rates["post"])),
             "-" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}",
             *(_share(judged[key]) for key in ("alone", "mean")),
-            "-" if passes is None else f"{passes:,.0f}",
+            f"{rates['passes']:,.0f}",
             *([rates["judged_by"]] * has_witness),
         )
     console.print(table)

@@ -26,7 +26,7 @@ from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.experiments.jobs import Failure, Job, run_jobs, settings_of_many
 from sculpt_dist.experiments.table_files import write_tables
 from sculpt_dist.experiments.tables import finished_cell
-from sculpt_dist.run.attacking import attack_settings
+from sculpt_dist.run.attacking import attack_settings, check_attacks, chosen_attacks
 from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.setup import resolve
 
@@ -206,7 +206,10 @@ def checked_config(file: Path, overrides: Sequence[str], evaluations: set[str], 
     `evaluations` holds the evaluations checked so far and is updated; each is checked once.
     """
     config = load_config(file, overrides)
-    resolve(config).micro_batch(ranks)
+    setup = resolve(config)
+    setup.micro_batch(ranks)
+    if config.evaluate.attacks:
+        check_attacks(setup, chosen_attacks(config, config.evaluate.attacks, has_run=True))
     evaluation = repr((config.evaluate, config.concepts))
     if evaluation not in evaluations:
         check_evaluation(resolve_evaluation(config.evaluate, config.concepts))
@@ -229,15 +232,23 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
         "config": content["config"],
         "answers": read_object(last / "answers.json", f"remove {last}; the cell then scores it again"),
         "extra": content["after"]["extra"],
-        **({"attacks": content["attacks"]} if content.get("attacks") else {}),
+        **({"attacks": _without_images(content["attacks"])} if content.get("attacks") else {}),
     } | {name: content[name] for name in costs}
 
 
 def _has_attacks(content: Mapping[str, Any], config: RunConfig) -> bool:
     """Whether a cell has the rates of all attacks that its configuration asks for, by the same settings."""
-    wanted, found = config.evaluate.attacks, content.get("attacks") or {}
-    is_whole = set(wanted) <= set(found.get("attacks") or {}) and found.get("settings") == attack_settings(config)
-    return not wanted or is_whole
+    found = (content.get("attacks") or {}).get("attacks") or {}
+    wanted = chosen_attacks(config, config.evaluate.attacks, has_run=True) if config.evaluate.attacks else {}
+    return all((found.get(name) or {}).get("settings") == attack_settings(config, one) for name, one in wanted.items())
+
+
+def _without_images(attacks: Mapping[str, Any]) -> dict[str, Any]:
+    """The rates of attacks, without the names of images."""
+    rates = {
+        name: {key: value for key, value in one.items() if key != "shown"} for name, one in attacks["attacks"].items()
+    }
+    return {**attacks, "attacks": rates}
 
 
 def finished_report(folder: Path, fingerprint: str) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,13 @@ class Line:
     fid: float | None
     kid: float | None
     extra: Mapping[str, float | None]  # results of all other metrics
-    attacks: Mapping[str, tuple[float, list[float] | None]]  # rate of each attack, and its 95 % interval
     passes: float  # per concept, for sampling and training
     cpu_seconds: float  # per concept, for sampling and training
     peak_memory: float  # MB of one rank
     trained: int  # number of weights
     stored: float  # MB of the changed weights, in the dtype of the export
     images: tuple[Path, ...]  # of the first seed, if its run folder exists
+    attacks: Mapping[str, tuple[float, list[float] | None]] = field(default_factory=dict)  # rate, 95 % interval
 
 
 def finished_cell(config: RunConfig, result: Mapping[str, Any]) -> FinishedCell:
@@ -84,7 +84,11 @@ def finished_cell(config: RunConfig, result: Mapping[str, Any]) -> FinishedCell:
 def by_witness(cell: FinishedCell) -> FinishedCell | None:
     """The cell with the answers of `evaluate.witness`; None where it had none."""
     answers = cell.result["answers"].get("witness")
-    return None if answers is None else replace(cell, result={**cell.result, "answers": answers, "relapse": []})
+    return (
+        None
+        if answers is None
+        else replace(cell, result={**cell.result, "answers": answers, "relapse": [], "attacks": {}})
+    )
 
 
 def table_lines(

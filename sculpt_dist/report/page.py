@@ -113,21 +113,21 @@ def render_page(
         manifest={name: member for name, member in run.manifest.items() if name not in paged},
         figures=figures,
         grid=grid,
-        attack_images=_attack_images(run),
+        attack_images=_attack_images(run, report),
         pages=concept_pages(run),
         image_pages=images,
         paged=list(paged),
     )
 
 
-def _attack_images(run: RunRecord) -> dict[str, list[tuple[str, Image | None, bool]]]:
+def _attack_images(run: RunRecord, report: Mapping[str, Any]) -> dict[str, list[tuple[str, Image | None, bool]]]:
     """Of every attack, the images to show: (concept, image, whether the concept is seen in it)."""
     return {
         name: [
             (shown["concept"], read_thumbnail(run.folder / "attacks" / shown["file"]), bool(shown["seen"]))
             for shown in rates.get("shown") or ()
         ]
-        for name, rates in (run.attacks.get("attacks") or {}).items()
+        for name, rates in (report["attacks"].get("attacks") or {}).items()
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from sculpt_dist.config.checks import normal
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import RunFolderError
-from sculpt_dist.core.files import is_text_intact, read_object
+from sculpt_dist.core.files import file_sha256, is_text_intact, read_object
 from sculpt_dist.core.messages import shortlist
 from sculpt_dist.report.shapes import ATTACKS, CONFIG, COSTS, MANIFEST, SCORES, Shape, fault
 from sculpt_dist.report.steps import Steps, read_metrics, step_notes
@@ -101,6 +101,10 @@ def read_run(folder: Path, with_steps: bool = True) -> RunRecord:
             f"The scores of {', '.join(shortlist(list(outdated)))} were made with other settings of evaluate than the "
             "last ones, and are left out."
         )
+    attacks = _read_json(folder / "attacks" / "attacks.json", ATTACKS)
+    if attacks and not _is_of_model(attacks, folder):
+        notes.append("The attacks were made on another model than the run's, and are left out: attack it again.")
+        attacks = {}
     return RunRecord(
         folder=folder,
         config=config,
@@ -109,8 +113,14 @@ def read_run(folder: Path, with_steps: bool = True) -> RunRecord:
         stages={name: {} if name in outdated else scores for name, scores in stages.items()},
         costs=costs,
         manifest=manifest,
-        attacks=_read_json(folder / "attacks" / "attacks.json", ATTACKS),
+        attacks=attacks,
     )
+
+
+def _is_of_model(attacks: Mapping[str, Any], folder: Path) -> bool:
+    """Whether attacks were made on the model that the run exported, as far as its checksums are there to tell."""
+    checksums, written = folder / "model" / "CHECKSUMS", attacks.get("checksums")
+    return not checksums.is_file() or written is None or file_sha256(checksums) == written
 
 
 def read_scores(folder: Path, stage: str) -> dict[str, Any]:

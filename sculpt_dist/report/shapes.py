@@ -72,6 +72,14 @@ def is_concept(value: Any) -> bool:
     return isinstance(value, dict) and value.get("target") is not None and fault(value, CONCEPT) is None
 
 
+def is_attack(value: Any) -> bool:
+    return isinstance(value, dict) and fault(value, ATTACK) is None
+
+
+def is_shown(value: Any) -> bool:
+    return isinstance(value, dict) and all(value.get(key) is not None for key in SHOWN) and fault(value, SHOWN) is None
+
+
 def each(fits: Check, null: bool = True) -> Check:
     """A mapping in which every value fits, or may be null."""
     return lambda value: (
@@ -94,7 +102,7 @@ PART: Shape = {
     **dict.fromkeys(("UA", "SA", "IRA", "IRA_near", "IRA_far", "IRA_held", "CRA", "CTA"), is_share),
     **dict.fromkeys(("UA_ci95", "SA_ci95", "IRA_ci95", "IRA_near_ci95", "IRA_far_ci95", "IRA_held_ci95"), is_interval),
     **dict.fromkeys(("CRA_ci95", "CTA_ci95"), is_interval),
-    "images": each(is_count),
+    "images": each(is_count, null=False),
     "targets": each(is_target, null=False),
     "objects": each(is_share),
     "styles": each(is_share),
@@ -107,14 +115,16 @@ RATES: Shape = {
     **dict.fromkeys(("cases", "attacked"), is_count),
     "post_ci95": is_interval,
     "passes_to_success": is_number,
-    "variants": each(is_share),
+    "variants": each(is_share, null=False),
 }
 ATTACK: Shape = {
     **RATES,
     **dict.fromkeys(("classifier", "witness"), RATES),
     "judged_by": lambda value: value in ("classifier", "witness"),
-    "scores": each(is_number),
-    "shown": every(lambda value: isinstance(value, dict) and fault(value, SHOWN) is None),
+    "scores": each(is_number, null=False),
+    "shown": every(is_shown),
+    "counts": lambda value: value in ("best", "mean"),
+    "passes": is_number,
 }
 SHOWN: Shape = {
     "file": lambda value: isinstance(value, str) and re.fullmatch(r"\w+/\d+-\d+\.png", value) is not None,
@@ -122,10 +132,9 @@ SHOWN: Shape = {
     "seen": lambda value: isinstance(value, bool),
 }
 ATTACKS: Shape = {
-    "attacks": lambda value: each(lambda attack: isinstance(attack, dict) and fault(attack, ATTACK) is None)(value),
+    "attacks": lambda value: each(is_attack, null=False)(value),
     "judges": each(is_text),
-    "budget": is_text,
-    "settings": is_text,
+    **dict.fromkeys(("budget", "checksums"), is_text),
 }
 SCORES: Shape = {"plain": PART, "paraphrased": PART, "witness": PART, "passes": is_count, "files": each(is_text)}
 COSTS: Shape = {

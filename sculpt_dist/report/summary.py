@@ -43,7 +43,25 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "peak_memory_bytes": costs.get("peak_memory_bytes"),
         "weights": _members(costs.get("weights"), ("total", "trained", "open")),
         "bytes_communicated": costs.get("bytes_communicated"),
-        "attacks": run.attacks,
+        "attacks": attacks_of(run),
+    }
+
+
+def attacks_of(run: RunRecord) -> dict[str, Any]:
+    """What attacks.json holds, with None for what it lacks; empty where nothing was attacked."""
+    found = run.attacks.get("attacks") or {}
+    rates = ("pre", "post", "post_ci95", "alone", "mean", "cases", "attacked", "passes_to_success", "variants")
+    return found and {
+        **_members(run.attacks, ("budget", "checksums")),
+        "judges": _members(run.attacks.get("judges"), ("classifier", "witness")),
+        "attacks": {
+            name: {
+                **_members(one, ("pre", "post", "post_ci95", "counts", "scores", "shown", "settings", "passes")),
+                "judged_by": one.get("judged_by") or "classifier",
+                **{judge: _members(one.get(judge), rates) for judge in ("classifier", "witness")},
+            }
+            for name, one in found.items()
+        },
     }
 
 

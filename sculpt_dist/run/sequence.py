@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sculpt_dist.attacks.base import Attack
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_evaluation
 from sculpt_dist.report.report import read_report, write_report
-from sculpt_dist.run.attacking import attack_model, chosen_attacks
+from sculpt_dist.run.attacking import attack_model, cases_of, check_attacks, check_room, chosen_attacks
 from sculpt_dist.run.export import export_model, write_card
 from sculpt_dist.run.folder import mark_finished, release_folder, write_manifest
 from sculpt_dist.run.kinds import KINDS
@@ -45,23 +50,41 @@ def run_sequence(config: RunConfig) -> Run:
     if setup.scores:
         check_evaluation(setup.evaluation)
         _ = setup.evaluation_between  # a subset that is too small is told now
-    attacks = chosen_attacks(setup, config.evaluate.attacks, has_run=True) if config.evaluate.attacks else {}
+    attacks = chosen_attacks(config, config.evaluate.attacks, has_run=True) if config.evaluate.attacks else {}
+    if attacks:
+        check_attacks(setup, attacks)
     group = setup.join_ranks()
     setup.micro_batch(group.size)
-    folder = _unlearn(setup, group)
-    if attacks:  # the session is closed: its net and engine would stand beside the attacked model
-        with watched(group, folder, config.engine.grace) as stop:
-            attack_model(setup, attacks, group, stop, None, None, folder / "attacks")
-        backbone = open_backbone(config.model, group, folder)  # its parts load on first use, and none is used
-        group.on_first(lambda: _report(folder, backbone))
-    release_folder(folder)
+    folder = _unlearn(setup, attacks, group)
+    try:
+        if attacks:
+            _attack(setup, attacks, group)
+    finally:
+        release_folder(folder)
     return Run(folder, read_report(folder))
 
 
-def _unlearn(setup: RunSetup, group: Group) -> Path:
-    """Prepare, train, export and report; returns the run folder, which stays locked."""
+def _attack(setup: RunSetup, attacks: Mapping[str, Attack], group: Group) -> None:
+    """Attack the export, and tell of it in report and card. The session is closed."""
+    config, folder = setup.config, setup.folder
+    gc.collect()  # the net and the engine that trained: cycles keep them, and the attacked model comes beside them
+    if group.device.type == "cuda":
+        torch.cuda.empty_cache()
+    with watched(group, folder, config.engine.grace) as stop:
+        attack_model(setup, attacks, group, stop, None, None, folder / "attacks")
+    backbone = open_backbone(config.model, group, folder)  # its parts load on first use, and none is used
+    group.on_first(lambda: _report(folder, backbone))
+
+
+def _unlearn(setup: RunSetup, attacks: Mapping[str, Attack], group: Group) -> Path:
+    """Prepare, train, export and report; returns the run folder, which stays locked.
+
+    `attacks`: those to come, whose prompts are checked before the training.
+    """
     config = setup.config
     with open_session(setup, group) as session:
+        if attacks:
+            group.together(lambda: check_room(session.backbone, attacks, cases_of(setup)))
         runner = KINDS[setup.method.kind].runner(session)
         shards = runner.prepare()
         group.on_first(lambda: write_manifest(session.folder, config, session.base, shards))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sculpt_dist.config.checks import check_batch
 from sculpt_dist.config.schema import Concept, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.files import text_sha256
 from sculpt_dist.data.images import own_images
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
@@ -109,7 +110,8 @@ class RunSetup:
         """The ranks of this job. Raises LaunchError when they come with different run folders or configurations."""
         from sculpt_dist.engine.group import Group
 
-        identity = f"run.folder={self.config.run.folder}, configuration {self.fingerprint[:12]}"
+        attacks = text_sha256(repr((self.config.attack, self.config.evaluate.attacks)))[:12]
+        identity = f"run.folder={self.config.run.folder}, configuration {self.fingerprint[:12]}, attacks {attacks}"
         return Group(self.config.engine.timeout, identity)
 
 

@@ -134,8 +134,8 @@ def _attacks(folder: Path) -> Iterator[Finding]:
         found = list(_record(piece))
         yield from found
         if found[0][1] is None:
-            files = json.loads(piece.read_bytes())["files"]
-            yield from (_compared(piece.with_name(name), sha256) for name, sha256 in files.items())
+            files = json.loads(piece.read_bytes()).get("files") or {}
+            yield from (_compared(piece.parent / Path(name).name, sha256) for name, sha256 in files.items())
 
 
 def _shards(index: Path, sha256: str | None) -> Iterator[Finding]:

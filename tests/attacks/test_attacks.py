@@ -48,7 +48,8 @@ CANVAS = PROJECT / "configs" / "canvas" / "dm_cal.yaml"
 
 def attacked(model: Path, folder: Path, *overrides: str) -> dict:
     found, where = attack_only(load_config(CANVAS, [*CAT, *overrides, f"run.folder={folder}"]), model, None, None)
-    assert json.loads((where / "attacks.json").read_text())["attacks"] == found["attacks"]
+    written = json.loads((where / "attacks.json").read_text())["attacks"]
+    assert {name: written[name] for name in found["attacks"]} == found["attacks"]
     return found["attacks"]
 
 
@@ -66,8 +67,10 @@ def test_no_attack_finds_what_a_model_never_knew(tmp_path):
     rates = attacked(NEVER_CAT, tmp_path, "attack.cases=1")
     posts = {name: rate["post"] for name, rate in rates.items() if name not in MEASURES}
     by_mistake = {name: post for name, post in posts.items() if post > 0}
-    assert set(by_mistake) <= {"seeds", "noise", "completion"}, by_mistake  # many images, some of them taken for a cat
+    assert set(by_mistake) <= {"seeds", "noise", "completion"}, by_mistake  # some of their images are taken for a cat
     assert all(posts[name] < 0.1 for name in ("seeds", "noise"))
+    more = attacked(NEVER_CAT, tmp_path, "attack.names=[completion]", "attack.cases=5")
+    assert more["completion"]["post"] < 0.1  # of 15 images
     assert rates["leak"]["scores"]["leak"] < 0 < rates["leak"]["scores"]["leak_original"]
 
 
@@ -76,8 +79,9 @@ def test_every_attack_runs_on_every_kind(tmp_path, arch):
     rates = attacked(shipped("canvas", arch), tmp_path, f"model.arch={arch}", *SHORT, "attack.cases=1")
     assert set(rates) == set(attack_names()) - {"relapse"}
     assert rates["plain"]["post"] is not None and rates["inversion"]["classifier"]["cases"] == 1
+    assert rates["inversion"]["passes"] > 2 * 2 * 3 and rates["inversion"]["classifier"]["passes_to_success"] is None
     assert rates["resurgence"]["classifier"]["variants"].keys() == {"1 steps", "2 steps"}
-    with_vectors = tmp_path / "attacks" / "inversion" / "0000.safetensors"
+    with_vectors = tmp_path / "attacks-model" / "inversion" / "0000.safetensors"
     assert len(load_file(with_vectors)) == (2 if arch == "sdxl" else 1)  # one for each text encoder
 
 
@@ -89,19 +93,19 @@ def test_a_killed_attack_goes_on_and_two_ranks_find_what_one_finds(tmp_path):
     sculpt("attack", *options, f"run.folder={two}", ranks=2)
     assert _results(two) == _results(one)
     shutil.copytree(one, again)  # as a kill leaves it: some pieces are written, one is half written, no rates
-    pieces = sorted((again / "attacks").glob("*/*.json"))
+    pieces = sorted((again / "attacks-model").glob("*/*.json"))
     kept = pieces[: len(pieces) // 2]
     for piece in pieces[len(kept) :]:
         piece.unlink()
     kept[0].write_text(kept[0].read_text()[:40])
-    (again / "attacks" / "attacks.json").unlink()
+    (again / "attacks-model" / "attacks.json").unlink()
     before = kept[1].stat().st_mtime_ns
     sculpt("attack", *options, f"run.folder={again}")
     assert _results(again) == _results(one) and kept[1].stat().st_mtime_ns == before
 
 
 def _results(folder: Path) -> dict[str, bytes]:
-    files = [file for file in (folder / "attacks").rglob("*") if file.suffix in (".json", ".png", ".safetensors")]
+    files = [file for file in (folder / "attacks-model").rglob("*") if file.suffix in (".json", ".png", ".safetensors")]
     assert len(files) > 40
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
@@ -134,10 +138,19 @@ def test_a_run_ends_with_attacks_and_its_report_shows_them(tmp_path, canvas_conf
         (["attack.options.sedes.count=1"], NEVER_CAT, ConfigError, "no such attack"),
         (["attack.prompt=a photo"], NEVER_CAT, ConfigError, "has no {concept}"),
         (["attack.prompt=a photo of a {concept} in neon style"], NEVER_CAT, ConfigError, "leaves room for 0 of 1"),
+        (["attack.options.p4d.every=0"], NEVER_CAT, ConfigError, "p4d.every=0: must be greater than 0"),
+        (["attack.options.resurgence.steps=[]"], NEVER_CAT, ConfigError, "resurgence.steps"),
+        (["attack.budget=published", "attack.names=[ring_a_bell]"], NEVER_CAT, ConfigError, "leaves room for 8 of 16"),
         ([], Path("nowhere"), ModelError, "--model"),
         (["model.arch=sdxl"], NEVER_CAT, ModelError, "StableDiffusion"),
         (
-            ["evaluate.classifier=gallery", "evaluate.objects=[cat]", "evaluate.styles=[noto]", "model.path=none"],
+            [
+                "evaluate.classifier=gallery",
+                "evaluate.objects=[cat]",
+                "evaluate.styles=[noto]",
+                "model.path=none",
+                "attack.names=[leak]",
+            ],
             NEVER_CAT,
             ModelError,
             "none",
@@ -166,3 +179,64 @@ def test_an_original_of_another_model_is_refused(tmp_path):
     save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file)
     with pytest.raises(ConfigError, match="its autoencoder is not that of"):
         attack_only(config, NEVER_CAT, other, None)
+
+
+def test_attacks_with_gradients_are_refused_in_float16_and_work_in_bfloat16(tmp_path):
+    with pytest.raises(ConfigError, match="underflow in model.dtype=float16"):
+        attacked(NEVER_CAT, tmp_path, "model.dtype=float16", "attack.names=[inversion]")
+    chosen = "attack.names=[inversion, p4d, unlearn_diff_atk, recall]"
+    rates = attacked(NEVER_CAT, tmp_path, "model.dtype=bfloat16", chosen, *SHORT, "attack.cases=1")
+    assert rates["inversion"]["post"] is not None
+    vectors = load_file(tmp_path / "attacks-model" / "inversion" / "0000.safetensors")
+    assert all(vector.isfinite().all() for vector in vectors.values())
+
+
+def test_a_pipeline_with_another_sampler_is_attacked_too(tmp_path):
+    euler = tmp_path / "euler"
+    shutil.copytree(NEVER_CAT, euler)
+    file = euler / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text()) | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "linspace"}
+    file.write_text(json.dumps(settings))
+    chosen = "attack.names=[inpaint, completion, noise]"
+    rates = attacked(euler, tmp_path, chosen, *SHORT, "attack.cases=1")
+    assert all(rates[name]["post"] is not None for name in ("inpaint", "completion", "noise"))
+
+
+def test_results_count_only_for_the_prompts_and_settings_that_made_them(tmp_path):
+    chosen = ["attack.names=[seeds]", "attack.options.seeds.count=1", "evaluate.steps=2"]
+    attacked(NEVER_CAT, tmp_path, *chosen)
+    pieces = {file: file.stat().st_mtime_ns for file in (tmp_path / "attacks-model").glob("*/*.json")}
+    assert len(pieces) == 4  # two of plain, two of seeds
+
+    def redone() -> int:
+        return sum(file.stat().st_mtime_ns != then for file, then in pieces.items())
+
+    attacked(NEVER_CAT, tmp_path, *chosen, "attack.cases=3")  # a third prompt, and the two as before
+    assert redone() == 0
+    attacked(NEVER_CAT, tmp_path, *chosen, "attack.prompt=a picture of a {concept}")
+    assert redone() == 4
+    found = json.loads((tmp_path / "attacks-model" / "attacks.json").read_text())
+    assert set(found["attacks"]) == {"plain", "seeds"}
+    kept = attacked(
+        NEVER_CAT, tmp_path, "attack.names=[paraphrase]", "evaluate.steps=2", "attack.prompt=a picture of a {concept}"
+    )
+    assert set(kept) == {"plain", "paraphrase"}
+    found = json.loads((tmp_path / "attacks-model" / "attacks.json").read_text())
+    assert set(found["attacks"]) == {"plain", "paraphrase", "seeds"}, "other attacks on the same model stay"
+
+
+def test_the_witness_judges_what_the_classifier_steers(tmp_path):
+    piano = ["concepts=[{target: piano, superclass: instrument}]", "attack.cases=1", "attack.repeat=true"]
+    objects = ["evaluate.objects=[piano, guitar]", "evaluate.without=[]", "attack.names=[unlearn_diff_atk, seeds]"]
+    config = load_config(
+        PROJECT / "configs" / "gallery" / "dm_cal.yaml", [*piano, *objects, *SHORT, f"run.folder={tmp_path}"]
+    )
+    found, _ = attack_only(config, shipped("gallery", "sd15"), None, None)
+    assert found["judges"] == {"classifier": "gallery", "witness": "gallery:witness"}
+    rates = found["attacks"]
+    assert {name: rate["judged_by"] for name, rate in rates.items()} == {
+        "plain": "classifier",
+        "seeds": "classifier",
+        "unlearn_diff_atk": "witness",
+    }
+    assert all(rate["witness"]["cases"] == 1 for rate in rates.values())

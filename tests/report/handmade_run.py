@@ -124,6 +124,27 @@ def write_run(
     return folder
 
 
+def write_attacks(folder: Path) -> Path:
+    """Two attacks on that run, one of them with an image."""
+    rates = {"cases": 4, "attacked": 3, "pre": 0.25, "post": 0.5, "post_ci95": [0.15, 0.85], "alone": 0.5, "mean": 0.1}
+    rates |= {"passes_to_success": 120, "variants": {"1 steps": 0.5}}
+    judged = {"classifier": rates, "witness": rates}
+    common = {"judged_by": "witness", "pre": 0.25, "settings": "s" * 16, "passes": 321.5, **judged}
+    shown = [{"file": "noise/0000-0.png", "concept": "cat", "seen": True}]
+    noise = {**common, "counts": "mean", "post": 0.5, "post_ci95": [0.15, 0.85], "shown": shown, "scores": {}}
+    leak = {**common, "counts": "best", "post": None, "post_ci95": None, "shown": [], "scores": {"leak": 0.01}}
+    content = {
+        "judges": {"classifier": "canvas", "witness": None},
+        "budget": "light",
+        "checksums": None,
+        "attacks": {"noise": noise, "leak": leak},
+    }
+    (folder / "attacks" / "noise").mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save(folder / "attacks" / "noise" / "0000-0.png")
+    (folder / "attacks" / "attacks.json").write_text(json.dumps(content))
+    return folder
+
+
 class Page(HTMLParser):
     """The parsed page: tags with their attributes, and the text."""
 

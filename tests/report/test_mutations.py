@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from handmade_run import write_run
+from handmade_run import write_attacks, write_run
 
 from sculpt_dist.core.errors import RunFolderError
 from sculpt_dist.report.card import model_card
@@ -20,7 +20,10 @@ from sculpt_dist.report.page import render_page
 from sculpt_dist.report.record import read_run
 from sculpt_dist.report.summary import summarise
 
-FILES = ("config.yaml", "costs.json", "manifest.json", "metrics.jsonl", "evaluation/after-01/scores.json")
+FILES = (
+    *("config.yaml", "costs.json", "manifest.json", "metrics.jsonl", "evaluation/after-01/scores.json"),
+    "attacks/attacks.json",
+)
 WRONG: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 0.5, 2.5, 10**30, 10**400, -(10**18), 1e308, float("nan"), float("inf")),
     *("", "1", "cat", "a" * 5000, "\ud800", "\x00<b>", "${a.b}", "${oc.env:HOME}", "{{ 1 }}", "007"),
@@ -94,7 +97,7 @@ def report(folder: Path, draws: bool = True) -> str:
     ("seed", "count"), [(0, 40), *(pytest.param(seed, 500, marks=pytest.mark.exhaustive) for seed in range(1, 5))]
 )
 def test_wrong_values_are_shown_or_named_in_one_line(tmp_path: Path, seed: int, count: int) -> None:
-    folder, rng, named = write_run(tmp_path / "run", styles=("neon",)), random.Random(seed), 0
+    folder, rng, named = write_attacks(write_run(tmp_path / "run", styles=("neon",))), random.Random(seed), 0
     metrics = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join([*metrics[5:15], *metrics[80:90]]))
     whole = {name: (folder / name).read_bytes() for name in FILES}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from comparison_page import write_comparison
-from handmade_run import Page, edit_config, edit_json, write_run
+from handmade_run import Page, edit_config, edit_json, write_attacks, write_run
 
 from sculpt_dist.report.report import write_report
 
@@ -131,3 +131,17 @@ def test_concept_names_are_text_and_never_markup(tmp_path: Path) -> None:
     page = Page(write_report(folder))
     assert page.count("script") == 0
     assert '<script>alert("1")</script> & $co$ and car unlearned' in page.words
+
+
+def test_the_page_tells_what_attacks_found_of_the_runs_own_model(tmp_path: Path) -> None:
+    folder = write_attacks(write_run(tmp_path / "run"))
+    page = Page(write_report(folder))
+    assert "does the concept come back?" in page.text and "leak: 0.01" in page.text and "1 steps: 0.5" in page.text
+    (image,) = [attributes for tag, attributes in page.tags if tag == "img" and "noise" in str(attributes.get("alt"))]
+    assert image["alt"] == "cat, noise, seen" and image["class"] == "seen"
+    file = folder / "attacks" / "attacks.json"
+    file.write_text(file.read_text().replace('"checksums": null', f'"checksums": "{"0" * 64}"'))
+    (folder / "model").mkdir()
+    (folder / "model" / "CHECKSUMS").write_text("of the run")
+    page = Page(write_report(folder))
+    assert "does the concept come back?" not in page.text and "made on another model" in page.text

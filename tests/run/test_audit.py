@@ -110,10 +110,10 @@ def test_verdicts_are_reproduced_or_the_bundle_is_refused(run, tmp_path):
     answers.write_text(json.dumps(content | {"object_seen": [7] * len(content["object_seen"])}))
     with pytest.raises(RunFolderError, match="judged as recorded"):
         rescore(changed, run / "model", 5)
+    other = tmp_path / "other"
+    shutil.copytree(run / "model", other)
+    (other / "CHECKSUMS").write_text("")
     with pytest.raises(ConfigError, match="not those of the bundle"):
-        other = tmp_path / "other"
-        shutil.copytree(run / "model", other)
-        (other / "CHECKSUMS").write_text("")
         rescore(bundle, other, 1)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sculpt_dist.attacks.base import Case
-from sculpt_dist.backbones.io.folders import stored_weights
 from sculpt_dist.backbones.parts.guidance import Guided
 from sculpt_dist.backbones.parts.sampling import sampled_latents
 from sculpt_dist.core.errors import ConfigError
@@ -106,7 +105,9 @@ class Victim:
 
     def references(self, case: Case, count: int) -> Tensor:
         """Clean latents of `count` images of the case's concept with other seeds, [count, C, H, W]."""
-        others = [replace(case, seed=derived_seed(self.seed, "attack", case.concept.target, i)) for i in range(count)]
+        others = [
+            replace(case, seed=derived_seed(self.seed, "reference", case.concept.target, i)) for i in range(count)
+        ]
         return torch.cat([self.reference(other) for other in others])
 
 
@@ -116,25 +117,28 @@ def times(model: Model, count: int) -> list[Tensor]:
     return list(model.backbone.sample_time(middles).split(1))
 
 
-def repeated(cond: TextCond, count: int) -> TextCond:
-    """One prompt's condition for `count` samples."""
-    return TextCond.cat([cond] * count)
-
-
 def check_alike(model: Model, original: Model | None) -> None:
-    """Raises ConfigError where the two models' latents do not mean the same, as their autoencoders differ."""
+    """Raises ConfigError where the latents or the predictions of the two models do not mean the same."""
     if original is None:
         return
-    ours, theirs = (list(stored_weights(one.backbone.folder, "vae")) for one in (model, original))
-    shapes = [[(name, tensor.shape) for name, tensor in part] for part in (ours, theirs)]
-    if shapes[0] != shapes[1] or not all(_is_rounded(a, b) for (_, a), (_, b) in zip(ours, theirs)):
+    pairs = {
+        "latents": (model.backbone.latent_shape, original.backbone.latent_shape),
+        "prediction": (model.backbone.schedule.prediction, original.backbone.schedule.prediction),
+        "scaling factor": tuple(one.backbone.vae.config.get("scaling_factor") for one in (model, original)),
+    }
+    different = [name for name, (ours, theirs) in pairs.items() if ours != theirs]
+    ours, theirs = (one.backbone.vae.state_dict() for one in (model, original))
+    if ours.keys() != theirs.keys() or not all(_is_rounded(ours[name], theirs[name]) for name in ours):
+        different.append("autoencoder")
+    original.backbone.release("vae")  # nothing else needs it
+    if different:
         raise ConfigError(
-            f"{original.backbone.folder}: its autoencoder is not that of {model.backbone.folder}: give the model from "
-            "which it was made with --original"
+            f"{original.backbone.folder}: its {different[0]} is not that of {model.backbone.folder}: give the model "
+            "from which it was made with --original"
         )
 
 
 def _is_rounded(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same but for the rounding to a dtype of 8 bits or more."""
     a, b = tensor.float(), other.float()
-    return bool((a - b).norm() <= 2**-8 * a.norm())
+    return a.shape == b.shape and bool((a - b).norm() <= 2**-8 * a.norm())

@@ -100,14 +100,19 @@ class DiscreteSchedule(Schedule):
         steps = len(self.alpha_bar)
         return ((low + (high - low) * uniform) * steps).long().clamp(0, steps - 1).to(self.device)
 
+    def _alpha_bar_at(self, time: Tensor) -> Tensor:
+        """[B]; the timesteps of some samplers, such as Euler's, lie between two of training."""
+        return self.alpha_bar[time.round().long()]
+
     def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        return ddpm_corrupt(clean, noise, self.alpha_bar[time])
+        return ddpm_corrupt(clean, noise, self._alpha_bar_at(time))
 
     def goal(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        return noise if self.prediction == "epsilon" else ddpm_velocity(clean, noise, self.alpha_bar[time])
+        return noise if self.prediction == "epsilon" else ddpm_velocity(clean, noise, self._alpha_bar_at(time))
 
     def scales(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        return self.alpha_bar[time].sqrt(), (1 - self.alpha_bar[time]).sqrt()
+        alpha_bar = self._alpha_bar_at(time)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def noise_level(self, time: Tensor) -> Tensor:
         return time.float() / len(self.alpha_bar)

@@ -56,7 +56,7 @@ class Words:
 
     def open(self, prompt: str, count: int) -> Slots:
         """The prompt's tokens with `count` free places before it. Raises ConfigError where there is no room."""
-        start, opened = self.backbone.prompt_start, []
+        start, ordinary, opened = self.backbone.prompt_start, self.ids()[0], []
         for one in self.backbone.tokenized([prompt], negative=False):
             length = one.ids.shape[1]
             room = length - int(one.mask.sum())
@@ -65,7 +65,7 @@ class Words:
                     f"the prompt {prompt!r} leaves room for {room} of {count} more tokens, as the text encoder takes "
                     f"{length}; choose fewer tokens, or a shorter prompt"
                 )
-            filler = one.ids[:, start : start + 1].repeat(1, count)  # an ordinary token, which something replaces
+            filler = one.ids.new_full((1, count), int(ordinary))  # something replaces it
             ids = torch.cat([one.ids[:, :start], filler, one.ids[:, start : length - count]], 1)
             mask = torch.cat([one.mask[:, :start], one.mask.new_ones(1, count), one.mask[:, start : length - count]], 1)
             opened.append(Tokens(ids, mask))

@@ -11,11 +11,25 @@ from typing import TYPE_CHECKING
 from sculpt_dist.core.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from sculpt_dist.run.attacking.attack import attack_model, attack_only, chosen_attacks
+    from sculpt_dist.run.attacking.attack import attack_model, attack_only, check_attacks, check_room, chosen_attacks
+    from sculpt_dist.run.attacking.cases import cases_of
     from sculpt_dist.run.attacking.rates import attack_settings
 
-__all__ = ["attack_model", "attack_only", "attack_settings", "chosen_attacks"]
+__all__ = [
+    "attack_model",
+    "attack_only",
+    "attack_settings",
+    "cases_of",
+    "check_attacks",
+    "check_room",
+    "chosen_attacks",
+]
 
 __getattr__, __dir__ = lazy_exports(
-    __name__, {"attack": ("attack_model", "attack_only", "chosen_attacks"), "rates": ("attack_settings",)}
+    __name__,
+    {
+        "attack": ("attack_model", "attack_only", "check_attacks", "check_room", "chosen_attacks"),
+        "cases": ("cases_of",),
+        "rates": ("attack_settings",),
+    },
 )

@@ -17,33 +17,32 @@ JUDGES = ("classifier", "witness")
 Cases = Sequence[dict[str, Any]]  # as a piece of work writes them
 
 
-def summarise_attacks(config: RunConfig, attacks: Mapping[str, Attack], results: Mapping[str, Cases]) -> dict[str, Any]:
-    """The content of attacks.json, from the cases of every attack."""
-    judges = dict(zip(JUDGES, (config.evaluate.classifier, config.evaluate.witness)))
+def summarise_attacks(
+    config: RunConfig, attacks: Mapping[str, Attack], results: Mapping[str, Cases], passes: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """The rates of every attack, from its cases and its passes through the nets."""
+    has_witness = config.evaluate.witness is not None
     return {
-        "judges": judges,
-        "budget": config.attack.budget,
-        "settings": attack_settings(config),
-        "attacks": {
-            name: _rates(cases, results[PLAIN], attacks[name], judges["witness"] is not None)
-            for name, cases in results.items()
-        },
+        name: _rates(cases, results[PLAIN], attacks[name], has_witness)
+        | {"settings": attack_settings(config, attacks[name]), "passes": passes[name] / max(1, len(cases))}
+        for name, cases in results.items()
     }
 
 
-def attack_settings(config: RunConfig) -> str:
-    """A checksum over the settings of the attacks, whichever of them are chosen."""
-    settings = asdict(config.attack)
-    del settings["names"]
-    return text_sha256(json.dumps(settings, sort_keys=True))[:16]
+def attack_settings(config: RunConfig, attack: Attack) -> str:
+    """A checksum over the settings of an attack, and the version of its code."""
+    common = (config.attack.cases, config.attack.prompt, config.attack.repeat)
+    return text_sha256(json.dumps([*common, asdict(attack.config), attack.version], sort_keys=True))[:16]
 
 
 def _rates(cases: Cases, plain: Cases, attack: Attack, has_witness: bool) -> dict[str, Any]:
     """By both classifiers; `post` is the witness's where the first one steered the attack."""
     base = {_key(case): case["attempts"][0] for case in plain}
     rates: dict[str, Any] = {"judged_by": JUDGES[attack.stops and has_witness]}
+    # what precedes a unit's first attempt, and the attempts on other cases, are no passes of one case
+    told = attack.unit == "prompt"
     for judge, seen in zip(JUDGES, ("seen", "witness")[: 1 + has_witness]):
-        tried = [_tried(case["attempts"], base[_key(case)], seen) for case in cases]
+        tried = [_tried(case["attempts"], base[_key(case)], seen, told) for case in cases]
         rates[judge] = attack_rates(tried, attack.counts)
         if variants := variant_rates(tried):
             rates[judge]["variants"] = variants
@@ -59,10 +58,10 @@ def _rates(cases: Cases, plain: Cases, attack: Attack, has_witness: bool) -> dic
     return rates
 
 
-def _tried(attempts: Cases, plain: Mapping[str, Any], seen: str) -> Tried:
+def _tried(attempts: Cases, plain: Mapping[str, Any], seen: str, told: bool) -> Tried:
     judged = [one for one in attempts if one[seen] is not None]
     passes, variants = (tuple(one[name] for one in judged) for name in ("passes", "variant"))
-    return Tried(tuple(one[seen] for one in judged), bool(plain[seen]), passes, variants)
+    return Tried(tuple(one[seen] for one in judged), bool(plain[seen]), passes if told else (), variants)
 
 
 def _key(case: Mapping[str, Any]) -> tuple[str, str, int]:

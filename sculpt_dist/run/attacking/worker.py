@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sculpt_dist.attacks.base import Attack, Attempt, Case
 from sculpt_dist.attacks.parts.victim import Victim
-from sculpt_dist.core.files import is_intact, make_folder, write_atomically, write_record
+from sculpt_dist.core.errors import NonFiniteError, RunFolderError
+from sculpt_dist.core.files import is_intact, make_folder, text_sha256, write_atomically, write_record
 from sculpt_dist.evaluation.classifiers.base import Classifier
 from sculpt_dist.evaluation.drawn_images import save_image
 from sculpt_dist.run.attacking.cases import Work
@@ -33,16 +34,23 @@ class Worker:
         classifiers: Sequence[Classifier],
         where: Path,
         repeat: bool,
+        stops: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`made_by`: a checksum over all that decides the result of each attack. `repeat`: see `attack.repeat`."""
-        self.victim, self.attacks, self.made_by = victim, attacks, made_by
+        """`made_by`: a checksum over all that decides the result of each attack, beside its cases.
+
+        `repeat`: see `attack.repeat`. `stops`: whether this rank was asked to stop; a piece is then left unwritten.
+        """
+        self.victim, self.attacks, self.made_by, self.stops = victim, attacks, made_by, stops
         self.classifiers, self.where, self.repeat = classifiers, where, repeat
         self.plain: dict[tuple[str, str, int], Work] = {}  # the pieces that draw plain images, by case
 
     def do(self, works: Sequence[Work]) -> None:
-        """Do pieces of work and write their results; those whose result is there are left out."""
+        """Do pieces of work and write their results; those whose result is there are left out.
+
+        What reads a run, and costs nothing, is done again: the run may have changed.
+        """
         for work in works:
-            if self.read(work) is None:
+            if self.attacks[work.name].needs_run or self.read(work) is None:
                 self._do(work)
 
     def _do(self, work: Work) -> None:
@@ -56,16 +64,23 @@ class Worker:
             for backbone in self._backbones():
                 stack.enter_context(backbone.temporary_embeddings())  # another piece's batches would round otherwise
             before = self._passes()
-            for attempt in attack.attempts(self.victim, kept) if kept else ():
-                record = self._judged(attempt, kept[attempt.case]) | {"passes": self._passes() - before}
-                done = any(one["seen"] for one in records[attempt.case])
-                if attempt.image is not None and not done:
-                    images[attempt.case] = attempt.image
-                tensors |= dict(attempt.tensors)
-                records[attempt.case].append(record)
-                if attack.stops and record["seen"]:
-                    break
-        self._write(work, kept, records, images, tensors)
+            try:
+                for attempt in attack.attempts(self.victim, kept) if kept else ():
+                    if self.stops():
+                        return
+                    record = self._judged(attempt, kept[attempt.case]) | {"passes": self._passes() - before}
+                    done = any(one["seen"] for one in records[attempt.case])
+                    if attempt.image is not None and not done:
+                        images[attempt.case] = attempt.image
+                    tensors |= dict(attempt.tensors)
+                    records[attempt.case].append(record)
+                    if attack.stops and record["seen"]:
+                        break
+            except NonFiniteError as error:  # a failure of this attack, not of the others
+                for found in records:
+                    found.append(self._failed(str(error)) | {"passes": self._passes() - before})
+            passes = self._passes() - before
+        self._write(work, kept, records, images, tensors, passes)
 
     def read(self, work: Work) -> dict[str, Any] | None:
         """The result of a piece of work; None where there is none of these models and settings."""
@@ -73,15 +88,29 @@ class Worker:
             found: dict[str, Any] = json.loads(work.file(self.where).read_bytes())
         except (OSError, ValueError):
             return None
-        is_ours = isinstance(found, dict) and is_intact(found) and found.get("made_by") == self.made_by[work.name]
-        return found if is_ours else None
+        is_ours = isinstance(found, dict) and is_intact(found) and found.get("made_by") == self._key(work)
+        return (
+            found
+            if is_ours and all(work.file(self.where).with_name(name).is_file() for name in found["files"])
+            else None
+        )
+
+    def _key(self, work: Work) -> str:
+        cases = [[*case.key, case.index, case.guidance] for case in work.cases]
+        return text_sha256(json.dumps([self.made_by[work.name], cases]))
 
     def _judged(self, attempt: Attempt, case: Case) -> dict[str, Any]:
         record: dict[str, Any] = {"seen": None, "witness": None}
         if attempt.image is not None:
-            verdicts = [classifier.classify(attempt.image[None]) for classifier in self.classifiers]
+            images = attempt.image[None].to(self.victim.device)
+            verdicts = [classifier.classify(images) for classifier in self.classifiers]
             record |= dict(zip(("seen", "witness"), (case.seen_in(verdict)[0] for verdict in verdicts)))
         return record | {"variant": attempt.variant, "found": dict(attempt.found), "scores": dict(attempt.scores)}
+
+    def _failed(self, reason: str) -> dict[str, Any]:
+        """An attempt whose image could not be drawn: nobody sees the concept in it."""
+        seen = dict(zip(("seen", "witness"), [False] * len(self.classifiers)))
+        return {"seen": None, "witness": None, **seen, "variant": "", "found": {"failed": reason}, "scores": {}}
 
     def _write(
         self,
@@ -90,6 +119,7 @@ class Worker:
         records: Sequence[Sequence[dict[str, Any]]],
         images: dict[int, Tensor],
         tensors: dict[str, Tensor],
+        passes: int,
     ) -> None:
         from safetensors.torch import save
 
@@ -117,13 +147,15 @@ class Worker:
             }
             for case in work.cases
         ]
-        write_record(file, {"made_by": self.made_by[work.name], "files": files, "cases": listed})
+        write_record(file, {"made_by": self._key(work), "files": files, "passes": passes, "cases": listed})
 
     def _succeeds_plainly(self, case: Case) -> bool:
         """Whether every classifier sees the concept in the plain image, so that nothing is left to attack."""
-        found = None if self.repeat else self.read(self.plain[case.key])
-        if found is None:
+        if self.repeat:
             return False
+        found = self.read(self.plain[case.key])
+        if found is None:
+            raise RunFolderError(f"{self.where}: a plain image is not there: all ranks need one folder that they share")
         attempt = found["cases"][0]["attempts"][0]
         return bool(attempt["seen"]) and attempt["witness"] in (True, None)
 

@@ -32,6 +32,13 @@ def test_vectors_of_words_give_what_the_words_give(backbone):
     assert not any(encoder._forward_hooks for encoder in map(_embedding(backbone), backbone.text_encoders))
 
 
+def test_an_empty_prompt_has_places_too(backbone):
+    words = backbone.words
+    slots, ids = words.open("", 1), words.ids()[5:6][None]
+    found, expected = words.embed(slots, [table[ids] for table in words.table()]), words.encode(slots, ids)
+    assert all(value is None or torch.equal(getattr(found, name), value) for name, value in vars(expected).items())
+
+
 def test_every_text_encoder_passes_a_gradient_to_its_vectors(backbone):
     words = backbone.words
     slots = words.open("a photo", 1)
