@@ -36,11 +36,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 POSITIVE = (
     "prepare.samples prepare.steps prepare.batch hold.samples hold.share hold.weight train.steps train.batch "
-    "train.accumulate train.lr train.checkpoint_share mask.keep engine.timeout engine.grace engine.gathered "
+    "adversarial.radius adversarial.lr train.accumulate train.lr train.checkpoint_share mask.keep engine.timeout "
+    "engine.grace engine.gathered "
     "evaluate.images evaluate.steps evaluate.batch evaluate.bootstrap attack.cases model.text_batch"
 ).split()
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, half of a pair, line and paragraph ends
-SHARES = "train.warmup train.checkpoint_share mask.keep mask.turnover mask.until".split()
+SHARES = "adversarial.share train.warmup train.checkpoint_share mask.keep mask.turnover mask.until".split()
 MOST = {  # (limit, its unit) of the keys that it applies to
     (1000, "steps, as many as a sampler has"): "prepare.steps evaluate.steps",
     (1e6, "workers"): "train.workers",

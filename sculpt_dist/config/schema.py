@@ -124,6 +124,20 @@ class HoldConfig:
 
 
 @dataclass(frozen=True)
+class AdversarialConfig:
+    """An attack within the training, against which a method forgets; after AdvUnlearn."""
+
+    steps: int = 0
+    """Steps of the attack before each update; 0 attacks nothing. Each costs three passes of every target's sample."""
+    radius: float = 0.3
+    """Largest disturbance of a token's embedding, as a share of its norm."""
+    lr: float = 0.5
+    """Length of a step, as a share of the radius."""
+    share: float = 0.5
+    """Share of the target's samples that are attacked."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The optimisation of one concept."""
 
@@ -343,6 +357,8 @@ class RunConfig:
     """The training samples."""
     hold: HoldConfig = field(default_factory=HoldConfig)
     """General prompts that are held."""
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    """The attack within the training."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The optimisation."""
     mask: MaskConfig = field(default_factory=MaskConfig)

@@ -52,6 +52,11 @@ class Predictor:
                 together = self.backbone.denoise(self.net, noisy, time, cond)
         return list(torch.split(together, [len(request[0]) for request in requests]))
 
+    def for_inputs(self, noisy: Tensor, time: Tensor, cond: TextCond) -> Tensor:
+        """A prediction for gradients to its inputs alone. DeepSpeed takes any backward of its engine for a step's."""
+        net: nn.Module = getattr(self.net, "module", self.net)
+        return self.backbone.denoise(net, noisy, time, cond)
+
     def without_gradient(self, requests: Sequence[Request]) -> list[Tensor]:
         """The same as `all`, without gradient."""
         with torch.no_grad():

@@ -40,7 +40,7 @@ CONTENTS = (
 ).split()
 MANIFEST_REMEDY = "remove it and repeat the command, which writes it anew"
 BEFORE_A_RUN = ("data", "log.txt", "STOP", "REQUEUE")  # may lie in a folder in which no run has begun
-LATER_SECTIONS = {"hold", "attack"}  # of a configuration, which runs of earlier versions lack
+LATER_SECTIONS = {"hold", "attack", "adversarial"}  # of a configuration, which runs of earlier versions lack
 NAMED = 20  # finished concepts that a checkpoint names
 JOB_LOGS = (".out", ".err", ".log")
 KEPT_BY_FRESH = ("data", "STOP")  # recipes decide which data is reused; STOP may arrive while a run starts

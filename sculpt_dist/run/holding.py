@@ -10,8 +10,7 @@ form has no steps, and preserves the prompts with those of the superclass.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from sculpt_dist.config.schema import Concept, HoldConfig
 from sculpt_dist.core.errors import ConfigError
@@ -20,9 +19,9 @@ from sculpt_dist.core.types import Losses
 from sculpt_dist.data.prompt_files import read_prompts
 from sculpt_dist.data.prompts import naming
 from sculpt_dist.data.streams import HOLD, StreamSpec
-from sculpt_dist.engine.optimizer import ShardedVector
 from sculpt_dist.maths.losses import mse
-from sculpt_dist.methods.base import LossFunction, Method, Setup, Step
+from sculpt_dist.methods.base import LossFunction, Method, Step
+from sculpt_dist.run.wrapped import Wrapped
 
 
 def hold_prompts(hold: HoldConfig, concepts: Sequence[Concept]) -> tuple[str, ...]:
@@ -46,14 +45,17 @@ def hold_prompts(hold: HoldConfig, concepts: Sequence[Concept]) -> tuple[str, ..
     return found
 
 
-class Holding(Method):
-    """A method with the term for held prompts in its last group of losses; all else is the method's own."""
+class Holding(Wrapped):
+    """A method with the term for held prompts in its last group of losses."""
 
     def __init__(self, method: Method, hold: HoldConfig) -> None:
-        self.method, self.hold = method, hold
+        super().__init__(method)
+        self.hold = hold
         self.needs_original = method.needs_original or hold.source == "original"
         self.needs_teacher = method.needs_teacher or hold.source == "teacher"
-        self.calibration_images, self.reference_mask = method.calibration_images, method.reference_mask
+
+    def again(self, method: Method) -> Method:
+        return Holding(method, self.hold)
 
     def streams(self) -> Sequence[StreamSpec]:
         return (*self.method.streams(), StreamSpec(HOLD, share=self.hold.share))
@@ -72,27 +74,3 @@ class Holding(Method):
         (kept,) = step.frozen(self.hold.source).all([(noisy, time, held.cond)])
         term = mse(step.student(noisy, time, held.cond), kept)
         return Losses({**losses.terms, HOLD: self.hold.weight * term})
-
-    def prepare(self, setup: Setup) -> Method:
-        return Holding(self.method.prepare(setup), self.hold)
-
-    def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
-        return self.method.trainable(groups)
-
-    def adapter(self, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any] | None:
-        return self.method.adapter(groups)
-
-    def extra_concepts(self, setup: Setup) -> Mapping[str, Sequence[str]]:
-        return self.method.extra_concepts(setup)
-
-    def saliency(self, step: Step) -> Losses:
-        return self.method.saliency(step)
-
-    def combine(self, gradients: Sequence[ShardedVector]) -> ShardedVector:
-        return self.method.combine(gradients)
-
-    def candidate_every(self, updates: int) -> int:
-        return self.method.candidate_every(updates)
-
-    def judge(self, recent: Mapping[str, float]) -> float:
-        return self.method.judge(recent)

@@ -18,6 +18,7 @@ from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
 from sculpt_dist.methods.base import Editor, Method, load_method
 from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.folder import check_checkpoint, check_inputs
+from sculpt_dist.run.hardening import Hardened
 from sculpt_dist.run.holding import Holding, hold_prompts
 from sculpt_dist.run.plan import Plan, make_plan
 from sculpt_dist.worlds.find import world as find_world
@@ -151,6 +152,8 @@ def resolve(config: RunConfig) -> RunSetup:
     if isinstance(method, Editor):
         last = replace(prompts[-1], keep=(*prompts[-1].keep, *held))
         return RunSetup(config, method, None, (*prompts[:-1], last), held)
+    if config.adversarial.steps:
+        method = Hardened(method, config.adversarial)
     if held:
         method = Holding(method, config.hold)
     at_once = len(prompts) if config.train.together else 1
