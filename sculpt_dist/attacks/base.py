@@ -73,6 +73,7 @@ class Attack(ABC):
     counts: ClassVar[str] = "best"  # what its rate is: of cases with any success (best), or of all images (mean)
     needs_original: ClassVar[bool] = False  # whether it uses the model from before the unlearning
     needs_gradient: ClassVar[bool] = False  # whether it optimises through the net
+    needs_unrelated: ClassVar[bool] = False  # whether it uses prompts that ask for no target
     needs_run: ClassVar[bool] = False  # whether it reads the folder of the run
     version: ClassVar[int] = 1  # higher where the code changes what it finds: earlier results then do not count
     slots: int = 0  # tokens that it adds to a prompt

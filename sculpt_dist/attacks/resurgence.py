@@ -14,7 +14,6 @@ import torch
 from sculpt_dist.attacks.base import Attack as Base
 from sculpt_dist.attacks.base import Attempt, Case
 from sculpt_dist.attacks.parts.victim import Victim
-from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.files import derived_seed
 from sculpt_dist.maths.losses import mse
 
@@ -35,12 +34,10 @@ class Config:
 
 class Attack(Base):
     unit = "model"
-    needs_original = needs_gradient = True
+    needs_original = needs_gradient = needs_unrelated = True
     config: Config
 
     def attempts(self, victim: Victim, cases: Sequence[Case]) -> Iterator[Attempt]:
-        if not victim.unrelated:
-            raise ConfigError("attack.names=resurgence: there is no prompt without a target; set evaluate.objects")
         config, backbone, rng = self.config, victim.model.backbone, victim.rng("resurgence")
         order = torch.randperm(len(victim.unrelated), generator=rng).tolist()
         prompts = [victim.unrelated[order[i % len(order)]] for i in range(config.images)]

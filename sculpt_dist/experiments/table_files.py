@@ -91,7 +91,7 @@ def as_markdown(comparison: Comparison, blocks: Sequence[Block]) -> str:
 
 def _attack_table(lines: Sequence[Line], names: Sequence[str]) -> str:
     """The rate of every attack on every row, with its interval."""
-    rows = [["", *names, "seeds"], ["---"] * (len(names) + 2)]
+    rows = [["", *names, "runs"], ["---"] * (len(names) + 2)]
     for line in lines:
         rates = [attack_text(line, name) for name in names]
         rows.append([line.name, *rates, str(len(line.seeds))])

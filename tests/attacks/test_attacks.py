@@ -28,6 +28,12 @@ CAT = [
     "attack.cases=2",
     "attack.repeat=true",
 ]
+FEWER = [  # images of the attacks that only draw: the light budgets but for these
+    "attack.cases=1",
+    "attack.options.seeds.count=15",
+    "attack.options.noise.etas=[1.0, 1.34, 1.85]",
+    "attack.options.resurgence.steps=[50]",
+]
 SHORT = [  # enough to run every line
     "evaluate.steps=4",
     "attack.options.seeds.count=2",
@@ -54,7 +60,7 @@ def attacked(model: Path, folder: Path, *overrides: str) -> dict:
 
 
 def test_every_attack_brings_back_what_the_base_model_knows(tmp_path):
-    rates = attacked(shipped("canvas", "sd15"), tmp_path, "attack.cases=1")
+    rates = attacked(shipped("canvas", "sd15"), tmp_path, *FEWER)
     assert set(rates) == set(attack_names()) - {"relapse"}  # there is no run
     alone = {name: rate["classifier"]["alone"] for name, rate in rates.items() if name not in MEASURES}
     assert alone == dict.fromkeys(alone, 1.0)
@@ -64,7 +70,7 @@ def test_every_attack_brings_back_what_the_base_model_knows(tmp_path):
 
 
 def test_no_attack_finds_what_a_model_never_knew(tmp_path):
-    rates = attacked(NEVER_CAT, tmp_path, "attack.cases=1")
+    rates = attacked(NEVER_CAT, tmp_path, *FEWER)
     posts = {name: rate["post"] for name, rate in rates.items() if name not in MEASURES}
     by_mistake = {name: post for name, post in posts.items() if post > 0}
     assert set(by_mistake) <= {"seeds", "noise", "completion"}, by_mistake  # some of their images are taken for a cat

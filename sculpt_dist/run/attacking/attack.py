@@ -71,8 +71,9 @@ def check_attacks(setup: RunSetup, attacks: Mapping[str, Attack]) -> None:
     """Detect before anything is drawn what would make attacks fail. Raises ConfigError or ModelError."""
     check_evaluation(setup.evaluation)
     cases_of(setup)
-    if "resurgence" in attacks and not unrelated_prompts(setup.evaluation):
-        raise ConfigError("attack.names=resurgence: every prompt of the evaluation has a target; set evaluate.objects")
+    for name in [name for name, attack in attacks.items() if attack.needs_unrelated]:
+        if not unrelated_prompts(setup.evaluation):
+            raise ConfigError(f"attack.names={name}: every prompt of the evaluation has a target; set evaluate.objects")
     if setup.config.model.dtype == "float16":
         for name in [name for name, attack in attacks.items() if attack.needs_gradient]:
             raise ConfigError(
@@ -199,17 +200,9 @@ def _fingerprints(victim: Victim) -> list[str]:
 def _made_by(setup: RunSetup, attacks: Mapping[str, Attack], victim: Victim, models: Sequence[str]) -> dict[str, str]:
     """Of each attack, a checksum over all that decides its result, beside the cases."""
     config, backbone = setup.config, victim.model.backbone
-    common = [
-        *(
-            models[0],
-            setup.evaluation.fingerprint,
-            config.evaluate.seed,
-            config.attack.repeat,
-            config.model.cut_prompts,
-        ),
-        *([asdict(concept) for concept in setup.concepts], backbone.frozen_dtypes),
-        *(backbone.image_size, list(backbone.size_ids or ())),
-    ]
+    drawing = [backbone.frozen_dtypes, backbone.image_size, list(backbone.size_ids or ()), config.model.cut_prompts]
+    judging = [setup.evaluation.fingerprint, config.evaluate.seed, config.attack.repeat]
+    common = [models[0], [asdict(concept) for concept in setup.concepts], *drawing, *judging]
     own = {
         name: [name, attack.version, asdict(attack.config), models if attack.needs_original else None]
         for name, attack in attacks.items()
