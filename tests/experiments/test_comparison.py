@@ -173,8 +173,9 @@ def test_every_cell_of_a_shipped_comparison_is_valid(file):
     )  # equally many for every method
 
 
-def test_the_shipped_record_matches_the_present_cells():
-    file = PROJECT / "configs" / "compare" / "canvas.yaml"
+@pytest.mark.parametrize("name", ["canvas", "robustness"])
+def test_the_shipped_record_matches_the_present_cells(name):
+    file = PROJECT / "configs" / "compare" / f"{name}.yaml"
     comparison = read_comparison(file)
     cells = list(comparison_cells(comparison, file, []))
     configs, record = checked_configs(cells), read_record(file.parent / comparison.record)
