@@ -173,7 +173,7 @@ def test_every_cell_of_a_shipped_comparison_is_valid(file):
     )  # equally many for every method
 
 
-@pytest.mark.parametrize("name", ["canvas", "robustness"])
+@pytest.mark.parametrize("name", ["canvas", "gallery", "robustness"])
 def test_the_shipped_record_matches_the_present_cells(name):
     file = PROJECT / "configs" / "compare" / f"{name}.yaml"
     comparison = read_comparison(file)

@@ -89,4 +89,4 @@ def test_the_command_ends_with_2_where_nothing_has_a_checksum_or_a_file_differs(
     for place in (tmp_path / "foreign", tmp_path / "foreign" / "unet" / "diffusion_pytorch_model.safetensors"):
         printed = sculpt("verify", str(place), code=2)
         assert f"RunFolderError: {place}: holds no checksums of sculpt-dist" in printed
-    assert "is no run folder, model folder or delta file" in sculpt("verify", str(tmp_path), code=2)
+    assert "is no run folder, model folder, delta file or audit bundle" in sculpt("verify", str(tmp_path), code=2)
