@@ -130,6 +130,10 @@ def test_a_run_ends_with_attacks_and_its_report_shows_them(tmp_path, canvas_conf
     assert "does the concept come back?" in page and page.count('alt="bird, noise') == 1
     again = sculpt("unlearn", canvas_config, *TINIEST, *SHORT, f"run.folder={tmp_path}")  # without them the same run
     assert "left alone" not in again
+    sculpt(
+        "attack", canvas_config, *TINIEST, *SHORT, "attack.names=[seeds]", "attack.cases=1", f"run.folder={tmp_path}"
+    )
+    assert "| seeds |" in (tmp_path / "model" / "README.md").read_text()
     verified = sculpt("verify", str(tmp_path))
     assert "as they were written" in verified
     image = next((tmp_path / "attacks" / "noise").glob("*.png"))

@@ -22,6 +22,7 @@ from sculpt_dist.report.report import write_report
 from sculpt_dist.run.attacking.cases import Work, cases_of, unrelated_prompts, works_of
 from sculpt_dist.run.attacking.rates import summarise_attacks
 from sculpt_dist.run.attacking.worker import Worker
+from sculpt_dist.run.export import write_card
 from sculpt_dist.run.folder import code_versions
 from sculpt_dist.run.model import base_fingerprint, open_backbone
 from sculpt_dist.run.setup import RunSetup, resolve
@@ -50,7 +51,13 @@ def attack_only(
     with watched(group, where if model is not None else setup.folder, config.engine.grace) as stop:
         found = attack_model(setup, attacks, group, stop, model, original, where)
     if where == setup.folder / ATTACKS and (setup.folder / "report" / "report.json").is_file():
-        group.on_first(lambda: write_report(setup.folder))
+        backbone = open_backbone(config.model, group, setup.folder)
+
+        def tell() -> None:
+            write_report(setup.folder)
+            write_card(setup.folder, backbone)
+
+        group.on_first(tell)
     return found, where
 
 
