@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sculpt_dist.attacks.parts.victim import Victim
 
 PACKAGE = "sculpt_dist.attacks"
-MAY_BE_ZERO = ("misspellings", "weight_decay", "momentum", "crossover", "mutation", "etas")
 PLAIN = "plain"  # the attack that attacks nothing: its successes are the pre-ASR
 
 
@@ -76,6 +75,7 @@ class Attack(ABC):
     needs_unrelated: ClassVar[bool] = False  # whether it uses prompts that ask for no target
     needs_run: ClassVar[bool] = False  # whether it reads the folder of the run
     version: ClassVar[int] = 1  # higher where the code changes what it finds: earlier results then do not count
+    may_be_zero: ClassVar[tuple[str, ...]] = ()  # options; all other numbers must be greater than 0
     slots: int = 0  # tokens that it adds to a prompt
     keeps_prompt: bool = True  # whether these come beside the prompt's own
 
@@ -102,8 +102,8 @@ def load_attack(name: str, budget: str, options: Mapping[str, Mapping[str, Any]]
     for field_, value in vars(config).items():
         numbers = value if isinstance(value, list) else [value]
         counts = [number for number in numbers if isinstance(number, (int, float)) and not isinstance(number, bool)]
-        may_be_none = field_ in MAY_BE_ZERO
-        if (isinstance(value, list) and not value) or (not may_be_none and any(number <= 0 for number in counts)):
+        least = 0 if field_ in module.Attack.may_be_zero else 1e-300
+        if value == [] or any(number < least for number in counts):
             raise ConfigError(f"{key}.{field_}={value}: must be greater than 0")
     attack: Attack = module.Attack(config)
     return attack

@@ -34,6 +34,7 @@ class Config:
 
 
 class Attack(Base):
+    may_be_zero = ("etas",)
     counts = "mean"
     config: Config
 

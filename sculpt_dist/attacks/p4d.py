@@ -41,6 +41,7 @@ PUBLISHED = {"tokens": 16, "steps": 3000, "every": 50}
 
 
 class Attack(Base):
+    may_be_zero = ("weight_decay",)
     stops = True
     needs_original = needs_gradient = True
     config: Config

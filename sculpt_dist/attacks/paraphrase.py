@@ -37,6 +37,7 @@ class Config:
 
 
 class Attack(Base):
+    may_be_zero = ("misspellings",)
     config: Config
 
     def attempts(self, victim: Victim, cases: Sequence[Case]) -> Iterator[Attempt]:

@@ -44,6 +44,7 @@ PUBLISHED = {"times": 50, "steps": 20}
 
 
 class Attack(Base):
+    may_be_zero = ("momentum",)
     stops = True
     needs_original = needs_gradient = True
     config: Config

@@ -51,6 +51,7 @@ PUBLISHED = {"tokens": 16, "population": 200, "generations": 3000}
 
 
 class Attack(Base):
+    may_be_zero = ("crossover", "mutation")
     config: Config
 
     def __init__(self, config: Config) -> None:

@@ -43,6 +43,7 @@ PUBLISHED = {"times": 50, "steps": 40}
 
 
 class Attack(Base):
+    may_be_zero = ("weight_decay",)
     stops = True
     needs_original = needs_gradient = True
     config: Config

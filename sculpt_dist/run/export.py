@@ -82,6 +82,14 @@ def _replaced(
         raise ValueError(f"{name}: is not stored, or does not come in the order of the stored weights")
 
 
+def write_report_and_card(run: Path, backbone: Backbone) -> None:
+    """Tell of a run in its report and in the README.md of its model."""
+    from sculpt_dist.report.report import write_report
+
+    write_report(run)
+    write_card(run, backbone)
+
+
 def write_card(run: Path, backbone: Backbone, into: Path | None = None, adapter: str | None = None) -> None:
     """README.md of the exported folder, or of the folder `into` of an `adapter`, from the run's settings and report.
 

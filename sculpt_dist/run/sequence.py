@@ -16,9 +16,9 @@ from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_evaluation
-from sculpt_dist.report.report import read_report, write_report
+from sculpt_dist.report.report import read_report
 from sculpt_dist.run.attacking import attack_model, cases_of, check_attacks, check_room, chosen_attacks
-from sculpt_dist.run.export import export_model, write_card
+from sculpt_dist.run.export import export_model, write_report_and_card
 from sculpt_dist.run.folder import mark_finished, release_folder, write_manifest
 from sculpt_dist.run.kinds import KINDS
 from sculpt_dist.run.model import open_backbone
@@ -47,8 +47,9 @@ def run_sequence(config: RunConfig) -> Run:
     """
     setup = resolve(config)
     check_tracking(config.track)
-    if setup.scores:
+    if setup.scores or config.evaluate.attacks:
         check_evaluation(setup.evaluation)
+    if setup.scores:
         _ = setup.evaluation_between  # a subset that is too small is told now
     attacks = chosen_attacks(config, config.evaluate.attacks, has_run=True) if config.evaluate.attacks else {}
     if attacks:
@@ -73,7 +74,7 @@ def _attack(setup: RunSetup, attacks: Mapping[str, Attack], group: Group) -> Non
     with watched(group, folder, config.engine.grace) as stop:
         attack_model(setup, attacks, group, stop, None, None, folder / "attacks")
     backbone = open_backbone(config.model, group, folder)  # its parts load on first use, and none is used
-    group.on_first(lambda: _report(folder, backbone))
+    group.on_first(lambda: write_report_and_card(folder, backbone))
 
 
 def _unlearn(setup: RunSetup, attacks: Mapping[str, Attack], group: Group) -> Path:
@@ -99,9 +100,4 @@ def _unlearn(setup: RunSetup, attacks: Mapping[str, Attack], group: Group) -> Pa
 
 def _finish(folder: Path, backbone: Backbone) -> None:
     mark_finished(folder)
-    _report(folder, backbone)
-
-
-def _report(folder: Path, backbone: Backbone) -> None:
-    write_report(folder)
-    write_card(folder, backbone)
+    write_report_and_card(folder, backbone)

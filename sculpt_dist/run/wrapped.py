@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,9 @@ class Wrapped(Method):
         self.needs_original, self.needs_teacher = method.needs_original, method.needs_teacher
         self.calibration_images, self.reference_mask = method.calibration_images, method.reference_mask
 
+    @abstractmethod
     def again(self, method: Method) -> Method:
         """The same around another method: that of one concept."""
-        raise NotImplementedError
 
     def prepare(self, setup: Setup) -> Method:
         return self.again(self.method.prepare(setup))

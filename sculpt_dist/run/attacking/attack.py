@@ -18,11 +18,10 @@ from sculpt_dist.core.files import file_sha256, is_intact, make_folder, text_sha
 from sculpt_dist.core.progress import progress
 from sculpt_dist.engine.stopping.watch import watched
 from sculpt_dist.evaluation.evaluator import check_evaluation, load_classifiers
-from sculpt_dist.report.report import write_report
 from sculpt_dist.run.attacking.cases import Work, cases_of, unrelated_prompts, works_of
 from sculpt_dist.run.attacking.rates import summarise_attacks
 from sculpt_dist.run.attacking.worker import Worker
-from sculpt_dist.run.export import write_card
+from sculpt_dist.run.export import write_report_and_card
 from sculpt_dist.run.folder import code_versions
 from sculpt_dist.run.model import base_fingerprint, open_backbone
 from sculpt_dist.run.setup import RunSetup, resolve
@@ -45,6 +44,7 @@ def attack_only(
     setup = resolve(config)
     where = output or setup.folder / (ATTACKS if model is None else OTHERS)
     attacks = chosen_attacks(config, config.attack.names or None, has_run=model is None)
+    check_evaluation(setup.evaluation)
     check_attacks(setup, attacks)
     group = setup.join_ranks()
     group.on_first(lambda: make_folder(where))
@@ -52,12 +52,7 @@ def attack_only(
         found = attack_model(setup, attacks, group, stop, model, original, where)
     if where == setup.folder / ATTACKS and (setup.folder / "report" / "report.json").is_file():
         backbone = open_backbone(config.model, group, setup.folder)
-
-        def tell() -> None:
-            write_report(setup.folder)
-            write_card(setup.folder, backbone)
-
-        group.on_first(tell)
+        group.on_first(lambda: write_report_and_card(setup.folder, backbone))
     return found, where
 
 
@@ -75,8 +70,7 @@ def chosen_attacks(config: RunConfig, names: Sequence[str] | None, has_run: bool
 
 
 def check_attacks(setup: RunSetup, attacks: Mapping[str, Attack]) -> None:
-    """Detect before anything is drawn what would make attacks fail. Raises ConfigError or ModelError."""
-    check_evaluation(setup.evaluation)
+    """Detect before anything is drawn what would make attacks fail, beside the evaluation. Raises ConfigError."""
     cases_of(setup)
     for name in [name for name, attack in attacks.items() if attack.needs_unrelated]:
         if not unrelated_prompts(setup.evaluation):
