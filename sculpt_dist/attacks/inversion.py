@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sculpt_dist.attacks.base import Attack as Base
 from sculpt_dist.attacks.base import Attempt, Case
+from sculpt_dist.attacks.parts.search import training_batch
 from sculpt_dist.attacks.parts.victim import Victim
 from sculpt_dist.core.types import TextCond
 from sculpt_dist.data.prompts import naming
-from sculpt_dist.maths.losses import mse
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,10 @@ class Attack(Base):
         optimizer = torch.optim.Adam(vectors, config.lr)
         rng = victim.rng("inversion", case.concept.target)
         for _ in range(config.steps):
-            chosen = torch.randint(len(images), (config.batch,), generator=rng)
-            clean = images[chosen.to(images.device)]
-            noise = torch.randn(clean.shape, generator=rng).to(clean)
-            time = model.backbone.sample_time(torch.rand(config.batch, generator=rng))
+            _, question = training_batch(model, images, config.batch, rng)
             cond = self.condition(victim, case, vectors)
-            noisy, goal = model.backbone.corrupt(clean, noise, time), model.backbone.goal(clean, noise, time)
             optimizer.zero_grad()
-            mse(model.predict(noisy, time, TextCond.cat([cond] * config.batch)), goal).backward()
+            question.loss(victim, TextCond.cat([cond] * config.batch)).backward()
             optimizer.step()
         return [vector.detach() for vector in vectors]
 

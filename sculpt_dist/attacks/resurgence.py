@@ -13,6 +13,7 @@ import torch
 
 from sculpt_dist.attacks.base import Attack as Base
 from sculpt_dist.attacks.base import Attempt, Case
+from sculpt_dist.attacks.parts.search import training_batch
 from sculpt_dist.attacks.parts.victim import Victim
 from sculpt_dist.core.files import derived_seed
 from sculpt_dist.maths.losses import mse
@@ -47,14 +48,10 @@ class Attack(Base):
         net = victim.model.copied_net().float().requires_grad_()
         optimizer = torch.optim.AdamW(net.parameters(), config.lr)
         for step in range(1, max(config.steps) + 1):
-            chosen = torch.randint(len(images), (config.batch,), generator=rng)
-            clean = images[chosen.to(images.device)]
-            noise = torch.randn(clean.shape, generator=rng).to(clean)
-            time = backbone.sample_time(torch.rand(config.batch, generator=rng))
+            chosen, question = training_batch(victim.model, images, config.batch, rng)
             cond = backbone.embed([prompts[i] for i in chosen.tolist()])
-            noisy, goal = backbone.corrupt(clean, noise, time), backbone.goal(clean, noise, time)
             optimizer.zero_grad()
-            mse(backbone.denoise(net, noisy, time, cond), goal).backward()
+            mse(backbone.denoise(net, question.noisy, question.time, cond), question.goal).backward()
             optimizer.step()
             if step in config.steps:
                 for place, case in enumerate(cases):

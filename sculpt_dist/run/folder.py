@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from sculpt_dist.engine.group import Group
 
 CONTENTS = (
-    "config.yaml metrics.jsonl manifest.json costs.json checkpoints data evaluation attacks attacks-model model "
-    "model.safetensors delta.safetensors lora kohya.safetensors report audit wandb tensorboard usage.jsonl log.txt "
-    "STOP REQUEUE"
+    "config.yaml metrics.jsonl manifest.json costs.json usage.jsonl log.txt STOP REQUEUE checkpoints data evaluation "
+    "report audit attacks attacks-model model model.safetensors delta.safetensors lora kohya.safetensors wandb tensorboard"
 ).split()
 MANIFEST_REMEDY = "remove it and repeat the command, which writes it anew"
 BEFORE_A_RUN = ("data", "log.txt", "STOP", "REQUEUE")  # may lie in a folder in which no run has begun

@@ -74,16 +74,7 @@ def build(
     not, or without its sets.
     """
     of, kind = world(world_name), plugin("sculpt_dist.backbones", arch, "arch").Backbone
-    if of.size not in kind.tiny:
-        raise ConfigError(f"--arch {arch}: this kind has no {of.size} model, which the {world_name} needs")
-    if without is not None and without not in of.objects:
-        raise ConfigError(
-            f"--without {without}: no object of the {world_name}; `sculpt-dist {world_name} list` names them"
-        )
-    if of.needs_sets and sets is None:
-        raise ConfigError(f"--sets is not given: the {world_name} is made of icon sets; name the folder that has them")
-    if (folder / arch).exists() and not (folder / f"{arch}.json").exists():
-        raise ConfigError(f"--output {folder}: {arch} is there already, and was not built; name another folder")
+    _check(world_name, kind, folder / arch, sets, without)
     from sculpt_dist.backbones.io.folders import quiet_libraries
 
     quiet_libraries()
@@ -136,6 +127,21 @@ def build(
     print_report(report)
     console.print(f"{len(wrong)} pairs of object and style are drawn wrong more often than right")
     return report
+
+
+def _check(name: str, kind: type[Backbone], place: Path, sets: Path | None, without: str | None) -> None:
+    """Raises ConfigError for what cannot be built of a world. `place`: the pipeline's folder, called after its kind."""
+    of = world(name)
+    if of.size not in kind.tiny:
+        raise ConfigError(f"--arch {place.name}: this kind has no {of.size} model, which the {name} needs")
+    if without is not None and without not in of.objects:
+        raise ConfigError(f"--without {without}: no object of the {name}; `sculpt-dist {name} list` names them")
+    if of.needs_sets and sets is None:
+        raise ConfigError(f"--sets is not given: the {name} is made of icon sets; name the folder that has them")
+    if place.exists() and not place.with_suffix(".json").exists():
+        raise ConfigError(
+            f"--output {place.parent}: {place.name} is there already, and was not built; name another folder"
+        )
 
 
 def train_vae(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sculpt_dist.attacks.base import Case
-from sculpt_dist.attacks.parts.victim import Victim
+from sculpt_dist.attacks.parts.victim import Model, Victim
 from sculpt_dist.backbones.parts.words import Slots
 from sculpt_dist.core.types import TextCond
 from sculpt_dist.maths.losses import mse
@@ -16,11 +16,11 @@ from sculpt_dist.maths.losses import mse
 
 @dataclass(frozen=True)
 class Question:
-    """A noisy image of the concept, and what the net should say to it."""
+    """Noisy images, and what the net should say to them."""
 
-    noisy: Tensor  # [1, C, H, W]
-    time: Tensor  # [1]
-    goal: Tensor  # [1, C, H, W]
+    noisy: Tensor  # [B, C, H, W]
+    time: Tensor  # [B]
+    goal: Tensor  # [B, C, H, W]
 
     @staticmethod
     def at(victim: Victim, clean: Tensor, time: Tensor, rng: torch.Generator) -> Question:
@@ -32,6 +32,15 @@ class Question:
     def loss(self, victim: Victim, cond: TextCond) -> Tensor:
         """The squared error of the unlearned net for this condition, [], with gradient to it."""
         return mse(victim.model.predict(self.noisy, self.time, cond), self.goal)
+
+
+def training_batch(model: Model, images: Tensor, size: int, rng: torch.Generator) -> tuple[Tensor, Question]:
+    """(which of the clean latents [N, C, H, W] were drawn, [size]; what the net should say to them, noisy)."""
+    backbone, chosen = model.backbone, torch.randint(len(images), (size,), generator=rng)
+    clean = images[chosen.to(images.device)]
+    noise = torch.randn(clean.shape, generator=rng).to(clean)
+    time = backbone.sample_time(torch.rand(size, generator=rng))
+    return chosen, Question(backbone.corrupt(clean, noise, time), time, backbone.goal(clean, noise, time))
 
 
 def nearest(vectors: Tensor, table: Tensor) -> Tensor:
