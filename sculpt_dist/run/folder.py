@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 CONTENTS = (
     "config.yaml metrics.jsonl manifest.json costs.json usage.jsonl log.txt STOP REQUEUE checkpoints data evaluation "
-    "report audit attacks attacks-model model model.safetensors delta.safetensors lora kohya.safetensors wandb tensorboard"
+    "attacks attacks-model report audit wandb tensorboard model model.safetensors delta.safetensors lora "
+    "kohya.safetensors"
 ).split()
 MANIFEST_REMEDY = "remove it and repeat the command, which writes it anew"
 BEFORE_A_RUN = ("data", "log.txt", "STOP", "REQUEUE")  # may lie in a folder in which no run has begun
