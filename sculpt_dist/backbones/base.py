@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sculpt_dist.backbones.io.checking import check_folder
 from sculpt_dist.backbones.io.folders import component_config, stored_entries, stored_weights
 from sculpt_dist.backbones.io.scheduler import load_scheduler
+from sculpt_dist.backbones.parts.attention import recorded_maps
 from sculpt_dist.backbones.parts.components import Components, forces_upcast, model_class
 from sculpt_dist.backbones.parts.conditions import Passed, check_channels, check_conditions, check_scaling
 from sculpt_dist.backbones.parts.embeddings import PromptEmbeddings
@@ -257,6 +258,22 @@ class Backbone(ABC):
     def merged(self, weights: Iterable[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
         """Trained parameters under the names of the stored checkpoint, LoRA pairs merged into their matrices."""
         return merged_lora(self.net, weights, lambda name: next(tensor for _, tensor in self.stored_weights([name])))
+
+    def attention_maps(
+        self, net: nn.Module, places: Tensor, cond: TextCond, layers: Container[str] | None = None
+    ) -> AbstractContextManager[dict[str, Tensor]]:
+        """Within, a forward pass of `net` fills a dictionary of attention maps to some tokens, with gradient.
+
+        `places`: tokens of each prompt of `cond`, [B, n]; `layers`: names of attention modules, by default all that
+        attend to the text. See `recorded_maps`.
+        """
+        found = {
+            name: module
+            for name, module in getattr(net, "module", net).named_modules()
+            if hasattr(module, "to_k") and self.attention_role(f"{name}.to_k.weight")[0] == "text_to_image"
+        }
+        chosen = {name: module for name, module in found.items() if layers is None or name in layers}
+        return recorded_maps(chosen, places, cond.token_mask)
 
     # Prompts
 

@@ -26,6 +26,15 @@ class TextCond:
         present = {f.name: member for f in fields(self) if (member := getattr(self, f.name)) is not None}
         return TextCond(**{name: change(member) for name, member in present.items()})
 
+    def where(self, chosen: Tensor, other: TextCond) -> TextCond:
+        """These conditions where `chosen` [B] is true, those of `other` elsewhere."""
+
+        def pick(name: str) -> Tensor | None:
+            here, there = getattr(self, name), getattr(other, name)
+            return None if here is None else torch.where(chosen.view(-1, *[1] * (here.dim() - 1)), here, there)
+
+        return TextCond(**{f.name: pick(f.name) for f in fields(self)})
+
     def __getitem__(self, index: slice | Tensor) -> TextCond:
         return self.map(lambda member: member[index])
 

@@ -247,6 +247,11 @@ class Draws:
         """One uniform number in [0, 1) for the whole global batch."""
         return float(torch.rand((), generator=torch.Generator().manual_seed(derived_seed(*self.key, what))))
 
+    def choice(self, what: str, count: int) -> list[int]:
+        """A number below `count` for each position, [B], as plain numbers."""
+        drawn = [torch.rand((), generator=self._generator(what, p), dtype=torch.float64) for p in self.positions]
+        return [int(float(one) * count) for one in drawn]
+
     def normal(self, what: str, shape: Sequence[int]) -> Tensor:
         """Unit normal [B, *shape]."""
         drawn = [torch.randn(*shape, generator=self._generator(what, p)) for p in self.positions]

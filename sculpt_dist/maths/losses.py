@@ -10,6 +10,11 @@ def mse(prediction: Tensor, goal: Tensor) -> Tensor:
     return (prediction.float() - goal.float()).pow(2).mean()
 
 
+def mse_each(prediction: Tensor, goal: Tensor) -> Tensor:
+    """Mean squared error of every sample, in fp32: two [B, C, H, W] -> [B]."""
+    return (prediction.float() - goal.float()).pow(2).flatten(1).mean(1)
+
+
 def negative_guidance(empty: Tensor, with_prompt: Tensor, scale: float | Tensor) -> Tensor:
     """e(x, "") - s (e(x, c) - e(x, "")), [B, C, H, W]: guides away from the prompt.
 

@@ -5,9 +5,14 @@ and "" the empty prompt:
 
     L = MSE(e(x, c), e0(x, "") - eta (e0(x, c) - e0(x, "")))
 
-x is the input of a random sampler step, which the whole batch shares. The paper erases one concept, with the original
-model as e0. For a sequence of concepts, e0 here is the model before each concept, so that earlier targets stay
-forgotten; `reference: original` restores the published choice.
+x is the input of a random sampler step, which the whole batch shares. `erase_from: superclass` erases the target from
+its superclass alone, as the authors' code does with a second prompt. With that prompt s, and x drawn for s:
+
+    L = MSE(e(x, s), e0(x, s) - eta (e0(x, c) - e0(x, "")))
+
+The paper erases one concept, with the original model as e0. For a sequence of concepts, e0 here is the model before
+each concept, so that earlier targets stay forgotten; `reference: original` restores the published choice. Several
+concepts at once: `train.together`.
 """
 
 from __future__ import annotations
@@ -39,6 +44,8 @@ class Config:
     """Guidance scale with which the student draws its latents."""
     sampler_steps: int = 50
     """Sampler steps of these latents."""
+    erase_from: str = "target"
+    """Prompts from which the target is erased: target, its own, or superclass."""
     reference: str = "teacher"
     """Net that gives the label, e0: teacher or original."""
 
@@ -51,6 +58,8 @@ class Method(Base):
             raise ConfigError(f"method.variant={config.variant}: choose one of {', '.join(GROUPS)}")
         if config.reference not in ("teacher", "original"):
             raise ConfigError(f"method.reference={config.reference}: choose teacher or original")
+        if config.erase_from not in ("target", "superclass"):
+            raise ConfigError(f"method.erase_from={config.erase_from}: choose target or superclass")
         if config.sampler_steps < 1:
             raise ConfigError(f"method.sampler_steps={config.sampler_steps}: must be at least 1")
         self.config = config
@@ -67,13 +76,14 @@ class Method(Base):
         return self.losses(step)
 
     def losses(self, step: Step) -> Losses:
-        config, cond = self.config, step.batch.target.cond
-        step.trajectory.latents = None  # every step draws new latents
-        index = int(step.rng.shared("index") * config.sampler_steps)
-        latents, time, _ = step.student_latents(index, config.sampler_steps, config.guidance)
-        empty, with_prompt = step.frozen(config.reference).without_gradient(
-            [(latents, time, step.empty(len(latents))), (latents, time, cond)]
-        )
-        return Losses(
-            {"forget": mse(step.student(latents, time, cond), negative_guidance(empty, with_prompt, config.eta))}
-        )
+        config, target = self.config, step.batch.target
+        from_target = config.erase_from == "target"
+        cond = target.cond if from_target else step.batch.target_as_superclass
+        empty_cond, steps = step.empty(len(cond)), config.sampler_steps
+        step.trajectory.begin(step.rng.normal("trajectory", step.backbone.latent_shape), target.prompts, steps)
+        index = int(step.rng.shared("index") * steps)
+        latents, time = step.trajectory.advance_to(index, steps, step.student, cond, empty_cond, config.guidance)
+        conds = [empty_cond, target.cond] + ([] if from_target else [cond])
+        empty, with_prompt, *base = step.frozen(config.reference).without_gradient([(latents, time, c) for c in conds])
+        label = negative_guidance(empty, with_prompt, config.eta) + (base[0] - empty if base else 0.0)
+        return Losses({"forget": mse(step.student(latents, time, cond), label)})

@@ -28,6 +28,7 @@ from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.types import Losses, TextCond
 from sculpt_dist.data.streams import StreamSpec
 from sculpt_dist.maths.distances import farthest_points
+from sculpt_dist.maths.losses import mse_each
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Setup, Step, matrices
 
@@ -148,7 +149,7 @@ class Method(Base):
         of_target, of_distractor = step.student.all(
             [(noisy_target, time, target.cond), (noisy_distractor, time, step.batch.distractor_as_target)]
         )
-        lost, learned = _each(of_target, goal_target), _each(of_distractor, goal_distractor)  # l_T, l_D [B]
+        lost, learned = mse_each(of_target, goal_target), mse_each(of_distractor, goal_distractor)  # l_T, l_D [B]
         if config.contrast == "ratio":
             return Losses({"contrast": config.contrast_weight * (learned / lost).log().mean()})
         if config.contrast == "margin":
@@ -173,8 +174,3 @@ def text_points(cond: TextCond) -> Tensor:
         return cond.tokens.float().mean(1)
     weight = cond.token_mask.float().unsqueeze(-1)  # [B, L, 1]
     return (cond.tokens.float() * weight).sum(1) / weight.sum(1)
-
-
-def _each(prediction: Tensor, goal: Tensor) -> Tensor:
-    """Mean squared error of every sample, two [B, C, H, W] -> [B]."""
-    return (prediction.float() - goal.float()).pow(2).flatten(1).mean(1)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.core.errors import ConfigError, NonFiniteError
-from sculpt_dist.data.prompts import ConceptPrompts, naming
+from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.maths.closed_form import EditSystem
 from sculpt_dist.methods.base import Editor, matrices
+from sculpt_dist.methods.parts.names import name_tokens
 
 BATCH = 32  # concepts whose embeddings are in memory at a time
 
@@ -102,16 +103,6 @@ def received(backbone: Backbone, prompts: Sequence[str], negative: bool) -> Tens
 def aligned_rows(backbone: Backbone, pair: tuple[str, str], names: tuple[str, str | None]) -> tuple[Tensor, Tensor]:
     """(c, c*) of a target's prompt and its superclass's, [n, D] each, from the last tokens of their names on."""
     old, new = (received(backbone, [prompt], negative=False) for prompt in pair)
-    first, second = (_last_token(backbone, prompt, name) for prompt, name in zip(pair, names))
+    first, second = (name_tokens(backbone, prompt, name)[-1] for prompt, name in zip(pair, names))
     count = min(len(old) - first, len(new) - second)
     return old[first : first + count], new[second : second + count]
-
-
-def _last_token(backbone: Backbone, prompt: str, name: str | None) -> int:
-    """Position of the name's last token; in a prompt without the name, the position of the prompt's last token."""
-    found = [match.end() for match in naming(name).finditer(prompt)] if name else []
-    ids, closing = backbone.token_ids(prompt[: found[-1]] if found else prompt), backbone.token_ids("")
-    ends = 0  # tokens that close every prompt
-    while ends < len(closing) and ids[-1 - ends] == closing[-1 - ends]:
-        ends += 1
-    return len(ids) - 1 - ends

@@ -55,7 +55,7 @@ class Hardened(Wrapped):
         noisy, goal = step.corrupted(target, time, "adversarial")
         disturbed = disturbance(step, noisy, time, goal, self.settings)
         chosen = step.rng.uniform("adversarial").to(noisy.device) < self.settings.share  # [B]
-        cond = _mixed(chosen, disturbed, target.cond)
+        cond = disturbed.where(chosen, target.cond)
         streams = {**step.batch.streams, "target": replace(target, cond=cond)}
         return replace(step, batch=ConceptBatch(streams))
 
@@ -93,11 +93,3 @@ def _unit(gradient: Tensor) -> Tensor:
 def _within(delta: Tensor, limit: Tensor) -> Tensor:
     """The delta with every row no longer than its limit."""
     return delta * (limit / delta.norm(dim=-1, keepdim=True).clamp(min=1e-20)).clamp(max=1)
-
-
-def _mixed(chosen: Tensor, disturbed: TextCond, cond: TextCond) -> TextCond:
-    def pick(there: Tensor, here: Tensor) -> Tensor:
-        return torch.where(chosen.view(-1, *[1] * (here.dim() - 1)), there, here)
-
-    pooled = None if cond.pooled is None or disturbed.pooled is None else pick(disturbed.pooled, cond.pooled)
-    return replace(cond, tokens=pick(disturbed.tokens, cond.tokens), pooled=pooled)

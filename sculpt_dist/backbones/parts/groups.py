@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")  # in the order of a forward pass
 ROLES = {"attn2": "text_to_image", "attn1": "self_attention"}  # attention modules of diffusers' UNets and of SANA
+TRANSFORMERS = {"attentions", "transformer_blocks"}  # modules with transformer blocks, of UNets and of DiTs
 LAYERS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "out"}
 # Names that configurations use; each stands for the group behind it.
 ALIASES = {
@@ -35,6 +36,7 @@ def parameter_groups(
     - `all`; `matrices`: without biases and other vectors; `pooled_text`: layers that read SDXL's pooled text and sizes
     - `text_to_image` (where the image attends to the text), `self_attention`, `attention` (both): each whole, and by
       `.q`, `.k`, `.v`, `.out`; `not_text_to_image`: everything outside the modules of text_to_image
+    - `transformer`: matrices within the transformer blocks, without kernels of one input channel, which mix no channels
     - `block.K`: the K-th block of a forward pass: down, middle and up blocks of a UNet, transformer blocks of a DiT
     - `cross_attention`, `not_cross_attention`: aliases of text_to_image and not_text_to_image
     """
@@ -51,6 +53,8 @@ def parameter_groups(
             for group in (f"{role}.{part}", role, f"attention.{part}", "attention"):
                 groups.setdefault(group, []).append(name)
         words = name.split(".")
+        if len(shape) > 1 and shape[1] > 1 and TRANSFORMERS & set(words):
+            groups.setdefault("transformer", []).append(name)
         if words[0] == "add_embedding":
             groups.setdefault("pooled_text", []).append(name)
         if words[0] in BLOCKS:

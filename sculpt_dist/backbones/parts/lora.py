@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def add_lora(net: Any, options: Mapping[str, Any], seed: int) -> list[str]:
     """Add an adapter (peft.LoraConfig with these options) to the net; returns the names of its parameters."""
     from peft import LoraConfig
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _whole_kernels(net):
         torch.manual_seed(seed)
         net.add_adapter(LoraConfig(**options))
     return [name for name, _ in net.named_parameters() if ".lora_" in name]
+
+
+@contextmanager
+def _whole_kernels(net: nn.Module) -> Iterator[None]:
+    """Within, sharded kernels have their whole shapes, without values: peft reads the number of their dimensions."""
+    sharded = {
+        module: module.weight
+        for module in net.modules()
+        if isinstance(module, nn.Conv2d) and hasattr(module.weight, "ds_shape")
+    }
+    for module, weight in sharded.items():
+        shape: Any = weight.ds_shape
+        module.weight = nn.Parameter(torch.empty(1, dtype=weight.dtype, device=weight.device).expand(shape), False)
+    try:
+        yield
+    finally:
+        for module, weight in sharded.items():
+            module.weight = weight
 
 
 def write_lora_config(folder: Path, options: Mapping[str, Any], base: str | None) -> None:
