@@ -31,6 +31,7 @@ from sculpt_dist.backbones.parts.words import Words
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.core.tensorfile import Entry
 from sculpt_dist.core.types import Denoiser, TextCond
+from sculpt_dist.maths.diffusion import clean_and_noise
 
 
 class Backbone(ABC):
@@ -326,6 +327,10 @@ class Backbone(ABC):
     def goal(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """What the denoiser should predict (noise, velocity or flow): [B, C, H, W]."""
         return self.schedule.goal(clean, noise, time)
+
+    def predicted_clean(self, noisy: Tensor, predicted: Tensor, time: Tensor) -> Tensor:
+        """The clean latent that a prediction stands for: [B, C, H, W], [B, C, H, W], [B] -> [B, C, H, W]."""
+        return clean_and_noise(noisy, predicted, self.schedule.prediction, *self.schedule.scales(time))[0]
 
     def noise_level(self, time: Tensor) -> Tensor:
         """[B], 0 (clean) to 1 (noise)."""

@@ -2,7 +2,7 @@
 
 `launch` starts the ranks, `group` holds the collectives. `zero/` wraps DeepSpeed ZeRO stages 0 to 3; `sharding/`
 describes what this rank holds; `masking/` chooses which weights may move; `optimizer/` is the masked AdamW and its
-kernels; `checkpoints/` saves and restores the shards; `stopping/` handles signals, stop files and dead ranks. Every
+kernels; `companion` is a small net that trains beside the student; `checkpoints/` saves and restores the shards; `stopping/` handles signals, stop files and dead ranks. Every
 room from `data` upwards may import this one. No module here imports deepspeed when it is imported: that waits for the
 first `Group` or `Engine`.
 """
@@ -13,6 +13,7 @@ from sculpt_dist.core.exports import lazy_exports
 
 if TYPE_CHECKING:
     from sculpt_dist.engine.checkpoints.save import Saver
+    from sculpt_dist.engine.companion import Companion
     from sculpt_dist.engine.group import Group
     from sculpt_dist.engine.masking.mask import DynamicMask, MaskSettings
     from sculpt_dist.engine.optimizer.masked_adamw import MaskedAdamW, ShardedVector
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "companion": ["Companion"],
         "group": ["Group"],
         "zero.engine": ["Engine"],
         "zero.settings": ["EngineSettings"],

@@ -23,6 +23,8 @@ from sculpt_dist.core.plugins import plugin
 from sculpt_dist.core.types import ConceptBatch, Losses, Stream, TextCond
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import Draws, StreamSpec
+from sculpt_dist.engine.companion import Companion
+from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.optimizer import ShardedVector, sum_gradients
 from sculpt_dist.engine.zero import FrozenWeights
 
@@ -127,6 +129,8 @@ class Setup:
     updates: int
     prompts: ConceptPrompts
     concepts: Sequence[Concept] = ()  # of the whole run
+    seed: int = 0  # train.seed
+    group: Group | None = None  # the ranks; None where a method is prepared without a run
 
 
 class Method(ABC):
@@ -139,6 +143,7 @@ class Method(ABC):
     needs_teacher = True  # whether it uses the net from before the concept; False saves a copy of what it trains
     needs_original = False  # whether it uses the net from before the first concept
     calibration_images = 0  # images per object and style that every candidate draws for `judge`
+    companion: Companion | None = None  # a small net that trains beside the student
     reference_mask = False  # mask and schedule behave as in the published code (see dm_cal.REFERENCE)
 
     @abstractmethod

@@ -62,7 +62,10 @@ class TrainingState:
             "candidate": run.candidate is not None,
             "trajectories": [trajectory.index for trajectory in run.trajectories],
         }
-        self._write((run.number, run.step), extra, state, _trajectory_tensors(run))
+        companion = run.method.companion
+        beside = companion.state() if companion is not None and self.session.group.is_first else {}
+        named = {f"companion|{name}|0": tensor for name, tensor in beside.items()}
+        self._write((run.number, run.step), extra, state, _trajectory_tensors(run) | named)
 
     def save_between(self, finished: int) -> None:
         """A checkpoint between two concepts, where only the weights matter."""
@@ -74,7 +77,7 @@ class TrainingState:
         place: tuple[int, int],
         extra: dict[str, list[Tensor]],
         state: dict[str, Any],
-        trajectories: Mapping[str, Tensor],
+        named: Mapping[str, Tensor],
     ) -> None:
         self.engine.check_weights()
         (concept, step), setup = place, self.session.setup
@@ -84,7 +87,7 @@ class TrainingState:
         # replicas are written once
         held = self.engine.shards if self.session.group.is_first or not self.engine.replicated else []
         about["passes"] = {"train": self.session.costs.all_passes("train"), "before": self.passes_before}
-        self.saver.save(place, held, extra, about | state | self.fingerprints, trajectories)
+        self.saver.save(place, held, extra, about | state | self.fingerprints, named)
         self.session.costs.write()
 
     def resume(self, found: Found | None) -> tuple[int, dict[str, Any] | None]:
@@ -133,6 +136,8 @@ class TrainingState:
         run.step, run.recent = state["step"], LossWindow(**state["recent"])
         run.candidate = filled.get("candidate")
         self._restore_trajectories(run, path, state["trajectories"])
+        if run.method.companion is not None:
+            run.method.companion.restore(checkpoints.load_named(path, "companion"))
         self.engine.optimizer.updates = state["updates"]
         mask = self.engine.mask
         mask.births, mask.selections, mask.open_count = state["births"], state["selections"], state["open_count"]

@@ -117,7 +117,7 @@ class Trainer:
 
     def _concept_run(self, engine: Engine, number: int, original: FrozenWeights | None) -> ConceptRun:
         """The state of a concept before its first step."""
-        setup, own = self.setup, self.setup.trained_with(number)
+        setup, own, train = self.setup, self.setup.trained_with(number), self.setup.config.train
         streams = concept_streams(setup, self.backbone, self.group, number)
         prompts = setup.prompts[number]
         if len(own) > 1:
@@ -126,7 +126,9 @@ class Trainer:
         run = ConceptRun(
             number=number,
             target=setup.concepts[number].target if len(own) == 1 else f"{len(own)} concepts",
-            method=self.method.prepare(Setup(number, self.backbone, self.plan.updates, prompts, setup.concepts)),
+            method=self.method.prepare(
+                Setup(number, self.backbone, self.plan.updates, prompts, setup.concepts, train.seed, self.group)
+            ),
             plan=self.plan,
             streams=streams,
             prompts=prompts,
@@ -135,7 +137,7 @@ class Trainer:
             original=original,
             recent=LossWindow(),
             start=start,
-            trajectories=[Trajectory(self.backbone) for _ in range(setup.config.train.accumulate)],
+            trajectories=[Trajectory(self.backbone) for _ in range(train.accumulate)],
             steps_before=self._steps_before(number),
         )
         self.backbone.embed([""], negative=True)  # guidance needs it, and the encoders are still loaded

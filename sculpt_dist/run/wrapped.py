@@ -19,6 +19,7 @@ class Wrapped(Method):
         self.method = method
         self.needs_original, self.needs_teacher = method.needs_original, method.needs_teacher
         self.calibration_images, self.reference_mask = method.calibration_images, method.reference_mask
+        self.companion = method.companion
 
     @abstractmethod
     def again(self, method: Method) -> Method:

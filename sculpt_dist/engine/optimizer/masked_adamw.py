@@ -23,20 +23,47 @@ EPSILON = 1e-8
 class ShardedVector:
     """One number per trainable weight, sharded like the optimizer: what rules that combine gradients compute with."""
 
-    def __init__(self, pieces: Sequence[Tensor], group: Group | None) -> None:
-        self.pieces, self.group = list(pieces), group
+    def __init__(
+        self, pieces: Sequence[Tensor], group: Group | None, shards: Sequence[Shard] = (), parameters: int = 0
+    ) -> None:
+        """`shards`: where the pieces [n] belong, and `parameters`: how many they are of, for sums by parameter."""
+        self.pieces, self.group, self.shards, self.parameters = list(pieces), group, shards, parameters
 
     def dot(self, other: ShardedVector) -> float:
         """The inner product over all weights of all ranks."""
-        total = torch.zeros(1, dtype=torch.float64, device=self.pieces[0].device)
-        for a, b in zip(self.pieces, other.pieces):
-            for x, y in zip(a.split(CHUNK), b.split(CHUNK)):  # chunks: no fp64 copy of a whole shard
-                total += x.double() @ y.double()
+        total = sum(map(_dot, self.pieces, other.pieces), torch.zeros(1, dtype=torch.float64).to(self.pieces[0].device))
         return float(total if self.group is None else self.group.sum(total))
 
     def plus(self, other: ShardedVector, scale: float = 1.0) -> ShardedVector:
         """self + scale other."""
-        return ShardedVector([a.add(b, alpha=scale) for a, b in zip(self.pieces, other.pieces)], self.group)
+        return self._like([a.add(b, alpha=scale) for a, b in zip(self.pieces, other.pieces)])
+
+    def dots(self, other: ShardedVector) -> Tensor:
+        """The inner product of each parameter over all ranks, in the order of the net, fp64 [parameters] on the CPU."""
+        totals = torch.zeros(self.parameters, dtype=torch.float64, device=self.pieces[0].device)
+        for a, b, shard in zip(self.pieces, other.pieces, self.shards):
+            for f in shard.fragments:
+                totals[f.index] += _dot(a[f.here], b[f.here])
+        return (totals if self.group is None else self.group.sum(totals)).cpu()
+
+    def plus_each(self, other: ShardedVector, scales: Tensor) -> ShardedVector:
+        """self + scale other, with a scale for each parameter, [parameters] on the CPU."""
+        pieces = [piece.clone() for piece in self.pieces]
+        for piece, added, shard in zip(pieces, other.pieces, self.shards):
+            for f in shard.fragments:
+                piece[f.here].add_(added[f.here], alpha=float(scales[f.index]))
+        return self._like(pieces)
+
+    def _like(self, pieces: Sequence[Tensor]) -> ShardedVector:
+        return ShardedVector(pieces, self.group, self.shards, self.parameters)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of two [n] in fp64, in chunks, as a copy of a whole shard would be large."""
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    for x, y in zip(a.split(CHUNK), b.split(CHUNK)):
+        total += x.double() @ y.double()
+    return total
 
 
 @dataclass(frozen=True)
@@ -113,15 +140,15 @@ class MaskedAdamW(torch.optim.Optimizer):
         gradients = [shard.gradient() for shard in self.shards]
         statistic = None if self.statistic == "random" else self.statistic
         if self.phase == "train" and not self._captured and self.pull is None:
-            self._train(ShardedVector(gradients, self.group), statistic)
+            self._train(self._vector(gradients), statistic)
             return
         if statistic is not None:
             for shard, gradient in zip(self.shards, gradients):
                 accumulate(shard.saliency, gradient, statistic)
         if self.phase == "capture":
-            self._captured.append(ShardedVector([gradient.clone() for gradient in gradients], self.group))
+            self._captured.append(self._vector([gradient.clone() for gradient in gradients]))
         elif self.phase == "train":
-            combined = self.combine([*self._captured, ShardedVector(gradients, self.group)])
+            combined = self.combine([*self._captured, self._vector(gradients)])
             self._captured = []
             if self.pull is not None:
                 self.pull.add_to(combined, self.shards)
@@ -143,6 +170,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Norm of the last update over all weights. All ranks must call this: it sums one number over them."""
         total = self._moved.clone()
         return self.param_groups[0]["lr"] * math.sqrt(total if self.group is None else self.group.sum(total))
+
+    def _vector(self, pieces: Sequence[Tensor]) -> ShardedVector:
+        return ShardedVector(pieces, self.group, self.shards, len(self.mask.sizes))
 
     def _train(self, gradient: ShardedVector, statistic: str | None) -> None:
         """One pass over the weights; two with clipping, which needs the norm first. Never synchronises with a GPU."""
