@@ -72,6 +72,7 @@ class Backbone(ABC):
         self.image_size, self.latent_shape = self.sizes()
         check_channels(self.latent_shape[0], vae_settings.get("latent_channels"), net_file)
         self.schedule = self.open_schedule()
+        self.refined: dict[str, Tensor] = {}  # new values of frozen weights, by their stored names
         self.passes = 0  # samples through the denoiser; a forward with gradient counts as 3, its backward costs 2
         self._components = Components(folder, classes, device, self.part_dtype, self._watch)
         self.embeddings = PromptEmbeddings(
@@ -233,8 +234,9 @@ class Backbone(ABC):
         return model_class(self.net_class).from_config(self.net_settings)
 
     def stored_weights(self, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The denoiser's tensors (or those named) as the folder stores them, one at a time."""
-        return stored_weights(self.folder, self.net_name, names)
+        """The denoiser's tensors (or those named) as the folder stores them, or as refined, one at a time."""
+        stored = stored_weights(self.folder, self.net_name, names)
+        return ((name, self.refined.get(name, tensor)) for name, tensor in stored)
 
     def stored_entries(self) -> list[Entry]:
         """Names, dtypes and shapes of the denoiser's stored tensors, in the order of `stored_weights`."""

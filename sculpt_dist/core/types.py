@@ -29,11 +29,11 @@ class TextCond:
     def where(self, chosen: Tensor, other: TextCond) -> TextCond:
         """These conditions where `chosen` [B] is true, those of `other` elsewhere."""
 
-        def pick(name: str) -> Tensor | None:
-            here, there = getattr(self, name), getattr(other, name)
-            return None if here is None else torch.where(chosen.view(-1, *[1] * (here.dim() - 1)), here, there)
+        def pick(here: Tensor, there: Tensor) -> Tensor:
+            return torch.where(chosen.view(-1, *[1] * (here.dim() - 1)), here, there)
 
-        return TextCond(**{f.name: pick(f.name) for f in fields(self)})
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return TextCond(**{name: pick(*pair) for name, pair in pairs.items() if pair[0] is not None})
 
     def __getitem__(self, index: slice | Tensor) -> TextCond:
         return self.map(lambda member: member[index])

@@ -38,3 +38,13 @@ class EditSystem:
         Raises torch.linalg.LinAlgError where it is not, by rounding.
         """
         return torch.cholesky_solve(self.wanted.T, torch.linalg.cholesky(self.present)).T
+
+
+def fusion_factors(own: Tensor, whole: Tensor) -> Tensor:
+    """G W^-1 [D, D], from a concept's G = sum e e^T and the sum W over all concepts, preserved rows and the ridge.
+
+    dW G W^-1 is then the part of a change dW that the closed form for all concepts keeps: the minimiser of sum_i |V e -
+    dW_i e|^2 over the rows of all concepts + p sum |V c_p|^2 + l |V|^2 is V = sum_i dW_i G_i W^-1 (Lu et al., arXiv
+    2403.06135, eq. 7). Raises torch.linalg.LinAlgError where W is not positive definite.
+    """
+    return torch.cholesky_solve(own.T, torch.linalg.cholesky(whole)).T

@@ -129,6 +129,7 @@ class Setup:
     updates: int
     prompts: ConceptPrompts
     concepts: Sequence[Concept] = ()  # of the whole run
+    all_prompts: Sequence[ConceptPrompts] = ()  # theirs
     seed: int = 0  # train.seed
     group: Group | None = None  # the ranks; None where a method is prepared without a run
 
@@ -144,6 +145,7 @@ class Method(ABC):
     needs_original = False  # whether it uses the net from before the first concept
     calibration_images = 0  # images per object and style that every candidate draws for `judge`
     companion: Companion | None = None  # a small net that trains beside the student
+    rank_per_concept = False  # whether each concept has its own ranks of the adapter, which alone train in its turn
     reference_mask = False  # mask and schedule behave as in the published code (see dm_cal.REFERENCE)
 
     @abstractmethod
@@ -152,6 +154,14 @@ class Method(ABC):
 
     def adapter(self, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any] | None:
         """Keyword arguments of peft.LoraConfig, for a method that trains an adapter instead of the net's weights."""
+        return None
+
+    def refine(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> Mapping[str, Tensor]:
+        """New values of weights that stay frozen, by their stored names, set before the first concept trains."""
+        return {}
+
+    def fusion(self) -> Callable[[str, Tensor], Tensor] | None:
+        """What becomes of the trained parameters at the end of the concept: (name, whole) -> whole; None: nothing."""
         return None
 
     def streams(self) -> Sequence[StreamSpec]:

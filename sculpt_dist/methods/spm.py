@@ -7,8 +7,7 @@ the empty prompt, and a_i random conditions of about the length of c's (latent a
 
     L = MSE(e(x, c), e0(x, "") - eta (e0(x, c) - e0(x, ""))) + w MSE(e(x, a_i), e0(x, a_i))
 
-The adapter of rank 1 sits on every matrix of the transformer blocks and is merged on export; so are those of several
-concepts, whose ranks this program trains as one adapter. A random direction differs from any prompt, so that the paper's
+Each concept has an adapter of rank 1 on every matrix of the transformer blocks; all are merged on export. A random direction differs from any prompt, so that the paper's
 choice of anchors by distance from c accepts nearly all, and all are taken here. `reference_compat` follows the published
 code, in which every other anchor is the empty prompt. The multiplier by which a prompt's likeness to the target scales
 the membrane when an image is drawn is the guard `spm`'s.
@@ -40,7 +39,7 @@ class Config:
     name: str = "spm"
     """Name of this method."""
     rank: int = 1
-    """Rank of the adapter."""
+    """Rank of each concept's adapter."""
     eta: float = 1.0
     """Strength of the negative guidance."""
     anchors: int = 4
@@ -57,6 +56,8 @@ class Config:
 
 class Method(Base):
     """Trains an adapter on the matrices of the transformer blocks; needs no stored samples."""
+
+    rank_per_concept = True
 
     def __init__(self, config: Config) -> None:
         for option in ("rank", "anchors", "sampler_steps"):
@@ -111,5 +112,5 @@ class Method(Base):
 def scaled_noise(noise: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """The noise [B, ...] with `scale` [B] times the norm that each sample of `values` [B, ...] has."""
     lengths, wanted = (one.float().flatten(1).norm(dim=1) for one in (noise, values))
-    factor = (scale * wanted / lengths).view(-1, *[1] * (noise.dim() - 1))
+    factor: Tensor = (scale * wanted / lengths).view(-1, *[1] * (noise.dim() - 1))
     return (noise * factor).to(values.dtype)

@@ -27,6 +27,7 @@ from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.maths.closed_form import EditSystem
 from sculpt_dist.methods.base import Editor, matrices
 from sculpt_dist.methods.parts.names import name_tokens
+from sculpt_dist.methods.parts.rows import received
 
 BATCH = 32  # concepts whose embeddings are in memory at a time
 
@@ -91,13 +92,6 @@ def add_concepts(
     if fresh := [text for text in dict.fromkeys(kept) if text not in preserved]:
         system.add_preserved(received(backbone, fresh, negative=False))
         preserved.update(fresh)
-
-
-def received(backbone: Backbone, prompts: Sequence[str], negative: bool) -> Tensor:
-    """What the cross-attention receives of these prompts, one row per token that it may attend to, [n, D]."""
-    cond = backbone.embed(prompts, negative)
-    rows = backbone.cross_attention_input(backbone.net, cond)  # [B, L, D]
-    return rows.flatten(0, 1) if cond.token_mask is None else rows[cond.token_mask > 0]
 
 
 def aligned_rows(backbone: Backbone, pair: tuple[str, str], names: tuple[str, str | None]) -> tuple[Tensor, Tensor]:

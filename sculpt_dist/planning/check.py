@@ -129,7 +129,9 @@ def first_step(setup: RunSetup, backbone: Backbone, size: int) -> tuple[Method, 
     student, earlier = Predictor(backbone, backbone.net), Predictor(backbone, backbone.net, frozen)
     batch = _batch(method, backbone, setup, size)
     with as_model_error(f"{backbone.folder / backbone.net_name}, the method's preparation"):
-        method = method.prepare(Setup(0, backbone, plan.updates, setup.prompts[-1]))
+        method = method.prepare(
+            Setup(0, backbone, plan.updates, setup.prompts[-1], setup.concepts[-1:], setup.prompts[-1:])
+        )
     draws, path = Draws(0, 0, 0, range(size), META), MetaTrajectory(backbone)
     teacher, original = (earlier if needed else None for needed in (method.needs_teacher, method.needs_original))
     return method, Step(student, teacher, original, batch, backbone, draws, path, 0, 0.0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.run.setup import RunSetup
@@ -56,13 +57,41 @@ def build_engine(setup: RunSetup, backbone: Backbone, group: Group) -> Engine:
 
     def empty() -> nn.Module:
         """A net like the one that trains, with the method's adapter; its passes are counted."""
-        net, adapter = backbone.empty_net(), method.adapter(groups)
+        net, adapter = backbone.empty_net(), adapter_of(setup, groups)
         if adapter is not None:
             backbone.add_adapter(adapter, train.seed, net)
         backbone.count_passes_of(net)
         return net
 
     return Engine(backbone.net, names, group, settings, masking, backbone.stored_weights, empty)
+
+
+def adapter_of(setup: RunSetup, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any] | None:
+    """The options of the method's adapter, with room for all concepts where each has its own ranks."""
+    method, _ = setup.trained
+    adapter = method.adapter(groups)
+    if adapter is None or not method.rank_per_concept:
+        return adapter
+    count = len(setup.concepts)
+    return {**adapter, "r": count * adapter["r"], "lora_alpha": count * adapter["lora_alpha"]}
+
+
+def refine(setup: RunSetup, backbone: Backbone, engine: Engine) -> None:
+    """Set what the method changes in closed form before it trains."""
+    backbone.refined = dict(setup.trained[0].refine(backbone, setup.prompts))
+    engine.set_frozen(backbone.refined)
+
+
+def open_own_ranks(setup: RunSetup, engine: Engine, number: int) -> None:
+    """Train only the concept's own ranks of the adapter. Raises ConfigError under a mask."""
+    if setup.config.mask.keep < 1:
+        raise ConfigError(
+            f"mask.keep={setup.config.mask.keep}: method.name={setup.method_name} opens each concept's own ranks of "
+            "its adapter; set it to 1"
+        )
+    own, count = setup.trained_with(number), len(setup.concepts)
+    rank = next(shape[0] for name, shape in engine.shapes.items() if ".lora_A." in name) // count
+    engine.open_ranks(range(own.start * rank, own.stop * rank))
 
 
 def trained_names(setup: RunSetup, backbone: Backbone) -> list[str]:
@@ -73,7 +102,7 @@ def trained_names(setup: RunSetup, backbone: Backbone) -> list[str]:
     method, _ = setup.trained
     groups, net = backbone.groups(), type(backbone.net).__name__
     try:
-        adapter = method.adapter(groups)
+        adapter = adapter_of(setup, groups)
         seed = setup.config.train.seed
         names = list(method.trainable(groups)) if adapter is None else backbone.add_adapter(adapter, seed)
     except KeyError as error:

@@ -18,7 +18,7 @@ from sculpt_dist.config.load import plain_values
 from sculpt_dist.core.errors import ConfigError, RunFolderError
 from sculpt_dist.engine import checkpoints
 from sculpt_dist.engine.group import Group
-from sculpt_dist.run.build import build_engine
+from sculpt_dist.run.build import build_engine, refine
 from sculpt_dist.run.export import export_model, write_card
 from sculpt_dist.run.folder import claim_folder, release_folder
 from sculpt_dist.run.model import base_fingerprint, open_backbone
@@ -73,6 +73,7 @@ def export_trained(setup: RunSetup, form: Form, group: Group) -> Path:
     engine = build_engine(setup, backbone, group)
     checkpoints.load(found[0], engine.shards, [])
     engine.publish()
+    refine(setup, backbone, engine)
     dtype = setup.config.model.export_dtype or setup.config.model.dtype
     names = backbone.in_stored_order(engine.sizes)
     model = export_model(dtype, backbone, engine.full_weights(names), folder / "model", group)

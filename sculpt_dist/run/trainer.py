@@ -27,7 +27,7 @@ from sculpt_dist.engine.zero import Engine, FrozenWeights
 from sculpt_dist.evaluation.evaluator import evaluate
 from sculpt_dist.evaluation.requests import resolve_evaluation
 from sculpt_dist.methods.base import Setup
-from sculpt_dist.run.build import build_engine
+from sculpt_dist.run.build import build_engine, open_own_ranks, refine
 from sculpt_dist.run.prepare import FIRST, data_folder, drawn_prompts, drawn_sources, hold_folder, prepare_samples
 from sculpt_dist.run.session import Session
 from sculpt_dist.run.setup import RunSetup
@@ -77,8 +77,12 @@ class Trainer:
         done = len(concepts) if first == len(concepts) else self.setup.trained_with(first).start
         step = resumed["step"] if resumed else 0
         session.tracker.start(first, step, self._steps_before(first) + step)
+        if done:
+            self._refine(engine)
         if resumed is None and is_scored(self.setup.config.evaluate.at, done, len(concepts)):
             session.score(engine.drawing, stage_after(done - 1), concepts[:done] if done else concepts)
+        if not done:
+            self._refine(engine)
         for number in range(first, len(concepts)):
             run = self._concept_run(engine, number, original)
             if resumed is not None:
@@ -87,6 +91,10 @@ class Trainer:
             self._unlearn_concept(engine, run, state, timer)
             del run  # with its teacher and its start, before those of the next concept are made
         return engine.full_weights(self.backbone.in_stored_order(engine.sizes))
+
+    def _refine(self, engine: Engine) -> None:
+        with self.session.costs.counting("train"):
+            refine(self.setup, self.backbone, engine)
 
     def _unlearn_concept(self, engine: Engine, run: ConceptRun, state: TrainingState, timer: CheckpointTimer) -> None:
         """Train one concept, with checkpoints within it and after it, and score the result."""
@@ -97,6 +105,8 @@ class Trainer:
                 save, train, log = (lambda: state.save(run)), self.setup.config.train, session.tracker.log
                 timer.restart()
                 run_concept(run, engine, self.backbone, train, log, timer.due, save, session.stop)
+                if (fusion := run.method.fusion()) is not None:
+                    engine.transform(fusion)
             state.save_between(run.number + 1)
             done, concepts = run.number + 1, self.setup.concepts
             if is_scored(self.setup.config.evaluate.at, done, len(concepts)):
@@ -127,7 +137,16 @@ class Trainer:
             number=number,
             target=setup.concepts[number].target if len(own) == 1 else f"{len(own)} concepts",
             method=self.method.prepare(
-                Setup(number, self.backbone, self.plan.updates, prompts, setup.concepts, train.seed, self.group)
+                Setup(
+                    number,
+                    self.backbone,
+                    self.plan.updates,
+                    prompts,
+                    setup.concepts,
+                    setup.prompts,
+                    train.seed,
+                    self.group,
+                )
             ),
             plan=self.plan,
             streams=streams,
@@ -142,6 +161,8 @@ class Trainer:
         )
         self.backbone.embed([""], negative=True)  # guidance needs it, and the encoders are still loaded
         engine.begin_concept(number)
+        if self.method.rank_per_concept:
+            open_own_ranks(setup, engine, number)
         if self.plan.masked and not self.plan.collect:  # a random mask needs no gradients
             engine.mask.build()
         return run

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from sculpt_dist.backbones.base import Backbone
 from sculpt_dist.core.types import Losses
+from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import StreamSpec
 from sculpt_dist.engine.optimizer import ShardedVector
 from sculpt_dist.methods.base import LossFunction, Method, Setup, Step
@@ -19,7 +23,7 @@ class Wrapped(Method):
         self.method = method
         self.needs_original, self.needs_teacher = method.needs_original, method.needs_teacher
         self.calibration_images, self.reference_mask = method.calibration_images, method.reference_mask
-        self.companion = method.companion
+        self.companion, self.rank_per_concept = method.companion, method.rank_per_concept
 
     @abstractmethod
     def again(self, method: Method) -> Method:
@@ -42,6 +46,12 @@ class Wrapped(Method):
 
     def adapter(self, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any] | None:
         return self.method.adapter(groups)
+
+    def refine(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> Mapping[str, Tensor]:
+        return self.method.refine(backbone, concepts)
+
+    def fusion(self) -> Callable[[str, Tensor], Tensor] | None:
+        return self.method.fusion()
 
     def extra_concepts(self, setup: Setup) -> Mapping[str, Sequence[str]]:
         return self.method.extra_concepts(setup)

@@ -65,6 +65,14 @@ class DynamicMask:
             if shard.padding is not None:
                 shard.opened.masked_fill_(shard.padding, 0)
 
+    def open_where(self, chosen: Callable[[str, Tensor], Tensor]) -> None:
+        """Let only the weights move that `chosen` names: (parameter, flat indices int64 [n]) -> bool [n]."""
+        self.open_all()
+        for shard, f in self._fragments():
+            places = torch.arange(f.start, f.start + f.numel, device=shard.opened.device)
+            shard.opened[f.here] = chosen(f.name, places).to(shard.opened.dtype)
+        self.open_count = self.num_open()
+
     def build(self) -> None:
         """Open the int(keep n) most salient weights of each matrix (or of all together), and reset the saliency."""
         self.births, self.swapped, self.overlap = [0, 0], 0, 1.0

@@ -199,6 +199,38 @@ class Engine:
             shard.moments.reset()
         self.mask.open_all()
 
+    def open_ranks(self, ranks: range) -> None:
+        """Train only these ranks of a LoRA adapter: rows of A [r, ...] and columns of B [out, r, ...]."""
+
+        def chosen(name: str, places: Tensor) -> Tensor:
+            rows, columns, *kernel = self.shapes[name]
+            inner = columns * math.prod(kernel)
+            rank = places // inner if ".lora_A." in name else places % inner // math.prod(kernel)
+            return (rank >= ranks.start) & (rank < ranks.stop)
+
+        self.mask.open_where(chosen)
+
+    def transform(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Replace every trained parameter by what `change` makes of (its name, the whole of it in fp32)."""
+        fragments = self._fragments()
+        for name, whole in self._whole(self.shapes):
+            changed = change(name, whole).reshape(-1)
+            for shard, f in fragments.get(name, []):
+                shard.flat[f.here] = changed[f.start : f.start + f.numel]
+        self.publish()
+
+    def set_frozen(self, values: Mapping[str, Tensor]) -> None:
+        """Set weights that do not train, by their stored names; the tensors are whole on every rank."""
+        import deepspeed
+
+        for name, parameter in self._engine.module.named_parameters():
+            value = values.get(name.replace(".base_layer.", "."))
+            if value is None or parameter.requires_grad:
+                continue
+            sharded = [parameter] if self.settings.stage == 3 else []
+            with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)), torch.no_grad():
+                parameter.copy_(value.to(parameter))
+
     def publish(self) -> None:
         """Copy the fp32 shards into the net's weights, as DeepSpeed does after a step."""
         if self.settings.stage in (1, 2):
@@ -240,6 +272,11 @@ class Engine:
 
     def full_weights(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | None]]:
         """These trainable parameters in fp32, unsharded, one at a time: (name, tensor on rank 0 or None elsewhere)."""
+        for name, whole in self._whole(names):
+            yield name, whole.cpu() if self.group.is_first else None
+
+    def _whole(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """These trainable parameters in fp32, whole on every rank, one at a time."""
         fragments = self._fragments()
         for name in names:
             whole = torch.zeros(self.sizes[name], device=self.group.device)
@@ -247,4 +284,4 @@ class Engine:
                 whole[f.start : f.start + f.numel] = shard.flat[f.here]
             if not self.replicated:
                 self.group.sum(whole)
-            yield name, whole.view(self.shapes[name]).cpu() if self.group.is_first else None
+            yield name, whole.view(self.shapes[name])

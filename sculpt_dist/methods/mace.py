@@ -1,0 +1,177 @@
+"""MACE: closed-form refinement, an adapter of rank 1 for each concept, closed-form fusion (Lu et al., arXiv 2403.06135).
+
+All three act on the keys and values W of the cross-attention, which receive rows e of a prompt's tokens.
+
+1. Refinement, once: the tokens that a target's prompt shares with its superclass's (rows e and e') lose what the target
+   left in them:  W' = (l W + sum W e' e^T + s sum W p p^T) (l I + sum e e^T + s sum p p^T)^-1
+2. For each concept, an adapter dW of rank 1 trains on noisy samples of the target, with A the attention to its name (and
+   to the end of the prompt) and M its region in the image:  L = sum over layers of || A M ||, the Frobenius norm
+3. Fusion of all concepts, with G_i = sum e e^T over all tokens of concept i's prompts:
+   W* = W' + sum dW_i G_i (l I + sum_j G_j + s sum p p^T)^-1
+
+p are the rows of prompts to preserve: the superclass's, those of `keep` and the empty one. In the sum of 3 the concepts
+before the present one are active when it trains (ours; the paper trains each alone). M comes from a segmenter in the
+paper; here it is where the frozen net's own attention to the name is above half of its maximum (ours), or a folder of
+`masks`. Times have the density s(50 (t - .2)) - s(50 (t - .4)), s a sigmoid (`focal`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculpt_dist.backbones.base import Backbone
+from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.types import Losses
+from sculpt_dist.data.prompts import ConceptPrompts
+from sculpt_dist.data.streams import StreamSpec
+from sculpt_dist.maths.closed_form import EditSystem, fusion_factors
+from sculpt_dist.methods.base import Method as Base
+from sculpt_dist.methods.base import Setup, Step, matrices
+from sculpt_dist.methods.fmn import attention_norm
+from sculpt_dist.methods.parts.names import padded, target_tokens
+from sculpt_dist.methods.parts.regions import attended, read_masks, within
+from sculpt_dist.methods.parts.rows import received, shared_rows
+
+FOCUS, RAMP = (0.2, 0.4), 50.0  # of the density of times, as shares of the schedule
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of mace."""
+
+    name: str = "mace"
+    """Name of this method."""
+    ridge: float = 10.0
+    """Ridge towards the present weights, l: 10 to 1000 for objects, 0 in other tasks, where rows are preserved."""
+    preserve_scale: float = 0.1
+    """Weight of the preserved rows, s."""
+    rank: int = 1
+    """Rank of each concept's adapter."""
+    masks: str | None = None
+    """Folder with a region for each sample of a target, TARGET/NUMBER.png, white where the concept is; null takes the
+    frozen net's attention, and for styles the whole image."""
+    focal: bool = True
+    """Prefer times at which images take shape; for unsafe content, the paper draws them evenly."""
+    end_token: bool = True
+    """Count the token that ends a prompt as part of the name."""
+
+
+class Method(Base):
+    """Trains an adapter on keys and values of the cross-attention, between two closed forms."""
+
+    rank_per_concept = True
+
+    def __init__(
+        self,
+        config: Config,
+        places: Mapping[str, Sequence[int]] = {},
+        masks: Mapping[int, Tensor] | None = None,
+        fusing: Tensor | None = None,
+        ranks: range = range(0),
+    ) -> None:
+        """`places`: tokens of the target's name by prompt; `masks`: regions by sample, or None where the whole image is
+        one; `fusing`: G_i (...)^-1 of this concept [D, D], whose ranks are `ranks`.
+        """
+        self.config, self.places, self.masks, self.fusing, self.ranks = config, places, masks, fusing, ranks
+        self.attends = config.masks is None and masks is not None
+
+    def prepare(self, setup: Setup) -> Method:
+        places = {
+            prompt: (*found, *([len(setup.backbone.token_ids(prompt)) - 1] if self.config.end_token else []))
+            for prompt, found in target_tokens(setup).items()
+        }
+        concept = setup.concepts[setup.concept]
+        masks = {} if self.config.masks is None else read_masks(self.config.masks, concept.target)
+        whole = self.config.masks is None and concept.kind == "style"
+        ranks = range(setup.concept * self.config.rank, (setup.concept + 1) * self.config.rank)
+        return Method(self.config, places, None if whole else masks, self._fusing(setup), ranks)
+
+    def streams(self) -> Sequence[StreamSpec]:
+        return (StreamSpec("target"),)
+
+    def trainable(self, groups: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
+        return [*matrices(groups, "cross_attention.k"), *matrices(groups, "cross_attention.v")]
+
+    def adapter(self, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any]:
+        layers = [name.removesuffix(".weight") for name in self.trainable(groups)]
+        return {"r": self.config.rank, "lora_alpha": self.config.rank, "target_modules": layers}
+
+    def refine(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> Mapping[str, Tensor]:
+        names = self.trainable(backbone.groups())
+        system = self._system(backbone, concepts)
+        for prompts in concepts:
+            for old, new in dict.fromkeys(zip(prompts.target, prompts.superclass)):
+                system.add_erased(*shared_rows(backbone, old, new))
+        transform = system.transform()
+        return {
+            name: (weight.to(transform.device, torch.float64) @ transform).to(weight.dtype)
+            for name, weight in backbone.stored_weights(names)
+        }
+
+    def saliency(self, step: Step) -> Losses:
+        return self.losses(step)
+
+    def losses(self, step: Step) -> Losses:
+        target, backbone = step.batch.target, step.backbone
+        uniform = step.rng.uniform("time")  # [B]
+        time = backbone.sample_time(focal(uniform) if self.config.focal else uniform)
+        noisy, _ = step.corrupted(target, time, "target")
+        places = padded([self.places[prompt] for prompt in target.prompts], noisy.device)  # [B, n]
+        with backbone.attention_maps(step.student.net, places, target.cond) as maps:
+            step.student(noisy, time, target.cond)
+        if self.attends:
+            with backbone.attention_maps(step.student.net, places, target.cond) as frozen:
+                step.frozen("teacher")(noisy, time, target.cond)
+            maps = {name: one * attended(frozen[name]) for name, one in maps.items()}
+        elif self.masks is not None:
+            regions = [self._region(key) for key in target.keys]
+            maps = {name: within(one, regions) for name, one in maps.items()}
+        norms = [attention_norm([one]).mean() for one in maps.values()]
+        return Losses({"forget": torch.stack(norms).sum()})
+
+    def _region(self, key: int) -> Tensor:
+        assert self.masks is not None
+        if key not in self.masks:
+            raise ConfigError(f"method.masks={self.config.masks}: has no mask {key}.png for this sample of the target")
+        return self.masks[key]
+
+    def fusion(self) -> Callable[[str, Tensor], Tensor]:
+        return self._fuse
+
+    def _fuse(self, name: str, trained: Tensor) -> Tensor:
+        """B A -> B A G (...)^-1, which changes A alone; `trained` is A [r, D] or B [out, r]."""
+        if ".lora_A." not in name or self.fusing is None:
+            return trained
+        rows = slice(self.ranks.start, self.ranks.stop)
+        fused = trained.clone()
+        fused[rows] = (trained[rows].double() @ self.fusing.to(trained.device)).to(trained.dtype)
+        return fused
+
+    def _fusing(self, setup: Setup) -> Tensor:
+        concepts = setup.all_prompts or (setup.prompts,)
+        system = self._system(setup.backbone, concepts)
+        sums = [(rows := received(setup.backbone, prompts.target).double()).T @ rows for prompts in concepts]
+        own = sums[setup.concept] if len(sums) > 1 else sums[0]
+        return fusion_factors(own, sum(sums[1:], sums[0]) + system.present)
+
+    def _system(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> EditSystem:
+        """The equations with the ridge and the preserved rows alone."""
+        empty = received(backbone, [""], negative=True)
+        system = EditSystem(empty.shape[1], self.config.ridge, 1.0, self.config.preserve_scale, empty.device)
+        kept = dict.fromkeys(text for prompts in concepts for text in (*prompts.superclass, *prompts.keep))
+        for rows in (empty, *(received(backbone, [text]) for text in kept)):
+            system.add_preserved(rows)
+        return system
+
+
+def focal(uniform: Tensor) -> Tensor:
+    """Uniform numbers [B] in [0, 1) -> shares of the schedule [B] with the density of MACE's eq. 5."""
+    grid = (torch.arange(1000) + 0.5) / 1000
+    density = torch.sigmoid(RAMP * (grid - FOCUS[0])) - torch.sigmoid(RAMP * (grid - FOCUS[1]))
+    passed = (density.cumsum(0) / density.sum()).to(uniform.device)
+    return ((torch.searchsorted(passed, uniform.contiguous()).clamp(max=999) + 0.5) / 1000).to(uniform)
