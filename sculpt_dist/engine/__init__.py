@@ -2,9 +2,9 @@
 
 `launch` starts the ranks, `group` holds the collectives. `zero/` wraps DeepSpeed ZeRO stages 0 to 3; `sharding/`
 describes what this rank holds; `masking/` chooses which weights may move; `optimizer/` is the masked AdamW and its
-kernels; `companion` is a small net that trains beside the student; `checkpoints/` saves and restores the shards; `stopping/` handles signals, stop files and dead ranks. Every
-room from `data` upwards may import this one. No module here imports deepspeed when it is imported: that waits for the
-first `Group` or `Engine`.
+kernels; `companion` is a small net that trains beside the student; `checkpoints/` saves and restores the shards;
+`stopping/` handles signals, stop files and dead ranks. Every room from `data` upwards may import this one. No module
+here imports deepspeed when it is imported: that waits for the first `Group` or `Engine`.
 """
 
 from typing import TYPE_CHECKING

@@ -44,7 +44,7 @@ class Companion:
         found = {f"weight {name}": tensor for name, tensor in self.net.state_dict().items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
             found |= {f"{kind} {number}": torch.as_tensor(value) for kind, value in moments.items()}
-        return {name: tensor.detach().flatten().float() for name, tensor in found.items()}
+        return {name: tensor.detach().flatten().float().clone() for name, tensor in found.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take the weights and moments that `state` gave."""

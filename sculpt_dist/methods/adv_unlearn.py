@@ -1,6 +1,6 @@
 """AdvUnlearn: ESD under an attack by soft words before the prompt (Zhang et al., arXiv 2405.15234).
 
-Let e be the student, e0 the model before this concept, c the target's prompt, r a prompt to retain, "" the empty prompt,
+Let e be the student, e0 the model before this concept, c the target's prompt, r a prompt to retain, "" the empty one,
 and d the embeddings of a few words before c. Every update first attacks, with Adam from random words of the vocabulary
 and fresh noise and times in each of its steps, and then forgets:
 

@@ -8,9 +8,9 @@ e0(x, ""), and x+ and x- latents that the student draws for c, before an early a
 
 The published code for one concept differs, and `reference_compat: true` follows it: its terms on the empty prompt give
 no gradient (they are left out here), and its "early" steps are the last ones of the sampler, near the clean image, so
-that it keeps these and reverses the others. Its saliency mask keeps the half of the weights with the smallest gradients,
-intersected over several seeds and prompts; that is not reproduced: `mask` is this program's. The paper erases one
-concept with the original model as e0; in a sequence, e0 here is the model before each concept.
+that it keeps these and reverses the others. Its saliency mask keeps the half of the weights with the smallest
+gradients, intersected over several seeds and prompts; that is not reproduced: `mask` is this program's. The paper
+erases one concept with the original model as e0; in a sequence, e0 here is the model before each concept.
 """
 
 from __future__ import annotations

@@ -54,10 +54,10 @@ class Method(Base):
     def losses(self, step: Step) -> Losses:
         time = step.backbone.sample_time(step.rng.uniform("time"))  # [B], the same for both
         noisy, goal = step.corrupted(step.batch.target, time, "target")
-        requests, goals = [(noisy, time, step.batch.target.cond)], [goal]
-        if self.config.retain_weight:
-            superclass = step.batch.superclass
-            retained, goal = step.corrupted(superclass, time, "superclass")
-            requests, goals = [*requests, (retained, time, superclass.cond)], [*goals, goal]
-        forgotten, *kept = map(mse, step.student.all(requests), goals)
-        return Losses({"forget": -forgotten, **{"retain": self.config.retain_weight * term for term in kept}})
+        requests = [(noisy, time, step.batch.target.cond)]
+        if not self.config.retain_weight:
+            return Losses({"forget": -mse(step.student.all(requests)[0], goal)})
+        superclass = step.batch.superclass
+        retained, retained_goal = step.corrupted(superclass, time, "superclass")
+        forgotten, kept = step.student.all([*requests, (retained, time, superclass.cond)])
+        return Losses({"forget": -mse(forgotten, goal), "retain": self.config.retain_weight * mse(kept, retained_goal)})

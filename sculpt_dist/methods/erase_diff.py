@@ -9,8 +9,8 @@ With g_f and g_r, the reduced gradients of both over all trainable weights, the 
 
     g_r + w g_f,    w = max(0, eta - <g_f, g_r> / |g_f|^2),
 
-the smallest step with which L_f falls at a rate of at least eta |g_f|^2 while L_r falls. The paper subtracts from L_f the
-minimum that a few inner steps reach; it is a constant for the outer step, whose gradient it does not change, so those
+the smallest change of g_r with which L_f falls at a rate of at least eta |g_f|^2. The paper subtracts from L_f the
+minimum that a few inner steps reach. It is a constant for the outer step, whose gradient it does not change, so those
 steps are left out. The published code for Stable Diffusion sets a fixed w (`weight`) of 0.1 or 1.
 """
 

@@ -1,11 +1,13 @@
-"""MACE: closed-form refinement, an adapter of rank 1 for each concept, closed-form fusion (Lu et al., arXiv 2403.06135).
+"""MACE: closed-form refinement, an adapter of rank 1 for each concept, closed-form fusion.
+
+Lu et al., arXiv 2403.06135.
 
 All three act on the keys and values W of the cross-attention, which receive rows e of a prompt's tokens.
 
 1. Refinement, once: the tokens that a target's prompt shares with its superclass's (rows e and e') lose what the target
    left in them:  W' = (l W + sum W e' e^T + s sum W p p^T) (l I + sum e e^T + s sum p p^T)^-1
-2. For each concept, an adapter dW of rank 1 trains on noisy samples of the target, with A the attention to its name (and
-   to the end of the prompt) and M its region in the image:  L = sum over layers of || A M ||, the Frobenius norm
+2. For each concept, an adapter dW of rank 1 trains on noisy samples of the target, with A the attention to its name
+   (and to the end of the prompt) and M its region in the image:  L = sum over layers of || A M ||, the Frobenius norm
 3. Fusion of all concepts, with G_i = sum e e^T over all tokens of concept i's prompts:
    W* = W' + sum dW_i G_i (l I + sum_j G_j + s sum p p^T)^-1
 

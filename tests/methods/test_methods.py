@@ -33,15 +33,15 @@ def test_a_method_file_has_a_frozen_config_named_like_the_file_and_a_method(name
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_method_trains_matrices_of_the_net_only(name):
     names = [
-        "a.attn1.to_q.weight",
-        "a.attn2.to_q.weight",
-        "a.attn2.to_out.0.weight",
-        "a.attn2.to_out.0.bias",
+        "transformer_blocks.0.attn1.to_q.weight",
+        "transformer_blocks.0.attn2.to_q.weight",
+        "transformer_blocks.0.attn2.to_out.0.weight",
+        "transformer_blocks.0.attn2.to_out.0.bias",
         "conv.weight",
-        "a.attn2.to_k.weight",
+        "transformer_blocks.0.attn2.to_k.weight",
     ]
     chosen = method_of(load_config(None, [f"method.name={name}"])).trainable(
-        parameter_groups({n: (2,) if n.endswith("bias") else (2, 2) for n in [*names, "a.attn2.to_v.weight"]})
+        parameter_groups({n: (2,) if n.endswith("bias") else (2, 2) for n in [*names, "transformer_blocks.0.attn2.to_v.weight"]})
     )
     assert chosen and not any(entry.endswith("bias") for entry in chosen)
 

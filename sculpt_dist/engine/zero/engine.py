@@ -203,9 +203,9 @@ class Engine:
         """Train only these ranks of a LoRA adapter: rows of A [r, ...] and columns of B [out, r, ...]."""
 
         def chosen(name: str, places: Tensor) -> Tensor:
-            rows, columns, *kernel = self.shapes[name]
-            inner = columns * math.prod(kernel)
-            rank = places // inner if ".lora_A." in name else places % inner // math.prod(kernel)
+            shape = self.shapes[name]
+            inner, kernel = math.prod(shape[1:]), math.prod(shape[2:])
+            rank = places // inner if ".lora_A." in name else places % inner // kernel
             return (rank >= ranks.start) & (rank < ranks.stop)
 
         self.mask.open_where(chosen)

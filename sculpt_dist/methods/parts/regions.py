@@ -17,7 +17,7 @@ THRESHOLD = 0.5  # of the largest attention
 
 
 def attended(maps: Tensor) -> Tensor:
-    """1 where the mean attention over heads and tokens is above half of its maximum: [B, heads, N, n] -> [B, 1, N, 1]."""
+    """Where the mean attention over heads and tokens is above half of its maximum, [B, heads, N, n] -> [B, 1, N, 1]."""
     mean = maps.float().mean((1, 3), keepdim=True)
     return (mean > THRESHOLD * mean.amax(2, keepdim=True)).to(maps)
 
