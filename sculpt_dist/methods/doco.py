@@ -19,7 +19,7 @@ gradient also leaks into D's update; that is not reproduced.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Config:
     """Channels of the discriminator's first layer."""
     surgery: float = 1.0
     """Strength of the gradient surgery, l; 0 leaves g_a as it is."""
-    parts: tuple[str, ...] = ("k", "v")
+    parts: list[str] = field(default_factory=lambda: ["k", "v"])
     """Matrices of the cross-attention that train: any of q, k, v, out."""
 
 

@@ -25,12 +25,20 @@ PRESETS = sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "ba
 MINE = "model.path=/models/mine"
 TENCH = "concepts=[{target: tench, superclass: fish}]"
 PAPERS = {
+    "adv_unlearn": "arXiv 2405.15234",
+    "ant": "arXiv 2504.12782",
+    "ascent": "arXiv 2310.12508",
     "concept_ablation": "arXiv 2303.13516",
     "dm_cal": "arXiv 2504.09039",
+    "doco": "arXiv 2405.15304",
+    "erase_diff": "arXiv 2401.05779",
     "esd": "arXiv 2303.07345",
+    "fmn": "arXiv 2303.17591",
     "kscu": "arXiv 2507.06526",
+    "mace": "arXiv 2403.06135",
     "rgd": "a reconstruction",
     "salun": "arXiv 2310.12508",
+    "spm": "arXiv 2312.16145",
     "uce": "arXiv 2308.14761",
 }
 ADAM = {"train.betas": (0.9, 0.999), "train.weight_decay": 0.0, "train.clip": 0.0}
@@ -83,7 +91,75 @@ KSCU = (
 STABLE = KSCU | {"model.arch": "sd15", "method.sampler_steps": 50, "method.guidance": 3.0, "train.lr": 1e-5}
 FLOW = KSCU | {"model.arch": "sana", "method.sampler_steps": 28, "method.guidance": 3.5, "train.lr": 1e-4}
 OUTSIDE, CROSS, BOTH = ({"method.trains": group} for group in ("not_cross_attention", "cross_attention", "attention"))
+ALL = {"method.trains": "all"}
+DOCO = UNMASKED | {
+    "train.steps": 2000,
+    "train.batch": 8,
+    "train.lr": 4.8e-5,
+    "method.warmup": 0.5,
+    "method.parts": ["k", "v"],
+    "method.surgery": 1.0,
+}
+ERASE_DIFF = UNMASKED | {"method.weight": 1.0, "train.lr": 1e-5, "train.batch": 16}
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "adv_unlearn-object": UNMASKED
+    | ALL
+    | {
+        "method.words": 1,
+        "method.attack_steps": 30,
+        "method.attack_lr": 1e-3,
+        "method.unattacked": 0.2,
+        "method.eta": 1.0,
+        "method.guidance": 3.0,
+        "method.sampler_steps": 50,
+        "method.retain_weight": 0.3,
+        "train.steps": 1000,
+        "train.batch": 1,
+        "train.lr": 1e-5,
+    },
+    "ant-nudity": ALL
+    | {
+        "method.early": 7,
+        "method.sampler_steps": 50,
+        "method.guidance": 3.0,
+        "method.keep_weight": 1.0,
+        "method.empty_weight": 0.5,
+        "method.reference_compat": True,
+        "mask.keep": 0.5,
+        "mask.refresh": 0,
+        "train.steps": 250,
+        "train.lr": 5e-4,
+    },
+    "ascent-object": UNMASKED | ALL | {"method.retain_weight": 0.1, "train.lr": 1e-5, "train.batch": 8},
+    "doco-object": DOCO | {"method.discriminator_lr": 1e-4},
+    "doco-style": DOCO | {"method.discriminator_lr": 5e-4},
+    "erase_diff-nudity": ERASE_DIFF | {"method.trains": "not_cross_attention", "train.steps": 160},
+    "erase_diff-object": ERASE_DIFF | ALL | {"train.steps": 60},
+    "fmn-object": UNMASKED
+    | ALL
+    | {"train.steps": 35, "train.batch": 1, "train.lr": 2e-6, "train.weight_decay": 0.01, "train.clip": 1.0},
+    "mace-object": UNMASKED
+    | {
+        "method.ridge": 10.0,
+        "method.preserve_scale": 0.0,
+        "method.rank": 1,
+        "prepare.samples": 8,
+        "train.steps": 50,
+        "train.batch": 1,
+        "train.lr": 1e-5,
+        "train.weight_decay": 0.01,
+    },
+    "spm-object": UNMASKED
+    | {
+        "method.rank": 1,
+        "method.anchors": 4,
+        "method.anchor_weight": 1000.0,
+        "method.guidance": 3.0,
+        "method.sampler_steps": 30,
+        "train.steps": 3000,
+        "train.batch": 1,
+        "train.lr": 1e-4,
+    },
     "concept_ablation-object": UNMASKED
     | {
         "train.steps": 100,
@@ -205,13 +281,13 @@ def test_a_nudity_preset_takes_the_users_list_and_detector(preset):
         check_evaluation(resolved(load(preset)))
 
 
-def layers(arch: str) -> dict[str, int]:
-    """Elements of the weight of each Linear and Conv of plain diffusers' net."""
+def layers(arch: str, rank: int | None = None) -> dict[str, int]:
+    """Elements of the weight of each Linear and Conv of plain diffusers' net, or of an adapter on it."""
     part = MODELS[arch]["transformer" if arch == "sana" else "unet"]
     with torch.device("meta"):
         net = getattr(diffusers, part["_class_name"]).from_config(part)
     return {
-        name: module.weight.numel()
+        name: module.weight.numel() if rank is None else rank * (module.weight[0].numel() + len(module.weight))
         for name, module in net.named_modules()
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
     }
@@ -223,15 +299,26 @@ WITHIN = {
     "attention": lambda name: ".attn1.to_" in name or ".attn2.to_" in name,
     "not_cross_attention": lambda name: ".attn2." not in name,
     "all": lambda name: True,
+    "transformer": lambda name: ".attentions." in name,
 }
-BY_METHOD = {"dm_cal": "cross_attention", "concept_ablation": "keys_values", "rgd": "cross_attention", "salun": "all"}
+BY_METHOD = {
+    "concept_ablation": "keys_values",
+    "dm_cal": "cross_attention",
+    "doco": "keys_values",
+    "rgd": "cross_attention",
+    "salun": "all",
+}
+OF_RANK_1 = {"mace": "keys_values", "spm": "transformer"}
 BY_VARIANT = {"x": "cross_attention", "u": "not_cross_attention"}
 
 
 def trained(preset: str, arch: str) -> int | None:
     """How many weights a preset should train; None for a closed form."""
     row = PUBLISHED[preset]
-    group = row.get("method.trains") or BY_VARIANT.get(row.get("method.variant")) or BY_METHOD.get(preset.split("-")[0])
+    method = preset.split("-")[0]
+    if method in OF_RANK_1:
+        return sum(count for name, count in layers(arch, 1).items() if WITHIN[OF_RANK_1[method]](name))
+    group = row.get("method.trains") or BY_VARIANT.get(row.get("method.variant")) or BY_METHOD.get(method)
     return None if group is None else sum(count for name, count in layers(arch).items() if WITHIN[group](name))
 
 
