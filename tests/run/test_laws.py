@@ -173,61 +173,50 @@ def test_bf16_runs_to_the_end(canvas_config, tmp_path, arch):
 GOLDEN = PROJECT / "tests" / "golden" / "losses.json"
 
 
-def golden_cells() -> list:
-    """Every trained method on every kind; dm_cal's are in the default suite, sdxl's of the others are run by hand."""
-    methods = [
-        name
-        for name in plugins("sculpt_dist.methods")
-        if plugin("sculpt_dist.methods", name, "method.name").Method.kind == "trains"
-    ]
-    later = {"sdxl": pytest.mark.exhaustive}
-    pairs = [(method, arch) for method in methods for arch in ARCHS]
-    return [
-        pytest.param(*pair, marks=[] if "dm_cal" in pair else [later.get(pair[1], pytest.mark.slow)]) for pair in pairs
-    ]
+TRAINED = [
+    name
+    for name in plugins("sculpt_dist.methods")
+    if plugin("sculpt_dist.methods", name, "method.name").Method.kind == "trains"
+]
+SHARDED = {"sd15": ["engine.stage=3", "train.accumulate=2"], "sdxl": [], "sana": ["engine.stage=3"]}
 
 
-@pytest.mark.parametrize(("method", "arch"), golden_cells())
-def test_golden_losses_of_the_first_updates(alone_of, tmp_path, method, arch, request):
-    folder = alone_of(arch) if method == "dm_cal" else tmp_path / "run"
-    if method != "dm_cal":
-        config = str(PROJECT / "configs" / "canvas" / f"{method}.yaml")
-        sculpt("unlearn", config, *TINY_RUN, "evaluate.enabled=false", f"model.arch={arch}", f"run.folder={folder}")
-    first = losses(folder)[:7]
-    known = json.loads(GOLDEN.read_text())
-    if request.config.getoption("--refresh-golden"):
-        known[f"{method} {arch}"] = first
-        GOLDEN.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    assert first == pytest.approx(known[f"{method} {arch}"], rel=1e-4)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_golden_losses_of_dm_cal(alone_of, arch, request):
+    compare_with_golden({f"dm_cal {arch}": alone_of(arch)}, 1e-4, request.config.getoption("--refresh-golden"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_golden_losses_of_every_other_method(tmp_path, arch, request):
+    folders = every_method(tmp_path, arch, 1, [])
+    compare_with_golden(folders, 1e-4, request.config.getoption("--refresh-golden"))
 
 
 @pytest.mark.two_ranks
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "overrides"),
-    [
-        ("esd", ["method.sampler_steps=10"]),
-        pytest.param("rgd", [], marks=pytest.mark.exhaustive),
-        pytest.param("kscu", ["method.sampler_steps=10", "method.start=3"], marks=pytest.mark.exhaustive),
-        ("surgun", []),
-    ],
-    ids=["esd", "rgd", "kscu", "surgun"],
-)
-def test_the_ranks_do_not_change_the_run_of_a_method_that_draws_or_combines(tmp_path, method, overrides):
-    config = str(PROJECT / "configs" / "canvas" / f"{method}.yaml")
-    for name, ranks, more in (("one", 1, []), ("two", 2, ["engine.stage=3", "train.accumulate=2"])):
-        sculpt(
-            "unlearn",
-            config,
-            *TINY_RUN,
-            ONE_CONCEPT,
-            *overrides,
-            "evaluate.enabled=false",
-            *more,
-            f"run.folder={tmp_path / name}",
-            ranks=ranks,
-        )
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_two_ranks_have_the_losses_of_one_with_every_method(tmp_path, arch):
+    compare_with_golden(every_method(tmp_path, arch, 2, SHARDED[arch]), 2e-3, refresh=False)
+
+
+def every_method(folder: Path, arch: str, ranks: int, overrides: list[str]) -> dict[str, Path]:
+    """Run all methods but dm_cal, and attack each result; run folders by "method arch"."""
+    others = [name for name in TRAINED if name != "dm_cal"]
+    script = str(WORKERS / "every_method.py")
+    launch(ranks, script, str(folder), arch, ",".join(others), *overrides, timeout=600)
+    return {f"{name} {arch}": folder / name for name in others}
+
+
+def compare_with_golden(folders: dict[str, Path], tolerance: float, refresh: bool) -> None:
+    """Compare the losses of the first updates of these runs with those on record, which `refresh` replaces first."""
+    found = {name: losses(folder)[:7] for name, folder in folders.items()}
+    if refresh:
+        GOLDEN.write_text(json.dumps(json.loads(GOLDEN.read_text()) | found, indent=1, sort_keys=True) + "\n")
+    known = json.loads(GOLDEN.read_text())
+    assert {name: known[name] for name in found} == {
+        name: pytest.approx(values, rel=tolerance) for name, values in found.items()
+    }
 
 
 @pytest.mark.two_ranks

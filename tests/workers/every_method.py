@@ -1,0 +1,29 @@
+"""Runs several methods one after another in this process, each into FOLDER/<method>, and tries an attack on each.
+
+FOLDER ARCH METHODS OVERRIDES..., where METHODS are names with commas between them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from harness import PROJECT, TINY_RUN
+
+from sculpt_dist.config.load import load_config
+from sculpt_dist.run.sequence import run_sequence
+
+folder, arch, methods, *overrides = sys.argv[1:]
+for method in methods.split(","):
+    settings = [
+        *TINY_RUN,
+        "evaluate.enabled=false",
+        "evaluate.attacks=[plain]",
+        "attack.cases=1",
+        f"model.arch={arch}",
+        f"prepare.folder={folder}/shared",
+        f"run.folder={folder}/{method}",
+        *overrides,
+    ]
+    run = run_sequence(load_config(Path(PROJECT / "configs" / "canvas" / f"{method}.yaml"), settings))
+    assert set(run.report["attacks"]["attacks"]) == {"plain"}, run.report["attacks"]
