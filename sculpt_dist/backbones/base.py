@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +71,8 @@ class Backbone(ABC):
         check_channels(self.latent_shape[0], vae_settings.get("latent_channels"), net_file)
         self.schedule = self.open_schedule()
         self.passes = 0  # samples through the denoiser; a forward with gradient counts as 3, its backward costs 2
+        self.doubled = False  # whether the denoiser now predicts for [negative, prompt], as guidance asks it to
+        self._guard: Callable[[nn.Module], None] | None = None
         self._components = Components(folder, classes, device, self.part_dtype, self._watch)
         self.embeddings = PromptEmbeddings(
             lambda prompts, negative: self.encode_prompts(prompts, negative),
@@ -151,7 +153,17 @@ class Backbone(ABC):
 
     def guided(self, denoiser: Denoiser, cond: TextCond, negative: TextCond, guidance: float) -> Guided:
         """The guided prediction for these prompts: classifier-free, unless a net takes the guidance as an input."""
-        return classifier_free(denoiser, cond, negative, guidance)
+        return classifier_free(self._doubling(denoiser), cond, negative, guidance)
+
+    def _doubling(self, denoiser: Denoiser) -> Denoiser:
+        def predict(noisy: Tensor, time: Tensor, cond: TextCond) -> Tensor:
+            self.doubled = True
+            try:
+                return denoiser(noisy, time, cond)
+            finally:
+                self.doubled = False
+
+        return predict
 
     def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
         """The text encoders' output, [B, L, D]; `negative`: as the pipeline encodes a prompt to guide away from."""
@@ -215,7 +227,19 @@ class Backbone(ABC):
 
     def _watch(self, name: str, model: nn.Module) -> None:
         if name == self.net_name:
-            self.count_passes_of(model)
+            self.adopt(model)
+
+    def adopt(self, net: nn.Module) -> None:
+        """Count the passes of a denoiser, and put the guard on it where there is one."""
+        self.count_passes_of(net)
+        if self._guard is not None:
+            self._guard(net)
+
+    def guard_with(self, guard: Callable[[nn.Module], None]) -> None:
+        """Put a guard on the denoiser, and on every one that is loaded or adopted later."""
+        self._guard = guard
+        if self.net_name in self.loaded:
+            guard(self.net)
 
     def count_passes_of(self, net: nn.Module) -> None:
         """Add what `net` computes to `passes`; the denoiser's own passes are counted anyway."""
