@@ -3,8 +3,8 @@
 Cywinski and Deja, arXiv 2501.18052. The autoencoder learns the outputs of one transformer block, in the half of the
 prompt, at all steps of the sampler. At each step a feature scores its share of the activation on a target's images less
 its share on the others'; those above a percentile are the target's. While images are drawn, where such a feature
-exceeds its mean over all concepts, it is multiplied by `multiplier` times its mean on the target. What the autoencoder
-cannot reconstruct is added back, in the released code with the opposite sign.
+exceeds its mean over all concepts, it is multiplied by minus `strength` times its mean on the target. What the
+autoencoder cannot reconstruct is added back, in the released code with the opposite sign.
 
 Ours: it learns from images of the targets, the superclasses and the kept concepts, a sample of their positions (the
 published one from all of a benchmark's anchor prompts); a step that was not fitted uses the scores of the step nearest
@@ -58,8 +58,9 @@ class Config:
     """Vectors without a code after which a feature counts as dead."""
     percentile: float = 99.99
     """Percentile of the scores above which a feature is the target's."""
-    multiplier: float = -1.0
-    """Factor on the target's features, times their mean activation on the target."""
+    strength: float = 1.0
+    """A feature of the target is multiplied by minus this, times its mean activation on the target (published: a
+    multiplier of -1 for styles, of -1 to -30 for objects)."""
 
 
 class Method(Guard):
@@ -114,7 +115,7 @@ class Method(Guard):
             for step, (mine, rest) in enumerate(zip(means[target], others)):
                 scores = feature_scores(mine, rest)
                 chosen = scores > scores.quantile(self.config.percentile / 100)
-                factor = self.config.multiplier * mine
+                factor = -self.config.strength * mine
                 stronger = chosen & ((factor.abs() > factors[step].abs()) | bounds[step].isinf())
                 factors[step] = torch.where(stronger, factor, factors[step])
                 bounds[step] = torch.where(chosen, overall[step], bounds[step])
