@@ -17,7 +17,7 @@ from sculpt_dist.core.errors import ConfigError, ModelError
 from sculpt_dist.core.files import file_sha256, unsealed, write_record
 from sculpt_dist.core.plugins import METHODS, check_plugin, plugin, plugins
 from sculpt_dist.guards import Guard, apply, guard_backbone, read_guard, remove
-from sculpt_dist.guards.parts.calls import with_rows
+from sculpt_dist.guards.parts.calls import with_output, with_rows
 from sculpt_dist.guards.parts.layers import transformer_blocks
 
 GUARDS = plugins("sculpt_dist.guards")
@@ -209,3 +209,11 @@ def test_only_what_has_a_row_per_image_is_changed():
     )
     assert torch.equal(args[0], rows) and args[1] is scalar and kwargs["n"] == 4
     assert torch.equal(kwargs["added"]["text_embeds"], rows + 1)
+
+
+def test_the_first_tensor_of_every_kind_of_output_is_changed():
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+    one = torch.ones(1)
+    assert with_output(one, torch.neg) == -1 and with_output((one, "rest"), torch.neg) == (-1, "rest")
+    assert with_output(UNet2DConditionOutput(sample=one), torch.neg).sample == -1

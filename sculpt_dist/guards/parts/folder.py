@@ -71,7 +71,7 @@ def read_guard(folder: Path) -> Fitted:
     if not (folder / ABOUT).is_file() or not (folder / TENSORS).is_file():
         raise ModelError(f"{folder}: is no guard (it has no {ABOUT} with {TENSORS}): give the folder of a guard")
     try:
-        about = read_object(folder / ABOUT, REMEDY, ("options", "net", "tensors", "sha256")[:3])
+        about = read_object(folder / ABOUT, REMEDY, ("options", "net", "tensors"))
     except RunFolderError as error:
         raise ModelError(str(error)) from error
     if file_sha256(folder / TENSORS) != about["tensors"]:
