@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +74,8 @@ class Backbone(ABC):
         self.schedule = self.open_schedule()
         self.refined: dict[str, Tensor] = {}  # new values of frozen weights, by their stored names
         self.passes = 0  # samples through the denoiser; a forward with gradient counts as 3, its backward costs 2
+        self.doubled = False  # whether the denoiser now predicts for [negative, prompt], as guidance asks it to
+        self._guard: Callable[[nn.Module], None] | None = None
         self._components = Components(folder, classes, device, self.part_dtype, self._watch)
         self.embeddings = PromptEmbeddings(
             lambda prompts, negative: self.encode_prompts(prompts, negative),
@@ -154,7 +156,17 @@ class Backbone(ABC):
 
     def guided(self, denoiser: Denoiser, cond: TextCond, negative: TextCond, guidance: float) -> Guided:
         """The guided prediction for these prompts: classifier-free, unless a net takes the guidance as an input."""
-        return classifier_free(denoiser, cond, negative, guidance)
+        return classifier_free(self._doubling(denoiser), cond, negative, guidance)
+
+    def _doubling(self, denoiser: Denoiser) -> Denoiser:
+        def predict(noisy: Tensor, time: Tensor, cond: TextCond) -> Tensor:
+            self.doubled = True
+            try:
+                return denoiser(noisy, time, cond)
+            finally:
+                self.doubled = False
+
+        return predict
 
     def encode_prompts(self, prompts: Sequence[str], negative: bool) -> TextCond:
         """The text encoders' output, [B, L, D]; `negative`: as the pipeline encodes a prompt to guide away from."""
@@ -164,6 +176,14 @@ class Backbone(ABC):
         """The prompt's tokens without padding, in the order of the rows that the denoiser reads."""
         tokens = self.tokenized([prompt], negative=False)[0]
         return tokens.ids[0][tokens.mask[0] > 0].tolist()
+
+    def token_places(self, prompt: str, start: int = 0, end: int | None = None) -> range:
+        """The places of the tokens of prompt[start:end] among the rows that the denoiser reads of the prompt."""
+        ids, closing = self.token_ids(prompt[:end]), self.token_ids("")
+        ends = 0  # tokens that close every prompt
+        while ends < len(closing) and ids[-1 - ends] == closing[-1 - ends]:
+            ends += 1
+        return range(len(self.token_ids(prompt[:start].rstrip())) - ends, len(ids) - ends)
 
     @property
     def prompt_start(self) -> int:
@@ -218,7 +238,19 @@ class Backbone(ABC):
 
     def _watch(self, name: str, model: nn.Module) -> None:
         if name == self.net_name:
-            self.count_passes_of(model)
+            self.adopt(model)
+
+    def adopt(self, net: nn.Module) -> None:
+        """Count the passes of a denoiser, and put the guard on it where there is one."""
+        self.count_passes_of(net)
+        if self._guard is not None:
+            self._guard(net)
+
+    def guard_with(self, guard: Callable[[nn.Module], None]) -> None:
+        """Put a guard on the denoiser, and on every one that is loaded or adopted later."""
+        self._guard = guard
+        if self.net_name in self.loaded:
+            guard(self.net)
 
     def count_passes_of(self, net: nn.Module) -> None:
         """Add what `net` computes to `passes`; the denoiser's own passes are counted anyway."""

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.plugins import check_plugin, plugins
+from sculpt_dist.core.plugins import METHODS, Packages, check_plugin, plugins
 
 if TYPE_CHECKING:
     from sculpt_dist.config.schema import RunConfig
 
-NAMED = {  # keys whose value is the name of a file in a package
+NAMED: dict[str, Packages] = {  # keys whose value is the name of a file in a package
     "model.arch": "sculpt_dist.backbones",
-    "method.name": "sculpt_dist.methods",
+    "method.name": METHODS,
     "evaluate.classifier": "sculpt_dist.evaluation.classifiers",
     "evaluate.witness": "sculpt_dist.evaluation.classifiers",
 }

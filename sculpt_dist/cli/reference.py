@@ -11,6 +11,7 @@ from rich.table import Table
 from sculpt_dist.config.packaged import copy_config, packaged_configs
 from sculpt_dist.config.reference import reference, summaries
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.core.plugins import METHODS
 
 
 def config(
@@ -41,8 +42,9 @@ def configs(
 
 
 def methods() -> None:
-    """List the methods: the values of method.name."""
-    _list("sculpt_dist.methods")
+    """List the methods and the guards: the values of method.name."""
+    for package in METHODS:
+        _list(package)
 
 
 def models() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sculpt_dist.core.plugins import plugins
+from sculpt_dist.core.plugins import METHODS, check_plugin, plugins
 
 SCHEMA = Path(__file__).with_name("schema.py")
 ROOT = "RunConfig"
@@ -37,7 +37,7 @@ def run_keys() -> list[Key]:
 
 def method_keys(name: str) -> list[Key]:
     """The keys of a method's own options."""
-    return list(_keys(_classes(plugin_file("sculpt_dist.methods", name)), "Config", "method."))
+    return list(_keys(_classes(plugin_file(check_plugin(METHODS, name, "method.name"), name)), "Config", "method."))
 
 
 def attack_keys(name: str) -> list[Key]:
@@ -48,7 +48,7 @@ def attack_keys(name: str) -> list[Key]:
 def reference(prefix: str = "") -> list[Key]:
     """All keys that start with `prefix`; the options of methods are named method.NAME.key."""
     found = run_keys()
-    for name in plugins("sculpt_dist.methods"):
+    for name in plugins(METHODS):
         options = [key for key in method_keys(name) if key.name != "method.name"]
         found += [Key(f"method.{name}.{key.name[7:]}", key.type, key.default, key.meaning) for key in options]
     found += [key for name in plugins("sculpt_dist.attacks") for key in attack_keys(name)]

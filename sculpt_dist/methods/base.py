@@ -19,7 +19,7 @@ from sculpt_dist.backbones.parts.trajectory import Trajectory
 from sculpt_dist.config.load import merge_section
 from sculpt_dist.config.schema import Concept
 from sculpt_dist.core.errors import ConfigError
-from sculpt_dist.core.plugins import plugin
+from sculpt_dist.core.plugins import METHODS, plugin
 from sculpt_dist.core.types import ConceptBatch, Losses, Stream, TextCond
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import Draws, StreamSpec
@@ -27,6 +27,7 @@ from sculpt_dist.engine.companion import Companion
 from sculpt_dist.engine.group import Group
 from sculpt_dist.engine.optimizer import ShardedVector, sum_gradients
 from sculpt_dist.engine.zero import FrozenWeights
+from sculpt_dist.guards.base import Guard
 
 Request = tuple[Tensor, Tensor, TextCond]  # noisy [B, C, H, W], time [B], cond
 
@@ -215,8 +216,8 @@ class Editor(ABC):
         """New values of the parameters of `backbone.net` that change, by name, the same on every rank."""
 
 
-def load_method(options: Mapping[str, Any]) -> Method | Editor:
+def load_method(options: Mapping[str, Any]) -> Method | Editor | Guard:
     """The method that `method.name` selects; its options are checked like all other keys. Raises ConfigError."""
-    module = plugin("sculpt_dist.methods", options.get("name", "dm_cal"), "method.name")
-    found: Method | Editor = module.Method(merge_section(module.Config, options, "method"))
+    module = plugin(METHODS, options.get("name", "dm_cal"), "method.name")
+    found: Method | Editor | Guard = module.Method(merge_section(module.Config, options, "method"))
     return found

@@ -32,7 +32,7 @@ def check_run(config: RunConfig, ranks: int) -> dict[str, Any]:
 
     Weights may be missing; if they exist, their names and shapes are compared, and their values must be finite. A hub
     id is fetched and a single file is unpacked, as for a run. The evaluation is not checked, and a
-    closed form makes no edit. Raises ConfigError and ModelError for what would stop a run.
+    closed form makes no edit, nor is a guard fitted. Raises ConfigError and ModelError for what would stop a run.
     """
     setup = resolve(config)
     micro_batch = setup.micro_batch(ranks)

@@ -40,7 +40,8 @@ class Subject:
         setup = resolve(config)
         if setup.plan is None:
             raise ConfigError(
-                f"method.name={setup.method_name}: is a closed form without training steps: there is nothing to plan"
+                f"method.name={setup.method_name}: is a closed form or a guard, without training steps: there is "
+                "nothing to plan"
             )
         self.micro_batch = setup.micro_batch(ranks)
         self.backbone = backbone = open_on_meta(setup)

@@ -46,6 +46,7 @@ def model_card(
         base=base_name(config),
         is_hub_id=is_hub_id,
         adapter=adapter,
+        guard=report.get("guard"),
         concepts=concepts,
         together=(config.get("train") or {}).get("together", False),
         named=[_plain(name) for name in shortlist([concept["target"] for concept in concepts])],

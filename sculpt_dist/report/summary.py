@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sculpt_dist.config.checks import normal
@@ -44,6 +45,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "weights": _members(costs.get("weights"), ("total", "trained", "open")),
         "bytes_communicated": costs.get("bytes_communicated"),
         "attacks": attacks_of(run),
+        "guard": _guard_bytes(run.folder),
     }
 
 
@@ -100,6 +102,17 @@ def most_hurt(run: RunRecord, most: int) -> list[Hurt]:
             if share is not None and now is not None and share > now and normal(name) not in targets:
                 found.append(Hurt(name, share, tuple(of_stage.get(name) for of_stage in of_stages)))
     return sorted(found, key=lambda hurt: hurt.end - hurt.base)[:most]
+
+
+def _guard_bytes(folder: Path) -> dict[str, int] | None:
+    """Bytes of a run's guard, and of the weights of the model that it guards; None where the run has no guard."""
+    model, guard = folder / "model", folder / "model" / "guard"
+    if not guard.is_dir():
+        return None
+    return {
+        "bytes": sum(file.stat().st_size for file in guard.iterdir()),
+        "model_bytes": sum(file.stat().st_size for file in model.glob("*/*.safetensors") if file.parent != guard),
+    }
 
 
 def _scores(stage: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,21 +19,28 @@ from sculpt_dist.run.owned import make_room, record_model
 
 
 def export_model(
-    dtype: str, backbone: Backbone, weights: Iterable[tuple[str, Tensor | None]], folder: Path, group: Group
+    dtype: str,
+    backbone: Backbone,
+    weights: Iterable[tuple[str, Tensor | None]],
+    folder: Path,
+    group: Group,
+    beside: Path | None = None,
 ) -> Path:
     """Write `folder` aside and rename it into place; all ranks enter, the first writes, one tensor in memory at a time.
 
     `weights` are the changed parameters, whole on the first rank, in the order of `Backbone.in_stored_order`; the rest
     is streamed from the base. An adapter is merged. Everything is written in `dtype`, such as float32, or ("source") as
-    the base stores it. Raises, on all ranks, NonFiniteError for a weight that is not finite in that type, and
-    WriteError when the disk refuses.
+    the base stores it. `beside`: a folder that is copied into the model's.
+
+    Raises, on all ranks, NonFiniteError for a weight that is not finite in that type, and WriteError when the disk
+    refuses.
     """
     weights = iter(weights)
 
     def work() -> None:
         try:
             if group.is_first:
-                _write(None if dtype == "source" else getattr(torch, dtype), backbone, weights, folder)
+                _write(None if dtype == "source" else getattr(torch, dtype), backbone, weights, folder, beside)
         finally:
             for _ in weights:  # each is summed over all ranks, which would wait for a rank that stops early
                 pass
@@ -43,7 +50,11 @@ def export_model(
 
 
 def _write(
-    dtype: torch.dtype | None, backbone: Backbone, weights: Iterator[tuple[str, Tensor | None]], folder: Path
+    dtype: torch.dtype | None,
+    backbone: Backbone,
+    weights: Iterator[tuple[str, Tensor | None]],
+    folder: Path,
+    beside: Path | None,
 ) -> None:
     place = folder.resolve()  # a link leads to another disk, as a rule
     for debris in place.parent.glob(f".{place.name}.*.tmp"):
@@ -61,7 +72,7 @@ def _write(
 
     with written_aside(place) as aside:
         whole = _replaced(backbone.stored_weights(), changed())
-        write_pipeline(backbone.folder, aside, backbone.net_name, dtype, whole)
+        write_pipeline(backbone.folder, aside, backbone.net_name, dtype, whole, beside)
         if folder.exists():
             make_room(folder)
     record_model(folder)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 CONTENTS = (
     "config.yaml metrics.jsonl manifest.json costs.json usage.jsonl log.txt STOP REQUEUE checkpoints data evaluation "
-    "attacks attacks-model report audit wandb tensorboard model model.safetensors delta.safetensors lora "
+    "attacks attacks-model report audit wandb tensorboard guard model model.safetensors delta.safetensors lora "
     "kohya.safetensors"
 ).split()
 MANIFEST_REMEDY = "remove it and repeat the command, which writes it anew"

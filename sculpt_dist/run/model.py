@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 def open_backbone(model: ModelConfig, group: Group, run: Path, folder: Path | None = None) -> Backbone:
     """The pipeline that `model.path` names, or the one in `folder`, opened on every rank.
 
-    Components load on first use. A single file is unpacked into the folder `run` once. Raises ConfigError for an
-    unknown kind of model, ModelError for a folder or file that cannot be used.
+    Components load on first use. A single file is unpacked into the folder `run` once. A guard in `folder` acts. Raises
+    ConfigError for an unknown kind of model, ModelError for a folder or file that cannot be used, and for a
+    `model.path` with a guard, which a run would neither see nor keep.
     """
     import torch
+
+    from sculpt_dist.guards import GUARD, guard_backbone
 
     kind = plugin("sculpt_dist.backbones", model.arch, "model.arch").Backbone
     from sculpt_dist.backbones.parts.options import Options
@@ -39,6 +42,8 @@ def open_backbone(model: ModelConfig, group: Group, run: Path, folder: Path | No
     )
     place = folder if folder is not None else _pipeline_folder(model, kind, group, run)
     backbone: Backbone = kind(place, getattr(torch, model.dtype), group.device, options)
+    if folder is not None and (place / GUARD).is_dir():
+        guard_backbone(backbone, place / GUARD)
     return backbone
 
 
@@ -48,10 +53,13 @@ def _pipeline_folder(model: ModelConfig, kind: type[Backbone], group: Group, run
     from sculpt_dist.backbones.io.find import find_folder, find_settings
     from sculpt_dist.backbones.io.folders import weight_files
     from sculpt_dist.backbones.io.writing import copy_unwrapped, is_wrapped
+    from sculpt_dist.guards import GUARD
 
     file = Path(model.path).expanduser() if model.path is not None else Path()
     is_file = model.path is not None and file.is_file()
     place = file if is_file else find_folder(model.path, model.arch, model.revision, model.world)
+    if not is_file and (place / GUARD).is_dir():
+        raise ModelError(f"{place}: has a guard: start from the model that it was fitted to, or remove {place / GUARD}")
     if not is_file and not is_wrapped(place):
         return place
     sources = (

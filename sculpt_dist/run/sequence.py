@@ -86,12 +86,13 @@ def _unlearn(setup: RunSetup, attacks: Mapping[str, Attack], group: Group) -> Pa
     with open_session(setup, group) as session:
         if attacks:
             group.together(lambda: check_room(session.backbone, attacks, cases_of(setup)))
-        runner = KINDS[setup.method.kind].runner(session)
+        kind = KINDS[setup.method.kind]
+        runner = kind.runner(session)
         shards = runner.prepare()
         group.on_first(lambda: write_manifest(session.folder, config, session.base, shards))
         weights = runner.unlearn()
-        dtype = config.model.export_dtype or config.model.dtype
-        export_model(dtype, session.backbone, weights, session.folder / "model", group)
+        model, beside = session.folder / "model", session.folder / kind.beside if kind.beside else None
+        export_model(kind.dtype(config.model), session.backbone, weights, model, group, beside)
         session.costs.write()
         group.on_first(lambda: _finish(session.folder, session.backbone))
         session.tracker.finish()  # uploading the model may take long; the other ranks are done

@@ -15,6 +15,7 @@ from sculpt_dist.core.files import text_sha256
 from sculpt_dist.data.images import own_images
 from sculpt_dist.data.prompts import ConceptPrompts, concept_prompts
 from sculpt_dist.evaluation.requests import Evaluation, resolve_evaluation
+from sculpt_dist.guards.base import Guard
 from sculpt_dist.methods.base import Editor, Method, load_method
 from sculpt_dist.run.fingerprint import config_fingerprint
 from sculpt_dist.run.folder import check_checkpoint, check_inputs
@@ -33,8 +34,8 @@ class RunSetup:
     """A configuration with the method, plan, prompts and images that it stands for."""
 
     config: RunConfig
-    method: Method | Editor
-    plan: Plan | None  # the steps of each concept; None for a method in closed form
+    method: Method | Editor | Guard
+    plan: Plan | None  # the steps of each concept; None for a method in closed form and for a guard
     prompts: tuple[ConceptPrompts, ...]  # of each concept
     held: tuple[str, ...] = ()  # prompts that the run holds
 
@@ -149,7 +150,7 @@ def resolve(config: RunConfig) -> RunSetup:
     check_images(config.prepare, config.concepts)
     prompts = tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)
     method, held = load_method(config.method), hold_prompts(config.hold, config.concepts)
-    if isinstance(method, Editor):
+    if not isinstance(method, Method):
         last = replace(prompts[-1], keep=(*prompts[-1].keep, *held))
         return RunSetup(config, method, None, (*prompts[:-1], last), held)
     if config.adversarial.steps:

@@ -103,7 +103,7 @@ def test_an_override_is_completed_to_the_keys_and_names_that_exist(incomplete, c
 
 
 def test_every_method_file_completes_method_name():
-    files = (PROJECT / "sculpt_dist" / "methods").glob("*.py")
+    files = [file for kind in ("methods", "guards") for file in (PROJECT / "sculpt_dist" / kind).glob("*.py")]
     names = sorted(file.stem for file in files if file.stem not in ("__init__", "base"))
     assert complete_override("method.name=") == [f"method.name={name}" for name in names]
 

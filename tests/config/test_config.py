@@ -13,6 +13,7 @@ from sculpt_dist.config.schema import Concept, PrepareConfig, RunConfig
 from sculpt_dist.core.errors import ConfigError
 from sculpt_dist.data.prompts import concept_prompts
 from sculpt_dist.evaluation.requests import resolve_evaluation
+from sculpt_dist.guards.base import Guard
 from sculpt_dist.methods.base import Editor, Method
 
 CONFIGS = sorted(
@@ -23,7 +24,7 @@ CONFIGS = sorted(
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(PROJECT)))
 def test_every_config_loads_with_its_method(file):
     path = [] if file.parent.name in ("canvas", "gallery") else ["model.path=/models/mine"]
-    assert isinstance(method_of(load_config(file, path)), (Method, Editor))
+    assert isinstance(method_of(load_config(file, path)), (Method, Editor, Guard))
 
 
 def test_a_full_size_configuration_requires_model_path():

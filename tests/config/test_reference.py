@@ -12,7 +12,7 @@ from harness import rank_environment
 from sculpt_dist.config import schema
 from sculpt_dist.config.load import plain_values
 from sculpt_dist.config.reference import reference, reference_markdown, run_keys, summaries
-from sculpt_dist.core.plugins import plugin, plugins
+from sculpt_dist.core.plugins import METHODS, plugin, plugins
 
 
 def test_every_key_has_a_sentence():
@@ -31,9 +31,9 @@ def test_the_run_keys_are_those_of_the_dataclasses():
     assert listed == names(schema.RunConfig, "")
 
 
-@pytest.mark.parametrize("name", plugins("sculpt_dist.methods"))
+@pytest.mark.parametrize("name", plugins(METHODS))
 def test_the_options_of_a_method_are_all_listed(name):
-    config = plugin("sculpt_dist.methods", name, "method.name").Config
+    config = plugin(METHODS, name, "method.name").Config
     listed = {key.name for key in reference(f"method.{name}.")}
     assert listed == {f"method.{name}.{field.name}" for field in fields(config) if field.name != "name"}
 

@@ -386,6 +386,10 @@ MISTAKES = {
     "a batch that does not divide": ({"ranks": 5}, "train.batch=12 is not divisible by ranks 5"),
     "no memory": ({"memory": 0.0}, "--memory 0: must be more than 0"),
     "a closed form": ({"config": PROJECT / "configs" / "canvas" / "uce.yaml"}, "is a closed form"),
+    "a guard": (
+        {"config": PROJECT / "configs" / "canvas" / "sld.yaml"},
+        "method.name=sld: is a closed form or a guard",
+    ),
     "an unknown device": ({"device": "tpu"}, "--device tpu: choose cpu or cuda"),
 }
 

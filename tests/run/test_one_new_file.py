@@ -1,4 +1,4 @@
-"""A method, a backbone, a metric, a classifier, an attack and a tracker are one new file each; no other is edited."""
+"""A method, a guard, a model, a metric, a classifier, an attack and a tracker are one new file each."""
 
 from __future__ import annotations
 
@@ -56,6 +56,41 @@ class Method(Base):
         noisy, _ = step.corrupted(target, time, "target")
         (label,) = step.frozen("teacher").without_gradient([(noisy, time, step.empty(len(noisy)))])
         return Losses({"fade": self.config.weight * mse(step.student(noisy, time, target.cond), label)})
+''',
+    "guards/dim.py": '''
+"""Dim: what the net predicts for the prompt comes closer to what it predicts for no prompt."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sculpt_dist.guards.base import Guard
+from sculpt_dist.guards.parts.calls import with_output
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of dim."""
+
+    name: str = "dim"
+    """Name of this guard."""
+    share: float = 0.5
+    """How far it comes."""
+
+
+class Method(Guard):
+    def fit(self, fitting):
+        return {"share": torch.tensor(self.config.share)}
+
+    def act(self, net, fitted, doubled):
+        def dimmed(predicted):
+            negative, prompt = predicted.chunk(2)
+            return torch.cat([negative, torch.lerp(prompt, negative, fitted["share"].to(prompt))])
+
+        def after(net, args, output):
+            return with_output(output, dimmed) if doubled() else None
+
+        return [net.register_forward_hook(after)]
 ''',
     "backbones/sd15_again.py": '''
 """Stable Diffusion 1.x once more, under another name."""
@@ -194,6 +229,7 @@ def test_the_new_files_are_listed(extended):
     assert "echo" in run(extended, "attacks") and "attack.options.echo.times" in run(
         extended, "config", "attack.options"
     )
+    assert "dim" in run(extended, "methods") and "method.dim.share" in run(extended, "config", "method.dim")
     assert "method.fade.weight" in run(extended, "config", "method.fade")
     assert "Did you mean 'method.weight'" in run(
         extended, "unlearn", str(WORLD), "method.name=fade", "method.wight=2", code=2
@@ -229,3 +265,22 @@ def test_they_run_through_compare_and_report(extended, tmp_path):
     assert "brightness" in page and "| plain | echo |" in page
     (folder / "report" / "report.html").unlink()
     assert "report:" in run(extended, "report", str(folder)) and (folder / "report" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_new_guard_runs_and_its_model_is_scored_with_it(extended, tmp_path):
+    arguments = [
+        str(WORLD),
+        *TINY_RUN,
+        "method={name: dim, share: 1.0}",
+        f"model.path={PROJECT / 'sculpt_dist' / 'assets' / 'canvas' / 'sd15'}",
+        f"run.folder={tmp_path / 'run'}",
+        "evaluate.objects=[bird, boat]",
+        "evaluate.styles=[sketch]",
+    ]
+    run(extended, "unlearn", *arguments)
+    run(extended, "evaluate", *arguments)
+    stages = ("before", "after-01", "model")
+    files = [tmp_path / "run" / "evaluation" / stage / "scores.json" for stage in stages]
+    before, after, model = (json.loads(file.read_text())["plain"]["UA"] for file in files)
+    assert before < after == model, "without the prompt no bird and no boat is drawn"

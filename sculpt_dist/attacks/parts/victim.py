@@ -36,10 +36,13 @@ class Model:
         return net
 
     def copied_net(self) -> nn.Module:
-        """A copy of the net whose passes count as the model's. `deepcopy` would copy the pipeline through its hook."""
+        """A copy of the net with its guard, whose passes count as the model's.
+
+        `deepcopy` would copy the pipeline through its hooks.
+        """
         net = self.backbone.empty_net().to(self.backbone.device, next(self.net.parameters()).dtype)
         net.load_state_dict(self.net.state_dict())
-        self.backbone.count_passes_of(net)
+        self.backbone.adopt(net)
         return net.requires_grad_(False).eval()
 
     def noise(self, seed: int) -> Tensor:

@@ -38,11 +38,16 @@ COPIED = (  # files of a component beside its weights, as diffusers and transfor
 
 
 def write_pipeline(
-    base: Path, folder: Path, net_name: str, dtype: torch.dtype | None, weights: Iterator[tuple[str, Tensor]]
+    base: Path,
+    folder: Path,
+    net_name: str,
+    dtype: torch.dtype | None,
+    weights: Iterator[tuple[str, Tensor]],
+    beside: Path | None = None,
 ) -> None:
     """Write a pipeline folder like `base` with the denoiser's `weights`, which may come in any order.
 
-    Everything is in `dtype`; None: as in `base`.
+    Everything is in `dtype`; None: as in `base`. A folder `beside` the components is copied as it is.
 
     Copies only the components that model_index.json names, and of each only the weights that are loaded: no other
     variants, no pickles, no single file of the whole model. About one tensor is in memory at a time. `folder` must not
@@ -58,6 +63,8 @@ def write_pipeline(
     part.mkdir()
     shutil.copy(base / net_name / "config.json", part)
     checksums |= _write_shards(part, _in_dtype(stored_entries(base / net_name), dtype), weights)
+    if beside is not None:
+        shutil.copytree(beside, folder / beside.name)
     write_checksums(folder, checksums)
 
 

@@ -16,12 +16,7 @@ from sculpt_dist.methods.base import Setup
 def name_tokens(backbone: Backbone, prompt: str, name: str | None) -> range:
     """The places of the name's last mention in the prompt; of all the prompt's words where it has none."""
     found = list(naming(name).finditer(prompt)) if name else []
-    before, upto = (prompt[: found[-1].start()], prompt[: found[-1].end()]) if found else ("", prompt)
-    ids, closing = backbone.token_ids(upto), backbone.token_ids("")
-    ends = 0  # tokens that close every prompt
-    while ends < len(closing) and ids[-1 - ends] == closing[-1 - ends]:
-        ends += 1
-    return range(len(backbone.token_ids(before.rstrip())) - ends, len(ids) - ends)
+    return backbone.token_places(prompt, *(found[-1].span() if found else ()))
 
 
 def target_tokens(setup: Setup) -> dict[str, tuple[int, ...]]:

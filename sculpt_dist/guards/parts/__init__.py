@@ -1,0 +1,1 @@
+"""What the guards share; no file here is a guard."""
