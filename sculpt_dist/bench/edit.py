@@ -51,8 +51,8 @@ class RandomBackbone:
     def cross_attention_input(self, net: nn.Module, cond: TextCond) -> Tensor:
         return cond.tokens
 
-    def token_ids(self, prompt: str) -> list[int]:
-        return [*map(hash, prompt.split()), 0]  # a token that closes every prompt
+    def token_places(self, prompt: str, start: int = 0, end: int | None = None) -> range:
+        return range(len(prompt[:start].split()), len(prompt[:end].split()))  # every word is a token
 
     def _generator(self, prompt: str) -> torch.Generator:
         return torch.Generator().manual_seed(derived_seed(prompt))
