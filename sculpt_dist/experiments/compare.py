@@ -233,6 +233,7 @@ def finished(cell: Cell, config: RunConfig, record: dict[str, dict[str, Any]]) -
         "answers": read_object(last / "answers.json", f"remove {last}; the cell then scores it again"),
         "extra": content["after"]["extra"],
         **({"attacks": _without_images(content["attacks"])} if content.get("attacks") else {}),
+        **({"guard": content["guard"]} if content.get("guard") else {}),
     } | {name: content[name] for name in costs}
 
 

@@ -90,11 +90,11 @@ def as_markdown(comparison: Comparison, blocks: Sequence[Block]) -> str:
 
 
 def _attack_table(lines: Sequence[Line], names: Sequence[str]) -> str:
-    """The rate of every attack on every row, with its interval."""
-    rows = [["", *names, "runs"], ["---"] * (len(names) + 2)]
+    """The rate of every attack on every row, with its interval; their mean, and H4."""
+    rows = [["", *names, "ASR", "H4", "runs"], ["---"] * (len(names) + 4)]
     for line in lines:
         rates = [attack_text(line, name) for name in names]
-        rows.append([line.name, *rates, str(len(line.seeds))])
+        rows.append([line.name, *rates, _number(line.asr, ".3f"), _number(line.h4, ".3f"), str(len(line.seeds))])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

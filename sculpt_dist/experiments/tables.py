@@ -19,6 +19,7 @@ from sculpt_dist.maths.accuracy import Answers, Counts, per_prompt, score_counts
 from sculpt_dist.maths.attack_rates import pooled_rate
 from sculpt_dist.maths.comparison import (
     HARMONIC,
+    ROBUST,
     harmonic,
     percentiles,
     resampled_scores,
@@ -70,9 +71,11 @@ class Line:
     cpu_seconds: float  # per concept, for sampling and training
     peak_memory: float  # MB of one rank
     trained: int  # number of weights
-    stored: float  # MB of the changed weights, in the dtype of the export
+    stored: float  # MB to ship: the changed weights in the dtype of the export, or the guard
     images: tuple[Path, ...]  # of the first seed, if its run folder exists
     attacks: Mapping[str, tuple[float, list[float] | None]] = field(default_factory=dict)  # rate, 95 % interval
+    asr: float | None = None  # the mean rate of these, without the plain prompt's
+    h4: float | None = None  # the harmonic mean of UA, IRA, CRA and 1 - ASR
 
 
 def finished_cell(config: RunConfig, result: Mapping[str, Any]) -> FinishedCell:
@@ -96,7 +99,7 @@ def table_lines(
 ) -> list[Line]:
     """The rows of one table on one backbone, over the finished seeds. A row with no finished seed is left out.
 
-    `finished`: cells by their key.
+    Rows that were attacked come first, by H4; the others keep their order. `finished`: cells by their key.
     """
 
     def cells_of(row: str) -> dict[int, FinishedCell]:
@@ -116,7 +119,7 @@ def table_lines(
             base = rows[comparison.against] if row.name != comparison.against else {}
             folder = Path(comparison.folder) / table.sequence / backbone / row.name
             lines.append(_line(row.name, row.note, rows[row.name], base, folder))
-    return lines
+    return sorted(lines, key=lambda line: -1.0 if line.h4 is None else line.h4, reverse=True)
 
 
 def score_names(lines: Sequence[Line]) -> list[str]:
@@ -149,26 +152,31 @@ def _line(
     first = cells[seeds[0]]
     results = [cells[seed].result for seed in seeds]
     num_concepts = len(first.concepts)
-    num_trained = first.result["weights"]["trained"]
+    num_trained, guard = first.result["weights"]["trained"], first.result.get("guard")
     images = folder / f"seed-{seeds[0]}" / "evaluation" / f"after-{num_concepts - 1:02d}" / "images"
     passes = [sum(result["passes"].values()) / num_concepts for result in results]
     cpu_seconds = [result["cpu_seconds"] for result in results]
+    scores, attacks = _scores(cells, base), _attacks(results)
+    asr = _mean([rate for attack, (rate, _) in attacks.items() if attack != PLAIN])
+    means = {score: value.mean for score, value in scores.items()}
     return Line(
         name=name,
-        note=note,
+        note=", ".join(part for part in (note, "a guard, which can be removed" if guard else "") if part),
         seeds=seeds,
-        scores=_scores(cells, base),
+        scores=scores,
         targets=_ua_by_target(list(cells.values())),
         relapse=_mean([_relapse(result["relapse"]) for result in results]),
         fid=_mean([(result["extra"] or {}).get("fid") for result in results]),
         kid=_mean([(result["extra"] or {}).get("kid") for result in results]),
         extra=_other_metrics(results),
-        attacks=_attacks(results),
+        attacks=attacks,
+        asr=asr,
+        h4=None if asr is None else harmonic({**means, "1 - ASR": 1 - asr}, ROBUST),
         passes=_mean(passes) or 0.0,
         cpu_seconds=_mean([(part["prepare"] + part["train"]) / num_concepts for part in cpu_seconds]) or 0.0,
         peak_memory=_mean([max(result["peak_memory_bytes"]) / MEGA for result in results]) or 0.0,
         trained=num_trained,
-        stored=num_trained * BYTES[first.dtype] / MEGA,
+        stored=(guard["bytes"] if guard else num_trained * BYTES[first.dtype]) / MEGA,
         images=tuple(path for path in _shown_images(first, images) if path.is_file()),
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from sculpt_dist.maths.accuracy import Counts
 
 HARMONIC = ("UA", "IRA", "CRA")  # H is the harmonic mean of these
+ROBUST = (*HARMONIC, "1 - ASR")  # H4 is that of these, where ASR is the mean rate of the attacks of a row
 
 
 def stacked(of_seeds: Sequence[Counts]) -> Counts:
