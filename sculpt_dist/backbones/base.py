@@ -280,8 +280,12 @@ class Backbone(ABC):
         return sorted(names, key=lambda name: places[merged_name(name)])
 
     def groups(self) -> Mapping[str, tuple[str, ...]]:
-        """Names of the denoiser's parameters by group: `text_to_image.k`, `self_attention`, `all`, `block.0`, ..."""
-        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.net.named_parameters()}
+        """Stored names of the denoiser's parameters by group: `text_to_image.k`, `self_attention`, `block.0`, ..."""
+        shapes = {
+            name.replace(".base_layer.", "."): tuple(getattr(p, "ds_shape", p.shape))
+            for name, p in self.net.named_parameters()
+            if ".lora_" not in name
+        }
         return parameter_groups(shapes, self.attention_role)
 
     def add_adapter(self, options: Mapping[str, Any], seed: int, net: nn.Module | None = None) -> list[str]:

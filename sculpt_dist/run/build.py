@@ -48,7 +48,7 @@ def build_engine(setup: RunSetup, backbone: Backbone, group: Group) -> Engine:
         backbone.net = sharded_net(backbone.empty_net, backbone.stored_weights(), group, settings, shapes)
     elif backbone.dtype != DTYPES[engine.precision]:
         backbone.load_net(DTYPES[engine.precision])
-    groups = backbone.groups()  # before an adapter adds its own
+    groups = backbone.groups()
     names = trained_names(setup, backbone)
     if engine.checkpointing:
         backbone.net.enable_gradient_checkpointing()

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from harness import PROJECT, python, rank_environment, sculpt
 
+from sculpt_dist.config.experiments import Comparison, Row, Table
 from sculpt_dist.config.load import load_config
+from sculpt_dist.config.schema import Concept
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.evaluation.requests import EvaluatedWorld
 from sculpt_dist.experiments.compare import (
     checked_configs,
     comparison_cells,
@@ -26,9 +29,10 @@ from sculpt_dist.experiments.compare import (
     run_comparison,
 )
 from sculpt_dist.experiments.jobs import Job, _guard, run_jobs, share_machine, visible_gpus
-from sculpt_dist.experiments.tables import _relapse, _scores, _ua_by_target, finished_cell
+from sculpt_dist.experiments.tables import FinishedCell, _relapse, _scores, _ua_by_target, finished_cell, table_lines
 from sculpt_dist.maths.accuracy import Answers, Target, per_prompt, score_counts, unlearning_scores
 from sculpt_dist.maths.comparison import (
+    ROBUST,
     harmonic,
     harmonic_mean,
     percentiles,
@@ -73,6 +77,42 @@ def test_h_covers_the_measured_scores():
         == harmonic({"UA": 7 / 8, "IRA": 6 / 8, "CRA": None})
     )
     assert harmonic({"CRA": None}) is None and harmonic({"UA": 0, "IRA": 1}) == 0
+
+
+def test_h4_is_defined_once_and_orders_the_rows_that_were_attacked():
+    assert harmonic({"UA": 0.5, "IRA": 1.0, "CRA": 1.0, "1 - ASR": 0.5}, ROBUST) == pytest.approx(4 / (2 + 1 + 1 + 2))
+    concepts, world = (
+        [Concept(target="cat", superclass="animal")],
+        EvaluatedWorld(("cat", "dog", "house"), (), {}),
+    )
+
+    def cell(seen: Answers, rates: dict[str, float], guard: dict | None = None) -> FinishedCell:
+        attacks = {name: {"post": rate, "counts": "best", "cases": 4} for name, rate in rates.items()}
+        result = {
+            "answers": {name: None if name == "style_seen" else column.tolist() for name, column in vars(seen).items()},
+            "attacks": {"attacks": attacks},
+            "weights": {"trained": 10},
+            "passes": {"train": 8},
+            "cpu_seconds": {"prepare": 0.0, "train": 0.0},
+            "peak_memory_bytes": [1],
+            "relapse": [],
+            "extra": None,
+            "guard": guard,
+        }
+        return FinishedCell(concepts, world, "float32", result)
+
+    comparison = Comparison(against="weak", rows=[Row(name=name, config="") for name in ("weak", "calm", "guarded")])
+    finished = {
+        "three/sd15/weak/seed-0": cell(SECOND, {"plain": 0.9, "seeds": 0.5, "inversion": 1.0}),
+        "three/sd15/calm/seed-0": cell(FIRST, {}),
+        "three/sd15/guarded/seed-0": cell(SECOND, {"plain": 0.0, "seeds": 0.0, "inversion": 0.5}, {"bytes": 5_000}),
+    }
+    table = Table(title="t", sequence="three", backbones=["sd15"], seeds=[0])
+    lines = table_lines(comparison, table, "sd15", finished)
+    assert [(line.name, line.asr) for line in lines] == [("guarded", 0.25), ("weak", 0.75), ("calm", None)]
+    kept = [lines[1].scores[name].mean for name in ("UA", "IRA")]
+    assert lines[1].h4 == pytest.approx(3 / (sum(1 / score for score in kept) + 4)) and lines[2].h4 is None
+    assert [(line.note, line.stored) for line in lines[:2]] == [("a guard, which can be removed", 0.005), ("", 4e-5)]
 
 
 def test_counts_per_prompt_add_up_to_the_scores():

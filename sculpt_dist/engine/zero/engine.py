@@ -223,13 +223,15 @@ class Engine:
         """Set weights that do not train, by their stored names; the tensors are whole on every rank."""
         import deepspeed
 
-        for name, parameter in self._engine.module.named_parameters():
-            value = values.get(name.replace(".base_layer.", "."))
-            if value is None or parameter.requires_grad:
-                continue
-            sharded = [parameter] if self.settings.stage == 3 else []
+        frozen = {
+            name.replace(".base_layer.", "."): parameter
+            for name, parameter in self._engine.module.named_parameters()
+            if not parameter.requires_grad
+        }
+        for name, value in values.items():
+            sharded = [frozen[name]] if self.settings.stage == 3 else []
             with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)), torch.no_grad():
-                parameter.copy_(value.to(parameter))
+                frozen[name].copy_(value.to(frozen[name]))
 
     def publish(self) -> None:
         """Copy the fp32 shards into the net's weights, as DeepSpeed does after a step."""
