@@ -43,6 +43,7 @@ def test_report_json_holds_the_scores_and_costs_of_the_run(finished: Path) -> No
         "weights": {"total": 1780000, "trained": 122880, "open": 61440},
         "bytes_communicated": 123456789,
         "attacks": {},
+        "guard": None,
     }
     assert read_report(finished)["after"]["UA"] == 0.971 and read_report(finished)["after"]["UA_ci95"] == [0.951, 0.991]
 
