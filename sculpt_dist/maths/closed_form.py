@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sculpt_dist.core.errors import NonFiniteError
+
 
 class EditSystem:
     """The equations for T [D, D] such that W' = W T minimises e sum |W' c - W c*|^2 + p sum |W' c_p - W c_p|^2 +
@@ -35,9 +37,9 @@ class EditSystem:
     def transform(self) -> Tensor:
         """T, fp64 [D, D]. The right factor is positive definite where l > 0, so one Cholesky factorisation solves it.
 
-        Raises torch.linalg.LinAlgError where it is not, by rounding.
+        Raises NonFiniteError where it is not, by rounding.
         """
-        return torch.cholesky_solve(self.wanted.T, torch.linalg.cholesky(self.present)).T
+        return torch.cholesky_solve(self.wanted.T, _cholesky(self.present)).T
 
 
 def fusion_factors(own: Tensor, whole: Tensor) -> Tensor:
@@ -45,6 +47,16 @@ def fusion_factors(own: Tensor, whole: Tensor) -> Tensor:
 
     dW G W^-1 is then the part of a change dW that the closed form for all concepts keeps: the minimiser of sum_i |V e -
     dW_i e|^2 over the rows of all concepts + p sum |V c_p|^2 + l |V|^2 is V = sum_i dW_i G_i W^-1 (Lu et al., arXiv
-    2403.06135, eq. 7). Raises torch.linalg.LinAlgError where W is not positive definite.
+    2403.06135, eq. 7). Raises NonFiniteError where W is not positive definite.
     """
-    return torch.cholesky_solve(own.T, torch.linalg.cholesky(whole)).T
+    return torch.cholesky_solve(own.T, _cholesky(whole)).T
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    try:
+        factor: Tensor = torch.linalg.cholesky(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise NonFiniteError(
+            f"the closed form has no single solution ({error}): raise method.ridge, its pull towards the old weights"
+        ) from error
+    return factor

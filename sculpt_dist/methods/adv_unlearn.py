@@ -55,7 +55,7 @@ class Config:
     retain: list[str] = field(
         default_factory=lambda: "bicycle, train, bench, bird, horse, umbrella, bottle, pizza, chair, clock".split(", ")
     )
-    """Concepts to retain, other than those of the run, with the prompts of this kind of concept."""
+    """Concepts to retain, other than those of the run, put into the concept's templates: for a style, name styles."""
     retain_weight: float = 0.3
     """Weight of retaining, w."""
     trains: str = "all"

@@ -147,6 +147,7 @@ class Method(ABC):
     calibration_images = 0  # images per object and style that every candidate draws for `judge`
     companion: Companion | None = None  # a small net that trains beside the student
     rank_per_concept = False  # whether each concept has its own ranks of the adapter, which alone train in its turn
+    takes_together = True  # whether several concepts may train at once (`train.together`)
     reference_mask = False  # mask and schedule behave as in the published code (see dm_cal.REFERENCE)
 
     @abstractmethod

@@ -11,7 +11,7 @@ matrix, if cos(g_a, g_b) < 0 there, g_a loses what speaks against g_b, and the n
 
     g_a - l cos(g_a, g_b) g_b / |g_b|
 
-D is the published PatchGAN with group norms in place of batch norms, so that any number of ranks agrees (ours), and
+which is the projection where |g_a| = 1 there, and goes beyond it where |g_a| is smaller. D is the published PatchGAN with group norms in place of batch norms, so that any number of ranks agrees (ours), and
 with fewer layers for small latents. Inner products cover the shards of all ranks. In the published code the net's
 gradient also leaks into D's update; that is not reproduced.
 """
@@ -86,7 +86,7 @@ class Method(Base):
         return Losses({**self.forget(step).terms, **self.retain(step).terms})
 
     def loss_groups(self) -> Sequence[LossFunction]:
-        return (self.forget, self.retain)
+        return (self.retain, self.forget)  # what `hold` adds to the last one is descended
 
     def forget(self, step: Step) -> Losses:
         assert self.companion is not None, "prepare() makes it"
@@ -106,7 +106,7 @@ class Method(Base):
     def combine(self, gradients: Sequence[ShardedVector]) -> ShardedVector:
         assert self.companion is not None, "prepare() makes it"
         self.companion.step()
-        forget, retain = (_clipped(gradient) for gradient in gradients)
+        retain, forget = (_clipped(gradient) for gradient in gradients)
         along, length_a, length_b = forget.dots(retain), forget.dots(forget).sqrt(), retain.dots(retain).sqrt()
         return forget.plus_each(retain, surgery(along, length_a, length_b, self.config.surgery))
 

@@ -32,7 +32,7 @@ class Config:
     name: str = "fmn"
     """Name of this method."""
     trains: str = "cross_attention"
-    """Group of parameters that trains; the published code also offers all."""
+    """Group of parameters that trains; the published configuration trains all."""
 
 
 class Method(Base):

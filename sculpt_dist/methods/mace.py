@@ -11,10 +11,11 @@ All three act on the keys and values W of the cross-attention, which receive row
 3. Fusion of all concepts, with G_i = sum e e^T over all tokens of concept i's prompts:
    W* = W' + sum dW_i G_i (l I + sum_j G_j + s sum p p^T)^-1
 
-p are the rows of prompts to preserve: the superclass's, those of `keep` and the empty one. In the sum of 3 the concepts
-before the present one are active when it trains (ours; the paper trains each alone). M comes from a segmenter in the
-paper; here it is where the frozen net's own attention to the name is above half of its maximum (ours), or a folder of
-`masks`. Times have the density s(50 (t - .2)) - s(50 (t - .4)), s a sigmoid (`focal`).
+p are the rows of prompts to preserve: the superclass's, those of `keep` and the empty one. In step 2 the adapters of
+earlier concepts are active (ours; the paper trains each alone). The norm is the published code's; the paper squares it.
+M comes from a segmenter in the paper; here it is, in each layer, where the attention to these tokens of the net before
+the concept is above half of its maximum (ours), or a folder of `masks`. Times have the density s(50 (t - .2)) -
+s(50 (t - .4)), s a sigmoid (`focal`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Config:
     name: str = "mace"
     """Name of this method."""
     ridge: float = 10.0
-    """Ridge towards the present weights, l: 10 to 1000 for objects, 0 in other tasks, where rows are preserved."""
+    """Ridge towards the present weights, l: 10 to 1000 for objects. Published for other tasks: 0, with many preserved
+    rows; here it must be greater than 0."""
     preserve_scale: float = 0.1
     """Weight of the preserved rows, s."""
     rank: int = 1
@@ -66,7 +68,7 @@ class Config:
 class Method(Base):
     """Trains an adapter on keys and values of the cross-attention, between two closed forms."""
 
-    rank_per_concept = True
+    rank_per_concept, takes_together = True, False
 
     def __init__(
         self,
@@ -79,6 +81,11 @@ class Method(Base):
         """`places`: tokens of the target's name by prompt; `masks`: regions by sample, or None where the whole image is
         one; `fusing`: G_i (...)^-1 of this concept [D, D], whose ranks are `ranks`.
         """
+        if config.ridge <= 0 or config.rank < 1:
+            raise ConfigError(
+                f"method.ridge={config.ridge}, method.rank={config.rank}: the ridge must be greater than 0, or the system "
+                "has no single solution, and the rank at least 1"
+            )
         self.config, self.places, self.masks, self.fusing, self.ranks = config, places, masks, fusing, ranks
         self.attends = config.masks is None and masks is not None
 

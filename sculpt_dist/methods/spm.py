@@ -9,8 +9,9 @@ the empty prompt, and a_i random conditions of about the length of c's (latent a
 
 Each concept has an adapter of rank 1 on every matrix of the transformer blocks; all are merged on export. A random
 direction differs from any prompt, so that the paper's choice of anchors by distance from c accepts nearly all, and all
-are taken here. `reference_compat` follows the published code, in which every other anchor is the empty prompt. The
-paper also scales the adapter by a prompt's likeness to the target when an image is drawn; merged, it always acts.
+are taken here. `reference_compat` follows the published code, in which, by its layout, every other anchor is the empty
+prompt. The paper also scales the adapter by a prompt's likeness to the target when an image is drawn; merged, it always
+acts.
 """
 
 from __future__ import annotations

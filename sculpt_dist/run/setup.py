@@ -153,6 +153,11 @@ def resolve(config: RunConfig) -> RunSetup:
     if not isinstance(method, Method):
         last = replace(prompts[-1], keep=(*prompts[-1].keep, *held))
         return RunSetup(config, method, None, (*prompts[:-1], last), held)
+    if config.train.together and not method.takes_together:
+        raise ConfigError(
+            f"train.together=true: method.name={config.method.get('name')} trains one concept after another; set it to "
+            "false"
+        )
     if config.adversarial.steps:
         method = Hardened(method, config.adversarial)
     if held:

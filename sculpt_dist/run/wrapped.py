@@ -24,6 +24,7 @@ class Wrapped(Method):
         self.needs_original, self.needs_teacher = method.needs_original, method.needs_teacher
         self.calibration_images, self.reference_mask = method.calibration_images, method.reference_mask
         self.companion, self.rank_per_concept = method.companion, method.rank_per_concept
+        self.takes_together = method.takes_together
 
     @abstractmethod
     def again(self, method: Method) -> Method:

@@ -12,13 +12,15 @@ import torch
 from linear import EMPTY, LinearBackbone, cond, linear_step, net, noise
 from torch import tensor
 
-from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.config.load import load_config
+from sculpt_dist.core.errors import ConfigError, NonFiniteError
 from sculpt_dist.core.types import TextCond
 from sculpt_dist.engine.companion import Companion
 from sculpt_dist.engine.optimizer import ShardedVector
 from sculpt_dist.engine.sharding import Fragment, Shard
 from sculpt_dist.maths.closed_form import EditSystem, fusion_factors
 from sculpt_dist.methods import adv_unlearn, ant, ascent, doco, erase_diff, esd, fmn, mace, npo, spm
+from sculpt_dist.run.setup import resolve
 
 
 def drawn(step, index: int, steps: int, guidance: float, what: str = "trajectory") -> torch.Tensor:
@@ -104,6 +106,21 @@ def test_mace_fuses_the_ranks_of_its_own_concept_alone():
     assert method.fusion()("a.to_k.lora_B.default.weight", tensor([[5.0]])).tolist() == [[5.0]]
 
 
+def test_mace_says_what_it_cannot_do():
+    with pytest.raises(ConfigError, match="method.ridge=0.0, method.rank=1: the ridge must be greater than 0"):
+        mace.Method(mace.Config(ridge=0.0))
+    together = [
+        "method.name=mace",
+        "train.together=true",
+        "mask.keep=1",
+        "concepts=[{target: cat, superclass: animal}]",
+    ]
+    with pytest.raises(ConfigError, match="train.together=true: method.name=mace trains one concept after another"):
+        resolve(load_config(None, together))
+    with pytest.raises(NonFiniteError, match="the closed form has no single solution .*: raise method.ridge"):
+        fusion_factors(torch.eye(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64))
+
+
 def test_the_times_of_mace_gather_where_its_density_is():
     shares = mace.focal((torch.arange(10000) + 0.5) / 10000)
     # the integral of s(50 (t - .2)) - s(50 (t - .4)) is (log(1 + e^(50 (t - .2))) - log(1 + e^(50 (t - .4)))) / 50
@@ -147,12 +164,12 @@ def test_the_surgery_of_doco_on_two_gradients():
     def vector(*values: float) -> ShardedVector:
         return ShardedVector([tensor(values)], None, [shard], 2)
 
-    (alone,) = method.combine([vector(1.0, 0.0, 0.0, 0.0), vector(-1.0, 1.0, 0.0, 0.0)]).pieces
+    (alone,) = method.combine([vector(-1.0, 1.0, 0.0, 0.0), vector(1.0, 0.0, 0.0, 0.0)]).pieces
     torch.testing.assert_close(alone, tensor([0.5, 0.5, 0.0, 0.0]))
-    (both,) = method.combine([vector(0.6, 0.0, 0.8, 0.0), vector(-0.6, 0.0, 0.8, 0.0)]).pieces
+    (both,) = method.combine([vector(-0.6, 0.0, 0.8, 0.0), vector(0.6, 0.0, 0.8, 0.0)]).pieces
     torch.testing.assert_close(both, tensor([-0.4, 0.0, 0.8, 0.0]))  # 0.6 - 1: the cosine is not the projection
     plain = doco.Method(replace(doco.Config(), surgery=0.0), SimpleNamespace(step=lambda: None))
-    (kept,) = plain.combine([vector(3.0, 0.0, 4.0, 0.0), vector(-1.0, 0.0, 1.0, 0.0)]).pieces
+    (kept,) = plain.combine([vector(-1.0, 0.0, 1.0, 0.0), vector(3.0, 0.0, 4.0, 0.0)]).pieces
     torch.testing.assert_close(kept, tensor([0.6, 0.0, 0.8, 0.0]))  # only clipped
 
 
