@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -60,3 +61,15 @@ def shifted_sigma(uniform: Tensor, shift: float) -> Tensor:
     u (`uniform`) and s are in [0, 1]; k is `shift`.
     """
     return shift * uniform / (1 + (shift - 1) * uniform)
+
+
+def focal_shares(uniform: Tensor, focus: tuple[float, float], ramp: float) -> Tensor:
+    """Uniform numbers [B] in [0, 1) -> shares of the schedule [B] that gather between the two of `focus`.
+
+    Their density is s(k (t - a)) - s(k (t - b)) up to a factor, with s a sigmoid and k the `ramp` (Lu et al., arXiv
+    2403.06135, eq. 5); on a grid of 1000.
+    """
+    grid = (torch.arange(1000) + 0.5) / 1000
+    density = torch.sigmoid(ramp * (grid - focus[0])) - torch.sigmoid(ramp * (grid - focus[1]))
+    passed = (density.cumsum(0) / density.sum()).to(uniform.device)
+    return ((torch.searchsorted(passed, uniform.contiguous()).clamp(max=999) + 0.5) / 1000).to(uniform)

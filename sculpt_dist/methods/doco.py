@@ -11,9 +11,10 @@ matrix, if cos(g_a, g_b) < 0 there, g_a loses what speaks against g_b, and the n
 
     g_a - l cos(g_a, g_b) g_b / |g_b|
 
-which is the projection where |g_a| = 1 there, and goes beyond it where |g_a| is smaller. D is the published PatchGAN with group norms in place of batch norms, so that any number of ranks agrees (ours), and
-with fewer layers for small latents. Inner products cover the shards of all ranks. In the published code the net's
-gradient also leaks into D's update; that is not reproduced.
+which is the projection where |g_a| = 1 there, and goes beyond it where |g_a| is smaller. D is the published PatchGAN
+with group norms in place of batch norms, so that any number of ranks agrees (ours), and with fewer layers for small
+latents. Inner products cover the shards of all ranks. In the published code the net's gradient also leaks into D's
+update; that is not reproduced.
 """
 
 from __future__ import annotations

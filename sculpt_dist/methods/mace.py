@@ -33,6 +33,7 @@ from sculpt_dist.core.types import Losses
 from sculpt_dist.data.prompts import ConceptPrompts
 from sculpt_dist.data.streams import StreamSpec
 from sculpt_dist.maths.closed_form import EditSystem, fusion_factors
+from sculpt_dist.maths.diffusion import focal_shares
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Setup, Step, matrices
 from sculpt_dist.methods.fmn import attention_norm
@@ -54,8 +55,6 @@ class Config:
     rows; here it must be greater than 0."""
     preserve_scale: float = 0.1
     """Weight of the preserved rows, s."""
-    rank: int = 1
-    """Rank of each concept's adapter."""
     masks: str | None = None
     """Folder with a region for each sample of a target, TARGET/NUMBER.png, white where the concept is; null takes the
     frozen net's attention, and for styles the whole image."""
@@ -76,17 +75,14 @@ class Method(Base):
         places: Mapping[str, Sequence[int]] = {},
         masks: Mapping[int, Tensor] | None = None,
         fusing: Tensor | None = None,
-        ranks: range = range(0),
+        concept: int = 0,
     ) -> None:
         """`places`: tokens of the target's name by prompt; `masks`: regions by sample, or None where the whole image is
-        one; `fusing`: G_i (...)^-1 of this concept [D, D], whose ranks are `ranks`.
+        one; `fusing`: G_i (...)^-1 [D, D] of this concept, number `concept`.
         """
-        if config.ridge <= 0 or config.rank < 1:
-            raise ConfigError(
-                f"method.ridge={config.ridge}, method.rank={config.rank}: the ridge must be greater than 0, or the system "
-                "has no single solution, and the rank at least 1"
-            )
-        self.config, self.places, self.masks, self.fusing, self.ranks = config, places, masks, fusing, ranks
+        if config.ridge <= 0:
+            raise ConfigError(f"method.ridge={config.ridge}: must be greater than 0, or there is no single solution")
+        self.config, self.places, self.masks, self.fusing, self.concept = config, places, masks, fusing, concept
         self.attends = config.masks is None and masks is not None
 
     def prepare(self, setup: Setup) -> Method:
@@ -97,8 +93,7 @@ class Method(Base):
         concept = setup.concepts[setup.concept]
         masks = {} if self.config.masks is None else read_masks(self.config.masks, concept.target)
         whole = self.config.masks is None and concept.kind == "style"
-        ranks = range(setup.concept * self.config.rank, (setup.concept + 1) * self.config.rank)
-        return Method(self.config, places, None if whole else masks, self._fusing(setup), ranks)
+        return Method(self.config, places, None if whole else masks, self._fusing(setup), setup.concept)
 
     def streams(self) -> Sequence[StreamSpec]:
         return (StreamSpec("target"),)
@@ -108,7 +103,7 @@ class Method(Base):
 
     def adapter(self, groups: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any]:
         layers = [name.removesuffix(".weight") for name in self.trainable(groups)]
-        return {"r": self.config.rank, "lora_alpha": self.config.rank, "target_modules": layers}
+        return {"r": 1, "lora_alpha": 1, "target_modules": layers}
 
     def refine(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> Mapping[str, Tensor]:
         names = self.trainable(backbone.groups())
@@ -128,7 +123,7 @@ class Method(Base):
     def losses(self, step: Step) -> Losses:
         target, backbone = step.batch.target, step.backbone
         uniform = step.rng.uniform("time")  # [B]
-        time = backbone.sample_time(focal(uniform) if self.config.focal else uniform)
+        time = backbone.sample_time(focal_shares(uniform, FOCUS, RAMP) if self.config.focal else uniform)
         noisy, _ = step.corrupted(target, time, "target")
         places = padded([self.places[prompt] for prompt in target.prompts], noisy.device)  # [B, n]
         with backbone.attention_maps(step.student.net, places, target.cond) as maps:
@@ -138,27 +133,19 @@ class Method(Base):
                 step.frozen("teacher")(noisy, time, target.cond)
             maps = {name: one * attended(frozen[name]) for name, one in maps.items()}
         elif self.masks is not None:
-            regions = [self._region(key) for key in target.keys]
-            maps = {name: within(one, regions) for name, one in maps.items()}
+            maps = {name: within(one, self.masks, target.keys) for name, one in maps.items()}
         norms = [attention_norm([one]).mean() for one in maps.values()]
         return Losses({"forget": torch.stack(norms).sum()})
-
-    def _region(self, key: int) -> Tensor:
-        assert self.masks is not None
-        if key not in self.masks:
-            raise ConfigError(f"method.masks={self.config.masks}: has no mask {key}.png for this sample of the target")
-        return self.masks[key]
 
     def fusion(self) -> Callable[[str, Tensor], Tensor]:
         return self._fuse
 
     def _fuse(self, name: str, trained: Tensor) -> Tensor:
-        """B A -> B A G (...)^-1, which changes A alone; `trained` is A [r, D] or B [out, r]."""
+        """B A -> B A G (...)^-1, which changes A alone; `trained` is A [concepts, D] or B [out, concepts]."""
         if ".lora_A." not in name or self.fusing is None:
             return trained
-        rows = slice(self.ranks.start, self.ranks.stop)
         fused = trained.clone()
-        fused[rows] = (trained[rows].double() @ self.fusing.to(trained.device)).to(trained.dtype)
+        fused[self.concept] = (trained[self.concept].double() @ self.fusing.to(trained.device)).to(trained.dtype)
         return fused
 
     def _fusing(self, setup: Setup) -> Tensor:
@@ -176,11 +163,3 @@ class Method(Base):
         for rows in (empty, *(received(backbone, [text]) for text in kept)):
             system.add_preserved(rows)
         return system
-
-
-def focal(uniform: Tensor) -> Tensor:
-    """Uniform numbers [B] in [0, 1) -> shares of the schedule [B] with the density of MACE's eq. 5."""
-    grid = (torch.arange(1000) + 0.5) / 1000
-    density = torch.sigmoid(RAMP * (grid - FOCUS[0])) - torch.sigmoid(RAMP * (grid - FOCUS[1]))
-    passed = (density.cumsum(0) / density.sum()).to(uniform.device)
-    return ((torch.searchsorted(passed, uniform.contiguous()).clamp(max=999) + 0.5) / 1000).to(uniform)

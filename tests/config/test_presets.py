@@ -156,7 +156,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | {
         "method.ridge": 10.0,
         "method.preserve_scale": 0.0,
-        "method.rank": 1,
         "prepare.samples": 8,
         "train.steps": 50,
         "train.batch": 1,

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from linear import EMPTY, LinearBackbone, cond, linear_step, net, noise
+from PIL import Image
 from torch import tensor
 
 from sculpt_dist.config.load import load_config
@@ -19,7 +21,9 @@ from sculpt_dist.engine.companion import Companion
 from sculpt_dist.engine.optimizer import ShardedVector
 from sculpt_dist.engine.sharding import Fragment, Shard
 from sculpt_dist.maths.closed_form import EditSystem, fusion_factors
+from sculpt_dist.maths.diffusion import focal_shares
 from sculpt_dist.methods import adv_unlearn, ant, ascent, doco, erase_diff, esd, fmn, mace, npo, spm
+from sculpt_dist.methods.parts.regions import attended, read_masks, within
 from sculpt_dist.run.setup import resolve
 
 
@@ -100,14 +104,14 @@ def test_the_fusion_of_two_adapters():
 
 
 def test_mace_fuses_the_ranks_of_its_own_concept_alone():
-    method = mace.Method(mace.Config(), fusing=tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64), ranks=range(1, 2))
+    method = mace.Method(mace.Config(), fusing=tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64), concept=1)
     fused = method.fusion()("a.to_k.lora_A.default.weight", tensor([[1.0, 2.0], [3.0, 4.0]]))
     assert fused.tolist() == [[1.0, 2.0], [4.0, 3.0]]
     assert method.fusion()("a.to_k.lora_B.default.weight", tensor([[5.0]])).tolist() == [[5.0]]
 
 
 def test_mace_says_what_it_cannot_do():
-    with pytest.raises(ConfigError, match="method.ridge=0.0, method.rank=1: the ridge must be greater than 0"):
+    with pytest.raises(ConfigError, match="method.ridge=0.0: must be greater than 0"):
         mace.Method(mace.Config(ridge=0.0))
     together = [
         "method.name=mace",
@@ -122,7 +126,7 @@ def test_mace_says_what_it_cannot_do():
 
 
 def test_the_times_of_mace_gather_where_its_density_is():
-    shares = mace.focal((torch.arange(10000) + 0.5) / 10000)
+    shares = focal_shares((torch.arange(10000) + 0.5) / 10000, mace.FOCUS, mace.RAMP)
     # the integral of s(50 (t - .2)) - s(50 (t - .4)) is (log(1 + e^(50 (t - .2))) - log(1 + e^(50 (t - .4)))) / 50
     below = [(math.log1p(math.exp(50 * (t - 0.2))) - math.log1p(math.exp(50 * (t - 0.4)))) / 50 for t in (0.15, 0.45)]
     inside = float(((shares > 0.15) & (shares < 0.45)).double().mean())
@@ -356,3 +360,23 @@ def test_mace_takes_the_norm_of_every_layer_within_the_region():
 def test_conditions_are_chosen_by_sample():
     chosen = cond(5.0).where(tensor([True, False]), cond(7.0))
     assert chosen.tokens.flatten().tolist() == [5.0, 7.0] and chosen.pooled is None
+
+
+def test_the_users_masks_choose_the_places_of_an_image(tmp_path):
+    (tmp_path / "cat").mkdir()
+    left = np.zeros((8, 8), np.uint8)
+    left[:, :4] = 255
+    Image.fromarray(left).save(tmp_path / "cat" / "3.png")
+    masks = read_masks(str(tmp_path), "cat")
+    assert set(masks) == {3} and float(masks[3].mean()) == pytest.approx(0.5, abs=0.02)
+    kept = within(torch.ones(1, 1, 4, 1), masks, [3])  # 2 x 2 places, row by row
+    assert kept.flatten().tolist() == [1.0, 0.0, 1.0, 0.0]
+    with pytest.raises(ConfigError, match="method.masks: has no region 4.png"):
+        within(torch.ones(1, 1, 4, 1), masks, [4])
+    with pytest.raises(ConfigError, match="has no files dog/NUMBER.png"):
+        read_masks(str(tmp_path), "dog")
+
+
+def test_a_place_is_attended_to_above_half_of_the_maximum():
+    maps = tensor([[[[0.9, 0.1], [0.2, 0.2], [0.4, 0.2]]]])  # means .5, .2, .3
+    assert attended(maps).flatten().tolist() == [1.0, 0.0, 1.0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +22,16 @@ def attended(maps: Tensor) -> Tensor:
     return (mean > THRESHOLD * mean.amax(2, keepdim=True)).to(maps)
 
 
-def within(maps: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """The maps [B, heads, N, n] in these regions alone, [h, w] each, at the resolution of the maps."""
+def within(maps: Tensor, masks: Mapping[int, Tensor], samples: Sequence[int]) -> Tensor:
+    """The maps [B, heads, N, n] of these samples in their regions alone, which are read at the resolution of the maps.
+
+    Raises ConfigError for a sample without a region.
+    """
+    lacking = [number for number in samples if number not in masks]
+    if lacking:
+        raise ConfigError(f"method.masks: has no region {lacking[0]}.png for this sample of the target")
     side = round(maps.shape[2] ** 0.5)
-    regions = [interpolate(mask[None, None], (side, side)).view(1, 1, -1, 1) for mask in masks]
+    regions = [interpolate(masks[number][None, None], (side, side)).view(1, 1, -1, 1) for number in samples]
     return maps * (torch.cat(regions).to(maps) > 0.5)
 
 
