@@ -1,4 +1,4 @@
-"""Runs several methods one after another in this process, each into FOLDER/<method>, and tries an attack on each.
+"""Runs several methods one after another in this process, each into FOLDER/<method>.
 
 FOLDER ARCH METHODS OVERRIDES..., where METHODS are names with commas between them. Reports have no figures, which
 would take longer than the rest.
@@ -21,12 +21,9 @@ for method in methods.split(","):
     settings = [
         *TINY_RUN,
         "evaluate.enabled=false",
-        "evaluate.attacks=[plain]",
-        "attack.cases=1",
         f"model.arch={arch}",
         f"prepare.folder={folder}/shared",
         f"run.folder={folder}/{method}",
         *overrides,
     ]
-    run = run_sequence(load_config(PROJECT / "configs" / "canvas" / f"{method}.yaml", settings))
-    assert set(run.report["attacks"]["attacks"]) == {"plain"}, run.report["attacks"]
+    run_sequence(load_config(PROJECT / "configs" / "canvas" / f"{method}.yaml", settings))
