@@ -72,6 +72,11 @@ class Method(Guard):
                 f"method.active={config.active}, method.expansion={config.expansion}, method.percentile="
                 f"{config.percentile}: the first two must be at least 1, the last from 0 to below 100"
             )
+        if min(config.batch, config.positions, config.epochs) < 1:
+            raise ConfigError(
+                f"method.batch={config.batch}, method.positions={config.positions}, method.epochs={config.epochs}: all "
+                "must be at least 1"
+            )
         super().__init__(config)
 
     def fit(self, fitting: Fitting) -> Mapping[str, Tensor]:

@@ -31,6 +31,8 @@ from sculpt_dist.maths.losses import mse, mse_each, negative_guidance
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.base import Setup, Step, matrices
 
+NO_IDS = torch.empty(0, dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -66,33 +68,34 @@ class Method(Base):
     """Trains one group's matrices; needs samples of the target alone."""
 
     def __init__(
-        self, config: Config, slots: Mapping[str, Slots] = {}, kept: Sequence[str] = (), table: Sequence[Tensor] = ()
+        self, config: Config, slots: Mapping[str, Slots] = {}, kept: Sequence[str] = (), ids: Tensor = NO_IDS
     ) -> None:
-        """`slots`: the target's prompts that have room; `kept`: prompts to retain; `table`: vectors of the words that a
-        prompt can have, [V, width] for each text encoder.
-        """
+        """`slots`: the target's prompts that have room; `kept`: prompts to retain; `ids`: the vocabulary's, [V]."""
         for option in ("words", "attack_steps", "sampler_steps"):
             if getattr(config, option) < 1:
                 raise ConfigError(f"method.{option}={getattr(config, option)}: must be at least 1")
         if not config.retain:
             raise ConfigError("method.retain is empty: name concepts to retain")
-        self.config, self.slots, self.kept, self.table = config, slots, kept, table
+        if not 0 <= config.unattacked <= 1:
+            raise ConfigError(f"method.unattacked={config.unattacked}: must be from 0 to 1")
+        self.config, self.slots, self.kept, self.ids = config, slots, kept, ids
 
     def prepare(self, setup: Setup) -> Method:
-        words, slots = setup.backbone.words, {}
+        words, slots, full = setup.backbone.words, {}, ConfigError("there is no prompt")
         for prompt in dict.fromkeys(setup.prompts.target):
             try:
                 slots[prompt] = words.open(prompt, self.config.words)
-            except ConfigError:  # no room
-                continue
+            except ConfigError as error:
+                full = error
+        if not slots:
+            raise ConfigError(f"method.words={self.config.words}: {full}")
         taken = {normal(name) for concept in setup.concepts for name in (concept.target, concept.superclass or "")}
         names = [name for name in self.config.retain if normal(name) not in taken]
         if not names:
             raise ConfigError(f"method.retain={list(self.config.retain)}: all of them are concepts of the run")
         kept = setup.prompts.of(names)
         setup.backbone.embed(kept)
-        ordinary = words.ids()
-        return Method(self.config, slots, kept, [vectors[ordinary.to(vectors.device)] for vectors in words.table()])
+        return Method(self.config, slots, kept, words.ids())
 
     def streams(self) -> Sequence[StreamSpec]:
         return (StreamSpec("target"),)
@@ -133,12 +136,12 @@ class Method(Base):
     def _attacked(self, step: Step) -> TextCond:
         """The target's condition with the words that bring the concept back best, where there is room for them."""
         target, config = step.batch.target, self.config
-        if not self.slots:
-            return target.cond
         others = next(iter(self.slots.values()))  # attacked in vain, so that all ranks run the net as often
         slots = [self.slots.get(prompt, others) for prompt in target.prompts]
-        first = torch.tensor([step.rng.choice(f"word {k}", len(self.table[0])) for k in range(config.words)]).T
-        vectors = [table[first.to(table.device)].float().requires_grad_() for table in self.table]  # [B, words, width]
+        first = torch.tensor([step.rng.choice(f"word {k}", len(self.ids)) for k in range(config.words)]).T
+        vectors = [
+            one.float().requires_grad_() for one in step.backbone.words.vectors(self.ids[first])
+        ]  # [B, words, D]
         optimizer = torch.optim.Adam(vectors, lr=config.attack_lr)
         for number in range(config.attack_steps):
             time = step.backbone.sample_time(step.rng.uniform(f"attack time {number}"))  # [B]

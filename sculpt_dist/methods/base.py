@@ -147,6 +147,7 @@ class Method(ABC):
     calibration_images = 0  # images per object and style that every candidate draws for `judge`
     companion: Companion | None = None  # a small net that trains beside the student
     rank_per_concept = False  # whether each concept has its own ranks of the adapter, which alone train in its turn
+    reads_attention = False  # whether its losses read attention maps, which a recomputed or compiled forward lacks
     takes_together = True  # whether several concepts may train at once (`train.together`)
     reference_mask = False  # mask and schedule behave as in the published code (see dm_cal.REFERENCE)
 
@@ -193,6 +194,10 @@ class Method(ABC):
     def combine(self, gradients: Sequence[ShardedVector]) -> ShardedVector:
         """Combine the gradients of the loss groups, in their order, into one. They are sharded; `dot` is global."""
         return sum_gradients(gradients)
+
+    def waits(self, progress: float) -> bool:
+        """Whether the net stays as it is in the update at this progress, while a companion trains."""
+        return False
 
     def candidate_every(self, updates: int) -> int:
         """Number of updates after which the weights become a candidate result; 0 means only the last weights count."""

@@ -6,7 +6,7 @@ target and superclass, X(e) the clean latent that a prediction stands for, and D
     D:  BCE(D(X(e0(x_s, c_s))), 0) + BCE(D(X(e(x_s, c_f))), 1)        net:  L_a = BCE(D(X(e(x_s, c_f))), 0)
     L_b = MSE(e(x_s, c_s), goal_s)
 
-D trains alone at first (`warmup`). The gradients g_a of L_a and g_b of L_b are each clipped to norm 1. Then, in each
+D trains alone at first (`warmup`), while the net and its moments stay as they are. The gradients g_a of L_a and g_b of L_b are each clipped to norm 1. Then, in each
 matrix, if cos(g_a, g_b) < 0 there, g_a loses what speaks against g_b, and the net follows g_a alone:
 
     g_a - l cos(g_a, g_b) g_b / |g_b|
@@ -19,6 +19,7 @@ update; that is not reproduced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -63,6 +64,8 @@ class Method(Base):
     def __init__(self, config: Config, companion: Companion | None = None) -> None:
         if not config.parts or set(config.parts) - {"q", "k", "v", "out"}:
             raise ConfigError(f"method.parts={list(config.parts)}: choose from q, k, v, out")
+        if config.width < 1:
+            raise ConfigError(f"method.width={config.width}: must be at least 1")
         if not 0 <= config.warmup < 1:
             raise ConfigError(f"method.warmup={config.warmup}: must be at least 0 and below 1")
         self.config, self.companion = config, companion
@@ -95,8 +98,7 @@ class Method(Base):
         judge = self.companion.net
         mistakes = _verdict(judge(wanted), 0.0) + _verdict(judge(drawn.detach()), 1.0)
         self.companion.learn(mistakes)
-        trains = float(step.progress >= self.config.warmup)
-        return Losses({"forget": trains * _verdict(judge(drawn), 0.0), "discriminator": mistakes.detach()})
+        return Losses({"forget": _verdict(judge(drawn), 0.0), "discriminator": mistakes.detach()})
 
     def retain(self, step: Step) -> Losses:
         superclass = step.batch.superclass
@@ -104,9 +106,10 @@ class Method(Base):
         noisy, goal = step.corrupted(superclass, time, "superclass")
         return Losses({"retain": mse(step.student(noisy, time, superclass.cond), goal)})
 
+    def waits(self, progress: float) -> bool:
+        return progress < self.config.warmup
+
     def combine(self, gradients: Sequence[ShardedVector]) -> ShardedVector:
-        assert self.companion is not None, "prepare() makes it"
-        self.companion.step()
         retain, forget = (_clipped(gradient) for gradient in gradients)
         along, length_a, length_b = forget.dots(retain), forget.dots(forget).sqrt(), retain.dots(retain).sqrt()
         return forget.plus_each(retain, surgery(along, length_a, length_b, self.config.surgery))
@@ -136,7 +139,7 @@ def discriminator(channels: int, size: int, width: int) -> nn.Module:
     layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
     for i in range(1, halvings):
         layers += [nn.Conv2d(width * 2 ** (i - 1), width * 2**i, 4, 2, 1, bias=False)]
-        layers += [nn.GroupNorm(min(16, width), width * 2**i), nn.LeakyReLU(0.2)]
+        layers += [nn.GroupNorm(math.gcd(16, width), width * 2**i), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.Conv2d(width * 2 ** (halvings - 1), 1, 4, 1, 1))
 
 

@@ -38,7 +38,7 @@ class Config:
 class Method(Base):
     """Trains one group's matrices."""
 
-    needs_teacher = False
+    needs_teacher, reads_attention = False, True
 
     def __init__(self, config: Config, places: Mapping[str, Sequence[int]] = {}) -> None:
         """`places`: the tokens of the target's name in each of its prompts."""

@@ -61,13 +61,13 @@ class Config:
     focal: bool = True
     """Prefer times at which images take shape; for unsafe content, the paper draws them evenly."""
     end_token: bool = True
-    """Count the token that ends a prompt as part of the name."""
+    """Count the token that ends a prompt as part of the name, in kinds that have one (not SANA)."""
 
 
 class Method(Base):
     """Trains an adapter on keys and values of the cross-attention, between two closed forms."""
 
-    rank_per_concept, takes_together = True, False
+    rank_per_concept, takes_together, reads_attention = True, False, True
 
     def __init__(
         self,
@@ -84,10 +84,11 @@ class Method(Base):
             raise ConfigError(f"method.ridge={config.ridge}: must be greater than 0, or there is no single solution")
         self.config, self.places, self.masks, self.fusing, self.concept = config, places, masks, fusing, concept
         self.attends = config.masks is None and masks is not None
+        self.needs_teacher = config.masks is None
 
     def prepare(self, setup: Setup) -> Method:
         places = {
-            prompt: (*found, *([len(setup.backbone.token_ids(prompt)) - 1] if self.config.end_token else []))
+            prompt: (*found, *(_end(setup.backbone, prompt) if self.config.end_token else ()))
             for prompt, found in target_tokens(setup).items()
         }
         concept = setup.concepts[setup.concept]
@@ -106,6 +107,8 @@ class Method(Base):
         return {"r": 1, "lora_alpha": 1, "target_modules": layers}
 
     def refine(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> Mapping[str, Tensor]:
+        for prompts in concepts if self.config.masks is not None else ():
+            read_masks(self.config.masks or "", prompts.names[0])  # a folder that is missing is told now
         names = self.trainable(backbone.groups())
         system = self._system(backbone, concepts)
         for prompts in concepts:
@@ -113,7 +116,7 @@ class Method(Base):
                 system.add_erased(*shared_rows(backbone, old, new))
         transform = system.transform()
         return {
-            name: (weight.to(transform.device, torch.float64) @ transform).to(weight.dtype)
+            name: (weight.to(transform.device, torch.float64) @ transform).float()
             for name, weight in backbone.stored_weights(names)
         }
 
@@ -163,3 +166,9 @@ class Method(Base):
         for rows in (empty, *(received(backbone, [text]) for text in kept)):
             system.add_preserved(rows)
         return system
+
+
+def _end(backbone: Backbone, prompt: str) -> tuple[int, ...]:
+    """The place of the token that ends a prompt, where the kind has one."""
+    last = len(backbone.token_ids(prompt)) - 1
+    return (last,) if backbone.token_places(prompt).stop <= last else ()

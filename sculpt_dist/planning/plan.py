@@ -163,7 +163,7 @@ def cheapest_change(planner: Planner, variant: Variant, memory: float) -> dict[s
     That is the cheapest single change that is enough; otherwise the cheapest changes together, without those that prove
     unnecessary. None if nothing fits on 1,024 ranks.
     """
-    reference_mask = planner.subject(variant).method.reference_mask
+    method = planner.subject(variant).method
 
     def size(changes: Sequence[Change]) -> float:
         try:
@@ -172,9 +172,9 @@ def cheapest_change(planner: Planner, variant: Variant, memory: float) -> dict[s
             return math.inf
 
     together: list[Change] = []
-    found = next(([change] for change in variant.changes(reference_mask) if size([change]) <= memory), None)
+    found = next(([change] for change in variant.changes(method) if size([change]) <= memory), None)
     while found is None:
-        further = next(variant.changed(together).changes(reference_mask), None)
+        further = next(variant.changed(together).changes(method), None)
         if further is None:
             return None
         together.append(further)

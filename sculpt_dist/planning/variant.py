@@ -9,6 +9,7 @@ from typing import Any
 from sculpt_dist.config.checks import check, check_batch
 from sculpt_dist.config.schema import RunConfig
 from sculpt_dist.core.errors import ConfigError
+from sculpt_dist.methods.base import Method
 
 RANKS = tuple(2**i for i in range(11))  # 1 to 1,024
 FEW = 1e8  # elements that stage 3 may gather when memory is short
@@ -44,15 +45,15 @@ class Variant:
             return False
         return True
 
-    def changes(self, reference_mask: bool) -> Iterator[Change]:
+    def changes(self, method: Method) -> Iterator[Change]:
         """What can still be changed, cheapest first.
 
         The cost rises from nothing over waiting, smaller passes, more passes, rounding and traffic to more machines.
-        `reference_mask`: the method moves closed weights, so that their moments cannot be left out.
+        What the method cannot do is left out.
         """
         config, ranks = self.config, self.ranks
         drawn = max(config.prepare.batch, config.evaluate.batch)
-        if config.engine.moments == "all" and config.mask.keep < 1 and not reference_mask:
+        if config.engine.moments == "all" and config.mask.keep < 1 and not method.reference_mask:
             yield {"engine.moments": "open"}
         if drawn > 1:
             yield {f"{part}.batch": min(getattr(config, part).batch, drawn // 2) for part in ("prepare", "evaluate")}
@@ -60,7 +61,7 @@ class Variant:
             yield {"train.background_save": False}
         if config.train.batch % (config.train.accumulate * 2 * ranks) == 0:
             yield {"train.accumulate": config.train.accumulate * 2}
-        if not config.engine.checkpointing:
+        if not (config.engine.checkpointing or method.reads_attention):
             yield {"engine.checkpointing": True}
         if config.engine.precision == "fp32":
             yield {"engine.precision": "bf16", "engine.stage": max(2, config.engine.stage)}

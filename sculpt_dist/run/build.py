@@ -78,17 +78,14 @@ def adapter_of(setup: RunSetup, groups: Mapping[str, tuple[str, ...]]) -> Mappin
 
 def refine(setup: RunSetup, backbone: Backbone, engine: Engine) -> None:
     """Set what the method changes in closed form before it trains."""
-    backbone.refined = dict(setup.trained[0].refine(backbone, setup.prompts))
-    engine.set_frozen(backbone.refined)
+    changed = dict(setup.trained[0].refine(backbone, setup.prompts))
+    engine.set_frozen(changed)
+    if engine.group.is_first:  # the rank that merges and writes
+        backbone.refined = {name: tensor.cpu() for name, tensor in changed.items()}
 
 
 def open_own_ranks(setup: RunSetup, engine: Engine, number: int) -> None:
-    """Train only the concept's own ranks of the adapter. Raises ConfigError under a mask."""
-    if setup.config.mask.keep < 1:
-        raise ConfigError(
-            f"mask.keep={setup.config.mask.keep}: method.name={setup.method_name} opens each concept's own ranks of "
-            "its adapter; set it to 1"
-        )
+    """Train only the concept's own ranks of the adapter."""
     own, count = setup.trained_with(number), len(setup.concepts)
     rank = next(shape[0] for name, shape in engine.shapes.items() if ".lora_A." in name) // count
     engine.open_ranks(range(own.start * rank, own.stop * rank))

@@ -139,6 +139,26 @@ def check_world(config: RunConfig) -> None:
         )
 
 
+def check_method(config: RunConfig, method: Method) -> None:
+    """Raises ConfigError for settings with which a method that trains cannot run."""
+    if config.train.together and not method.takes_together:
+        raise ConfigError(f"train.together=true: {_named(config)} trains one concept after another; set it to false")
+    if config.mask.keep < 1 and method.rank_per_concept:
+        raise ConfigError(
+            f"mask.keep={config.mask.keep}: {_named(config)} opens each concept's own ranks of its adapter; set it to 1"
+        )
+    for key in ("checkpointing", "compile"):
+        if method.reads_attention and getattr(config.engine, key):
+            raise ConfigError(
+                f"engine.{key}=true: {_named(config)} reads attention maps in a forward that is run as it is; set it to "
+                "false"
+            )
+
+
+def _named(config: RunConfig) -> str:
+    return f"method.name={config.method.get('name', 'dm_cal')}"
+
+
 def resolve(config: RunConfig) -> RunSetup:
     """Raises ConfigError for a configuration that cannot run; no model is opened."""
     if not config.concepts:
@@ -151,13 +171,13 @@ def resolve(config: RunConfig) -> RunSetup:
     prompts = tuple(concept_prompts(concept, config.prepare) for concept in config.concepts)
     method, held = load_method(config.method), hold_prompts(config.hold, config.concepts)
     if not isinstance(method, Method):
+        if config.adversarial.steps:
+            raise ConfigError(
+                f"adversarial.steps={config.adversarial.steps}: {_named(config)} has no updates; set it to 0"
+            )
         last = replace(prompts[-1], keep=(*prompts[-1].keep, *held))
         return RunSetup(config, method, None, (*prompts[:-1], last), held)
-    if config.train.together and not method.takes_together:
-        raise ConfigError(
-            f"train.together=true: method.name={config.method.get('name')} trains one concept after another; set it to "
-            "false"
-        )
+    check_method(config, method)
     if config.adversarial.steps:
         method = Hardened(method, config.adversarial)
     if held:

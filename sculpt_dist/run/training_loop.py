@@ -96,8 +96,10 @@ def run_concept(
                 for micro in range(train.accumulate)
             ]
         loss_functions = [method.saliency] if collecting else method.loss_groups()
+        waiting = not collecting and method.waits(plan.progress(step))
         for i, loss_function in enumerate(loss_functions):
             phase = "collect" if collecting else "train" if i == len(loss_functions) - 1 else "capture"
+            phase = "hold" if waiting else phase
             for part in parts:
                 with clock("forward"):
                     losses = loss_function(part)
@@ -107,6 +109,8 @@ def run_concept(
                 with clock("step"):
                     engine.step(phase, plan.learning_rate(step), method.combine)
         with clock("step"):
+            if method.companion is not None and not collecting:
+                method.companion.step()
             result = engine.end_step(stop.requested, due())
         stopping, saving = stop.accept(result.raised)
         run.step = step + 1

@@ -24,7 +24,7 @@ class Wrapped(Method):
         self.needs_original, self.needs_teacher = method.needs_original, method.needs_teacher
         self.calibration_images, self.reference_mask = method.calibration_images, method.reference_mask
         self.companion, self.rank_per_concept = method.companion, method.rank_per_concept
-        self.takes_together = method.takes_together
+        self.takes_together, self.reads_attention = method.takes_together, method.reads_attention
 
     @abstractmethod
     def again(self, method: Method) -> Method:
@@ -62,6 +62,9 @@ class Wrapped(Method):
 
     def combine(self, gradients: Sequence[ShardedVector]) -> ShardedVector:
         return self.method.combine(gradients)
+
+    def waits(self, progress: float) -> bool:
+        return self.method.waits(progress)
 
     def candidate_every(self, updates: int) -> int:
         return self.method.candidate_every(updates)

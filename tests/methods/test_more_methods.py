@@ -247,7 +247,7 @@ class Worded(LinearBackbone):
         return SimpleNamespace(
             open=lambda prompt, count: float(len(prompt)),
             ids=lambda: tensor([1]),
-            table=lambda: [tensor([[0.0], [0.25]])],
+            vectors=lambda ids: [0.25 * ids[..., None].float()],
             embed=lambda number, vectors: TextCond(number + vectors[0].sum((1, 2)).view(-1, 1, 1)),
         )
 
@@ -261,7 +261,7 @@ def test_the_inner_step_of_adv_unlearn_on_a_linear_net():
     for predictor in (step.student, step.teacher):
         predictor.backbone = backbone
     config = adv_unlearn.Config(attack_steps=1, attack_lr=0.125, sampler_steps=1, unattacked=0.0, retain_weight=0.5)
-    method = adv_unlearn.Method(config, {"p" * 5: 5.0}, ["p" * 9], [tensor([[0.25]])])
+    method = adv_unlearn.Method(config, {"p" * 5: 5.0}, ["p" * 9], tensor([1]))
     n = noise(step, "attack 0")
     word = 0.25 - 0.125 * torch.sign((0.25 * (1 + n) + 0.25).flatten(1).mean(1))  # [B], from the vocabulary's 0.25
     x, y = noise(step, "trajectory"), noise(step, "retained")
@@ -273,7 +273,7 @@ def test_the_inner_step_of_adv_unlearn_on_a_linear_net():
 
 def test_adv_unlearn_without_attack_is_esd_with_a_term_to_retain():
     same = net(0.5)
-    method = adv_unlearn.Method(adv_unlearn.Config(sampler_steps=1, unattacked=1.0), {"p" * 5: 5.0}, ["p" * 9], [])
+    method = adv_unlearn.Method(adv_unlearn.Config(sampler_steps=1, unattacked=1.0), {"p" * 5: 5.0}, ["p" * 9])
     terms = method.losses(linear_step(same, same)).terms
     assert float(terms["retain"].detach()) == 0.0
     assert float(terms["forget"].detach()) == pytest.approx((2 * (5 - EMPTY)) ** 2)

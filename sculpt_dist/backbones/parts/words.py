@@ -95,6 +95,12 @@ class Words:
                 tables.append(embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device)))
         return tables
 
+    def vectors(self, ids: Tensor) -> list[Tensor]:
+        """The embeddings of these ids [...] for each text encoder, [..., width], as in `table`."""
+        with torch.no_grad():
+            encoders = [self.backbone.part(name).get_input_embeddings() for name in self.backbone.text_encoders]
+            return [embedding(ids.to(embedding.weight.device)) for embedding in encoders]
+
     def ids(self) -> Tensor:
         """The ids that a text can have, [N]: all but the tokenizer's special ones."""
         tokenizer = self._tokenizer

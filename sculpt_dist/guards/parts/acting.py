@@ -26,7 +26,17 @@ def apply(pipeline: Any, folder: Path | str) -> None:
     """
     place = Path(folder)
     fitted = read_guard(place / GUARD if (place / GUARD).is_dir() else place)
-    attach(_denoiser(pipeline), fitted, lambda: bool(pipeline.do_classifier_free_guidance))
+    attach(_denoiser(pipeline), fitted, lambda: _is_doubled(pipeline))
+
+
+def _is_doubled(pipeline: Any) -> bool:
+    """Whether the present call of a pipeline guides."""
+    try:
+        return bool(pipeline.do_classifier_free_guidance)
+    except AttributeError as error:  # it was never called
+        raise ModelError(
+            f"{type(pipeline).__name__}: another pipeline draws with its denoiser; put the guard on that one"
+        ) from error
 
 
 def remove(pipeline: Any) -> None:
