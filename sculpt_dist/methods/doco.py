@@ -6,8 +6,9 @@ target and superclass, X(e) the clean latent that a prediction stands for, and D
     D:  BCE(D(X(e0(x_s, c_s))), 0) + BCE(D(X(e(x_s, c_f))), 1)        net:  L_a = BCE(D(X(e(x_s, c_f))), 0)
     L_b = MSE(e(x_s, c_s), goal_s)
 
-D trains alone at first (`warmup`), while the net and its moments stay as they are. The gradients g_a of L_a and g_b of L_b are each clipped to norm 1. Then, in each
-matrix, if cos(g_a, g_b) < 0 there, g_a loses what speaks against g_b, and the net follows g_a alone:
+D trains alone at first (`warmup`), while the net and its moments stay as they are. The gradients g_a of L_a and g_b of
+L_b are each clipped to norm 1. Then, in each matrix, if cos(g_a, g_b) < 0 there, g_a loses what speaks against g_b, and
+the net follows g_a alone:
 
     g_a - l cos(g_a, g_b) g_b / |g_b|
 
