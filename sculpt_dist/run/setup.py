@@ -150,8 +150,8 @@ def check_method(config: RunConfig, method: Method) -> None:
     for key in ("checkpointing", "compile"):
         if method.reads_attention and getattr(config.engine, key):
             raise ConfigError(
-                f"engine.{key}=true: {_named(config)} reads attention maps in a forward that is run as it is; set it to "
-                "false"
+                f"engine.{key}=true: {_named(config)} reads attention maps, which such a forward does not show; set it "
+                "to false"
             )
 
 
