@@ -97,7 +97,7 @@ def test_batch_that_does_not_divide_names_both_numbers_and_the_cure():
 
 
 def test_unknown_method_lists_what_there_is():
-    with pytest.raises(ConfigError, match=r"Did you mean 'dm_cal'\? There are: .*dm_cal, esd"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'dm_cal'\? There are: .*dm_cal, doco"):
         method_of(load_config(None, ["method.name=dm_call"]))
 
 
