@@ -15,7 +15,8 @@ BASE = PROJECT / "sculpt_dist" / "assets" / "canvas" / "sd15" / "unet" / "diffus
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, method):
     config = str(PROJECT / "configs" / "canvas" / f"{method}.yaml")
     own = ["method.warmup=0.2"] if method == "doco" else []
-    arguments = [config, *TINY_RUN, *own, "evaluate.enabled=false", f"prepare.folder={tmp_path / 'shared'}"]
+    long = [*TINY_RUN, "train.steps=60"]  # so that the request comes before the end
+    arguments = [config, *long, *own, "evaluate.enabled=false", f"prepare.folder={tmp_path / 'shared'}"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     sculpt("unlearn", *arguments, f"run.folder={straight}")
     stopped.mkdir()
