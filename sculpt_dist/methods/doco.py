@@ -34,9 +34,9 @@ from sculpt_dist.core.types import Losses
 from sculpt_dist.data.streams import StreamSpec
 from sculpt_dist.engine.companion import Companion
 from sculpt_dist.engine.optimizer import ShardedVector
-from sculpt_dist.maths.losses import mse
 from sculpt_dist.methods.base import LossFunction, Setup, Step, matrices
 from sculpt_dist.methods.base import Method as Base
+from sculpt_dist.methods.parts.terms import denoised_superclass
 
 BETAS = (0.5, 0.999)  # of the discriminator's Adam
 
@@ -102,10 +102,7 @@ class Method(Base):
         return Losses({"forget": _verdict(judge(drawn), 0.0), "discriminator": mistakes.detach()})
 
     def retain(self, step: Step) -> Losses:
-        superclass = step.batch.superclass
-        time = step.backbone.sample_time(step.rng.uniform("time"))  # [B]
-        noisy, goal = step.corrupted(superclass, time, "superclass")
-        return Losses({"retain": mse(step.student(noisy, time, superclass.cond), goal)})
+        return Losses({"retain": denoised_superclass(step)})
 
     def waits(self, progress: float) -> bool:
         return progress < self.config.warmup

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from sculpt_dist.core.types import Losses
 from sculpt_dist.engine.optimizer import ShardedVector
-from sculpt_dist.maths.losses import mse
 from sculpt_dist.methods.base import LossFunction, Step, matrices
 from sculpt_dist.methods.base import Method as Base
+from sculpt_dist.methods.parts.terms import denoised_superclass, relabelled
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,10 @@ class Method(Base):
         return (self.forget, self.retain)
 
     def forget(self, step: Step) -> Losses:
-        target = step.batch.target
-        time = step.backbone.sample_time(step.rng.uniform("time"))  # [B]
-        noisy, _ = step.corrupted(target, time, "target")
-        (label,) = step.student.without_gradient([(noisy, time, step.batch.target_as_superclass)])
-        return Losses({"forget": mse(step.student(noisy, time, target.cond), label)})
+        return Losses({"forget": relabelled(step)})
 
     def retain(self, step: Step) -> Losses:
-        superclass = step.batch.superclass
-        time = step.backbone.sample_time(step.rng.uniform("time"))  # [B]
-        noisy, goal = step.corrupted(superclass, time, "superclass")
-        return Losses({"retain": mse(step.student(noisy, time, superclass.cond), goal)})
+        return Losses({"retain": denoised_superclass(step)})
 
     def combine(self, gradients: Sequence[ShardedVector]) -> ShardedVector:
         forget, retain = gradients
