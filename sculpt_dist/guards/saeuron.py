@@ -138,7 +138,7 @@ class FeatureEdit:
 
     def changed(self, output: Tensor) -> Tensor:
         """[B, D, H, W] or [B, N, D] -> the same: x + (decoded changed codes - decoded codes)."""
-        fitted = {name: tensor.to(output.device) for name, tensor in self.fitted.items()}
+        fitted = self.fitted = {name: tensor.to(output.device) for name, tensor in self.fitted.items()}  # moved once
         model, rows = Autoencoder.of(fitted), as_rows(output).float()
         if rows.shape[-1] != len(model.bias):
             raise ModelError(

@@ -16,7 +16,7 @@ for the words is not attacked.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -111,8 +111,9 @@ class Method(Base):
         empty_cond, index = step.empty(len(cond)), int(step.rng.shared("index") * config.sampler_steps)
         prompts = [self.kept[i] for i in step.rng.choice("retained", len(self.kept))]
         retained = step.backbone.embed(prompts)
-        y, _ = self._latents(step, "retained", prompts, retained, index)
-        x, time = self._latents(step, "trajectory", step.batch.target.prompts, cond, index)
+        steps, guidance = config.sampler_steps, config.guidance
+        y, _ = step.fresh_latents(index, steps, guidance, prompts, retained, "retained")
+        x, time = step.fresh_latents(index, steps, guidance, step.batch.target.prompts, cond)
         empty, with_prompt, keeps = step.frozen("teacher").all(
             [(x, time, empty_cond), (x, time, cond), (y, time, retained)]
         )
@@ -125,23 +126,14 @@ class Method(Base):
             }
         )
 
-    def _latents(
-        self, step: Step, what: str, prompts: Sequence[str], cond: TextCond, index: int
-    ) -> tuple[Tensor, Tensor]:
-        """Latents that the student draws of these prompts, and their time."""
-        steps, walk = self.config.sampler_steps, step.trajectory
-        walk.begin(step.rng.normal(what, step.backbone.latent_shape), prompts, steps)
-        return walk.advance_to(index, steps, step.student, cond, step.empty(len(cond)), self.config.guidance)
-
     def _attacked(self, step: Step) -> TextCond:
         """The target's condition with the words that bring the concept back best, where there is room for them."""
         target, config = step.batch.target, self.config
         others = next(iter(self.slots.values()))  # attacked in vain, so that all ranks run the net as often
         slots = [self.slots.get(prompt, others) for prompt in target.prompts]
         first = torch.tensor([step.rng.choice(f"word {k}", len(self.ids)) for k in range(config.words)]).T
-        vectors = [
-            one.float().requires_grad_() for one in step.backbone.words.vectors(self.ids[first])
-        ]  # [B, words, D]
+        drawn = step.backbone.words.vectors(self.ids[first])  # [B, words, width] for each text encoder
+        vectors = [one.float().requires_grad_() for one in drawn]
         optimizer = torch.optim.Adam(vectors, lr=config.attack_lr)
         for number in range(config.attack_steps):
             time = step.backbone.sample_time(step.rng.uniform(f"attack time {number}"))  # [B]
@@ -159,7 +151,6 @@ class Method(Base):
 
 
 def _embedded(backbone: Backbone, slots: Sequence[Slots], vectors: Sequence[Tensor], plain: TextCond) -> TextCond:
-    """The conditions [n, ...] of prompts with these vectors [n, words, width] in their places, with gradient."""
+    """The conditions [B, ...] of prompts with these vectors [B, words, width] in their places, with gradient."""
     parts = [backbone.words.embed(slot, [each[i : i + 1] for each in vectors]) for i, slot in enumerate(slots)]
-    cond = TextCond.cat(parts)
-    return cond if plain.size_ids is None else TextCond(cond.tokens, cond.token_mask, cond.pooled, plain.size_ids)
+    return replace(TextCond.cat(parts), size_ids=plain.size_ids)

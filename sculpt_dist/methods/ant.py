@@ -74,8 +74,7 @@ class Method(Base):
         steps, cut = config.sampler_steps, config.sampler_steps - config.early if self.compat else config.early
         first, second = int(step.rng.shared("first") * cut), cut + int(step.rng.shared("second") * (steps - cut))
         empty = step.empty(len(cond))
-        step.trajectory.latents = None  # every step draws new latents
-        x_first, t_first, _ = step.student_latents(first, steps, config.guidance)
+        x_first, t_first = step.fresh_latents(first, steps, config.guidance, step.batch.target.prompts, cond)
         x_second, t_second = step.trajectory.advance_to(second, steps, step.student, cond, empty, config.guidance)
         keeps, turns = (x_first, t_first), (x_second, t_second)
         if self.compat:

@@ -105,6 +105,24 @@ class Step:
         latents, time = walk.advance_to(index, steps, self.student, cond, empty, guidance)
         return latents, time, walk.prompts
 
+    def fresh_latents(
+        self,
+        index: int,
+        steps: int,
+        guidance: float,
+        prompts: Sequence[str],
+        cond: TextCond | None = None,
+        what: str = "trajectory",
+    ) -> tuple[Tensor, Tensor]:
+        """(latents [B, C, H, W], their time [B]) that the student draws from new noise, before step `index` of `steps`.
+
+        `cond` in place of the embedding of the prompts; `what` keys the noise. The trajectory may be continued.
+        """
+        self.trajectory.begin(self.rng.normal(what, self.backbone.latent_shape), prompts, steps)
+        drawn_for = self.backbone.embed(prompts) if cond is None else cond
+        empty = self.empty(len(prompts))
+        return self.trajectory.advance_to(index, steps, self.student, drawn_for, empty, guidance)
+
     def empty(self, size: int) -> TextCond:
         """The condition that guidance leads away from when there is no negative prompt, [B, ...]."""
         return self.backbone.embed([""] * size, negative=True)

@@ -79,10 +79,8 @@ class Method(Base):
         config, target = self.config, step.batch.target
         from_target = config.erase_from == "target"
         cond = target.cond if from_target else step.batch.target_as_superclass
-        empty_cond, steps = step.empty(len(cond)), config.sampler_steps
-        step.trajectory.begin(step.rng.normal("trajectory", step.backbone.latent_shape), target.prompts, steps)
-        index = int(step.rng.shared("index") * steps)
-        latents, time = step.trajectory.advance_to(index, steps, step.student, cond, empty_cond, config.guidance)
+        empty_cond, index = step.empty(len(cond)), int(step.rng.shared("index") * config.sampler_steps)
+        latents, time = step.fresh_latents(index, config.sampler_steps, config.guidance, target.prompts, cond)
         conds = [empty_cond, target.cond] + ([] if from_target else [cond])
         empty, with_prompt, *base = step.frozen(config.reference).without_gradient([(latents, time, c) for c in conds])
         label = negative_guidance(empty, with_prompt, config.eta) + (base[0] - empty if base else 0.0)

@@ -77,14 +77,15 @@ class Method(Base):
         fusing: Tensor | None = None,
         concept: int = 0,
     ) -> None:
-        """`places`: tokens of the target's name by prompt; `masks`: regions by sample, or None where the whole image is
-        one; `fusing`: G_i (...)^-1 [D, D] of this concept, number `concept`.
+        """`places`: tokens of the target's name by prompt; `masks`: regions [h, w] by sample, or None where the whole
+        image is one; `fusing`: G_i (...)^-1 [D, D] of this concept, number `concept`.
         """
         if config.ridge <= 0:
             raise ConfigError(f"method.ridge={config.ridge}: must be greater than 0, or there is no single solution")
         self.config, self.places, self.masks, self.fusing, self.concept = config, places, masks, fusing, concept
         self.attends = config.masks is None and masks is not None
         self.needs_teacher = config.masks is None
+        self.whole: Tensor | None = None  # l I + sum_j G_j + s sum p p^T, [D, D]
 
     def prepare(self, setup: Setup) -> Method:
         places = {
@@ -152,11 +153,11 @@ class Method(Base):
         return fused
 
     def _fusing(self, setup: Setup) -> Tensor:
-        concepts = setup.all_prompts or (setup.prompts,)
-        system = self._system(setup.backbone, concepts)
-        sums = [(rows := received(setup.backbone, prompts.target).double()).T @ rows for prompts in concepts]
-        own = sums[setup.concept] if len(sums) > 1 else sums[0]
-        return fusion_factors(own, sum(sums[1:], sums[0]) + system.present)
+        if self.whole is None:  # prepare() is called on one method for all concepts
+            concepts = setup.all_prompts or (setup.prompts,)
+            sums = [_gram(setup.backbone, prompts) for prompts in concepts]
+            self.whole = self._system(setup.backbone, concepts).present + torch.stack(sums).sum(0)
+        return fusion_factors(_gram(setup.backbone, setup.prompts), self.whole)
 
     def _system(self, backbone: Backbone, concepts: Sequence[ConceptPrompts]) -> EditSystem:
         """The equations with the ridge and the preserved rows alone."""
@@ -166,6 +167,12 @@ class Method(Base):
         for rows in (empty, *(received(backbone, [text]) for text in kept)):
             system.add_preserved(rows)
         return system
+
+
+def _gram(backbone: Backbone, prompts: ConceptPrompts) -> Tensor:
+    """G = sum e e^T over the rows of a target's prompts, fp64 [D, D]."""
+    rows = received(backbone, prompts.target).double()
+    return rows.T @ rows
 
 
 def _end(backbone: Backbone, prompt: str) -> tuple[int, ...]:

@@ -81,9 +81,9 @@ class Method(Base):
 
     def losses(self, step: Step) -> Losses:
         config, cond = self.config, step.batch.target.cond
-        step.trajectory.latents = None  # every step draws new latents
         index = int(step.rng.shared("index") * config.sampler_steps)
-        latents, time, _ = step.student_latents(index, config.sampler_steps, config.guidance)
+        prompts = step.batch.target.prompts
+        latents, time = step.fresh_latents(index, config.sampler_steps, config.guidance, prompts, cond)
         empty_cond = step.empty(len(cond))
         anchored: list[Request] = [(latents, time, self._anchor(step, i, cond)) for i in range(config.anchors)]
         if config.reference_compat:
