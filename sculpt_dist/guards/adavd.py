@@ -65,23 +65,39 @@ class Method(Guard):
                 f"the guard adavd holds values of {len(fitted)} layers, {type(net).__name__} has {len(modules)}, or "
                 "others: fit the guard to this model"
             )
-        clock = Clock()
+        clock = Watch()
         hooks = [net.register_forward_pre_hook(clock.read, with_kwargs=True)]
         for name, module in modules.items():
             hooks.append(module.register_forward_hook(Decomposition(self.config, fitted[name], clock).changed))
-        return hooks
+        return [*hooks, net.register_forward_hook(clock.check)]
+
+
+class Watch(Clock):
+    """Also notes whether any values passed in the present call."""
+
+    acted = False
+
+    def check(self, net: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a call. Raises ModelError where the guard did not act, as with fused projections."""
+        acted, self.acted = self.acted, False
+        if not acted:
+            raise ModelError(
+                f"{type(net).__name__}: its projections to values were not called, so that the guard adavd cannot act; "
+                "undo fuse_qkv_projections()"
+            )
 
 
 class Decomposition:
     """Changes the values of one layer."""
 
-    def __init__(self, config: Config, values: Tensor, clock: Clock) -> None:
+    def __init__(self, config: Config, values: Tensor, clock: Watch) -> None:
         transform, basis = gram_schmidt(values)
         self.config, self.clock = config, clock
         self.values, self.transform, self.basis = values, transform.float(), basis.float()
 
     def changed(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """[B, L, d] -> [B, L, d]."""
+        self.clock.acted = True
         if self.clock.time <= self.config.decomp_timestep:
             return output
         values, transform, basis = (one.to(output.device) for one in (self.values, self.transform, self.basis))

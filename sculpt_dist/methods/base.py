@@ -213,9 +213,9 @@ class Method(ABC):
         """Combine the gradients of the loss groups, in their order, into one. They are sharded; `dot` is global."""
         return sum_gradients(gradients)
 
-    def waits(self, progress: float) -> bool:
-        """Whether the net stays as it is in the update at this progress, while a companion trains."""
-        return False
+    def alone(self, progress: float) -> LossFunction | None:
+        """What is computed in place of the losses while only the companion trains, without gradient to the net."""
+        return None
 
     def candidate_every(self, updates: int) -> int:
         """Number of updates after which the weights become a candidate result; 0 means only the last weights count."""

@@ -34,6 +34,7 @@ from sculpt_dist.core.types import Losses
 from sculpt_dist.data.streams import StreamSpec
 from sculpt_dist.engine.companion import Companion
 from sculpt_dist.engine.optimizer import ShardedVector
+from sculpt_dist.maths.losses import mse
 from sculpt_dist.methods.base import LossFunction, Setup, Step, matrices
 from sculpt_dist.methods.base import Method as Base
 from sculpt_dist.methods.parts.terms import denoised_superclass
@@ -85,7 +86,8 @@ class Method(Base):
         return [name for part in self.config.parts for name in matrices(groups, f"cross_attention.{part}")]
 
     def saliency(self, step: Step) -> Losses:
-        return Losses({"forget": self._latents(step)[1].square().mean()})
+        wanted, drawn = self._latents(step)
+        return Losses({"saliency": mse(drawn, wanted)})
 
     def losses(self, step: Step) -> Losses:
         return Losses({**self.forget(step).terms, **self.retain(step).terms})
@@ -93,19 +95,30 @@ class Method(Base):
     def loss_groups(self) -> Sequence[LossFunction]:
         return (self.retain, self.forget)  # what `hold` adds to the last one is descended
 
+    def alone(self, progress: float) -> LossFunction | None:
+        return self.discriminate if progress < self.config.warmup else None
+
+    def discriminate(self, step: Step) -> Losses:
+        with torch.no_grad():
+            wanted, drawn = self._latents(step)
+        return self._judged(wanted, drawn)
+
     def forget(self, step: Step) -> Losses:
         assert self.companion is not None, "prepare() makes it"
         wanted, drawn = self._latents(step)
+        terms = self._judged(wanted, drawn.detach()).terms
+        return Losses({"forget": _verdict(self.companion.net(drawn), 0.0), **terms})
+
+    def _judged(self, wanted: Tensor, drawn: Tensor) -> Losses:
+        """The discriminator's own loss on two [B, C, H, W] without gradient, from which it learns."""
+        assert self.companion is not None, "prepare() makes it"
         judge = self.companion.net
-        mistakes = _verdict(judge(wanted), 0.0) + _verdict(judge(drawn.detach()), 1.0)
+        mistakes = _verdict(judge(wanted), 0.0) + _verdict(judge(drawn), 1.0)
         self.companion.learn(mistakes)
-        return Losses({"forget": _verdict(judge(drawn), 0.0), "discriminator": mistakes.detach()})
+        return Losses({"discriminator": mistakes.detach()})
 
     def retain(self, step: Step) -> Losses:
         return Losses({"retain": denoised_superclass(step)})
-
-    def waits(self, progress: float) -> bool:
-        return progress < self.config.warmup
 
     def combine(self, gradients: Sequence[ShardedVector]) -> ShardedVector:
         retain, forget = (_clipped(gradient) for gradient in gradients)

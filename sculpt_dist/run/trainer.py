@@ -117,6 +117,8 @@ class Trainer:
         total = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.net.parameters())
         trained = engine.num_trained
         opened = engine.mask.planned_open if self.plan.masked else trained
+        if self.method.rank_per_concept:
+            opened = trained * len(self.setup.trained_with(0)) // len(self.setup.concepts)
         if not opened:
             keep = self.setup.config.mask.keep
             raise ConfigError(f"mask.keep={keep}: opens none of {trained:,} weights; raise it")

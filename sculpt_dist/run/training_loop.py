@@ -96,10 +96,14 @@ def run_concept(
                 for micro in range(train.accumulate)
             ]
         loss_functions = [method.saliency] if collecting else method.loss_groups()
-        waiting = not collecting and method.waits(plan.progress(step))
+        alone = None if collecting else method.alone(plan.progress(step))
+        if alone is not None:
+            loss_functions = []
+            for part in parts:
+                with clock("forward"):
+                    engine.record(alone(part).terms)
         for i, loss_function in enumerate(loss_functions):
             phase = "collect" if collecting else "train" if i == len(loss_functions) - 1 else "capture"
-            phase = "hold" if waiting else phase
             for part in parts:
                 with clock("forward"):
                     losses = loss_function(part)

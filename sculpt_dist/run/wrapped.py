@@ -63,8 +63,8 @@ class Wrapped(Method):
     def combine(self, gradients: Sequence[ShardedVector]) -> ShardedVector:
         return self.method.combine(gradients)
 
-    def waits(self, progress: float) -> bool:
-        return self.method.waits(progress)
+    def alone(self, progress: float) -> LossFunction | None:
+        return self.method.alone(progress)
 
     def candidate_every(self, updates: int) -> int:
         return self.method.candidate_every(updates)

@@ -217,3 +217,14 @@ def test_the_first_tensor_of_every_kind_of_output_is_changed():
     one = torch.ones(1)
     assert with_output(one, torch.neg) == -1 and with_output((one, "rest"), torch.neg) == (-1, "rest")
     assert with_output(UNet2DConditionOutput(sample=one), torch.neg).sample == -1
+
+
+def test_adavd_says_so_where_fused_projections_keep_it_from_acting(tmp_path):
+    backbone = backbone_of("sd15")
+    pipeline = plain_pipeline("sd15")
+    apply(pipeline, fitted("adavd", "sd15", tmp_path))
+    pipeline.fuse_qkv_projections(vae=False)
+    with pytest.raises(ModelError, match=r"UNet2DConditionModel: .* undo fuse_qkv_projections"):
+        theirs(pipeline, backbone)
+    pipeline.unfuse_qkv_projections(vae=False)
+    theirs(pipeline, backbone)

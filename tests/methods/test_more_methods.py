@@ -13,6 +13,7 @@ import torch
 from linear import EMPTY, LinearBackbone, cond, linear_step, net, noise
 from PIL import Image
 from torch import tensor
+from torch.nn.functional import softplus
 
 from sculpt_dist.config.load import load_config
 from sculpt_dist.core.errors import ConfigError, NonFiniteError
@@ -175,6 +176,23 @@ def test_the_surgery_of_doco_on_two_gradients():
     plain = doco.Method(replace(doco.Config(), surgery=0.0), SimpleNamespace(step=lambda: None))
     (kept,) = plain.combine([vector(-1.0, 0.0, 1.0, 0.0), vector(3.0, 0.0, 4.0, 0.0)]).pieces
     torch.testing.assert_close(kept, tensor([0.6, 0.0, 0.8, 0.0]))  # only clipped
+
+
+def test_the_discriminator_of_doco_learns_alone_at_first_without_gradient_to_the_net():
+    step = linear_step(net(0.5), net(0.25))
+    step.backbone.predicted_clean = lambda noisy, predicted, time: predicted
+    judge = torch.nn.Conv2d(1, 1, 2)
+    method = doco.Method(doco.Config(warmup=0.5), Companion(judge, 0.1, (0.5, 0.999), None))
+    assert method.alone(0.5) is None
+    terms = method.alone(0.49)(step).terms
+    n = noise(step, "superclass")
+    wanted, drawn = 0.25 * (2 + n) + 7, 0.5 * (2 + n) + 5  # both prompts on the same noisy samples
+    expected = softplus(judge(wanted)).mean() + softplus(-judge(drawn)).mean()
+    torch.testing.assert_close(terms["discriminator"], expected)
+    assert set(terms) == {"discriminator"} and not terms["discriminator"].requires_grad
+    both = method.forget(step).terms
+    torch.testing.assert_close(both["forget"], softplus(judge(drawn)).mean())
+    assert both["forget"].requires_grad and torch.equal(both["discriminator"], terms["discriminator"])
 
 
 def test_the_discriminator_of_doco_halves_latents_down_to_a_patch():

@@ -125,6 +125,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._grad_norm = self._moved = torch.zeros((), dtype=torch.float64)
         self._captured: list[ShardedVector] = []
 
+    def begin(self) -> None:
+        """Count updates from 0, with nothing measured yet."""
+        self.updates = 0
+        self._grad_norm, self._moved = torch.zeros_like(self._grad_norm), torch.zeros_like(self._moved)
+
     def attach(self, shards: list[Shard], mask: DynamicMask, group: Group | None) -> None:
         """Connect the flat tensors to shards and mask. `group` is None when every rank holds all weights."""
         self.shards, self.mask, self.group = shards, mask, group

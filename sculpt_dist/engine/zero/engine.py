@@ -192,7 +192,7 @@ class Engine:
 
     def begin_concept(self, number: int) -> None:
         """Reset moments and saliency, and open every weight until a mask is built."""
-        self.optimizer.updates = 0
+        self.optimizer.begin()
         self.mask.concept, self.mask.selections = number, 0
         for shard in self.shards:
             shard.saliency.zero_()
